@@ -1,0 +1,228 @@
+"""The commands of `ocd`: each parses, makes one library call, and renders what it returns."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ocd_cli.options import Shared, command, print_json
+from ocd_cli.progress import ShownProgress
+from ocd_cli.render import console, show_outcome, show_status, show_verified
+
+if TYPE_CHECKING:
+    from stages.stage import Outcome
+
+app = typer.Typer(
+    name="ocd",
+    help="Give a trained PyTorch model input-dependent weights: overfit one layer on each training sample, learn to predict the change, apply it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line. A request to terminate is an interruption, which leaves a run that can continue."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    app(prog_name="ocd")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _stage(shared: Shared, call: Callable[..., "Outcome"]) -> None:
+    """Run one stage's library function with progress shown, and print its outcome."""
+    with ShownProgress(shared.quiet) as report:
+        outcome = call(force=shared.force, dry_run=shared.dry_run, report=report)
+    _print(shared, outcome)
+
+
+def _print(shared: Shared, outcome: "Outcome") -> None:
+    if not shared.as_json:
+        show_outcome(outcome)
+        return
+    if outcome.up_to_date and not shared.quiet:
+        print(f"{outcome.stage}: up to date", file=sys.stderr)
+    print_json(outcome.summary)
+
+
+@command(
+    app,
+    "init",
+    "ocd init --set task.model=mymodel:Net --set task.loss=mse --set task.train=train.npz --set task.test=test.npz",
+)
+def init(shared: Shared) -> None:
+    """Write a commented ocd.toml that works as it stands; --set, --seed, --device and --run are written into it."""
+    from stages.init import init as write_config
+
+    values = shared.values() | ({"run.directory": str(shared.run)} if shared.run else {})
+    found = write_config(
+        shared.config or Path.cwd(),
+        overrides=shared.overrides,
+        values=values,
+        force=shared.force,
+        dry_run=shared.dry_run,
+    )
+    if shared.as_json:
+        print_json({"path": found["path"], "written": found["written"]})
+    elif shared.dry_run:
+        print(found["text"], end="")
+    else:
+        print(f"wrote {found['path']}; next: ocd run")
+
+
+@command(app, "train-base", "ocd train-base --weights lenet5.pt")
+def train_base(
+    shared: Shared,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Import these weights (.safetensors or .pt) instead of training.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Train the base model, or import its weights; prints its metrics on the test split."""
+    from stages.train_base import train_base as stage
+
+    project = shared.project({"task.weights": str(weights.absolute())} if weights else None)
+    _stage(shared, lambda **options: stage(project, **options))
+
+
+@command(app, "select-layer", "ocd select-layer --layer fc1.weight")
+def select_layer(
+    shared: Shared,
+    layer: Annotated[str | None, typer.Option(help="Take this parameter, whatever the scores.", metavar="NAME")] = None,
+) -> None:
+    """Score every layer by the entropy of the loss under perturbation (Eq. 6), and choose one."""
+    from stages.select_layer import select_layer as stage
+
+    project = shared.project({"select-layer.layer": layer} if layer else None)
+    _stage(shared, lambda **options: stage(project, **options))
+
+
+@command(app, "collect", "ocd collect --set collect.samples=5000")
+def collect(shared: Shared) -> None:
+    """Overfit the layer on each training sample, and store deltas and conditioning. Killed, it continues where it was."""
+    from stages.collect import collect as stage
+
+    project = shared.project()
+    _stage(shared, lambda **options: stage(project, **options))
+
+
+@command(app, "train-diffusion", "ocd train-diffusion --set train-diffusion.max_steps=20000")
+def train_diffusion(shared: Shared) -> None:
+    """Train the diffusion model of the deltas' directions. Killed, it continues from its last checkpoint."""
+    from stages.train_diffusion import train_diffusion as stage
+
+    project = shared.project()
+    _stage(shared, lambda **options: stage(project, **options))
+
+
+@command(app, "train-scale", "ocd train-scale")
+def train_scale(shared: Shared) -> None:
+    """Train the network for the deltas' lengths. Killed, it continues from its last checkpoint."""
+    from stages.train_scale import train_scale as stage
+
+    project = shared.project()
+    _stage(shared, lambda **options: stage(project, **options))
+
+
+@command(app, "infer", "ocd infer --input new.npz --ensemble 5")
+def infer(
+    shared: Shared,
+    split: Annotated[Literal["test", "validation", "train"], typer.Option(help="Predict for this split of the task.")] = "test",
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", help="Predict for the x of this npz file; labels are not needed.", metavar="FILE"),
+    ] = None,
+    ensemble: Annotated[int | None, typer.Option(help="Deltas sampled for each input.", min=1)] = None,
+    sample_steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", min=1)] = None,
+    sampler: Annotated[
+        Literal["ddim", "ddpm"] | None, typer.Option(help="Deterministic after its first noise, or ancestral.")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Factor on the predicted length; 0 is the base.", min=0)] = None,
+    save_deltas: Annotated[bool, typer.Option("--save-deltas", help="Also write every sampled delta.")] = False,
+) -> None:
+    """Sample deltas from the inputs alone, apply them, predict; with labels, print metrics of base, one draw and ensemble."""
+    from stages.infer import infer as stage
+
+    given = {
+        "ensemble": ensemble,
+        "sample_steps": sample_steps,
+        "sampler": sampler,
+        "strength": strength,
+        "save_deltas": save_deltas or None,
+    }
+    project = shared.project({f"infer.{key}": value for key, value in given.items() if value is not None})
+    _stage(shared, lambda **options: stage(project, split=split, input_file=input_file, **options))
+
+
+@command(app, "run", "ocd run --until collect")
+def run(
+    shared: Shared,
+    start: Annotated[str | None, typer.Option("--from", help="First stage, included.", metavar="STAGE")] = None,
+    until: Annotated[str | None, typer.Option(help="Last stage, included.", metavar="STAGE")] = None,
+) -> None:
+    """Bring train-base, select-layer, collect, train-diffusion, train-scale and infer up to date, in order."""
+    from stages.collect import collect as collect_stage
+    from stages.infer import infer as infer_stage
+    from stages.run import run as run_stages
+    from stages.select_layer import select_layer as select_layer_stage
+    from stages.train_base import train_base as train_base_stage
+    from stages.train_diffusion import train_diffusion as train_diffusion_stage
+    from stages.train_scale import train_scale as train_scale_stage
+
+    functions = {
+        "train-base": train_base_stage,
+        "select-layer": select_layer_stage,
+        "collect": collect_stage,
+        "train-diffusion": train_diffusion_stage,
+        "train-scale": train_scale_stage,
+        "infer": infer_stage,
+    }
+    project = shared.project()
+    summaries: dict[str, Any] = {}
+    with ShownProgress(shared.quiet) as report:
+        options = {"force": shared.force, "dry_run": shared.dry_run, "report": report}
+        commands = {name: lambda stage=stage: stage(project, **options) for name, stage in functions.items()}
+        for outcome in run_stages(commands, start, until, dry_run=shared.dry_run):
+            summaries[outcome.stage] = outcome.summary
+            report.close()
+            if not shared.as_json:
+                show_outcome(outcome)
+            elif outcome.up_to_date and not shared.quiet:
+                print(f"{outcome.stage}: up to date", file=sys.stderr)
+    if shared.as_json:
+        print_json({"stages": summaries})
+
+
+@command(app, "status", "ocd status --json")
+def status(shared: Shared) -> None:
+    """Show each stage as missing, partial (how far), stale (what changed) or done."""
+    from stages.status import status as find_status
+
+    found = find_status(shared.project())
+    if shared.as_json:
+        print_json(found)
+    else:
+        show_status(found)
+
+
+@command(app, "verify", "ocd verify")
+def verify(shared: Shared) -> None:
+    """Hash every artifact again and name what is damaged; exit code 3 if anything is."""
+    from stages.verify import verify as check
+
+    project = shared.project()
+    with ShownProgress(shared.quiet) as report:
+        report.start("verify")
+        found = check(project, report=report)
+    if shared.as_json:
+        print_json(found)
+    else:
+        show_verified(found)
+    if not found["whole"]:
+        console().print("damaged artifacts are redone with: ocd <stage> --force", markup=False)
+        raise typer.Exit(3)

@@ -1,0 +1,195 @@
+"""Results as people read them, on stdout."""
+
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from stages.stage import Outcome
+
+BAR_WIDTH = 30
+_MARKS = {
+    "done": "[green]done[/]",
+    "partial": "[yellow]partial[/]",
+    "stale": "[red]stale[/]",
+    "missing": "[dim]missing[/]",
+}
+
+
+def console() -> Console:
+    """Stdout; where it is no terminal, wide enough that nothing is cut."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    return Console(width=width, highlight=False)
+
+
+def figure(value: Any) -> str:
+    """A number as people read it: four significant digits, thousands apart."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes with its unit."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def show_outcome(outcome: "Outcome") -> None:
+    """One stage's result."""
+    out = console()
+    if outcome.planned:
+        size = outcome.summary.get("bytes")
+        out.print(
+            f"{outcome.stage} ({outcome.summary['state']}): would {outcome.summary['what']}{f', {bytes_text(size)} on disk at most' if size else ''}",
+            markup=False,
+        )
+        return
+    if outcome.up_to_date:
+        out.print(f"{outcome.stage}: up to date ({outcome.path})", markup=False)
+    show = {
+        "train-base": _train_base,
+        "select-layer": _select_layer,
+        "collect": _collect,
+        "train-diffusion": _training,
+        "train-scale": _scale,
+        "infer": _infer,
+    }
+    show[outcome.stage](out, outcome.summary)
+    if not outcome.up_to_date:
+        out.print(f"{outcome.stage}: done ({outcome.path})", markup=False)
+
+
+def _metrics(out: Console, rows: dict[str, dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table("", *names)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row, figures in rows.items():
+        table.add_row(row, *(f"{figures[name]:.4f}" if name in figures else "" for name in names))
+    out.print(table)
+
+
+def _train_base(out: Console, summary: dict[str, Any]) -> None:
+    how = (
+        f"imported from {summary['imported']}"
+        if "imported" in summary
+        else f"trained {summary.get('epochs', '')} epochs, best {summary['best_epoch']}"
+        if "epochs" in summary
+        else "trained by the task"
+    )
+    out.print(f"base: {summary['parameters']:,} parameters, {how}", markup=False)
+    _metrics(out, {"validation": summary["validation"], "test": summary["test"]})
+
+
+def _select_layer(out: Console, summary: dict[str, Any]) -> None:
+    rows = summary["candidates"]
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    table = Table("layer", "shape", "score", "", "rank", "keeps its rank", "loss spread")
+    for row in rows:
+        mark = "▶ " if row["name"] == summary["layer"] else "  "
+        shape = "×".join(map(str, row["shape"]))
+        if row["score"] is None:
+            table.add_row(mark + row["name"], shape, "not scored", "", "", "", "")
+            continue
+        share = (row["score"] - min(scores)) / (max(scores) - min(scores) or 1)
+        bar = "█" * (1 + round(share * (BAR_WIDTH - 1)))
+        table.add_row(
+            mark + row["name"],
+            shape,
+            f"{row['score']:.2f}",
+            bar,
+            str(row["rank"]),
+            f"{row['rank_stability']:.0%}",
+            f"{row['loss_spread']:.3g}",
+        )
+    out.print(table)
+    why = (
+        "named in the settings"
+        if summary["chosen_by"] == "setting"
+        else "highest score (entropy of the loss in nats, summed over samples)"
+    )
+    out.print(f"layer: {summary['layer']} ({why})", markup=False)
+
+
+def _collect(out: Console, summary: dict[str, Any]) -> None:
+    shape = "×".join(map(str, summary["shape"]))
+    degenerate = f", {summary['degenerate']:,} degenerate" if summary["degenerate"] else ""
+    out.print(
+        f"deltas: {summary['samples']:,} of {summary['layer']} ({shape}), by {summary['engine']}{degenerate}",
+        markup=False,
+    )
+    out.print(
+        f"mean loss: {figure(summary['base_loss'])} before, {figure(summary['overfit_loss'])} after; mean rho {figure(summary['rho'])}",
+        markup=False,
+    )
+    for name, how in summary["pooled"].items():
+        out.print(f"{name}: {how}", markup=False)
+
+
+def _training(out: Console, summary: dict[str, Any]) -> None:
+    why = ", stopped early" if summary["stopped_early"] else ""
+    out.print(
+        f"denoiser: {summary['preset']}, {summary['parameters']:,} parameters, {summary['steps']:,} steps{why}, best at {summary['best_step']:,}",
+        markup=False,
+    )
+    out.print(
+        f"held-out loss {figure(summary['held_out_loss'])} (1 is knowing nothing); cosine of a generated delta with the true one "
+        f"{figure(summary['cosine'])}, with another sample's conditioning {figure(summary['cosine_shuffled'])}",
+        markup=False,
+    )
+
+
+def _scale(out: Console, summary: dict[str, Any]) -> None:
+    verdict = "beats" if summary["beats_constant"] else "does not beat"
+    out.print(
+        f"scale: held-out correlation of log rho {figure(summary['correlation'])}; error {figure(summary['error'])} {verdict} "
+        f"the constant mean's {figure(summary['constant_error'])}",
+        markup=False,
+    )
+
+
+def _infer(out: Console, summary: dict[str, Any]) -> None:
+    out.print(f"{summary['query']}: {summary['inputs']:,} inputs × {summary['ensemble']} members", markup=False)
+    if summary["metrics"] is None:
+        out.print("no labels, so no metrics", markup=False)
+    else:
+        rows = {
+            f"{row} of {summary['ensemble']}" if row == "ocd ensemble" else row: figures
+            for row, figures in summary["metrics"].items()
+        }
+        _metrics(out, rows)
+
+
+def show_status(found: dict[str, Any]) -> None:
+    """The states of all stages."""
+    out = console()
+    table = Table("stage", "state", "")
+    for name, entry in found["stages"].items():
+        progress = entry["progress"]
+        text = f"{progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else ""
+        detail = entry["detail"] if entry["state"] != "partial" or not text else text
+        table.add_row(name, _MARKS[entry["state"]], detail.replace("[", "\\["))
+    out.print(f"run directory: {found['run']}", markup=False)
+    out.print(table)
+    if found["queries"]:
+        out.print(f"other answers: {', '.join(found['queries'])}", markup=False)
+
+
+def show_verified(found: dict[str, Any]) -> None:
+    """What verify found."""
+    out = console()
+    for name, entry in found["stages"].items():
+        verdict = "whole" if not entry["problems"] else f"{len(entry['problems'])} problems"
+        out.print(f"{name}: {entry['files']:,} files, {bytes_text(entry['bytes'])}, {verdict}", markup=False)
+        for line in entry["problems"]:
+            out.print(f"  {line}", markup=False)
+    if not found["stages"]:
+        out.print("nothing to verify: no stage is done", markup=False)

@@ -1,0 +1,1 @@
+"""Everything that touches the disk: projects, run directories, stages' folders, the delta store, checkpoints."""

@@ -1,0 +1,179 @@
+"""Writing so that a file is either whole or absent, hashing, and paths that stay inside their folder."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.errors import ArtifactError, TryAgainError
+
+TEMPORARY = ".tmp"
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of `value` that is hashed: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def digest(value: Any) -> str:
+    """sha256 of `value`'s canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's bytes survive a power cut."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole: a temporary neighbour, fsync, rename."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, whole."""
+    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing") from error
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{path} is not readable as JSON: {error}", "ocd verify names what else is damaged") from error
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name` under `folder`.
+
+    Raises:
+        ArtifactError: `name` is absolute, climbs out with `..`, or is a link that leads out.
+    """
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder / 'manifest.json'} names {name!r}, which leads out of {folder}")
+    return path
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a finished, never rewritten file a second name; copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into an error a user can act on.
+
+    Raises:
+        TryAgainError: no space is left, or the quota is used up.
+        ArtifactError: the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise TryAgainError(
+                f"the disk is full: {free:,} bytes are free at {path}", "make room, then run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ArtifactError(
+                f"{error.filename or path} cannot be written: {error.strerror}", "--run names another folder"
+            ) from error
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above (or at) `path` that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Refuse beforehand what the free disk cannot hold.
+
+    Raises:
+        TryAgainError: fewer than `needed` bytes are free at `path`.
+    """
+    free = shutil.disk_usage(existing_parent(path)).free
+    if needed > free:
+        raise TryAgainError(
+            f"not enough disk: up to {needed:,} bytes are needed at {path}, {free:,} are free",
+            "make room, name another folder with --run, or take fewer samples with --set collect.samples=N",
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory a process can still take, or None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Refuse beforehand what memory cannot hold.
+
+    Raises:
+        TryAgainError: fewer than `needed` bytes are available.
+    """
+    available = available_memory()
+    if available is not None and needed > available:
+        raise TryAgainError(
+            f"{what} takes {needed:,} bytes of memory, {available:,} are available",
+            "collect fewer samples with --set collect.samples=N, or free memory",
+        )

@@ -1,0 +1,107 @@
+"""What a stage's result depends on, as content hashes: the user's files and code, and the content of earlier stages."""
+
+import hashlib
+import io
+import tokenize
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts.files import sha256_file
+from stages.artifacts.project import Project
+from stages.errors import DataError, TaskError
+from stages.specs import is_code, module_file
+
+DATA_ROLES = ("train", "validation", "test")
+
+
+def code_files(project: Project) -> list[Path]:
+    """The user's module files that the task names."""
+    task = project.settings.task
+    specs = (task.class_, task.model, task.loss, task.train, task.test, task.validation)
+    modules = {spec.split(":")[0] for spec in specs if spec and is_code(spec)}
+    return sorted(path for name in modules if (path := module_file(project.root, name)))
+
+
+def hash_code(path: Path) -> str:
+    """sha256 of a Python file without its comments, blank lines and trailing space, which change no result.
+
+    Raises:
+        TaskError: the file is not Python.
+    """
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                lines[row - 1] = lines[row - 1][:column]
+    except (tokenize.TokenError, SyntaxError) as error:
+        raise TaskError(f"{path} is not valid Python: {error}", "mend it, then run the same command again") from error
+    text = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_record(
+    path: Path, recorded: Mapping[str, Any] | None = None, hasher: Callable[[Path], str] = sha256_file
+) -> dict[str, Any]:
+    """Size, time and hash of a source file; the hash is taken from `recorded` while size and time are the same.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} is missing", "ocd.toml names it under [task]; relative paths start at its folder") from error
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, expected a file", "ocd.toml names it under [task]")
+    same = recorded and recorded["size"] == info.st_size and recorded["mtime_ns"] == info.st_mtime_ns
+    sha256 = recorded["sha256"] if same else hasher(path)
+    return {"path": str(path), "size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256}
+
+
+def data_path(project: Project, role: str) -> Path | None:
+    """The file a data role or `weights` names, or None where it is code or not set."""
+    spec = getattr(project.settings.task, role)
+    if spec is None or is_code(spec):
+        return None
+    return project.root / Path(spec).expanduser()
+
+
+def task_sources(
+    project: Project,
+    roles: tuple[str, ...],
+    recorded: Mapping[str, Any] | None,
+    hash_dataset: Callable[[str], str | None] | None,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The content hashes of the task's code and data, and the records of the files among them.
+
+    Args:
+        project: the project.
+        roles: of train, validation, test, weights, and `input` with a path given in `recorded` alone.
+        recorded: the manifest of an earlier run of the stage; its hashes stand for files of the same size and time, for
+            imported weights given by a flag, and, without `hash_dataset`, for data that only code can load.
+        hash_dataset: the identity of a dataset that code loads; None to trust `recorded`.
+
+    Raises:
+        DataError, TaskError: a file is missing, code is not Python.
+    """
+    known = (recorded or {}).get("sources", {})
+    inputs = (recorded or {}).get("identity", {}).get("inputs", {})
+    hashes: dict[str, str] = {}
+    sources: dict[str, Any] = {}
+    for path in code_files(project):
+        name = f"code {path.relative_to(project.root)}"
+        sources[name] = source_record(path, known.get(name), hash_code)
+    for role in roles:
+        path = data_path(project, role) if hasattr(project.settings.task, role) else None
+        if path is None and role == "weights" and role in known:
+            path = Path(known[role]["path"])
+        if path is not None:
+            sources[role] = source_record(path, known.get(role))
+        elif role in DATA_ROLES:
+            value = hash_dataset(role) if hash_dataset else inputs.get(role)
+            if value is not None:
+                hashes[role] = value
+    return hashes | {name: record["sha256"] for name, record in sources.items()}, sources

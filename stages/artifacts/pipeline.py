@@ -1,0 +1,56 @@
+"""The stages as data: their order, what each reads, and where its folder lies. Imports neither torch nor zarr."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from stages.artifacts.project import Project
+from stages.config import EXTENT, IDENTITY
+
+# `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that
+# `ocd select-layer --layer fc1.weight` followed by a plain `ocd collect` is no contradiction.
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: its name, the stages it reads, the data splits it reads, and whether it runs the user's code.
+
+    `content` names what later stages take from it, as it appears among their inputs.
+    """
+
+    name: str
+    reads: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    task: bool = True
+    content: str = ""
+
+
+STAGES = {
+    spec.name: spec
+    for spec in (
+        StageSpec("train-base", data=("train", "validation", "weights"), content="base"),
+        StageSpec("select-layer", ("train-base",), ("train",), content="layer"),
+        StageSpec("collect", ("train-base", "select-layer"), ("train",), content="deltas"),
+        StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
+        StageSpec("train-scale", ("collect",), task=False, content="scale"),
+        StageSpec("infer", ("train-base", "select-layer", "train-diffusion", "train-scale"), ("input",)),
+    )
+}
+ORDER = tuple(STAGES)
+
+
+def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The identity settings of a stage by their dotted names, `auto` as `recorded` resolves it."""
+    settings = project.settings
+    tables = [(spec.name, settings.table(spec.name))] + ([("task", settings.task)] if spec.task else [])
+    found = {f"{name}.{key}": value for name, table in tables for key, value in table.of_kind(IDENTITY).items()}
+    found["run.seed"] = project.seed
+    if settings.table(spec.name).of_kind(IDENTITY).get("lr_schedule") == "cosine":
+        found[f"{spec.name}.max_steps"] = settings.table(spec.name).max_steps
+    known = (recorded or {}).get("identity", {}).get("settings", {})
+    return {key: known.get(key, value) if value == AUTO else value for key, value in found.items()}
+
+
+def extent_settings(project: Project, spec: StageSpec) -> dict[str, Any]:
+    """The extent settings of a stage by their dotted names."""
+    return {f"{spec.name}.{key}": value for key, value in project.settings.table(spec.name).of_kind(EXTENT).items()}

@@ -1,0 +1,196 @@
+"""A project: the settings of one `ocd.toml` with the overrides of a command, and the folders they name."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stages.config import Settings, tables
+from stages.errors import SettingsError
+
+CONFIG_NAME = "ocd.toml"
+
+
+@dataclass(frozen=True)
+class Project:
+    """Checked settings, the file they came from, and the run directory they lead to."""
+
+    settings: Settings
+    config_path: Path
+    run_path: Path
+
+    @property
+    def root(self) -> Path:
+        """The folder of `ocd.toml`: relative paths and the user's modules start here."""
+        return self.config_path.parent
+
+    @property
+    def seed(self) -> int:
+        """The seed every stage shares."""
+        return self.settings.run.seed
+
+
+def find_config(start: Path) -> Path:
+    """Find `ocd.toml` in `start` or above it, stopping at the home directory, another file system or another owner.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    start = start.resolve()
+    device, owner = start.stat().st_dev, start.stat().st_uid
+    for folder in (start, *start.parents):
+        info = folder.stat()
+        if info.st_dev != device or info.st_uid != owner:
+            break
+        if (folder / CONFIG_NAME).is_file():
+            return folder / CONFIG_NAME
+        if folder == Path.home():
+            break
+    raise SettingsError(
+        f"no {CONFIG_NAME} in {start} or above it",
+        "write one with: ocd init    (or name one with --config FILE, or OCD_CONFIG)",
+    )
+
+
+def load_project(
+    config: Path | str | None = None,
+    *,
+    run: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Project:
+    """Read and check a project's settings.
+
+    Args:
+        config: `ocd.toml`, or a folder that has one; else `OCD_CONFIG`, else found from the working directory upward.
+        run: the run directory, in place of `[run] directory`.
+        overrides: "table.key=value" texts, as `--set` takes them; values are TOML, bare words are strings.
+        values: "table.key" to value, as flags give them; they win over `overrides`.
+
+    Raises:
+        SettingsError: no file, broken TOML, unknown keys (the nearest known one is offered), wrong types or ranges; all
+            problems are listed at once.
+    """
+    path = _config_path(config)
+    raw = overridden(_read_toml(path), overrides, values)
+    settings = check_settings(raw, str(path))
+    directory = Path(run).absolute() if run is not None else path.parent / Path(settings.run.directory).expanduser()
+    return Project(settings, path, directory)
+
+
+def overridden(raw: dict[str, Any], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Raw tables with "table.key=value" texts, then "table.key" values, put in.
+
+    Raises:
+        SettingsError: a text of another form, or a key inside something that is no table.
+    """
+    entries = [(*parse_override(text), f"--set {text}") for text in overrides] + [(k, v, k) for k, v in (values or {}).items()]
+    for key, value, source in entries:
+        _put(raw, key, value, source)
+    return raw
+
+
+def _config_path(config: Path | str | None) -> Path:
+    config = config or os.environ.get("OCD_CONFIG")
+    if not config:
+        return find_config(Path.cwd())
+    path = Path(config).expanduser().absolute()
+    path = path / CONFIG_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise SettingsError(f"no settings file at {path}", "write one with: ocd init")
+    return path
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"{path} is not valid TOML: {error}", "mend that line; ocd init writes a file to compare with"
+        ) from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split "table.key=value"; the value is read as TOML, and as a string where it is none.
+
+    Raises:
+        SettingsError: there is no `=` or no `.` before it.
+    """
+    key, sign, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not sign or "." not in key.strip("."):
+        raise SettingsError(f"--set {text}: expected table.key=value", "for example: --set collect.lr=0.001")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _put(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
+    table, _, name = key.partition(".")
+    entries = raw.setdefault(table, {})
+    if not isinstance(entries, dict):
+        raise SettingsError(f"{source}: {table} is not a table", "tables are written [name] in ocd.toml")
+    *parents, last = name.split(".")
+    for parent in parents:
+        entries = entries.setdefault(parent, {})
+        if not isinstance(entries, dict):
+            raise SettingsError(f"{source}: {table}.{parent} is not a table", "for example: --set task.model_args.width=8")
+    entries[last] = value
+
+
+def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
+    """Validate raw tables.
+
+    Raises:
+        SettingsError: with one line for every problem.
+    """
+    problems = []
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(entry) for entry in error.errors()]
+    else:
+        problems = _task_problems(settings)
+        if not problems:
+            return settings
+    noun = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise SettingsError(
+        f"{source} has {noun}:\n" + "\n".join(f"  {line}" for line in problems),
+        "ocd init writes a file with every setting explained",
+    )
+
+
+def _problem(entry: Mapping[str, Any]) -> str:
+    """One line for one pydantic error: the setting, the value, what was expected, the nearest known name."""
+    location = [str(part) for part in entry["loc"]]
+    known = tables()
+    if entry["type"] == "extra_forbidden":
+        names = list(known) if len(location) == 1 else [i.alias or n for n, i in known[location[0]].model_fields.items()]
+        near = difflib.get_close_matches(location[-1], names, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
+        what = f"unknown table [{location[0]}]" if len(location) == 1 else f"unknown key {'.'.join(location)}"
+        return f"{what}; {hint}"
+    if entry["type"] == "missing":
+        return f"table [{location[0]}] is missing; it names the model, its loss and its data"
+    if len(location) > 1 and location[0] in known:
+        location = location[:2] if location[1] not in ("args", "model_args") else location
+    return f"{'.'.join(location)} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+
+
+def _task_problems(settings: Settings) -> list[str]:
+    task = settings.task
+    if task.class_:
+        clash = [name for name in ("model", "loss", "train", "test", "validation") if getattr(task, name) is not None]
+        return [f"task.{name} is set beside task.class; the Task class gives it" for name in clash]
+    needed = {"model": '"mymodel:LeNet5"', "loss": '"cross_entropy"', "train": '"train.npz"', "test": '"test.npz"'}
+    return [
+        f"task.{name} is missing; for example {name} = {example}"
+        for name, example in needed.items()
+        if getattr(task, name) is None
+    ]

@@ -1,0 +1,210 @@
+"""The run directory: one folder a stage, final names only for what is finished, and a lock for each stage."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts.files import disk_errors, inside, read_json, remove, sha256_file, sync_folder, write_json
+from stages.artifacts.project import Project
+from stages.config import FORMAT_VERSION
+from stages.errors import ArtifactError, TryAgainError
+
+MANIFEST, BEGUN, RUN_FILE = "manifest.json", "begun.json", "run.json"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The places of one stage: `path` once finished, `wip` while it works, `old` for the moment of the exchange."""
+
+    run: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The finished folder."""
+        return self.run / self.name
+
+    @property
+    def wip(self) -> Path:
+        """The unfinished folder."""
+        return self.path.with_name(f"{self.path.name}.wip")
+
+    @property
+    def old(self) -> Path:
+        """The finished folder's name while a new one takes its place."""
+        return self.path.with_name(f"{self.path.name}.old")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the stage for this process; the lock dies with it. A lone `.old` folder gets its name back.
+
+        Raises:
+            TryAgainError: another process holds it.
+        """
+        path = self.run / ".locks" / f"{self.name.replace('/', '-')}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                stream.seek(0)
+                holder = stream.read().strip() or "another process"
+                raise TryAgainError(
+                    f"{self.name} is in use by {holder}", "wait for it to end, then run the same command again"
+                ) from error
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            stream.flush()
+            self._restore()
+            try:
+                yield
+            finally:
+                stream.truncate(0)
+
+    def _restore(self) -> None:
+        if self.old.exists() and not self.path.exists():
+            os.rename(self.old, self.path)
+        elif self.old.exists():
+            remove(self.old)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The finished folder's manifest, or None where the stage has not finished.
+
+        Raises:
+            ArtifactError: it is unreadable, of another format version, or names paths outside its folder.
+        """
+        folder = self.path if self.path.exists() or not self.old.exists() else self.old
+        if not folder.exists():
+            return None
+        manifest = read_json(folder / MANIFEST)
+        _check_record(
+            manifest,
+            folder / MANIFEST,
+            ("identity", "fingerprint", "extents", "files", "content", "summary", "sources"),
+        )
+        for name in manifest["files"]:
+            inside(folder, name)
+        return manifest
+
+    def begun(self) -> dict[str, Any] | None:
+        """The record an unfinished folder was begun with, or None where there is none (or none worth keeping)."""
+        path = next((path for path in (self.wip / BEGUN, self.wip / MANIFEST) if path.exists()), None)
+        if path is None:
+            return None
+        record = read_json(path)
+        _check_record(record, path, ("identity", "fingerprint", "extents"))
+        return record
+
+    def exchange(self) -> None:
+        """Give the finished work its final name: the old folder steps aside until the new one stands."""
+        sync_folder(self.wip)
+        remove(self.old)
+        if self.path.exists():
+            os.rename(self.path, self.old)
+        os.rename(self.wip, self.path)
+        sync_folder(self.path.parent)
+        remove(self.old)
+
+
+def _check_record(record: Any, path: Path, keys: tuple[str, ...]) -> None:
+    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ArtifactError(f"{path} lacks {', '.join(missing)}", "the stage must be redone with --force")
+    version = record["identity"].get("format_version") if isinstance(record["identity"], dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path} has format version {version}, expected {FORMAT_VERSION}", "name another folder with --run")
+
+
+def folder_of(project: Project, stage: str, name: str = "test") -> StageFolder:
+    """The folder of a stage; `name` tells apart the queries of `infer`."""
+    return StageFolder(project.run_path, f"infer/{name}" if stage == "infer" else stage)
+
+
+def task_name(project: Project) -> str:
+    """What `run.json` calls the task: its class, or its model."""
+    return project.settings.task.class_ or project.settings.task.model or ""
+
+
+def check_run(project: Project) -> None:
+    """Refuse a run directory that belongs to something else; one that does not exist yet is fine.
+
+    Raises:
+        ArtifactError: it is of another task or format version, or is a folder of other things.
+    """
+    path = project.run_path / RUN_FILE
+    if not path.exists():
+        if project.run_path.is_file():
+            raise ArtifactError(f"{project.run_path} is a file, expected a folder", "name another with --run")
+        foreign = (
+            [entry.name for entry in project.run_path.iterdir() if entry.name != ".locks"] if project.run_path.is_dir() else []
+        )
+        if foreign:
+            raise ArtifactError(
+                f"{project.run_path} is not a run directory: it has {sorted(foreign)[0]} but no {RUN_FILE}",
+                "name another folder with --run",
+            )
+        return
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        found = record.get("format_version") if isinstance(record, dict) else None
+        raise ArtifactError(
+            f"{project.run_path} has format version {found}, expected {FORMAT_VERSION}",
+            "name another folder with --run",
+        )
+    if record.get("task") != task_name(project):
+        raise ArtifactError(
+            f"{project.run_path} belongs to task {record.get('task')!r}, but {project.config_path} is about {task_name(project)!r}",
+            "name another folder with --run",
+        )
+
+
+def open_run(project: Project) -> None:
+    """Make the run directory, or check the one that is there.
+
+    Raises:
+        ArtifactError: as `check_run`.
+    """
+    with disk_errors(project.run_path):
+        check_run(project)
+        project.run_path.mkdir(parents=True, exist_ok=True)
+        record = {"format_version": FORMAT_VERSION, "task": task_name(project), "seed": project.seed}
+        path = project.run_path / RUN_FILE
+        if not path.exists() or json.loads(path.read_text()) != record:
+            write_json(path, record)
+
+
+def file_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size, time and sha256 of every file of a stage's folder but its log and records of its own state."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (MANIFEST, BEGUN, "log.txt"):
+            info = path.stat()
+            found[name] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256_file(path)}
+    return found
+
+
+def damaged_files(folder: Path, manifest: dict[str, Any], *, rehash: bool) -> list[str]:
+    """What is wrong with a finished folder's files, one line each; unless `rehash`, only files whose size or time differ
+    from the manifest are hashed again."""
+    wrong = []
+    for name, record in manifest["files"].items():
+        path = inside(folder, name)
+        if not path.is_file():
+            wrong.append(f"{folder.name}/{name} is missing")
+            continue
+        info = path.stat()
+        if not rehash and info.st_size == record["size"] and info.st_mtime_ns == record["mtime_ns"]:
+            continue
+        if info.st_size != record["size"]:
+            wrong.append(f"content changed: {folder.name}/{name} has {info.st_size:,} bytes, expected {record['size']:,}")
+        elif sha256_file(path) != record["sha256"]:
+            wrong.append(f"content changed: {folder.name}/{name}")
+    return wrong

@@ -1,0 +1,226 @@
+"""The four states of a stage, missing, partial, stale and done, found by comparing records; imports no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.artifacts.files import digest
+from stages.artifacts.inputs import task_sources
+from stages.artifacts.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings
+from stages.artifacts.project import Project
+from stages.artifacts.run_directory import StageFolder, damaged_files, folder_of
+from stages.config import FORMAT_VERSION
+from stages.errors import ArtifactError, OcdError
+
+# What `ocd run` asks of infer: the test split stands for its input.
+TEST_QUERY: tuple[dict[str, str], dict[str, Any]] = ({"input": "test"}, {"query": "test"})
+MISSING, PARTIAL, STALE, DONE = "missing", "partial", "stale", "done"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that differs between what a stage was made from and what it would be made from now."""
+
+    setting: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.setting} was {_short(self.was)}, is now {_short(self.now)}"
+
+
+@dataclass(frozen=True)
+class StageState:
+    """A stage's state, why, how far it is, and the records it was found from."""
+
+    name: str
+    state: str
+    detail: str = ""
+    changes: tuple[Change, ...] = ()
+    progress: dict[str, Any] | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] | None = None
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def make_identity(project: Project, spec: StageSpec, inputs: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything a stage's result depends on; its digest is the fingerprint. Holds no time, host, path or version."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "stage": spec.name,
+        "settings": identity_settings(project, spec, recorded),
+        "inputs": inputs,
+    }
+
+
+def identity_changes(was: dict[str, Any], now: dict[str, Any]) -> tuple[Change, ...]:
+    """Every setting and input that differs between two identities."""
+    changes = []
+    for group, prefix in (("settings", ""), ("inputs", "content of ")):
+        before, after = was.get(group, {}), now.get(group, {})
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                changes.append(Change(prefix + key, before.get(key), after.get(key)))
+    return tuple(changes)
+
+
+def extent_change(recorded: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> tuple[str, Change | None]:
+    """Compare how far a finished stage went with how far it should go: "done", "partial" (further) or "stale" (less far).
+
+    A recorded extent is {"value", "reached", "exhausted"}: an exhausted one cannot go further, whatever is asked.
+    """
+    for key, value in wanted.items():
+        entry = recorded.get(key, {"value": None, "reached": 0, "exhausted": False})
+        change = Change(key, entry["value"], value)
+        if value == entry["value"]:
+            continue
+        if value == "all" or value > entry["reached"]:
+            if not entry["exhausted"]:
+                return PARTIAL, change
+        elif value < entry["reached"]:
+            return STALE, change
+    return DONE, None
+
+
+class States:
+    """Finds the states of all stages of a project, each once.
+
+    Args:
+        project: the project.
+        hash_dataset: identity of a dataset that only code can load; None trusts what the manifests record.
+    """
+
+    def __init__(self, project: Project, hash_dataset: Callable[[str], str | None] | None = None) -> None:
+        self.project = project
+        self._hash_dataset = hash_dataset
+        self._found: dict[str, StageState] = {}
+
+    def of(self, name: str) -> StageState:
+        """The state of a stage of the pipeline (for infer: of the test split)."""
+        if name not in self._found:
+            folder = folder_of(self.project, name)
+            try:
+                self._found[name] = self.find_in(STAGES[name], folder, *TEST_QUERY if name == "infer" else ({},))
+            except OcdError as error:
+                state = STALE if folder.path.exists() or folder.wip.exists() else MISSING
+                self._found[name] = StageState(name, state, error.message)
+        return self._found[name]
+
+    def all(self) -> list[StageState]:
+        """The states of the whole pipeline, in order."""
+        return [self.of(name) for name in ORDER]
+
+    def find_in(
+        self, spec: StageSpec, folder: StageFolder, renamed: dict[str, str], extra: dict[str, Any] | None = None
+    ) -> StageState:
+        """The state of a stage whose results lie in `folder`; `renamed` says which split stands for `input`, and `extra`
+        adds inputs found elsewhere."""
+        manifest, begun = folder.manifest(), folder.begun()
+        recorded = begun or manifest
+        if recorded is None and self._waits(spec):
+            return StageState(spec.name, MISSING)
+        roles = tuple(renamed.get(role, role) for role in spec.data)
+        inputs, sources = task_sources(
+            self.project, tuple(r for r in roles if r) if spec.task else (), recorded, self._hash_dataset
+        )
+        inputs |= self._upstream_content(spec) | (extra or {})
+
+        def identity(record: dict[str, Any] | None) -> dict[str, Any]:
+            return make_identity(self.project, spec, inputs, record)
+
+        known = {"identity": identity(recorded), "sources": sources, "manifest": manifest}
+        blocked = [state for state in map(self.of, spec.reads) if state.state != DONE]
+        if manifest is not None:
+            found = self._finished(spec, folder, manifest, identity(manifest), blocked)
+            if found.state in (DONE, PARTIAL) or begun is None:
+                return StageState(**{**vars(found), **known, "identity": identity(manifest)})
+        if begun is not None:
+            changes = identity_changes(begun["identity"], identity(begun))
+            if not changes:
+                progress = begun.get("progress")
+                return StageState(spec.name, PARTIAL, _progress_text(folder), progress=progress, **known)
+            return StageState(
+                spec.name, STALE, f"unfinished, and begun otherwise: {'; '.join(map(str, changes))}", changes, **known
+            )
+        return StageState(spec.name, MISSING, **known)
+
+    def _waits(self, spec: StageSpec) -> bool:
+        return any(self.of(name).state != DONE for name in spec.reads)
+
+    def _upstream_content(self, spec: StageSpec) -> dict[str, str]:
+        found = {}
+        for name in spec.reads:
+            manifest = self.of(name).manifest
+            if manifest is not None:
+                found[STAGES[name].content] = manifest["content"]
+        return found
+
+    def _finished(
+        self,
+        spec: StageSpec,
+        folder: StageFolder,
+        manifest: dict[str, Any],
+        identity: dict[str, Any],
+        blocked: list[StageState],
+    ) -> StageState:
+        damage = damaged_files(folder.path if folder.path.exists() else folder.old, manifest, rehash=False)
+        if damage:
+            more = f" (and {len(damage) - 1} more files)" if len(damage) > 1 else ""
+            return StageState(spec.name, STALE, damage[0] + more)
+        if manifest["fingerprint"] != digest(manifest["identity"]):
+            return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json does not match its fingerprint")
+        changes = identity_changes(manifest["identity"], identity)
+        if changes:
+            return StageState(spec.name, STALE, "; ".join(map(str, changes)), changes)
+        if blocked:
+            return StageState(spec.name, STALE, "; ".join(f"its input {state.name} is {state.state}" for state in blocked))
+        state, change = extent_change(manifest["extents"], extent_settings(self.project, spec))
+        if change is not None:
+            return StageState(spec.name, state, str(change), (change,))
+        return StageState(spec.name, DONE)
+
+
+def _progress_text(folder: StageFolder) -> str:
+    progress = progress_of(folder)
+    return f"{progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else "begun"
+
+
+def progress_of(folder: StageFolder) -> dict[str, Any] | None:
+    """How far an unfinished stage is, counted from what it has left on the disk."""
+    begun = folder.begun()
+    plan = (begun or {}).get("plan")
+    if not plan:
+        return None
+    done = plan.get("done", 0)
+    if plan["unit"] == "blocks":
+        done = len(list((folder.wip / "blocks").glob("*.json")))
+    elif plan["unit"] == "steps":
+        steps = [int(path.stem) for path in (folder.wip / "checkpoints").glob("*.json") if path.stem.isdigit()]
+        done = max(steps, default=0)
+    return {"done": done, "total": plan["total"], "unit": plan["unit"]}
+
+
+def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
+    """Refuse to run a stage before those it needs; every one of them is named.
+
+    Raises:
+        ArtifactError: with the state of each stage that is not done, and the commands to type.
+    """
+    needed = [name for name in ORDER if name in _closure(names)]
+    wrong = [state for name in needed if (state := states.of(name)).state != DONE]
+    if not wrong:
+        return
+    lines = [f"  {state.name} is {state.state}{': ' + state.detail if state.detail else ''}" for state in wrong]
+    commands = " && ".join(f"ocd {state.name}{' --force' if state.state == STALE else ''}" for state in wrong)
+    raise ArtifactError(f"{wanting} needs stages that are not done:\n" + "\n".join(lines), f"run: {commands}")
+
+
+def _closure(names: tuple[str, ...]) -> set[str]:
+    found = set(names)
+    for name in names:
+        found |= _closure(STAGES[name].reads)
+    return found

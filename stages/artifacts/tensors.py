@@ -1,0 +1,143 @@
+"""Tensors on disk: safetensors files for weights, checked against what the model expects."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from stages.artifacts.files import write_bytes
+from stages.errors import ArtifactError, DataError
+
+ALIASES = "aliases"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors whole; equal tensors give equal bytes (the header holds no time and no version)."""
+    ready = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
+    write_bytes(path, save(ready, dict(metadata) if metadata else None))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    return _read(path, ArtifactError)[0]
+
+
+def _read(path: Path, failure: type[ArtifactError] | type[DataError]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as archive:
+            return {name: archive.get_tensor(name) for name in archive.keys()}, archive.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise failure(f"{path} is missing", "ocd status tells which stage makes it") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise failure(f"{path} is damaged: {error}", "ocd verify names what else is") from error
+
+
+def save_model(path: Path, model: nn.Module) -> None:
+    """Write a model's state dict under its own keys. Tied tensors are stored once; the header maps the other names to it."""
+    seen: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in model.state_dict().items():
+        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if value.numel() and key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = value
+    save_tensors(path, tensors, {ALIASES: json.dumps(aliases, sort_keys=True)})
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Read what `save_model` wrote into a model of the same kind.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or its keys or shapes are another model's.
+    """
+    tensors, metadata = _read(path, ArtifactError)
+    for name, kept in json.loads(metadata.get(ALIASES, "{}")).items():
+        tensors[name] = tensors[kept]
+    if problems := mismatches(tensors, model.state_dict()):
+        raise ArtifactError(
+            f"{path} does not fit the model:\n{_lines(problems)}",
+            "the model changed; redo it with: ocd train-base --force",
+        )
+    model.load_state_dict(tensors)
+
+
+def mismatches(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Keys missing, keys too many, and shapes that differ, one line each."""
+    found = [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in tensors]
+    found += [f"unexpected: {name} {tuple(tensors[name].shape)}" for name in tensors if name not in wanted]
+    found += [
+        f"{name}: the file has {tuple(tensors[name].shape)}, the model {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    return found
+
+
+def import_weights(path: Path, model: nn.Module) -> None:
+    """Load a user's trained weights: safetensors, or a `.pt` read without running code, also when nested under `state_dict` or
+    `model`, or prefixed `module.`.
+
+    Raises:
+        DataError: missing, unreadable, not a state dict, or of another model (which keys, which shapes).
+    """
+    tensors = _user_tensors(path)
+    wanted = model.state_dict()
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in tensors) and not all(name in wanted for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    _fill_tied(tensors, model)
+    if problems := mismatches(tensors, wanted):
+        raise DataError(f"{path} does not fit the model:\n{_lines(problems)}", "check task.model and task.model_args")
+    model.load_state_dict(tensors)
+
+
+def _user_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing", "--weights or task.weights names it; relative paths in ocd.toml start at its folder"
+        )
+    if path.suffix == ".safetensors":
+        return _read(path, DataError)[0]
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises many kinds here; its advice to load with weights_only=False would run the file's code.
+        raise DataError(
+            f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}",
+            "save model.state_dict(), best as safetensors",
+        ) from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise DataError(f"{path} holds {type(found).__name__}, expected a state dict of tensors", "save model.state_dict()")
+    return dict(found)
+
+
+def _fill_tied(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Give a tied name that the file leaves out the tensor of its twin."""
+    by_place: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in tensors:
+            by_place.setdefault(id(value), name)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in tensors and id(value) in by_place:
+            tensors[name] = tensors[by_place[id(value)]]
+
+
+def _lines(problems: Iterable[str], most: int = 8) -> str:
+    listed = list(problems)
+    more = [f"  … and {len(listed) - most} more"] if len(listed) > most else []
+    return "\n".join([f"  {line}" for line in listed[:most]] + more)

@@ -1,0 +1,209 @@
+"""Driving a training: checkpoints, metrics, the stopping rule, and continuing exactly where a kill left it."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from stages.artifacts.files import disk_errors, link_or_copy, read_json, remove, sha256_file, write_bytes, write_json
+from stages.artifacts.progress import Report
+from stages.artifacts.tensors import load_tensors, save_tensors
+from stages.errors import ArtifactError, ComputeError
+
+# A score that falls by less than this share is kept, but does not make the training go on.
+WORTH_WAITING = 0.01
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+
+
+class Trainable(Protocol):
+    """What is driven: one step at a time, with its whole state as tensors."""
+
+    step: int
+
+    def advance(self) -> float:
+        """Take one step and return its loss."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to continue."""
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Continue from a state."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training is driven.
+
+    Attributes:
+        max_steps: steps to take at most.
+        evaluate_steps: steps between evaluations.
+        checkpoint_steps: steps between checkpoints.
+        patience: evaluations without a better score before stopping; 0: never.
+        unit: what progress counts.
+    """
+
+    max_steps: int
+    evaluate_steps: int
+    checkpoint_steps: int
+    patience: int
+    unit: str = "steps"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training ended: steps taken, whether patience ended it, the best evaluation and the snapshot made then."""
+
+    steps: int
+    stopped_early: bool
+    best: dict[str, Any]
+    snapshot: Path
+
+
+class TrainingRun:
+    """A training inside a stage's unfinished folder.
+
+    Every draw depends on (seed, step) alone, so a checkpoint is tensors plus a step; a run that was killed and continued writes
+    the same bytes as one that was not.
+
+    Args:
+        folder: the unfinished folder.
+        fingerprint: of the stage; a checkpoint of another is not continued.
+        trainer: what is driven.
+        evaluate: figures of the averaged network, the one called "score" to be minimised.
+        snapshot: the tensors worth keeping when the score is the best so far.
+        plan: how far and how often.
+        report: hears of it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        trainer: Trainable,
+        evaluate: Callable[[], dict[str, float]],
+        snapshot: Callable[[], dict[str, Tensor]],
+        plan: Plan,
+        report: Report,
+    ) -> None:
+        self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
+        self._evaluate, self._snapshot, self._plan, self._report = evaluate, snapshot, plan, report
+        self._best: dict[str, Any] = {}
+        self._waited = 0
+        self._losses: list[float] = []
+
+    def run(self) -> Trained:
+        """Train from the newest checkpoint, or from the start, to the end.
+
+        Raises:
+            ComputeError: a loss is not finite; the last good checkpoint is kept.
+        """
+        with disk_errors(self._folder):
+            (self._folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            self._resume()
+            while self._trainer.step < self._plan.max_steps and not self._exhausted():
+                self._advance()
+            if self._trainer.step and not (self._folder / CHECKPOINTS / f"{self._trainer.step:08d}.json").exists():
+                self._checkpoint()
+        return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
+
+    def _best_path(self, best: dict[str, Any]) -> Path:
+        return self._folder / CHECKPOINTS / f"best-{best['step']:08d}.safetensors"
+
+    def _exhausted(self) -> bool:
+        return 0 < self._plan.patience <= self._waited
+
+    def _advance(self) -> None:
+        plan, loss = self._plan, self._trainer.advance()
+        if loss != loss or abs(loss) == float("inf"):
+            raise ComputeError(
+                f"the loss of step {self._trainer.step + 1} is {loss}; the last good checkpoint is kept",
+                "try a smaller lr with --force",
+            )
+        self._losses.append(loss)
+        step = self._trainer.step
+        if step % plan.evaluate_steps == 0 or step == plan.max_steps:
+            self._note_evaluation(step)
+        self._report.progress(
+            step, plan.max_steps, plan.unit, loss=loss, **{k: v for k, v in self._best.items() if k == "score"}
+        )
+        if step % plan.checkpoint_steps == 0:
+            self._checkpoint()
+
+    def _note_evaluation(self, step: int) -> None:
+        figures = self._evaluate()
+        row = {"step": step, "loss": sum(self._losses) / len(self._losses), **figures}
+        self._losses = []
+        with (self._folder / METRICS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        best = self._best.get("score")
+        if best is None or figures["score"] < best - WORTH_WAITING * abs(best):
+            self._waited = 0
+        elif step % self._plan.evaluate_steps == 0:
+            self._waited += 1
+        if best is None or figures["score"] < best:
+            self._best = row
+            save_tensors(self._best_path(row), self._snapshot())
+
+    def _checkpoint(self) -> None:
+        """Tensors first, the record last: a checkpoint without its record does not exist. Two are kept."""
+        folder, step = self._folder / CHECKPOINTS, self._trainer.step
+        metrics = self._folder / METRICS
+        if metrics.exists():
+            with metrics.open("rb") as stream:
+                os.fsync(stream.fileno())
+        path = folder / f"{step:08d}.safetensors"
+        save_tensors(path, self._trainer.state())
+        record = {
+            "fingerprint": self._fingerprint,
+            "step": step,
+            "sha256": sha256_file(path),
+            "best": self._best,
+            "waited": self._waited,
+            "losses": self._losses,
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+        }
+        write_json(folder / f"{step:08d}.json", record)
+        kept = sorted(folder.glob("*.json"))
+        for old in kept[:-2]:
+            remove(old)
+            remove(old.with_suffix(".safetensors"))
+        bests = {self._best_path(best) for path in kept[-2:] if (best := read_json(path)["best"])}
+        for path in set(folder.glob("best-*.safetensors")) - bests:
+            remove(path)
+
+    def _resume(self) -> None:
+        """Take the newest whole checkpoint that is not past the end, and forget what was written after it."""
+        for path in sorted((self._folder / CHECKPOINTS).glob("*.json"), reverse=True):
+            try:
+                record = read_json(path)
+                tensors = path.with_suffix(".safetensors")
+                if record["fingerprint"] != self._fingerprint or sha256_file(tensors) != record["sha256"]:
+                    raise ArtifactError(f"{tensors} does not match its record")
+                if record["step"] <= self._plan.max_steps:
+                    self._trainer.restore(load_tensors(tensors), record["step"])
+                    break
+            except (ArtifactError, OSError, KeyError, TypeError) as error:
+                self._report.message(f"checkpoint {path.stem} is not usable, the one before is taken: {error}")
+            remove(path)
+        else:
+            remove(self._folder / METRICS)
+            return
+        self._best, self._waited, self._losses = record["best"], record["waited"], list(record["losses"])
+        metrics = self._folder / METRICS
+        if metrics.exists():
+            write_bytes(metrics, metrics.read_bytes()[: record["metrics_bytes"]])
+        self._report.message(f"continues from step {record['step']:,}")
+
+
+def take_up_training(finished: Path, wip: Path) -> None:
+    """Begin an unfinished folder from a finished training's checkpoints and metrics, to go further."""
+    for path in [*(finished / CHECKPOINTS).iterdir(), finished / METRICS]:
+        link_or_copy(path, wip / path.relative_to(finished))
+
+
+def _plain(value: float) -> float | int:
+    return value if isinstance(value, int) else float(f"{value:.8g}")

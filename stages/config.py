@@ -1,0 +1,171 @@
+"""Every setting of `ocd.toml`: its default, range, unit, one-line meaning and class. The only home of a default.
+
+A setting has one of three classes. *Identity* decides what a result is: a change makes the stage stale. *Extent* says how
+far to go: larger continues, smaller is stale. *Execution* decides only how the work is done and never makes a stage stale.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+
+IDENTITY, EXTENT, EXECUTION = "identity", "extent", "execution"
+
+Auto = Literal["auto"]
+
+
+def _setting(default: Any, kind: str, meaning: str, **bounds: Any) -> Any:
+    return Field(default, description=meaning, json_schema_extra={"kind": kind}, **bounds)
+
+
+def identity(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A setting that is part of what the result is."""
+    return _setting(default, IDENTITY, meaning, **bounds)
+
+
+def extent(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A setting that says how far to go."""
+    return _setting(default, EXTENT, meaning, **bounds)
+
+
+def execution(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A setting that only says how the work is done."""
+    return _setting(default, EXECUTION, meaning, **bounds)
+
+
+class Table(BaseModel):
+    """One table of `ocd.toml`: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    title: ClassVar[str]
+
+    def of_kind(self, kind: str) -> dict[str, Any]:
+        """The settings of one class, by the names they have in `ocd.toml`."""
+        return {
+            info.alias or name: getattr(self, name)
+            for name, info in type(self).model_fields.items()
+            if info.json_schema_extra["kind"] == kind
+        }
+
+
+class RunTable(Table):
+    title: ClassVar[str] = "where the results go, and what every stage shares"
+    directory: str = execution("run", "folder of the results, relative to this file")
+    seed: int = identity(0, "seed of every random draw", ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = execution("auto", "auto takes cuda where there is one")
+
+
+class TaskTable(Table):
+    title: ClassVar[str] = "the model, its loss and its data"
+    model: str | None = identity(None, 'callable that returns the model, "module:name"')
+    model_args: dict[str, Any] = identity({}, "keyword arguments for it")
+    class_: str | None = identity(None, 'a Task class instead of model, loss and data, "module:Name"', alias="class")
+    args: dict[str, Any] = identity({}, "keyword arguments for the Task class")
+    weights: str | None = execution(None, "trained weights to import (.safetensors, .pt); without, train-base trains")
+    loss: str | None = identity(
+        None, 'cross_entropy, binary_cross_entropy, mse, mae, huber, or "module:name": (output, y) -> (B,)'
+    )
+    kind: Literal["classification", "regression", "other"] | None = identity(
+        None, "how outputs are combined and scored; known for the built-in losses"
+    )
+    train: str | None = execution(None, 'npz file with arrays x and y, or "module:name" of a Dataset')
+    test: str | None = execution(None, "the same, for testing")
+    validation: str | None = execution(None, "the same, for early stopping; without, a part of train is held out")
+    validation_fraction: float = identity(0.1, "part of train held out when validation is not set", gt=0, lt=1)
+
+
+class TrainBaseTable(Table):
+    title: ClassVar[str] = "the default trainer of the base, unless weights are imported"
+    optimizer: Literal["adam", "sgd"] = identity("adam", "sgd has momentum 0.9")
+    lr: float = identity(1e-3, "learning rate", gt=0)
+    weight_decay: float = identity(0.0, "decoupled for adam", ge=0)
+    batch_size: int = identity(64, "samples a step", ge=1)
+    epochs: int = extent(20, "passes over the training samples, at most", ge=1)
+    patience: int = identity(5, "epochs without a better validation loss before stopping; 0: never stop early", ge=0)
+
+
+class SelectLayerTable(Table):
+    title: ClassVar[str] = "which weight OCD changes (Eq. 6)"
+    layer: str = identity("auto", "a parameter name such as fc1.weight; auto takes the highest score")
+    draws: int = identity(1000, "perturbations a candidate (the paper: 10000); 0: no scores, layer must be named", ge=0)
+    samples: int = identity(64, "training samples the score is summed over", ge=1)
+    sigma: float = identity(0.1, "noise, in standard deviations of the layer's own weights", gt=0)
+
+
+class CollectTable(Table):
+    title: ClassVar[str] = "overfitting: a few gradient steps for each sample, on the layer alone"
+    optimizer: Literal["adam", "sgd"] = identity("adam", "sgd is plain gradient descent")
+    lr: float = identity(5e-4, "learning rate", gt=0)
+    steps: int = identity(3, "gradient steps a sample", ge=1)
+    split: Literal["train", "validation", "all"] = identity(
+        "train", "rows of train to overfit: those the base was trained on, those held out from it, or both"
+    )
+    samples: int | Literal["all"] = extent("all", "how many of them, in a seeded order", ge=1)
+    batch_size: int | Auto = execution("auto", "samples overfitted at once", ge=1)
+    block_samples: int | Auto = execution("auto", "samples a block: the unit of writing and of resuming", ge=1)
+
+
+class TrainDiffusionTable(Table):
+    title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
+    preset: Literal["auto", "mlp"] = identity("auto", "denoiser; mlp: residual MLP on the flattened delta")
+    width: int | Auto = identity("auto", "hidden width of the mlp preset, even; auto: about 4·sqrt(out·in)", ge=8)
+    blocks: int = identity(3, "residual blocks of the mlp preset", ge=1)
+    prediction: Literal["auto", "epsilon", "x0"] = identity("auto", "what the denoiser outputs; auto: x0 for mlp")
+    schedule: Literal["ddpm", "authors", "paper"] = identity("ddpm", "noise schedule")
+    lr: float = identity(5e-4, "learning rate", gt=0)
+    lr_schedule: Literal["constant", "cosine"] = identity(
+        "constant", "cosine falls to zero at max_steps, and makes max_steps part of the result"
+    )
+    batch_size: int = identity(128, "deltas a step", ge=1)
+    max_steps: int = extent(10_000, "gradient steps, at most", ge=1)
+    patience: int = identity(10, "evaluations without a better held-out loss before stopping; 0: never stop early", ge=0)
+    evaluate_steps: int = identity(200, "steps between evaluations on held-out deltas", ge=1)
+    held_out: float = identity(0.05, "part of the store kept for evaluation, at most 512 deltas", gt=0, lt=1)
+    checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
+
+
+class TrainScaleTable(Table):
+    title: ClassVar[str] = "the network for rho, the norm of the delta (Eq. 10)"
+    loss: Literal["log", "paper"] = identity("log", "log: squared error of log rho; paper: Eq. 10")
+    width: int = identity(128, "hidden width", ge=1)
+    lr: float = identity(1e-3, "learning rate", gt=0)
+    batch_size: int = identity(128, "samples a step", ge=1)
+    max_steps: int = extent(3000, "gradient steps, at most", ge=1)
+    patience: int = identity(10, "evaluations without a better held-out loss before stopping; 0: never stop early", ge=0)
+    evaluate_steps: int = identity(100, "steps between evaluations on held-out samples", ge=1)
+    held_out: float = identity(0.05, "part of the store kept for evaluation, at most 512 samples", gt=0, lt=1)
+    checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
+
+
+class InferTable(Table):
+    title: ClassVar[str] = "sampling deltas and predicting with them (Alg. 2)"
+    ensemble: int = extent(5, "members: deltas sampled for each input", ge=1)
+    sample_steps: int = identity(10, "steps of the sampler", ge=1)
+    sampler: Literal["ddim", "ddpm"] = identity("ddim", "ddim is deterministic after its first noise")
+    strength: float = identity(1.0, "factor on the predicted rho; 1 is the paper, 0 is the base", ge=0)
+    save_deltas: bool = identity(False, "also write every sampled delta")
+    batch_size: int | Auto = execution("auto", "inputs at once, each with all its members", ge=1)
+
+
+class Settings(BaseModel):
+    """The whole of `ocd.toml`: one table a stage, each optional but `task`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    run: RunTable = RunTable()
+    task: TaskTable
+    train_base: TrainBaseTable = Field(TrainBaseTable(), alias="train-base")
+    select_layer: SelectLayerTable = Field(SelectLayerTable(), alias="select-layer")
+    collect: CollectTable = CollectTable()
+    train_diffusion: TrainDiffusionTable = Field(TrainDiffusionTable(), alias="train-diffusion")
+    train_scale: TrainScaleTable = Field(TrainScaleTable(), alias="train-scale")
+    infer: InferTable = InferTable()
+
+    def table(self, name: str) -> Table:
+        """The table called `name` in `ocd.toml`."""
+        return getattr(self, name.replace("-", "_"))
+
+
+def tables() -> dict[str, type[Table]]:
+    """Every table's class by its name in `ocd.toml`, in the order of the pipeline."""
+    return {info.alias or name: info.annotation for name, info in Settings.model_fields.items()}

@@ -1,0 +1,63 @@
+"""What the two trainings learn from: the store's rows that are not degenerate, a few of them held out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.diffusion.conditioning import Fields
+from stages.errors import ComputeError
+from stages.seeds import generator
+
+MOST_HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples of the store.
+
+    Attributes:
+        fields: conditioning by name, each (N, …).
+        rho: (N,), positive.
+        deltas: (N, out, in), or None where only the scale is learned.
+    """
+
+    fields: Fields
+    rho: Tensor
+    deltas: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rho)
+
+    def take(self, rows: Tensor) -> "Rows":
+        """Some of the rows."""
+        deltas = None if self.deltas is None else self.deltas[rows]
+        return Rows({name: value[rows] for name, value in self.fields.items()}, self.rho[rows], deltas)
+
+    def to(self, device: torch.device) -> "Rows":
+        """On another device."""
+        deltas = None if self.deltas is None else self.deltas.to(device)
+        return Rows({name: value.to(device) for name, value in self.fields.items()}, self.rho.to(device), deltas)
+
+
+def usable_split(degenerate: Tensor, rho: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers for training and held out, each ascending, of the rows that are neither degenerate nor zero.
+
+    Args:
+        degenerate: (N,) bool.
+        rho: (N,).
+        fraction: part held out, at least one row and at most 512.
+        seed: the run's; both trainings hold out the same rows.
+
+    Raises:
+        ComputeError: fewer than two rows are usable.
+    """
+    usable = torch.nonzero(~degenerate & (rho > 0)).squeeze(1)
+    if len(usable) < 2:
+        raise ComputeError(
+            f"of {len(rho):,} deltas {len(usable)} are usable; the others are degenerate: the base fits these samples already",
+            'collect rows the base has not seen with collect.split = "validation", or stop the base\'s training earlier',
+        )
+    held = max(1, min(MOST_HELD_OUT, len(usable) - 1, round(len(usable) * fraction)))
+    order = usable[torch.randperm(len(usable), generator=generator(seed, "held-out"))]
+    return order[held:].sort().values, order[:held].sort().values

@@ -1,0 +1,65 @@
+"""From conditioning to deltas: sample a unit delta for each input and member, and give it the predicted length."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.diffusion.conditioning import Fields
+from stages.diffusion.denoisers import Denoiser, unit
+from stages.diffusion.sampler import Noise, sample
+from stages.diffusion.scale import ScaleNetwork
+from stages.diffusion.schedule import NoiseSchedule
+from stages.seeds import generator
+
+
+@dataclass(frozen=True)
+class DeltaGenerator:
+    """Draws deltas g(x, I(x)) = ρ(x, I(x)) · g_u(x, I(x)) (Eq. 2).
+
+    Attributes:
+        denoiser: trained, in eval mode.
+        schedule: the one it was trained with.
+        scale: the scale network, in eval mode.
+        seed: the run's; the noise of input i and member m depends on seed, i and m alone.
+        sampler: "ddim" or "ddpm".
+        sample_steps: steps of the sampler.
+        strength: factor on the predicted ρ.
+    """
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    scale: ScaleNetwork
+    seed: int
+    sampler: str
+    sample_steps: int
+    strength: float
+
+    @torch.no_grad()
+    def __call__(self, fields: Fields, rows: list[int], members: range) -> tuple[Tensor, Tensor]:
+        """Deltas for B inputs and E members, all in one batch; the conditioning is encoded once per input.
+
+        Args:
+            fields: conditioning, each (B, …).
+            rows: numbers of the inputs, (B,).
+            members: numbers of the members.
+
+        Returns:
+            deltas (B, E, out, in), each of norm strength · ρ̂ (the sample is renormalised: Eq. 3), and ρ̂ (B,).
+        """
+        device = next(self.denoiser.parameters()).device
+        count, shape = len(members), self.denoiser.shape
+        noise = Noise([generator(self.seed, "infer", row, member) for row in rows for member in members], shape, device)
+        encoded = self.denoiser.encode(fields).repeat_interleave(count, dim=0)
+        sampled = sample(
+            lambda noisy, t: self.denoiser(noisy, t, encoded),
+            self.schedule,
+            noise,
+            prediction=self.denoiser.prediction,
+            sampler=self.sampler,
+            sample_steps=self.sample_steps,
+        )
+        rho = self.scale(fields).exp()
+        length = self.strength * rho / (shape[0] * shape[1]) ** 0.5
+        deltas = unit(sampled).view(len(rows), count, *shape) * length.view(-1, 1, 1, 1)
+        return deltas, rho

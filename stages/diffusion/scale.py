@@ -1,0 +1,61 @@
+"""The scale network ρ(x, I(x)): how long the delta is (Eq. 2 and 10)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stages.diffusion.conditioning import Fields, NormalisedFields
+
+LOG, PAPER = "log", "paper"
+
+
+class ScaleNetwork(nn.Module):
+    """An MLP from the normalised fields, side by side, to log ρ; it begins at the training set's mean of log ρ.
+
+    Args:
+        widths: numbers of each conditioning field.
+        width: hidden width.
+    """
+
+    def __init__(self, widths: dict[str, int], width: int) -> None:
+        super().__init__()
+        self.normalise = NormalisedFields(widths)
+        self.body = nn.Sequential(
+            nn.Linear(sum(widths.values()), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        )
+        nn.init.zeros_(self.body[-1].weight)
+        nn.init.zeros_(self.body[-1].bias)
+        self.register_buffer("mean_log_rho", torch.zeros(()))
+        self.register_buffer("scale_log_rho", torch.ones(()))
+
+    def fit(self, fields: Fields, rho: Tensor) -> None:
+        """Take the statistics of training samples: fields (N, …), ρ (N,)."""
+        self.normalise.fit(fields)
+        log_rho = rho.double().log()
+        self.mean_log_rho.copy_(log_rho.mean())
+        self.scale_log_rho.copy_(log_rho.std(correction=0).clamp_min(1e-6))
+
+    def forward(self, fields: Fields) -> Tensor:
+        """log ρ̂ of samples: fields (B, …) to (B,)."""
+        values = torch.cat(list(self.normalise(fields).values()), dim=1)
+        return self.mean_log_rho + self.scale_log_rho * self.body(values).squeeze(1)
+
+
+def scale_loss(log_rho: Tensor, rho: Tensor, loss: str) -> Tensor:
+    """The scale network's loss for each sample.
+
+    "log" (ours): (log ρ̂ − log ρ)². "paper": 10·log10(|ρ̂ − ρ|²/ρ + 1e-8) (Eq. 10); without the 1e-8 of the authors' code it has
+    no lower bound.
+
+    Args:
+        log_rho: predicted, (B,).
+        rho: true, (B,), positive.
+        loss: "log" or "paper".
+
+    Returns:
+        (B,).
+    """
+    if loss == LOG:
+        return (log_rho - rho.log()).square()
+    return 10 / math.log(10) * ((log_rho.exp() - rho).square() / rho + 1e-8).log()

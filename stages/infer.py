@@ -1,0 +1,332 @@
+"""infer: sample deltas from the inputs alone, apply them, predict (Alg. 2); and the door for Python programs, `open_run`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor, nn
+
+from stages.artifacts.files import digest, read_json, require_space, sha256_file
+from stages.artifacts.pipeline import STAGES
+from stages.artifacts.progress import Report
+from stages.artifacts.project import Project, load_project
+from stages.artifacts.run_directory import StageFolder, check_run, folder_of
+from stages.artifacts.states import PARTIAL, require_done
+from stages.artifacts.tensors import load_tensors
+from stages.diffusion.denoisers import make_denoiser
+from stages.diffusion.generate import DeltaGenerator
+from stages.diffusion.scale import ScaleNetwork
+from stages.diffusion.schedule import make_schedule
+from stages.errors import ArtifactError, SettingsError
+from stages.stage import Finished, Outcome, Stage
+from stages.tasks.conditioning import condition
+from stages.tasks.data import Split, check_like, load_npz
+from stages.tasks.loader import forward
+from stages.tasks.scoring import metrics_of
+from stages.tasks.user_code import user_code
+from stages.trees import Tree, concatenate, leaves, to_device, tree_map
+from stages.weights.per_sample import choose
+from stages.weights.personalised import PersonalisedModel, Prediction
+
+PREDICTIONS, DELTAS = "predictions.npz", "deltas.zarr"
+SPLITS = ("test", "validation", "train")
+BATCH_BYTES = 64 << 20
+
+
+def infer(
+    project: Project,
+    *,
+    split: str = "test",
+    input_file: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    report: Report | None = None,
+) -> Outcome:
+    """Predict for a split of the task, or for the x of an npz file. Asking again with other settings redoes that one answer.
+
+    Raises:
+        OcdError: as `Stage.execute`; inputs that are missing, damaged or unlike the training set's.
+    """
+    return Infer(project, report, split=split, input_file=input_file).execute(force=force, dry_run=dry_run)
+
+
+def open_run(
+    config: Path | str | None = None,
+    *,
+    run: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> PersonalisedModel:
+    """Open a finished run for predicting from Python: `open_run("ocd.toml").predict(x, ensemble=5).output`.
+
+    Args:
+        config: `ocd.toml` or its folder; by default found from the working directory upward.
+        run: another run directory.
+        overrides: "table.key=value" texts, as `--set` takes them.
+        values: "table.key" to value.
+
+    Raises:
+        OcdError: settings with faults, stages that are not done, damaged artifacts.
+    """
+    project = load_project(config, run=run, overrides=overrides, values=values)
+    check_run(project)
+    stage = Infer(project)
+    require_done(stage.states, STAGES["infer"].reads, "predicting")
+    return stage.personalised
+
+
+def query_name(split: str, input_file: Path | None) -> str:
+    """The name of an answer's folder: the split, or the stem of the input file, told apart from the splits."""
+    if input_file is None:
+        return split
+    stem = re.sub(r"[^\w-]+", "-", input_file.stem).strip("-") or "input"
+    return f"input-{stem}" if stem in SPLITS else stem
+
+
+class Infer(Stage):
+    """The stage, for one query.
+
+    Args:
+        project: the project.
+        report: hears of its progress.
+        split: test, validation or train.
+        input_file: an npz file with x, in place of a split.
+    """
+
+    name = "infer"
+    redoes_stale = True
+
+    def __init__(
+        self, project: Project, report: Report | None = None, *, split: str = "test", input_file: Path | None = None
+    ) -> None:
+        super().__init__(project, report)
+        if split not in SPLITS:
+            raise SettingsError(f"--split {split}: expected one of {', '.join(SPLITS)}", "or name a file with --input")
+        self._split, self._input_file = split, input_file
+
+    @property
+    def folder(self) -> StageFolder:
+        """`infer/<name>`."""
+        return folder_of(self.project, self.name, query_name(self._split, self._input_file))
+
+    @property
+    def splits_read(self) -> dict[str, str]:
+        """The split whose content counts; a part of train has that of train."""
+        has_file = self._split != "validation" or self._has_validation
+        return {"input": "" if self._input_file else self._split if has_file else "train"}
+
+    def content_inputs(self) -> dict[str, Any]:
+        """The input file's hash, or the split's name."""
+        if self._input_file is None:
+            return {"query": self._split}
+        self._inputs  # a file with faults is refused before it is hashed
+        return {"query": sha256_file(self._input_file)}
+
+    def plan(self) -> dict[str, Any]:
+        """Inputs, members and bytes."""
+        count, members = len(self._inputs), self.settings.ensemble
+        size = count * (members + 2) * self._output_bytes()
+        if self.settings.save_deltas:
+            size += count * members * 4 * self.layer.numel
+        return {"what": f"{count:,} inputs × {members} members, {self.settings.sample_steps} steps each", "bytes": size}
+
+    def work(self, wip: Path) -> Finished:
+        """Predict batch by batch, then write all at once."""
+        settings, inputs = self.settings, self._inputs
+        check_like(inputs.inputs([0]), self.splits["all"].inputs([0]), inputs.name)
+        batch = self.keep_execution(batch_size=self._batch_size())["batch_size"]
+        require_space(wip, self.plan()["bytes"])
+        known = self._known_members()
+        first = 0 if known is None else len(next(iter(leaves(known).values())))
+        deltas = self._delta_array(wip, len(inputs), batch) if settings.save_deltas else None
+        self.tell_total(len(inputs), "inputs")
+        parts: list[Prediction] = []
+        for start in range(0, len(inputs), batch):
+            span = range(start, min(len(inputs), start + batch))
+            found = self.personalised.predict(
+                inputs.inputs(span), settings.ensemble - first, rows=list(span), first_member=first
+            )
+            if deltas is not None:
+                deltas[span.start : span.stop] = found.deltas.cpu().numpy()
+            parts.append(_to_cpu(found))
+            self.report.progress(span.stop, len(inputs), "inputs")
+        members = concatenate([tree_map(lambda leaf: leaf.transpose(0, 1), part.members) for part in parts])
+        members = tree_map(lambda leaf: leaf.transpose(0, 1), members)
+        if known is not None:
+            members = tree_map(lambda old, new: torch.cat([old, new]), known, members)
+        return self._finished(
+            wip, members, concatenate([part.base_output for part in parts]), torch.cat([part.rho for part in parts])
+        )
+
+    @cached_property
+    def personalised(self) -> PersonalisedModel:
+        """The base with input-dependent weights."""
+
+        def run_forward(model: nn.Module, x: Tree) -> Tree:
+            return forward(self.task, model, x)
+
+        sample = self.splits["all"].inputs([0])
+        run, reason = choose(self.base, self.layer, run_forward, to_device(concatenate([sample, sample]), self.device))
+        if reason:
+            self.report.message(f"deltas are applied by the plain loop: {reason}")
+
+        def conditioned(x: Tree) -> tuple[Tree, dict[str, Tensor]]:
+            return condition(self.task, self.base, self.layer, x)[:2]
+
+        def prepared(x: Tree) -> Tree:
+            x = tree_map(lambda leaf: _as_tensor(leaf), x)
+            check_like(x, sample, "x")
+            return to_device(x, self.device)
+
+        return PersonalisedModel(
+            self.base,
+            self.layer,
+            run,
+            run_forward,
+            conditioned,
+            self._generator(),
+            self._combine,
+            prepared,
+            self.settings.ensemble,
+        )
+
+    def _combine(self, outputs: Tree) -> Tree:
+        with user_code("combine()"):
+            return self.task.combine(outputs)
+
+    def _generator(self) -> DeltaGenerator:
+        """The trained networks, loaded."""
+        denoiser_folder, scale_folder = (folder_of(self.project, name).path for name in ("train-diffusion", "train-scale"))
+        description = read_json(denoiser_folder / "denoiser.json")
+        denoiser = make_denoiser(description)
+        _load(denoiser, denoiser_folder / "denoiser.safetensors")
+        shape = read_json(scale_folder / "scale.json")
+        scale = ScaleNetwork(shape["fields"], shape["width"])
+        _load(scale, scale_folder / "scale.safetensors")
+        if tuple(description["shape"]) != self.layer.matrix_shape:
+            raise ArtifactError(
+                f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {self.layer.matrix_shape}",
+                "run: ocd train-diffusion --force",
+            )
+        numel = self.layer.numel
+        settings = self.settings
+        return DeltaGenerator(
+            denoiser.to(self.device).eval().requires_grad_(False),
+            make_schedule(description["schedule"], numel, description["prediction"]),
+            scale.to(self.device).eval().requires_grad_(False),
+            self.seed,
+            settings.sampler,
+            settings.sample_steps,
+            settings.strength,
+        )
+
+    @property
+    def _has_validation(self) -> bool:
+        return self.splits["validation"].dataset is not self.splits["all"].dataset
+
+    @cached_property
+    def _inputs(self) -> Split:
+        if self._input_file is not None:
+            return Split(load_npz(self._input_file, labels=False), name=self._input_file.name)
+        return self.test_split if self._split == "test" else self.splits[self._split]
+
+    def _batch_size(self) -> int:
+        if self.settings.batch_size != "auto":
+            return self.settings.batch_size
+        return max(1, min(1024, BATCH_BYTES // (4 * self.layer.numel * self.settings.ensemble)))
+
+    def _output_bytes(self) -> int:
+        with torch.no_grad():
+            output = forward(self.task, self.base, to_device(self._inputs.inputs([0]), self.device))
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(output).values())
+
+    def _known_members(self) -> Tree | None:
+        """The members of a smaller ensemble that is this answer otherwise, (E, N, …), or None."""
+        state = self._state()
+        if state.state != PARTIAL or state.manifest is None or not self.folder.path.exists() or self.settings.save_deltas:
+            return None
+        if state.manifest["fingerprint"] != self.fingerprint:
+            return None
+        with np.load(self.folder.path / PREDICTIONS, allow_pickle=False) as archive:
+            if "member_output" not in archive.files:
+                return None
+            return torch.from_numpy(archive["member_output"]).transpose(0, 1)
+
+    def _delta_array(self, wip: Path, count: int, batch: int) -> Any:
+        group = zarr.open_group(wip / DELTAS, mode="w", zarr_format=3)
+        shape = (self.settings.ensemble, *self.layer.matrix_shape)
+        codecs = [zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()]
+        return group.create_array(
+            "delta",
+            shape=(count, *shape),
+            chunks=(min(batch, count), *shape),
+            dtype="float32",
+            fill_value=float("nan"),
+            compressors=codecs,
+        )
+
+    def _finished(self, wip: Path, members: Tree, base_output: Tree, rho: Tensor) -> Finished:
+        output = self._combine(members)
+        arrays: dict[str, Any] = {"rho": rho, "sample_index": self._inputs.rows}
+        for name, tree in (("base_output", base_output), ("output", output)):
+            arrays |= {f"{name}.{path}".rstrip("."): leaf for path, leaf in leaves(tree).items()}
+        arrays |= {f"member_output.{path}".rstrip("."): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
+        _save_npz(wip / PREDICTIONS, {name: value.contiguous().numpy() for name, value in arrays.items()})
+        one = tree_map(lambda leaf: leaf[0], members)
+        summary = {
+            "query": query_name(self._split, self._input_file),
+            "inputs": len(self._inputs),
+            "ensemble": self.settings.ensemble,
+            "rho": float(rho.double().mean()),
+            "metrics": self._metrics({"base": base_output, "ocd one draw": one, "ocd ensemble": output}),
+            "predictions": PREDICTIONS,
+        }
+        reached = {"value": self.settings.ensemble, "reached": self.settings.ensemble, "exhausted": False}
+        return Finished(summary, digest(sha256_file(wip / PREDICTIONS)), {"infer.ensemble": reached})
+
+    def _metrics(self, outputs: dict[str, Tree]) -> dict[str, dict[str, float]] | None:
+        """Means of the task's metrics for each output; None where there are no labels. Labels are read here, after every
+        prediction is made, and nowhere else."""
+        _, y = self._inputs.batch(range(len(self._inputs)))
+        if y is None:
+            return None
+        return {
+            row: {name: float(value.double().mean()) for name, value in metrics_of(self.task, output, y).items()}
+            for row, output in outputs.items()
+        }
+
+
+def _as_tensor(leaf: Any) -> Tensor:
+    leaf = torch.as_tensor(leaf)
+    return leaf.float() if leaf.dtype == torch.float64 else leaf
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    try:
+        network.load_state_dict(load_tensors(path))
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} does not fit its description: {str(error).splitlines()[0]}", "redo that stage with --force"
+        ) from error
+
+
+def _to_cpu(found: Prediction) -> Prediction:
+    """Without the deltas, which would fill memory."""
+    cpu = torch.device("cpu")
+    return Prediction(
+        to_device(found.output, cpu),
+        to_device(found.members, cpu),
+        to_device(found.base_output, cpu),
+        found.rho.cpu(),
+        torch.empty(0),
+    )
+
+
+def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as stream:
+        np.savez(stream, **arrays)

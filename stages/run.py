@@ -1,0 +1,58 @@
+"""run: bring the stages up to date, in order."""
+
+from collections.abc import Callable, Iterator
+
+from stages.artifacts.pipeline import ORDER
+from stages.artifacts.states import MISSING
+from stages.errors import SettingsError
+from stages.stage import Outcome
+
+# A stage's command, with everything but its progress decided.
+StageCommand = Callable[[], Outcome]
+
+
+def stages_between(start: str | None, until: str | None) -> tuple[str, ...]:
+    """The stages from `start` to `until`, both included.
+
+    Raises:
+        SettingsError: an unknown stage, or an end before the start.
+    """
+    for option, name in (("--from", start), ("--until", until)):
+        if name is not None and name not in ORDER:
+            raise SettingsError(f"{option} {name}: unknown stage", f"the stages are {', '.join(ORDER)}")
+    first, last = ORDER.index(start or ORDER[0]), ORDER.index(until or ORDER[-1])
+    if last < first:
+        raise SettingsError(f"--until {until} comes before --from {start}", f"the order is {', '.join(ORDER)}")
+    return ORDER[first : last + 1]
+
+
+def run(
+    commands: dict[str, StageCommand], start: str | None = None, until: str | None = None, *, dry_run: bool = False
+) -> Iterator[Outcome]:
+    """Bring the stages from `start` to `until` up to date, in order; the first failure ends it.
+
+    Args:
+        commands: each stage's command by name. They are given, not imported: commands do not know one another.
+        start: first stage, by default train-base.
+        until: last stage, by default infer.
+        dry_run: the commands only plan; a stage whose inputs are yet to be made is then no failure.
+
+    Yields:
+        each stage's outcome as it comes.
+
+    Raises:
+        OcdError: the first stage's that fails.
+    """
+    waits_for = ""
+    for name in stages_between(start, until):
+        if waits_for:
+            yield Outcome(
+                name,
+                {"stage": name, "state": MISSING, "what": f"how much is known once {waits_for} is done"},
+                planned=True,
+            )
+            continue
+        outcome = commands[name]()
+        if dry_run and not outcome.up_to_date:
+            waits_for = name
+        yield outcome

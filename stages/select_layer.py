@@ -1,0 +1,131 @@
+"""select-layer: score every candidate by the entropy of the loss under perturbation (Eq. 6), and choose one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.artifacts.files import write_json
+from stages.artifacts.pipeline import AUTO
+from stages.artifacts.progress import Report
+from stages.artifacts.project import Project
+from stages.errors import ComputeError, SettingsError
+from stages.seeds import generator, seed_of
+from stages.stage import Finished, Outcome, Stage
+from stages.tasks.loader import forward, losses
+from stages.trees import Tree, take, to_device
+from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
+from stages.weights.layer import Layer, candidates, find_layer
+from stages.weights.per_sample import choose
+
+LAYER_FILE = "layer.json"
+# Rows of one forward pass: several draws share it, so that small models are not ruled by the cost of a call.
+ROWS_AT_ONCE = 512
+
+
+def select_layer(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
+    """Bring the choice of the layer up to date.
+
+    Raises:
+        OcdError: as `Stage.execute`; a layer that does not exist or is a vector; losses that are not finite.
+    """
+    return SelectLayer(project, report).execute(force=force, dry_run=dry_run)
+
+
+class SelectLayer(Stage):
+    """The stage."""
+
+    name = "select-layer"
+
+    def plan(self) -> dict[str, Any]:
+        """Draws, samples and candidates."""
+        found = candidates(self.base)
+        what = f"{self.settings.draws:,} draws × {self._samples():,} samples × {len(found)} candidates"
+        return {"what": what, "bytes": 1000 * len(found)}
+
+    def work(self, wip: Path) -> Finished:
+        """Score the candidates, rank them, choose, and write `layer.json`."""
+        chosen = None if self.settings.layer == AUTO else find_layer(self.base, self.settings.layer)
+        if chosen is None and self.settings.draws < 2:
+            raise SettingsError(
+                f"select-layer.draws = {self.settings.draws}: a score needs at least 2 draws",
+                "set more draws, or name a layer with --layer",
+            )
+        found = candidates(self.base)
+        rows = (
+            self._entries(found)
+            if self.settings.draws >= 2
+            else [{"name": c.name, "shape": list(c.shape), "score": None} for c in found]
+        )
+        name = chosen.name if chosen else max(rows, key=lambda row: row["score"])["name"]
+        layer = find_layer(self.base, name)
+        result = {
+            "layer": name,
+            "shape": list(layer.shape),
+            "chosen_by": "setting" if chosen else "score",
+            "candidates": rows,
+        }
+        write_json(wip / LAYER_FILE, result)
+        return Finished(result, name)
+
+    def _samples(self) -> int:
+        return min(self.settings.samples, len(self.splits["train"]))
+
+    def _batch(self) -> tuple[Tree, Tree]:
+        """The same seeded training samples for every candidate."""
+        train = self.splits["train"]
+        picked = torch.randperm(len(train), generator=generator(self.seed, "select-layer", "samples"))[: self._samples()]
+        x, y = train.batch(picked.sort().values)
+        return to_device(x, self.device), to_device(y, self.device)
+
+    def _entries(self, found: list[Layer]) -> list[dict[str, Any]]:
+        x, y = self._batch()
+        entropies, spreads = [], []
+        for number, layer in enumerate(found):
+            values = self._losses(layer, x, y, number, len(found))
+            entropies.append([kde_entropy(column) for column in values.T])
+            spreads.append(float(values.std(axis=0).mean()))
+        scores = np.array(entropies)
+        stability = rank_stability(scores, np.random.default_rng(seed_of(self.seed, "select-layer", "resampling")))
+        ranks = ranks_of(scores.sum(1))
+        return [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "score": float(scores[i].sum()),
+                "loss_spread": spreads[i],
+                "rank": int(ranks[i]),
+                "rank_stability": float(stability[i]),
+            }
+            for i, layer in enumerate(found)
+        ]
+
+    def _losses(self, layer: Layer, x: Tree, y: Tree, number: int, count: int) -> np.ndarray:
+        """The losses of one candidate's draws, (draws, S)."""
+
+        def run_forward(model: torch.nn.Module, batch: Tree) -> Tree:
+            return forward(self.task, model, batch)
+
+        run, _ = choose(self.base, layer, run_forward, take(x, slice(0, 2)))
+        draws = self.settings.draws
+        parts, done = [], 0
+        for part in perturbed_losses(
+            run,
+            layer,
+            layer.weight(self.base),
+            x,
+            y,
+            lambda output, labels: losses(self.task, output, labels),
+            draws=draws,
+            sigma=self.settings.sigma,
+            seed=self.seed,
+            at_once=max(1, ROWS_AT_ONCE // self._samples()),
+        ):
+            parts.append(part)
+            done += len(part)
+            self.report.progress(number * draws + done, count * draws, "draws")
+        values = np.concatenate(parts)
+        if not np.isfinite(values).all():
+            raise ComputeError(f"the loss is not finite when {layer.name} is perturbed", "take a smaller select-layer.sigma")
+        return values

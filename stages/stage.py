@@ -1,0 +1,347 @@
+"""What every stage is: a plan, and work done inside an unfinished folder that gets its name when it is whole."""
+
+import datetime
+import importlib.metadata
+import platform
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
+from stages.artifacts.inputs import task_sources
+from stages.artifacts.pipeline import AUTO, STAGES, StageSpec
+from stages.artifacts.progress import Logged, Report, Silent
+from stages.artifacts.project import Project
+from stages.artifacts.run_directory import BEGUN, MANIFEST, StageFolder, check_run, file_records, folder_of, open_run
+from stages.artifacts.states import DONE, PARTIAL, STALE, StageState, States, make_identity, require_done
+from stages.artifacts.tensors import load_model
+from stages.config import EXECUTION
+from stages.errors import ArtifactError, SettingsError, TryAgainError
+from stages.seeds import global_seed
+from stages.tasks.data import Split, dataset_identity
+from stages.tasks.loader import load_splits, load_task, load_test
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import user_code
+from stages.weights.layer import Layer, find_layer
+
+BASE_FILE = "base.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage's command gives back.
+
+    Attributes:
+        stage: its name.
+        summary: its result, as the manifest keeps it; of a dry run, what would be done.
+        up_to_date: nothing had to be done.
+        planned: this was a dry run.
+        path: where the result lies.
+    """
+
+    stage: str
+    summary: dict[str, Any]
+    up_to_date: bool = False
+    planned: bool = False
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a stage's work hands over when it is whole.
+
+    Attributes:
+        summary: figures worth printing.
+        content: the hash (or, for select-layer, the name) that later stages depend on.
+        extents: "stage.key" to {"value", "reached", "exhausted"}.
+        extra: further entries of the manifest.
+    """
+
+    summary: dict[str, Any]
+    content: str
+    extents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage(ABC):
+    """One stage of one project: subclasses give its name, its plan and its work.
+
+    Args:
+        project: the project.
+        report: hears of its progress.
+    """
+
+    name: ClassVar[str]
+    redoes_stale: ClassVar[bool] = False
+
+    def __init__(self, project: Project, report: Report | None = None) -> None:
+        self.project = project
+        self.report: Report = report or Silent()
+        self.states = States(project, self._hash_dataset)
+        self._identity: dict[str, Any] = {}
+        self._sources: dict[str, Any] = {}
+        self._begun: dict[str, Any] = {}
+
+    # What a subclass gives.
+
+    @abstractmethod
+    def plan(self) -> dict[str, Any]:
+        """What would be done, how much and how many bytes, for a dry run."""
+
+    @abstractmethod
+    def work(self, wip: Path) -> Finished:
+        """Do it inside `wip`, continuing whatever an earlier process left there."""
+
+    def resolved(self) -> dict[str, Any]:
+        """What `auto` identity settings of this stage stand for, by dotted name."""
+        return {}
+
+    def extend(self, finished: Path, wip: Path) -> None:
+        """Begin `wip` from a finished folder that does not go far enough."""
+
+    def content_inputs(self) -> dict[str, Any]:
+        """Further content the result depends on."""
+        return {}
+
+    @property
+    def folder(self) -> StageFolder:
+        """Where the result lies."""
+        return folder_of(self.project, self.name)
+
+    @property
+    def splits_read(self) -> dict[str, str]:
+        """Which split stands for `input`."""
+        return {}
+
+    # What stages share.
+
+    @property
+    def spec(self) -> StageSpec:
+        """The stage's place in the pipeline."""
+        return STAGES[self.name]
+
+    @property
+    def settings(self) -> Any:
+        """The stage's own table."""
+        return self.project.settings.table(self.name)
+
+    @property
+    def seed(self) -> int:
+        """The seed all stages share."""
+        return self.project.seed
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the work under way."""
+        return self._begun["fingerprint"]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of `[run] device`.
+
+        Raises:
+            SettingsError: cuda asked for and absent.
+        """
+        return resolve_device(self.project.settings.run.device)
+
+    @cached_property
+    def task(self) -> Task:
+        """The user's task."""
+        return load_task(self.project.settings.task, self.project.root)
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """train, validation and all."""
+        return load_splits(self.task, self.project.settings.task, self.seed)
+
+    @cached_property
+    def test_split(self) -> Split:
+        """The test set."""
+        return load_test(self.task)
+
+    def new_model(self) -> nn.Module:
+        """The task's model with the run's seeded initialisation."""
+        with user_code("model()"), global_seed(self.seed, "model"):
+            return self.task.model()
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The trained base, frozen, in eval mode, on the device."""
+        model = self.new_model()
+        load_model(folder_of(self.project, "train-base").path / BASE_FILE, model)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def layer(self) -> Layer:
+        """The selected layer."""
+        return find_layer(self.base, self.manifest_of("select-layer")["content"])
+
+    def manifest_of(self, stage: str) -> dict[str, Any]:
+        """The manifest of an earlier stage.
+
+        Raises:
+            ArtifactError: it has none.
+        """
+        manifest = folder_of(self.project, stage).manifest()
+        if manifest is None:
+            raise ArtifactError(f"{stage} is missing", f"run: ocd {stage}")
+        return manifest
+
+    def tell_total(self, total: int, unit: str) -> None:
+        """Record how much there is to do, for `ocd status` while the work is under way."""
+        self._begun["plan"] = {"total": total, "unit": unit}
+        write_json(self.folder.wip / BEGUN, self._begun)
+
+    def keep_execution(self, **resolved: Any) -> dict[str, Any]:
+        """Execution settings as resolved now, or as the unfinished work was begun with: the same ones give the same bits."""
+        self._begun["execution"] = resolved | self._begun.get("execution", {})
+        write_json(self.folder.wip / BEGUN, self._begun)
+        return self._begun["execution"]
+
+    def _hash_dataset(self, role: str) -> str | None:
+        if role == "validation":
+            with user_code("validation()"):
+                dataset = self.task.validation()
+            return None if dataset is None else dataset_identity(dataset, role)
+        if role == "test":
+            return dataset_identity(self.test_split.dataset, role)
+        return dataset_identity(self.splits["all"].dataset, role)
+
+    # The life of a stage.
+
+    def execute(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
+        """Bring the stage up to date, or say what that would take.
+
+        Raises:
+            ArtifactError: an earlier stage is not done, or this one is stale and not forced.
+            TryAgainError: another process holds it, the disk is full, or it was interrupted.
+        """
+        check_run(self.project)
+        require_done(self.states, self.spec.reads, self.name)
+        state = self._state()
+        if state.state == DONE and not force:
+            return Outcome(self.name, state.manifest["summary"], up_to_date=True, path=self.folder.path)
+        if dry_run:
+            return Outcome(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
+        self._refuse_stale(state, force)
+        open_run(self.project)
+        with self.folder.lock(), disk_errors(self.project.run_path):
+            if (self.folder.wip / MANIFEST).exists():
+                # A kill came between the manifest and the exchange of the folders: the work is whole.
+                self.folder.exchange()
+            state = self._state()
+            if state.state == DONE and not force:
+                return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
+            self._begin(state, force)
+            try:
+                return self._complete()
+            except KeyboardInterrupt as error:
+                raise TryAgainError(
+                    f"{self.name} was interrupted; what is finished is kept", "to continue, run the same command again"
+                ) from error
+
+    def _state(self) -> StageState:
+        return self.states.find_in(self.spec, self.folder, self.splits_read, self.content_inputs())
+
+    def _refuse_stale(self, state: StageState, force: bool) -> None:
+        if state.state != STALE or force:
+            return
+        if self.redoes_stale:
+            self.report.message(f"{self.name} is redone: {state.detail}")
+            return
+        raise ArtifactError(
+            f"{self.name} is stale: {state.detail}",
+            f"to redo it: ocd {self.name} --force; to keep it, set back what changed",
+        )
+
+    def _begin(self, state: StageState, force: bool) -> None:
+        """Make or take up the unfinished folder."""
+        wip, begun = self.folder.wip, self.folder.begun()
+        redo = force or (state.state == STALE and self.redoes_stale)
+        identity, self._sources = self._fresh() if redo else (state.identity, state.sources)
+        identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"][key] == AUTO}
+        fingerprint = digest(identity)
+        if redo or begun is None or begun["fingerprint"] != fingerprint:
+            remove(wip)
+            wip.mkdir(parents=True)
+            begun = {
+                "identity": identity,
+                "fingerprint": fingerprint,
+                "extents": {},
+                "execution": {},
+                "threads": torch.get_num_threads(),
+            }
+            write_json(wip / BEGUN, begun)
+            if state.state == PARTIAL and not redo:
+                self.extend(self.folder.path, wip)
+        torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
+        self._begun, self._identity = begun, begun["identity"]
+
+    def _fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""
+        roles = tuple(self.splits_read.get(role, role) for role in self.spec.data)
+        inputs, sources = task_sources(self.project, roles, None, self._hash_dataset) if self.spec.task else ({}, {})
+        for name in self.spec.reads:
+            inputs[STAGES[name].content] = self.manifest_of(name)["content"]
+        return make_identity(self.project, self.spec, inputs | self.content_inputs(), None), sources
+
+    def _complete(self) -> Outcome:
+        """Work, write the manifest last, exchange the folders."""
+        wip, started = self.folder.wip, _now()
+        report, self.report = self.report, Logged(self.report, wip / "log.txt")
+        self.report.start(self.name)
+        try:
+            finished = self.work(wip)
+        finally:
+            self.report = report
+        write_json(wip / MANIFEST, self._manifest(wip, finished, started))
+        remove(wip / BEGUN)
+        sync_folder(wip)
+        self.folder.exchange()
+        manifest = self.folder.manifest()
+        return Outcome(self.name, manifest["summary"], path=self.folder.path)
+
+    def _manifest(self, wip: Path, finished: Finished, started: str) -> dict[str, Any]:
+        execution = self.settings.of_kind(EXECUTION) | self._begun["execution"]
+        return {
+            "stage": self.name,
+            "fingerprint": self._begun["fingerprint"],
+            "identity": self._identity,
+            "extents": finished.extents,
+            "execution": execution,
+            "content": finished.content,
+            "summary": {"stage": self.name, **finished.summary},
+            **finished.extra,
+            "sources": self._sources,
+            "files": file_records(wip),
+            "made": {
+                "started": started,
+                "ended": _now(),
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+                "python": platform.python_version(),
+                "versions": {name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
+            },
+        }
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a setting stands for.
+
+    Raises:
+        SettingsError: cuda asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(
+            "run.device = 'cuda', but torch sees no CUDA device", "use --device cpu, or install a CUDA build of torch"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

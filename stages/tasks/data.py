@@ -1,0 +1,246 @@
+"""The user's data: npz files checked row by row, datasets of any kind read as batches, and their identity."""
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from stages.errors import DataError, TaskError
+from stages.seeds import generator, seed_of
+from stages.tasks.user_code import user_code
+from stages.trees import Tree, leaves, tree_map
+
+IDENTITY_ITEMS = 64
+
+
+class ArrayDataset:
+    """Arrays in memory: items are pairs (x, y) of tensors, or (x, None) without labels."""
+
+    def __init__(self, x: Tensor, y: Tensor | None) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
+        return self.x[index], None if self.y is None else self.y[index]
+
+
+class Split:
+    """Some rows of a dataset, read as batches.
+
+    Args:
+        dataset: anything with a length and items (x, y).
+        rows: numbers of its items, in order; None for all.
+        name: what messages call it.
+    """
+
+    def __init__(self, dataset: Any, rows: Tensor | None = None, name: str = "data") -> None:
+        self.dataset, self.name = dataset, name
+        self.rows = torch.arange(_length(dataset, name)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, positions: Tensor | slice) -> "Split":
+        """The split of some of these rows."""
+        return Split(self.dataset, self.rows[positions], self.name)
+
+    def inputs(self, positions: Tensor | Sequence[int]) -> Tree:
+        """x of some rows, (B, …); labels of arrays are not touched."""
+        rows = self.rows[torch.as_tensor(positions)]
+        if isinstance(self.dataset, ArrayDataset):
+            return self.dataset.x[rows]
+        return self.batch(positions)[0]
+
+    def batch(self, positions: Tensor | Sequence[int]) -> tuple[Tree, Tree]:
+        """x and y of some rows, each (B, …).
+
+        Raises:
+            TaskError: the dataset raises; the row is named.
+            DataError: its items are not pairs, or do not stack.
+        """
+        rows = self.rows[torch.as_tensor(positions)]
+        if isinstance(self.dataset, ArrayDataset):
+            return self.dataset.x[rows], None if self.dataset.y is None else self.dataset.y[rows]
+        items = [self.item(int(row)) for row in rows]
+        try:
+            x, y = default_collate([item[0] for item in items]), default_collate([item[1] for item in items])
+        except (TypeError, RuntimeError, KeyError) as error:
+            raise DataError(
+                f"{self.name}: rows {rows.tolist()[:4]} … do not stack into one batch: {error}",
+                "every sample must have the same shape",
+            ) from error
+        return tree_map(_float32, x), tree_map(_float32, y)
+
+    def item(self, row: int) -> tuple[Tree, Tree]:
+        """One item (x, y) of the dataset by its row there."""
+        with user_code(f"{self.name}[{row}]"):
+            item = self.dataset[row]
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise DataError(
+                f"{self.name}[{row}] is {type(item).__name__}, expected a pair (x, y)", "let __getitem__ return x, y"
+            )
+        return item[0], item[1]
+
+
+def _length(dataset: Any, name: str) -> int:
+    try:
+        count = len(dataset)
+    except TypeError as error:
+        raise DataError(
+            f"{name} has no length: {type(dataset).__name__}",
+            "a map-style Dataset with __len__ and __getitem__ is needed",
+        ) from error
+    if count == 0:
+        raise DataError(f"{name} is empty", "at least one sample is needed")
+    return count
+
+
+def _float32(leaf: Any) -> Tensor:
+    leaf = torch.as_tensor(leaf)
+    return leaf.float() if leaf.dtype == torch.float64 else leaf
+
+
+def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
+    """Read arrays x and y (float64 becomes float32, small integers int64) and check every row.
+
+    Args:
+        path: the npz file.
+        labels: whether y must be there; where it may be missing and is, labels are None.
+
+    Raises:
+        DataError: missing, not npz, pickled or ragged, empty, of unlike lengths, uint8 pictures, or not finite (the first
+            such row is named).
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing", "ocd.toml names it under [task]; relative paths start at its folder")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with loaded as archive:
+            names = archive.files
+            wanted = ("x", "y") if labels else ("x",)
+            if missing := [name for name in wanted if name not in names]:
+                raise DataError(
+                    f"{path} has no array {' or '.join(missing)}; it has {', '.join(names) or 'none'}",
+                    'write one with numpy.savez("train.npz", x=x, y=y)',
+                )
+            arrays = {name: _read_array(path, archive, name) for name in ("x", "y") if name in names}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} is not an npz file: {error}", 'write one with numpy.savez("train.npz", x=x, y=y)') from error
+    x, y = arrays["x"], arrays.get("y")
+    if len(x) == 0:
+        raise DataError(f"{path} is empty: x has shape {x.shape}", "at least one sample is needed")
+    if y is not None and len(x) != len(y):
+        raise DataError(f"{path}: x has {len(x):,} rows, y has {len(y):,}", "both need one row per sample")
+    if x.dtype == np.uint8:
+        raise DataError(
+            f"{path}: x is uint8, which models do not take",
+            "for pictures save x.astype('float32') / 255; for byte codes x.astype('int64')",
+        )
+    return ArrayDataset(_tensor(path, "x", x), None if y is None else _tensor(path, "y", y))
+
+
+def _read_array(path: Path, archive: Any, name: str) -> np.ndarray:
+    try:
+        array = archive[name]
+    except ValueError as error:
+        raise DataError(
+            f"{path}: {name} is ragged or holds Python objects, which would need pickle",
+            "save one rectangular array of numbers, padding where needed",
+        ) from error
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{path}: {name} has dtype {array.dtype}, expected numbers", "save one rectangular array of numbers")
+    if array.ndim == 0:
+        raise DataError(
+            f"{path}: {name} is a single number, expected one row per sample", "save one rectangular array of numbers"
+        )
+    return array
+
+
+def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind == "f":
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        flat = array.reshape(len(array), -1)
+        for start in range(0, len(flat), 4096):
+            bad = ~np.isfinite(flat[start : start + 4096]).all(1)
+            if bad.any():
+                raise DataError(
+                    f"{path}: {name}[{start + int(bad.argmax())}] is not finite",
+                    "remove such rows, or fill what is missing",
+                )
+        return torch.from_numpy(array)
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+
+
+def dataset_identity(dataset: Any, name: str) -> str:
+    """sha256 of a dataset's length and of 64 seeded items (all, where there are fewer): shapes, dtypes and bytes."""
+    split = Split(dataset, name=name)
+    count = len(split)
+    rows = (
+        sorted({seed_of("identity", count, i) % count for i in range(IDENTITY_ITEMS)})
+        if count > IDENTITY_ITEMS
+        else range(count)
+    )
+    found = hashlib.sha256(str(count).encode())
+    for row in rows:
+        for part in split.item(row):
+            for path, leaf in leaves(part).items():
+                array = torch.as_tensor(leaf).contiguous().cpu()
+                found.update(f"{row}/{path}/{tuple(array.shape)}/{array.dtype}".encode())
+                found.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
+    return found.hexdigest()
+
+
+def split_rows(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows for training and rows held out, each ascending: a seeded part of `count`, at least one, is held out."""
+    if count < 2:
+        raise DataError(
+            f"train has {count} sample, at least 2 are needed to hold one out",
+            "give more samples, or set task.validation",
+        )
+    held = max(1, min(count - 1, round(count * fraction)))
+    order = torch.randperm(count, generator=generator(seed, "validation"))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def check_like(x: Tree, known: Tree, name: str) -> None:
+    """Compare a batch of inputs (B, …) with one of the training set.
+
+    Raises:
+        DataError: another structure, shape or dtype.
+    """
+    got, wanted = ({path: (tuple(leaf.shape[1:]), leaf.dtype) for path, leaf in leaves(tree).items()} for tree in (x, known))
+    if got != wanted:
+        raise DataError(
+            f"{name}: a sample is {_describe(got)}, expected {_describe(wanted)} as in the training set",
+            "give inputs as the model was trained on",
+        )
+
+
+def _describe(parts: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(
+        f"{path + ' ' if path else ''}{str(dtype).removeprefix('torch.')} {shape}" for path, (shape, dtype) in parts.items()
+    )
+
+
+def require_finite_output(output: Tree, where: str) -> None:
+    """Refuse outputs that are no tensors.
+
+    Raises:
+        TaskError: the model returned something else.
+    """
+    for leaf in leaves(output).values():
+        if not isinstance(leaf, Tensor):
+            raise TaskError(
+                f"{where} returned {type(leaf).__name__}, expected a tensor, or a tuple or dict of them",
+                "see Task.forward",
+            )

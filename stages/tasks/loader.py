@@ -1,0 +1,151 @@
+"""From settings to a Task, with the checks a first batch allows."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import TaskTable
+from stages.errors import ComputeError, SettingsError, TaskError
+from stages.tasks.data import ArrayDataset, Split, require_finite_output, split_rows
+from stages.tasks.losses import CLASSIFICATION, check_labels
+from stages.tasks.protocol import Task
+from stages.tasks.supervised import SupervisedTask
+from stages.tasks.user_code import load_object, user_code
+from stages.trees import Tree, batch_size, leaves, take
+
+
+def load_task(settings: TaskTable, root: Path) -> Task:
+    """The task `[task]` declares: an instance of the user's class, or a SupervisedTask.
+
+    Raises:
+        SettingsError, TaskError: the code it names does not import, lacks a name, raises, or is no Task.
+    """
+    if settings.class_ is None:
+        return SupervisedTask(settings, root)
+    make = load_object(root, settings.class_, "task.class")
+    with user_code(settings.class_):
+        task = make(**settings.args)
+    missing = [name for name in ("model", "train", "test", "loss") if not callable(getattr(task, name, None))]
+    if missing or not isinstance(task, Task):
+        lacks = f"lacks {', '.join(missing)}" if missing else "does not derive from stages.tasks.protocol.Task"
+        raise TaskError(f"{settings.class_} {lacks}", "see the class Task for what a task needs")
+    return task
+
+
+def load_splits(task: Task, settings: TaskTable, seed: int) -> dict[str, Split]:
+    """The rows of each split: `train` (what the base learns from), `validation` and `all` (the training set as given).
+
+    Where the task has no validation set, a seeded part of the training set is held out of `train`; `validation` then
+    numbers rows of the training set too.
+    """
+    with user_code("train()"):
+        dataset = task.train()
+        held_out = task.validation()
+    whole = Split(dataset, name="train")
+    if held_out is not None:
+        return {"train": whole, "all": whole, "validation": Split(held_out, name="validation")}
+    train, validation = split_rows(len(whole), settings.validation_fraction, seed)
+    return {"train": whole.select(train), "validation": whole.select(validation), "all": whole}
+
+
+def load_test(task: Task) -> Split:
+    """The test split."""
+    with user_code("test()"):
+        return Split(task.test(), name="test")
+
+
+def forward(task: Task, model: nn.Module, x: Tree) -> Tree:
+    """The task's forward pass; what it raises is the user's."""
+    with user_code("the model's forward pass"):
+        output = task.forward(model, x)
+    require_finite_output(output, "the model")
+    return output
+
+
+def losses(task: Task, output: Tree, y: Tree) -> Tensor:
+    """The task's loss, checked to be one value per sample, (B,).
+
+    Raises:
+        TaskError: another shape, or no tensor.
+    """
+    with user_code("the loss"):
+        values = task.loss(output, y)
+    count = batch_size(output)
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise TaskError(
+            f"the loss returned {shape} for a batch of {count}, expected one value per sample, ({count},)",
+            'with torch losses use reduction="none" and average over all but the first axis',
+        )
+    return values
+
+
+def check_task(task: Task, model: nn.Module, split: Split) -> None:
+    """One batch through model and loss, before anything costly.
+
+    Raises:
+        TaskError: a loss that is not one value per sample, or a model that mixes samples in eval mode.
+        ComputeError: a loss that is not finite.
+        DataError: labels out of range; the row is named.
+    """
+    x, y = split.batch(range(min(4, len(split))))
+    model.eval()
+    with torch.no_grad():
+        output = forward(task, model, x)
+        if task.kind == CLASSIFICATION and isinstance(split.dataset, ArrayDataset):
+            _check_all_labels(split, output)
+        values = losses(task, output, y)
+        if not torch.isfinite(values).all():
+            row = int(split.rows[int((~torch.isfinite(values)).nonzero()[0])])
+            raise ComputeError(
+                f"the loss of {split.name}[{row}] is {float(values[~torch.isfinite(values)][0])}",
+                "mend the loss, the weights or that sample",
+            )
+        if batch_size(x) > 1:
+            _check_independent(task, model, x, output)
+
+
+def _check_all_labels(split: Split, output: Tree) -> None:
+    """The row of the first label out of range, over the whole split rather than a batch."""
+    y, logits = split.dataset.y, next(iter(leaves(output).values()))
+    if y is None or y.is_floating_point() or logits.dim() < 2:
+        return
+    wrong = ((y < 0) | (y >= logits.shape[1])).flatten(1).any(1) if y.dim() > 1 else (y < 0) | (y >= logits.shape[1])
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        with _prefixed(f"{split.name}: y[{row}]: "):
+            check_labels(y[row : row + 1], logits.shape[1])
+
+
+class _prefixed:
+    """Puts the place before an error's message."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SettingsError | TaskError) or hasattr(error, "message"):
+            error.message = self._prefix + error.message
+
+
+def _check_independent(task: Task, model: nn.Module, x: Tree, output: Tree) -> None:
+    """Compare a batch with its samples one by one; batched and single products differ by rounding, hence 1e-3."""
+    for index in range(batch_size(x)):
+        single = forward(task, model, take(x, slice(index, index + 1)))
+        for path, leaf in leaves(single).items():
+            whole = leaves(output)[path]
+            if whole.shape[:1] != (batch_size(x),) or whole.shape[1:] != leaf.shape[1:]:
+                raise TaskError(
+                    f"the model's output has shape {tuple(whole.shape)} for a batch of {batch_size(x)}",
+                    "its first axis must be the sample",
+                )
+            difference = (whole[index] - leaf[0]).abs().max() if leaf.numel() else torch.zeros(())
+            if difference > 1e-3 * (1 + whole.abs().max()):
+                raise TaskError(
+                    f"the model mixes samples in eval mode: alone, a sample's output differs by {float(difference):.3g} from its output in a batch",
+                    "OCD needs a model whose samples do not interact; normalise with running statistics, not the batch's",
+                )

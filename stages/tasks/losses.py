@@ -1,0 +1,142 @@
+"""The built-in losses, metrics and ways to combine an ensemble's outputs, each giving one value per sample."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.errors import DataError
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy −log softmax(output)[y], in nats.
+
+    Args:
+        output: logits (B, C) or (B, C, …).
+        y: class numbers (B,) or (B, …), integers in [0, C).
+
+    Returns:
+        (B,), the mean over any further axes.
+
+    Raises:
+        DataError: a label is no integer or out of range.
+    """
+    if y.is_floating_point():
+        raise DataError(
+            f"cross_entropy needs integer labels, y is {str(y.dtype).removeprefix('torch.')}",
+            'save y as integers, or use loss = "mse"',
+        )
+    if output.dim() < 2 or output.shape[:1] + output.shape[2:] != y.shape:
+        raise DataError(
+            f"cross_entropy: y of shape {tuple(y.shape)} does not fit an output of shape {tuple(output.shape)}",
+            "one class number per sample is expected beside an output (batch, classes)",
+        )
+    check_labels(y, output.shape[1])
+    return _per_sample(F.cross_entropy(output, y.long(), reduction="none"))
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Name a label outside [0, classes).
+
+    Raises:
+        DataError: there is one.
+    """
+    wrong = (y < 0) | (y >= classes)
+    if wrong.any():
+        place = int(wrong.flatten().nonzero()[0])
+        raise DataError(
+            f"label {int(y.flatten()[place])} is out of range: the model has {classes} outputs, so labels are 0 … {classes - 1}",
+            "mend the labels, or give the model one output per class",
+        )
+
+
+def _same_shape(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if output.shape != y.shape and output.numel() == y.numel() and output.shape[0] == y.shape[0]:
+        y = y.reshape(output.shape)
+    if output.shape != y.shape:
+        raise DataError(
+            f"{name}: y of shape {tuple(y.shape)} does not fit an output of shape {tuple(output.shape)}",
+            "both must have one shape",
+        )
+    return output, y.to(output.dtype)
+
+
+def mse(output: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error over all but the first axis: (B, …), (B, …) to (B,)."""
+    output, y = _same_shape("mse", output, y)
+    return _per_sample((output - y).square())
+
+
+def mae(output: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute error over all but the first axis: (B, …), (B, …) to (B,)."""
+    output, y = _same_shape("mae", output, y)
+    return _per_sample((output - y).abs())
+
+
+def huber(output: Tensor, y: Tensor) -> Tensor:
+    """Huber's loss with threshold 1, mean over all but the first axis: (B, …), (B, …) to (B,)."""
+    output, y = _same_shape("huber", output, y)
+    return _per_sample(F.huber_loss(output, y, reduction="none"))
+
+
+def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, …) against probabilities or 0/1 labels (B, …), in nats, mean over all but the first axis.
+
+    Raises:
+        DataError: a label lies outside [0, 1].
+    """
+    output, y = _same_shape("binary_cross_entropy", output, y)
+    wrong = ((y < 0) | (y > 1)).flatten()
+    if wrong.any():
+        raise DataError(
+            f"label {float(y.flatten()[wrong][0]):g} is out of range: binary_cross_entropy needs labels in [0, 1]",
+            "mend the labels",
+        )
+    return _per_sample(F.binary_cross_entropy_with_logits(output, y, reduction="none"))
+
+
+def accuracy(output: Tensor, y: Tensor) -> Tensor:
+    """1 where the largest logit (B, C, …) is the label's (B, …), else 0: (B,)."""
+    return _per_sample((output.argmax(1) == y).float())
+
+
+def binary_accuracy(output: Tensor, y: Tensor) -> Tensor:
+    """1 where the logit's sign agrees with the 0/1 label, else 0: (B, …), (B, …) to (B,)."""
+    output, y = _same_shape("binary_accuracy", output, y)
+    return _per_sample(((output > 0) == (y > 0.5)).float())
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+CLASSIFICATION, REGRESSION, OTHER = "classification", "regression", "other"
+
+LOSSES: dict[str, tuple[Loss, str, dict[str, Loss]]] = {
+    "cross_entropy": (cross_entropy, CLASSIFICATION, {"cross_entropy": cross_entropy, "accuracy": accuracy}),
+    "binary_cross_entropy": (
+        binary_cross_entropy,
+        CLASSIFICATION,
+        {"cross_entropy": binary_cross_entropy, "accuracy": binary_accuracy},
+    ),
+    "mse": (mse, REGRESSION, {"mse": mse, "mae": mae}),
+    "mae": (mae, REGRESSION, {"mae": mae, "mse": mse}),
+    "huber": (huber, REGRESSION, {"huber": huber, "mse": mse, "mae": mae}),
+}
+
+
+def mean_probability(outputs: Tensor) -> Tensor:
+    """Log of the members' mean probability, log(1/E Σ softmax(output_e)): logits (E, B, C, …) to log-probabilities (B, C, …)."""
+    return torch.logsumexp(F.log_softmax(outputs, dim=2), dim=0) - torch.tensor(float(outputs.shape[0])).log()
+
+
+def mean_binary_probability(outputs: Tensor) -> Tensor:
+    """Logit of the members' mean probability: logits (E, B, …) to logits (B, …)."""
+    return torch.logsumexp(F.logsigmoid(outputs), dim=0) - torch.logsumexp(F.logsigmoid(-outputs), dim=0)
+
+
+def mean_output(outputs: Tensor) -> Tensor:
+    """Mean of the members' outputs: (E, B, …) to (B, …)."""
+    return outputs.mean(0)

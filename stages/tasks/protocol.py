@@ -1,0 +1,86 @@
+"""The Task: everything `ocd` asks of a problem. Only the first four methods have no default."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.tasks.losses import (
+    CLASSIFICATION,
+    OTHER,
+    REGRESSION,
+    accuracy,
+    cross_entropy,
+    mae,
+    mean_output,
+    mean_probability,
+    mse,
+)
+from stages.trees import Tree, tree_map
+
+
+class Task:
+    """A problem: data splits, a base model, a loss per sample. Subclass it and name it with `[task] class = "task:MyTask"`.
+
+    x and y are tensors, or tuples or dicts of them; B is a batch's number of samples.
+    """
+
+    kind: str = OTHER
+
+    def model(self) -> nn.Module:
+        """The base network, freshly made."""
+        raise NotImplementedError
+
+    def train(self) -> Any:
+        """The training set: anything with a length whose items are pairs (x, y)."""
+        raise NotImplementedError
+
+    def test(self) -> Any:
+        """The test set."""
+        raise NotImplementedError
+
+    def loss(self, output: Tree, y: Tree) -> Tensor:
+        """One loss per sample, (B,)."""
+        raise NotImplementedError
+
+    def validation(self) -> Any | None:
+        """The validation set, or None: a seeded part of the training set is then held out."""
+        return None
+
+    def forward(self, model: nn.Module, x: Tree) -> Tree:
+        """The model's output for a batch."""
+        return model(x)
+
+    def metrics(self, output: Tree, y: Tree) -> dict[str, Tensor]:
+        """Figures to report, each (B,). By kind: cross-entropy and accuracy, mse and mae, or the loss."""
+        if self.kind == CLASSIFICATION:
+            return {"cross_entropy": cross_entropy(output, y), "accuracy": accuracy(output, y)}
+        if self.kind == REGRESSION:
+            return {"mse": mse(output, y), "mae": mae(output, y)}
+        return {"loss": self.loss(output, y)}
+
+    def combine(self, outputs: Tree) -> Tree:
+        """An ensemble's outputs (E, B, …) as one (B, …): the log of the mean probability, or the mean."""
+        return tree_map(mean_probability if self.kind == CLASSIFICATION else mean_output, outputs)
+
+    def view(self, x: Tree, y: Tree, generator: torch.Generator) -> tuple[Tree, Tree]:
+        """The part of one sample (no batch axis) used at one gradient step of overfitting; by default all of it."""
+        return x, y
+
+    def conditioning(self, x: Tree, output: Tree, captured: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Named fields (B, …) in place of I(x) = [layer_input, activation, base_output], or None for those three.
+
+        `captured` holds the three fields as they would be stored.
+        """
+        return None
+
+    def reduce(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A smaller form (B, …) of a conditioning field wider than 4,096 numbers, or None to pool it by its mean."""
+        return None
+
+    def train_base(self, model: nn.Module, train: Any, validation: Any, **options: Any) -> None:
+        """Train `model` in place; when a task defines this, the default trainer is not used.
+
+        `options` holds `seed`, `device` and the settings of `[train-base]`.
+        """
+        raise NotImplementedError

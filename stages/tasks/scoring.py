@@ -1,0 +1,32 @@
+"""Means of a task's metrics and loss over a split."""
+
+import torch
+from torch import Tensor, nn
+
+from stages.tasks.data import Split
+from stages.tasks.loader import forward, losses
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import user_code
+from stages.trees import Tree, to_device
+
+EVALUATION_BATCH = 256
+
+
+def metrics_of(task: Task, output: Tree, y: Tree) -> dict[str, Tensor]:
+    """The task's metrics of a batch, each (B,)."""
+    with user_code("metrics()"):
+        return task.metrics(output, y)
+
+
+def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
+    """Means of the task's metrics over a split, and of its loss under the name "loss"; the model is put in eval mode."""
+    totals: dict[str, float] = {}
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(split), EVALUATION_BATCH):
+            x, y = split.batch(range(start, min(len(split), start + EVALUATION_BATCH)))
+            x, y = to_device(x, device), to_device(y, device)
+            output = forward(task, model, x)
+            for name, values in {**metrics_of(task, output, y), "loss": losses(task, output, y)}.items():
+                totals[name] = totals.get(name, 0.0) + float(values.double().sum())
+    return {name: total / len(split) for name, total in totals.items()}

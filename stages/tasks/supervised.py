@@ -1,0 +1,90 @@
+"""The task of a user with a plain supervised problem, declared in `[task]` without a Task class."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stages.config import TaskTable
+from stages.errors import SettingsError, TaskError
+from stages.specs import is_code
+from stages.tasks.data import load_npz
+from stages.tasks.losses import LOSSES, OTHER, mean_binary_probability
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import load_object, user_code
+from stages.trees import Tree, tree_map
+
+
+class SupervisedTask(Task):
+    """A model, a loss and data files (or Datasets), each named by a setting.
+
+    Raises:
+        SettingsError: an unknown loss.
+    """
+
+    def __init__(self, settings: TaskTable, root: Path) -> None:
+        self._settings, self._root = settings, root
+        loss = settings.loss or ""
+        if loss in LOSSES:
+            self._loss, kind, self._metrics = LOSSES[loss]
+        elif is_code(loss):
+            self._loss, kind, self._metrics = load_object(root, loss, "task.loss"), OTHER, {}
+        else:
+            raise SettingsError(f"task.loss = {loss!r} is unknown", f'known: {", ".join(LOSSES)}, or "mymodel:my_loss"')
+        self.kind = settings.kind or kind
+
+    def model(self) -> nn.Module:
+        """The user's model."""
+        spec = self._settings.model or ""
+        make = load_object(self._root, spec, "task.model")
+        with user_code(spec):
+            model = make(**self._settings.model_args)
+        if not isinstance(model, nn.Module):
+            raise TaskError(
+                f"{spec} returned {type(model).__name__}, expected a torch.nn.Module",
+                "task.model names a class or a function that makes one",
+            )
+        return model
+
+    def loss(self, output: Tree, y: Tree) -> Tensor:
+        """The loss that `task.loss` names."""
+        return self._loss(output, y)
+
+    def metrics(self, output: Tree, y: Tree) -> dict[str, Tensor]:
+        """Those of the built-in loss, or of the kind."""
+        if not self._metrics:
+            return {"loss": self.loss(output, y)} | (super().metrics(output, y) if self.kind != OTHER else {})
+        return {name: metric(output, y) for name, metric in self._metrics.items()}
+
+    def combine(self, outputs: Tree) -> Tree:
+        """By kind; logits of a binary classifier by their mean probability."""
+        if self._settings.loss == "binary_cross_entropy":
+            return tree_map(mean_binary_probability, outputs)
+        return super().combine(outputs)
+
+    def train(self) -> Any:
+        """The data of `task.train`."""
+        return self._train
+
+    def test(self) -> Any:
+        """The data of `task.test`."""
+        return self._load("test")
+
+    def validation(self) -> Any | None:
+        """The data of `task.validation`, if set."""
+        return None if self._settings.validation is None else self._load("validation")
+
+    @cached_property
+    def _train(self) -> Any:
+        return self._load("train")
+
+    def _load(self, role: str) -> Any:
+        spec = getattr(self._settings, role)
+        if not is_code(spec):
+            return load_npz(self._root / Path(spec).expanduser(), labels=True)
+        found = load_object(self._root, spec, f"task.{role}")
+        if callable(found) and not hasattr(found, "__len__"):
+            with user_code(spec):
+                return found()
+        return found

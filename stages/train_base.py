@@ -1,0 +1,115 @@
+"""train-base: train the base network, or import its weights; every later stage uses exactly these."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.artifacts.files import sha256_file
+from stages.artifacts.inputs import data_path
+from stages.artifacts.progress import Report
+from stages.artifacts.project import Project
+from stages.artifacts.tensors import import_weights, load_tensors, save_model
+from stages.artifacts.training_run import Plan, TrainingRun, take_up_training
+from stages.diffusion.training import Trainer, batch_rows
+from stages.seeds import global_seed
+from stages.stage import BASE_FILE, Finished, Outcome, Stage
+from stages.tasks.loader import check_task, forward, losses
+from stages.tasks.protocol import Task
+from stages.tasks.scoring import evaluate
+from stages.tasks.user_code import user_code
+from stages.trees import to_device
+
+
+def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
+    """Bring the base up to date.
+
+    Raises:
+        OcdError: as `Stage.execute`, and for weights that do not fit, losses that are not finite, and faults of the task.
+    """
+    return TrainBase(project, report).execute(force=force, dry_run=dry_run)
+
+
+class TrainBase(Stage):
+    """The stage."""
+
+    name = "train-base"
+
+    def plan(self) -> dict[str, Any]:
+        """Epochs and samples, or the file to import."""
+        size = sum(value.numel() * value.element_size() for value in self.new_model().state_dict().values())
+        weights = data_path(self.project, "weights")
+        if weights is not None:
+            return {"what": f"import {weights.name}", "bytes": size}
+        return {"what": f"train {self.settings.epochs} epochs on {len(self.splits['train']):,} samples", "bytes": size}
+
+    def work(self, wip: Path) -> Finished:
+        """Import, or train with the task's own trainer or the default one."""
+        model = self.new_model()
+        check_task(self.task, model, self.splits["train"])
+        model.to(self.device)
+        weights = data_path(self.project, "weights")
+        if weights is not None:
+            import_weights(weights, model)
+            check_task(self.task, model.cpu(), self.splits["train"])
+            model.to(self.device)
+            how, epochs = {"imported": weights.name}, {}
+        elif type(self.task).train_base is not Task.train_base:
+            how, epochs = self._train_by_task(model), {}
+        else:
+            how, epochs = self._train(model, wip)
+        save_model(wip / BASE_FILE, model)
+        summary = {
+            **how,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "validation": evaluate(self.task, model, self.splits["validation"], self.device),
+            "test": evaluate(self.task, model, self.test_split, self.device),
+        }
+        exhausted = {"train-base.epochs": {"value": self.settings.epochs, "reached": 0, "exhausted": True}}
+        return Finished(summary, sha256_file(wip / BASE_FILE), epochs or exhausted)
+
+    def _train_by_task(self, model: nn.Module) -> dict[str, Any]:
+        with user_code("train_base()"), global_seed(self.seed, "train-base"):
+            options = self.settings.model_dump()
+            self.task.train_base(
+                model, self.splits["train"], self.splits["validation"], seed=self.seed, device=self.device, **options
+            )
+        return {"trained": "by the task"}
+
+    def _train(self, model: nn.Module, wip: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The default trainer: epochs are evaluations, patience counts them, every epoch leaves a checkpoint."""
+        settings, train = self.settings, self.splits["train"]
+        batch = min(settings.batch_size, len(train))
+        epoch_steps = max(1, len(train) // batch)
+
+        def step_loss(step: int) -> Tensor:
+            x, y = train.batch(batch_rows(len(train), batch, step, self.seed, "train-base"))
+            with global_seed(self.seed, "train-base", step):
+                return losses(self.task, forward(self.task, model, to_device(x, self.device)), to_device(y, self.device)).mean()
+
+        def score() -> dict[str, float]:
+            figures = evaluate(self.task, model, self.splits["validation"], self.device)
+            return {"score": figures["loss"], **{f"validation_{name}": value for name, value in figures.items()}}
+
+        def snapshot() -> dict[str, Tensor]:
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
+        trainer = Trainer(model, _optimizer(settings, model), step_loss, average=False, clip=False)
+        plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
+        self.tell_total(plan.max_steps, "steps")
+        trained = TrainingRun(wip, self.fingerprint, trainer, score, snapshot, plan, self.report).run()
+        model.load_state_dict(load_tensors(trained.snapshot))
+        done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
+        reached = {"value": settings.epochs, "reached": done["epochs"], "exhausted": trained.stopped_early}
+        return done, {"train-base.epochs": reached}
+
+    def extend(self, finished: Path, wip: Path) -> None:
+        """Take up the finished training's last checkpoint."""
+        take_up_training(finished, wip)
+
+
+def _optimizer(settings: Any, model: nn.Module) -> torch.optim.Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)

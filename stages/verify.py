@@ -1,0 +1,74 @@
+"""verify: hash every artifact again and compare with the manifests and the delta store's ledger."""
+
+from typing import Any
+
+from stages.artifacts.files import digest, read_json
+from stages.artifacts.pipeline import ORDER
+from stages.artifacts.progress import Report, Silent
+from stages.artifacts.project import Project
+from stages.artifacts.run_directory import StageFolder, check_run, damaged_files, folder_of
+from stages.errors import ArtifactError, OcdError
+
+
+def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:
+    """Re-hash every file the manifests name.
+
+    Returns:
+        {"stages": {name: {"files", "bytes", "problems": [text]}}, "whole": bool}.
+
+    Raises:
+        ArtifactError: the run directory is another task's, or there is none.
+    """
+    report = report or Silent()
+    check_run(project)
+    if not project.run_path.is_dir():
+        raise ArtifactError(f"there is no run directory at {project.run_path}", "make one with: ocd run")
+    folders = [folder_of(project, name) for name in ORDER if name != "infer"]
+    answers = sorted((project.run_path / "infer").glob("*"))
+    folders += [StageFolder(project.run_path, f"infer/{path.name}") for path in answers if path.is_dir() and path.suffix == ""]
+    found = {}
+    for number, folder in enumerate(folders):
+        found[folder.name] = _check(folder)
+        report.progress(number + 1, len(folders), "folders")
+    found = {name: entry for name, entry in found.items() if entry is not None}
+    return {"stages": found, "whole": not any(entry["problems"] for entry in found.values())}
+
+
+def _check(folder: StageFolder) -> dict[str, Any] | None:
+    try:
+        manifest = folder.manifest()
+    except OcdError as error:
+        return {"files": 0, "bytes": 0, "problems": [error.message]}
+    if manifest is None:
+        return None
+    path = folder.path if folder.path.exists() else folder.old
+    problems = damaged_files(path, manifest, rehash=True)
+    if digest(manifest["identity"]) != manifest["fingerprint"]:
+        problems.append(f"{folder.name}/manifest.json does not match its fingerprint")
+    named = set(manifest["files"]) | {"manifest.json", "log.txt", "begun.json"}
+    extra = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
+    problems += [f"{folder.name}/{name} is not in the manifest" for name in extra if name not in named]
+    problems += _check_ledger(path, manifest)
+    return {
+        "files": len(manifest["files"]),
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "problems": problems,
+    }
+
+
+def _check_ledger(path: Any, manifest: dict[str, Any]) -> list[str]:
+    """Each block's record names this stage and the chunk hashes the manifest has."""
+    problems = []
+    for name in sorted(file for file in manifest["files"] if file.startswith("blocks/")):
+        try:
+            record = read_json(path / name)
+            if record["fingerprint"] != manifest["fingerprint"]:
+                problems.append(f"{name} is of another store")
+            problems += [
+                f"{name} and the manifest disagree about {chunk}"
+                for chunk, entry in record["chunks"].items()
+                if manifest["files"].get(chunk, {}).get("sha256") != entry["sha256"]
+            ]
+        except (OcdError, KeyError, TypeError) as error:
+            problems.append(f"{name} is not a block's record: {error}")
+    return problems

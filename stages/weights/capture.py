@@ -1,0 +1,91 @@
+"""Capturing I(x) (Eq. 7) from any model, unchanged, by hooks on the selected layer's module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import TaskError
+from stages.trees import Tree, batch_size, flat_output, leaves
+from stages.weights.layer import Layer
+from stages.weights.per_sample import Forward
+
+LAYER_INPUT, ACTIVATION, BASE_OUTPUT = "layer_input", "activation", "base_output"
+FIELDS = (LAYER_INPUT, ACTIVATION, BASE_OUTPUT)
+WIDEST = 4096
+
+
+def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    """Run the base and keep what its selected layer sees and gives, I(x) = [i_L(x), a_L(x), f_θ(x)] (Eq. 7).
+
+    Args:
+        model: the base, in eval mode.
+        layer: the selected layer; of several calls in one pass, the last counts.
+        forward: the task's forward pass.
+        x: inputs (B, …).
+
+    Returns:
+        the output (B, …), and the fields layer_input, activation and base_output, each (B, …), not yet pooled.
+
+    Raises:
+        TaskError: the layer's module is not called, or its rows do not divide into B samples.
+    """
+    seen: dict[str, Any] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[LAYER_INPUT], seen[ACTIVATION] = args[0] if args else None, output
+
+    handle = layer.module(model).register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            output = forward(model, x)
+    finally:
+        handle.remove()
+    if not seen or seen[LAYER_INPUT] is None:
+        raise TaskError(
+            f"the module of {layer.name} is not called in the forward pass, so it has no input to condition on",
+            "choose another layer with: ocd select-layer --layer NAME",
+        )
+    count = batch_size(x)
+    fields = {name: _per_sample(next(iter(leaves(value).values())), count, layer.name) for name, value in seen.items()}
+    return output, fields | {BASE_OUTPUT: flat_output(output)}
+
+
+def _per_sample(value: Tensor, count: int, name: str) -> Tensor:
+    value = value.detach()
+    if value.shape[0] == count:
+        return value.clone()
+    if value.dim() == 0 or value.shape[0] % count:
+        raise TaskError(
+            f"the input of {name} has shape {tuple(value.shape)} for a batch of {count}",
+            "its rows must divide into samples",
+        )
+    return value.reshape(count, -1, *value.shape[1:]).clone()
+
+
+def reduce_fields(
+    fields: dict[str, Tensor], layer_kind: type[nn.Module], reduce: Callable[[str, Tensor], Tensor | None]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Make fields wider than 4,096 numbers smaller: by the task's `reduce`, else by their mean over all but the feature axis.
+
+    Args:
+        fields: name to (B, …).
+        layer_kind: the type of the layer's module; a convolution's features lie on axis 1, others' on the last.
+        reduce: the task's method.
+
+    Returns:
+        the fields, float32, and for each one that was made smaller how.
+    """
+    found, notes = {}, {}
+    for name, value in fields.items():
+        reduced = reduce(name, value)
+        if reduced is not None:
+            value, notes[name] = reduced, "reduced by the task"
+        elif value.dim() > 2 and value[0].numel() > WIDEST:
+            axis = 1 if issubclass(layer_kind, nn.modules.conv._ConvNd) else value.dim() - 1
+            others = [a for a in range(1, value.dim()) if a != axis]
+            notes[name] = f"mean over axes {others} of {tuple(value.shape[1:])}"
+            value = value.mean(others)
+        found[name] = value.float()
+    return found, notes
