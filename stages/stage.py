@@ -277,10 +277,10 @@ class Stage(ABC):
                 "threads": torch.get_num_threads(),
             }
             write_json(wip / BEGUN, begun)
-            if state.state == PARTIAL and not redo:
-                self.extend(self.folder.path, wip)
-        torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
+        torch.set_num_threads(begun["threads"])
         self._begun, self._identity = begun, begun["identity"]
+        if begun["identity"] is identity and state.state == PARTIAL and not redo:
+            self.extend(self.folder.path, wip)
 
     def _fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""

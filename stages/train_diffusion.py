@@ -76,7 +76,7 @@ class TrainDiffusion(Stage):
             return denoising_loss(denoiser, schedule, rows, t.to(self.device), noise.to(self.device))
 
         cosine = settings.max_steps if settings.lr_schedule == "cosine" else None
-        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         trainer = Trainer(denoiser, optimizer, step_loss, cosine_steps=cosine)
         plan = Plan(settings.max_steps, settings.evaluate_steps, settings.checkpoint_steps, settings.patience)
         self.tell_total(plan.max_steps, "steps")

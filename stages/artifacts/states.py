@@ -124,9 +124,9 @@ class States:
         if recorded is None and self._waits(spec):
             return StageState(spec.name, MISSING)
         roles = tuple(renamed.get(role, role) for role in spec.data)
-        inputs, sources = task_sources(
-            self.project, tuple(r for r in roles if r) if spec.task else (), recorded, self._hash_dataset
-        )
+        inputs, sources = {}, {}
+        if spec.task:
+            inputs, sources = task_sources(self.project, tuple(filter(None, roles)), recorded, self._hash_dataset)
         inputs |= self._upstream_content(spec) | (extra or {})
 
         def identity(record: dict[str, Any] | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.config import TaskTable
-from stages.errors import ComputeError, SettingsError, TaskError
+from stages.errors import ComputeError, TaskError
 from stages.tasks.data import ArrayDataset, Split, require_finite_output, split_rows
 from stages.tasks.losses import CLASSIFICATION, check_labels
 from stages.tasks.protocol import Task
@@ -109,27 +109,13 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
 def _check_all_labels(split: Split, output: Tree) -> None:
     """The row of the first label out of range, over the whole split rather than a batch."""
     y, logits = split.dataset.y, next(iter(leaves(output).values()))
-    if y is None or y.is_floating_point() or logits.dim() < 2:
+    one_class_each = y is not None and not y.is_floating_point() and y.dim() == logits.dim() - 1 and logits.shape[1] > 1
+    if not one_class_each:
         return
     wrong = ((y < 0) | (y >= logits.shape[1])).flatten(1).any(1) if y.dim() > 1 else (y < 0) | (y >= logits.shape[1])
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        with _prefixed(f"{split.name}: y[{row}]: "):
-            check_labels(y[row : row + 1], logits.shape[1])
-
-
-class _prefixed:
-    """Puts the place before an error's message."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SettingsError | TaskError) or hasattr(error, "message"):
-            error.message = self._prefix + error.message
+        check_labels(y[row : row + 1], logits.shape[1], f"{split.name}: y[{row}]: ")
 
 
 def _check_independent(task: Task, model: nn.Module, x: Tree, output: Tree) -> None:

@@ -40,17 +40,17 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     return _per_sample(F.cross_entropy(output, y.long(), reduction="none"))
 
 
-def check_labels(y: Tensor, classes: int) -> None:
-    """Name a label outside [0, classes).
+def check_labels(y: Tensor, classes: int, place: str = "") -> None:
+    """Name a label outside [0, classes); `place` begins the message.
 
     Raises:
         DataError: there is one.
     """
     wrong = (y < 0) | (y >= classes)
     if wrong.any():
-        place = int(wrong.flatten().nonzero()[0])
+        label = int(y.flatten()[int(wrong.flatten().nonzero()[0])])
         raise DataError(
-            f"label {int(y.flatten()[place])} is out of range: the model has {classes} outputs, so labels are 0 … {classes - 1}",
+            f"{place}label {label} is out of range: the model has {classes} outputs, so labels are 0 … {classes - 1}",
             "mend the labels, or give the model one output per class",
         )
 

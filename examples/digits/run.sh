@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The digits example: makes .venv if needed, runs all stages, prints the table.
+#   bash examples/digits/run.sh              one seed, in examples/digits/run
+#   bash examples/digits/run.sh --seeds 3    three seeds, and their mean ± standard deviation
+# Other arguments go to `ocd run`. Safe to repeat: what is done is not done again.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" examples
+cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ "${1:-}" = "--seeds" ]; then
+    python ../table.py "$2" "${@:3}"
+else
+    ocd run "$@"
+fi
