@@ -156,5 +156,5 @@ def finished_run(tmp_path_factory, ocd):
 @pytest.fixture
 def finished(finished_run, tmp_path):
     """A copy of a project with every stage done, with the times of its files."""
-    shutil.copytree(finished_run.root, tmp_path / "project")
-    return Folder(tmp_path / "project")
+    shutil.copytree(finished_run.root, tmp_path / "finished")
+    return Folder(tmp_path / "finished")

@@ -277,7 +277,7 @@ def test_code_changed_between_stages(refused, finished):
 # Other folders
 
 
-def test_run_directory_of_another_task(refused, project, finished):
+def test_run_directory_of_another_task(refused, finished):
     (finished.root / "other.py").write_text(MODEL)
     for stage in ("train-base", "collect", "infer", "verify"):
         args = (stage, "--set", "task.model=other:net")
@@ -730,7 +730,7 @@ def test_not_enough_disk(refused, finished, ocd, monkeypatch, stage):
 
 @pytest.mark.parametrize("writes", [0, 3, 7])
 @pytest.mark.parametrize("stage", STAGES)
-def test_disk_full_while_writing(refused, project, finished, ocd, monkeypatch, stage, writes):
+def test_disk_full_while_writing(refused, finished, ocd, monkeypatch, stage, writes):
     shutil.rmtree(finished.run / stage)
     left, sync = [writes], os.fsync
 

@@ -266,7 +266,8 @@ ARTIFACTS = [
 @pytest.mark.parametrize("damage", ["flipped byte", "cut short", "deleted"])
 @pytest.mark.parametrize(("stage", "name"), ARTIFACTS)
 def test_artifact_damaged(finished, status, states, ocd, stage, name, damage):
-    path = finished.run / stage / name
+    path, folder = finished.run / stage / name, finished.run / ("infer/test" if stage == "infer" else stage)
+    content = json.loads((folder / "manifest.json").read_text())["content"]
     if damage == "flipped byte":
         flip(path)
     elif damage == "cut short":
@@ -277,7 +278,9 @@ def test_artifact_damaged(finished, status, states, ocd, stage, name, damage):
     assert name.rpartition("/")[2] in detail
     assert ("is missing" if damage == "deleted" else "content changed") in detail
     assert states(finished) == from_on(stage, "stale")
+    # Redone from scratch: nothing of the damaged result is taken over.
     ocd(finished, stage, "--force")
+    assert json.loads((folder / "manifest.json").read_text())["content"] == content
     assert states(finished) == ALL_DONE
 
 

@@ -1,0 +1,68 @@
+"""The examples as a user runs them: digits and bring_your_own whole, MNIST as far as its data allow."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.tasks.fetch import cache_folder
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MNIST_FILE = "mnist/train-images-idx3-ubyte.gz"
+# Taken before the tests' own fixture hides it.
+OCD_DATA = os.environ.get("OCD_DATA")
+
+
+class Example:
+    """An example's settings, used from a copy so that nothing is left in the source tree."""
+
+    def __init__(self, name: str, tmp_path: Path) -> None:
+        self.root = shutil.copytree(EXAMPLES / name, tmp_path / name, ignore=shutil.ignore_patterns("run", "run-*", "__pycache__"))
+        self.config, self.run = self.root / "ocd.toml", self.root / "run"
+
+
+def test_digits_end_to_end(ocd, tmp_path):
+    example = Example("digits", tmp_path)
+    stages = json.loads(ocd(example, "run", "--json", "--quiet").stdout)["stages"]
+    metrics = stages["infer"]["metrics"]
+    assert list(metrics) == ["base", "ocd one draw", "ocd ensemble"]
+    assert metrics["base"]["accuracy"] > 0.9
+    # What a working pipeline shows on any seed: deltas are learned, and from the sample's own conditioning.
+    assert stages["train-diffusion"]["cosine"] > 0.8
+    assert stages["train-diffusion"]["cosine"] > stages["train-diffusion"]["cosine_shuffled"] + 0.1
+    assert stages["collect"]["overfit_loss"] < stages["collect"]["base_loss"]
+    found = dict(np.load(example.run / "infer" / "test" / "predictions.npz"))
+    assert found["member_output"].shape == (600, 5, 10)
+    ocd(example, "verify")
+
+
+def test_bring_your_own_goes_from_two_files_to_predictions_in_one_command(ocd, tmp_path):
+    example = Example("bring_your_own", tmp_path)
+    fast = ("--set", "train-diffusion.max_steps=100", "--set", "train-scale.max_steps=100")
+    stages = json.loads(ocd(example, "run", "--json", *fast).stdout)["stages"]
+    assert stages["infer"]["inputs"] == 169
+    assert np.isfinite(np.load(example.run / "infer" / "test" / "predictions.npz")["output"]).all()
+
+
+def test_init_alone_writes_a_file_that_works(ocd, tmp_path):
+    ocd(None, "init", "--config", tmp_path)
+    few = [word for key in ("train-diffusion.max_steps", "train-scale.max_steps") for word in ("--set", f"{key}=50")]
+    stages = json.loads(ocd(None, "run", "--json", "--config", tmp_path, *few, "--set", "select-layer.draws=50").stdout)["stages"]
+    assert stages["infer"]["metrics"]["base"]["accuracy"] > 0.5
+
+
+def test_mnist_reads_the_real_data(ocd, tmp_path, monkeypatch):
+    if OCD_DATA:
+        monkeypatch.setenv("OCD_DATA", OCD_DATA)
+    if not (OCD_DATA and (Path(OCD_DATA) / MNIST_FILE).is_file()) and not (cache_folder() / MNIST_FILE).is_file():
+        pytest.skip("MNIST is neither in OCD_DATA nor downloaded")
+    example = Example("mnist_lenet5", tmp_path)
+    few = ("--set", "collect.samples=200", "--set", "train-diffusion.max_steps=20", "--set", "train-scale.max_steps=50")
+    ocd(example, "run", "--until", "train-scale", "--set", "select-layer.draws=20", *few)
+    summary = json.loads((example.run / "collect" / "manifest.json").read_text())["summary"]
+    assert summary["shape"] == [84, 120]
+    base = json.loads((example.run / "train-base" / "manifest.json").read_text())["summary"]
+    assert base["test"]["accuracy"] > 0.95

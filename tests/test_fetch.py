@@ -1,0 +1,95 @@
+"""Fetching data files, against a server on this machine."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from stages.errors import DataError
+from stages.tasks.fetch import fetch
+
+CONTENT = b"a data set, as far as this test is concerned" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+NAME = "toy/data.gz"
+
+
+@pytest.fixture
+def server():
+    """Serves CONTENT at /good, other bytes at /bad, half of it at /short, and nothing elsewhere; counts requests."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            body = {"/good": CONTENT, "/bad": b"something else", "/short": CONTENT}.get(self.path)
+            if body is None:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if self.path == "/short" else body)
+
+        def log_message(self, *arguments):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}", requests
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_downloads_once_then_takes_the_cache(server, cache):
+    url, requests = server
+    assert fetch(NAME, [f"{url}/good"], SHA256).read_bytes() == CONTENT
+    assert fetch(NAME, [f"{url}/good"], SHA256) == cache / NAME
+    assert requests == ["/good"]
+
+
+@pytest.mark.parametrize("first", ["bad", "short", "missing"])
+def test_a_mirror_that_fails_is_followed_by_the_next(server, cache, first):
+    url, requests = server
+    assert fetch(NAME, [f"{url}/{first}", f"{url}/good"], SHA256).read_bytes() == CONTENT
+    assert requests == [f"/{first}", "/good"]
+    assert files(cache) == [cache / NAME]
+
+
+def test_no_good_mirror_leaves_nothing_and_says_why(server, cache):
+    url, _ = server
+    with pytest.raises(DataError) as error:
+        fetch(NAME, [f"{url}/bad", f"{url}/missing"], SHA256)
+    assert f"{url}/bad: sha256 " in error.value.message
+    assert "404" in error.value.message
+    assert str(cache / NAME) in error.value.hint
+    assert files(cache) == []
+
+
+def test_a_damaged_cache_is_downloaded_again(server, cache):
+    url, _ = server
+    (cache / "toy").mkdir(parents=True)
+    (cache / NAME).write_bytes(b"half")
+    assert fetch(NAME, [f"{url}/good"], SHA256).read_bytes() == CONTENT
+
+
+def test_ocd_data_comes_first_and_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCD_DATA", str(tmp_path))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / NAME).write_bytes(CONTENT)
+    assert fetch(NAME, [], SHA256) == tmp_path / NAME
+    (tmp_path / NAME).write_bytes(b"other")
+    with pytest.raises(DataError, match="another sha256"):
+        fetch(NAME, [], SHA256)
