@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ocd",
-    help="Give a trained PyTorch model input-dependent weights: overfit one layer on each training sample, learn to predict the change, apply it.",
+    help="Give a trained PyTorch model input-dependent weights: overfit one layer on each training sample, "
+    "learn to predict the change, apply it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

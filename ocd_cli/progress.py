@@ -41,9 +41,17 @@ class ShownProgress:
             return
         if sys.stderr.isatty():
             self._bars = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]} {task.fields[rate]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self._console,
-            )  # fmt: skip
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self._console,
+            )
             self._bars.start()
             self._bars.add_task(stage, total=None, unit="", rate="", figures="")
 
@@ -64,11 +72,8 @@ class ShownProgress:
         elif now - self._last >= LINE_SECONDS or (done >= total and elapsed > 0):
             self._last = now
             left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
-            print(
-                f"{self._stage}: {done:,} of {total:,} {unit}{', ' + shown if shown else ''}{left}{', ' + text if text else ''}",
-                file=sys.stderr,
-                flush=True,
-            )
+            parts = [f"{self._stage}: {done:,} of {total:,} {unit}", shown + left, text]
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
     def message(self, text: str) -> None:
         """One line worth reading."""

@@ -47,10 +47,8 @@ def show_outcome(outcome: "Outcome") -> None:
     out = console()
     if outcome.planned:
         size = outcome.summary.get("bytes")
-        out.print(
-            f"{outcome.stage} ({outcome.summary['state']}): would {outcome.summary['what']}{f', {bytes_text(size)} on disk at most' if size else ''}",
-            markup=False,
-        )
+        disk = f", {bytes_text(size)} on disk at most" if size else ""
+        out.print(f"{outcome.stage} ({outcome.summary['state']}): would {outcome.summary['what']}{disk}", markup=False)
         return
     if outcome.up_to_date:
         out.print(f"{outcome.stage}: up to date ({outcome.path})", markup=False)
@@ -127,7 +125,8 @@ def _collect(out: Console, summary: dict[str, Any]) -> None:
         markup=False,
     )
     out.print(
-        f"mean loss: {figure(summary['base_loss'])} before, {figure(summary['overfit_loss'])} after; mean rho {figure(summary['rho'])}",
+        f"mean loss: {figure(summary['base_loss'])} before, {figure(summary['overfit_loss'])} after; "
+        f"mean rho {figure(summary['rho'])}",
         markup=False,
     )
     for name, how in summary["pooled"].items():
@@ -137,12 +136,14 @@ def _collect(out: Console, summary: dict[str, Any]) -> None:
 def _training(out: Console, summary: dict[str, Any]) -> None:
     why = ", stopped early" if summary["stopped_early"] else ""
     out.print(
-        f"denoiser: {summary['preset']}, {summary['parameters']:,} parameters, {summary['steps']:,} steps{why}, best at {summary['best_step']:,}",
+        f"denoiser: {summary['preset']}, {summary['parameters']:,} parameters, {summary['steps']:,} steps{why}, "
+        f"best at {summary['best_step']:,}",
         markup=False,
     )
     out.print(
-        f"held-out loss {figure(summary['held_out_loss'])} (1 is knowing nothing); cosine of a generated delta with the true one "
-        f"{figure(summary['cosine'])}, with another sample's conditioning {figure(summary['cosine_shuffled'])}",
+        f"held-out loss {figure(summary['held_out_loss'])} (1 is knowing nothing); "
+        f"cosine of a generated delta with the true one {figure(summary['cosine'])}, "
+        f"with another sample's conditioning {figure(summary['cosine_shuffled'])}",
         markup=False,
     )
 

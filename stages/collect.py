@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, StoreReader, block_rows, result_specs
 from stages.artifacts.files import digest, read_json, require_space
@@ -17,7 +17,7 @@ from stages.seeds import generator
 from stages.stage import Finished, Outcome, Stage
 from stages.tasks.conditioning import condition
 from stages.tasks.data import Split
-from stages.tasks.loader import check_task, forward, losses
+from stages.tasks.loader import check_task, losses
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, take, to_device
@@ -47,7 +47,7 @@ class Collect(Stage):
         store = self._store(Path(), "")
         size = store.samples * sum(spec.row_bytes for spec in store.specs.values())
         return {
-            "what": f"overfit {store.samples:,} samples of {self.layer.name} {self.layer.matrix_shape} in {store.blocks} blocks",
+            "what": f"overfit {self.layer.name} {self.layer.matrix_shape} on {store.samples:,} samples, {store.blocks} blocks",
             "samples": store.samples,
             "blocks": store.blocks,
             "bytes": size,
@@ -96,12 +96,9 @@ class Collect(Stage):
         order = torch.randperm(len(split), generator=generator(self.seed, "collect", "order"))
         return split.select(order[:wanted])
 
-    def _forward(self, model: nn.Module, x: Tree) -> Tree:
-        return forward(self.task, model, x)
-
     def _engine(self) -> tuple[PerSampleWeights, str]:
         x, _ = self.rows.batch(range(min(2, len(self.rows))))
-        return choose(self.base, self.layer, self._forward, to_device(x, self.device))
+        return choose(self.base, self.layer, self.forward, to_device(x, self.device))
 
     def _batch_size(self, rows: int) -> int:
         """Batches of equal size, about 128, that fill a block."""

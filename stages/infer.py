@@ -9,28 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.artifacts.files import digest, read_json, require_space, sha256_file
+from stages.artifacts.files import digest, require_space, sha256_file
 from stages.artifacts.pipeline import STAGES
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project, load_project
 from stages.artifacts.run_directory import StageFolder, check_run, folder_of
 from stages.artifacts.states import PARTIAL, require_done
-from stages.artifacts.tensors import load_tensors
-from stages.diffusion.denoisers import make_denoiser
-from stages.diffusion.generate import DeltaGenerator
-from stages.diffusion.scale import ScaleNetwork
-from stages.diffusion.schedule import make_schedule
-from stages.errors import ArtifactError, SettingsError
+from stages.errors import SettingsError
+from stages.predictor import load_personalised
 from stages.stage import Finished, Outcome, Stage
-from stages.tasks.conditioning import condition
 from stages.tasks.data import Split, check_like, load_npz
-from stages.tasks.loader import forward
 from stages.tasks.scoring import metrics_of
-from stages.tasks.user_code import user_code
 from stages.trees import Tree, concatenate, leaves, to_device, tree_map
-from stages.weights.per_sample import choose
 from stages.weights.personalised import PersonalisedModel, Prediction
 
 PREDICTIONS, DELTAS = "predictions.npz", "deltas.zarr"
@@ -108,6 +100,8 @@ class Infer(Stage):
         if split not in SPLITS:
             raise SettingsError(f"--split {split}: expected one of {', '.join(SPLITS)}", "or name a file with --input")
         self._split, self._input_file = split, input_file
+        # Read at once: a file with faults is refused before anything else happens.
+        self._given = Split(load_npz(input_file, labels=False), name=input_file.name) if input_file else None
 
     @property
     def folder(self) -> StageFolder:
@@ -124,7 +118,6 @@ class Infer(Stage):
         """The input file's hash, or the split's name."""
         if self._input_file is None:
             return {"query": self._split}
-        self._inputs  # a file with faults is refused before it is hashed
         return {"query": sha256_file(self._input_file)}
 
     def plan(self) -> dict[str, Any]:
@@ -166,64 +159,10 @@ class Infer(Stage):
     @cached_property
     def personalised(self) -> PersonalisedModel:
         """The base with input-dependent weights."""
-
-        def run_forward(model: nn.Module, x: Tree) -> Tree:
-            return forward(self.task, model, x)
-
-        sample = self.splits["all"].inputs([0])
-        run, reason = choose(self.base, self.layer, run_forward, to_device(concatenate([sample, sample]), self.device))
+        model, reason = load_personalised(self)
         if reason:
             self.report.message(f"deltas are applied by the plain loop: {reason}")
-
-        def conditioned(x: Tree) -> tuple[Tree, dict[str, Tensor]]:
-            return condition(self.task, self.base, self.layer, x)[:2]
-
-        def prepared(x: Tree) -> Tree:
-            x = tree_map(lambda leaf: _as_tensor(leaf), x)
-            check_like(x, sample, "x")
-            return to_device(x, self.device)
-
-        return PersonalisedModel(
-            self.base,
-            self.layer,
-            run,
-            run_forward,
-            conditioned,
-            self._generator(),
-            self._combine,
-            prepared,
-            self.settings.ensemble,
-        )
-
-    def _combine(self, outputs: Tree) -> Tree:
-        with user_code("combine()"):
-            return self.task.combine(outputs)
-
-    def _generator(self) -> DeltaGenerator:
-        """The trained networks, loaded."""
-        denoiser_folder, scale_folder = (folder_of(self.project, name).path for name in ("train-diffusion", "train-scale"))
-        description = read_json(denoiser_folder / "denoiser.json")
-        denoiser = make_denoiser(description)
-        _load(denoiser, denoiser_folder / "denoiser.safetensors")
-        shape = read_json(scale_folder / "scale.json")
-        scale = ScaleNetwork(shape["fields"], shape["width"])
-        _load(scale, scale_folder / "scale.safetensors")
-        if tuple(description["shape"]) != self.layer.matrix_shape:
-            raise ArtifactError(
-                f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {self.layer.matrix_shape}",
-                "run: ocd train-diffusion --force",
-            )
-        numel = self.layer.numel
-        settings = self.settings
-        return DeltaGenerator(
-            denoiser.to(self.device).eval().requires_grad_(False),
-            make_schedule(description["schedule"], numel, description["prediction"]),
-            scale.to(self.device).eval().requires_grad_(False),
-            self.seed,
-            settings.sampler,
-            settings.sample_steps,
-            settings.strength,
-        )
+        return model
 
     @property
     def _has_validation(self) -> bool:
@@ -231,8 +170,8 @@ class Infer(Stage):
 
     @cached_property
     def _inputs(self) -> Split:
-        if self._input_file is not None:
-            return Split(load_npz(self._input_file, labels=False), name=self._input_file.name)
+        if self._given is not None:
+            return self._given
         return self.test_split if self._split == "test" else self.splits[self._split]
 
     def _batch_size(self) -> int:
@@ -242,7 +181,7 @@ class Infer(Stage):
 
     def _output_bytes(self) -> int:
         with torch.no_grad():
-            output = forward(self.task, self.base, to_device(self._inputs.inputs([0]), self.device))
+            output = self.forward(self.base, to_device(self._inputs.inputs([0]), self.device))
         return sum(leaf.numel() * leaf.element_size() for leaf in leaves(output).values())
 
     def _known_members(self) -> Tree | None:
@@ -271,7 +210,7 @@ class Infer(Stage):
         )
 
     def _finished(self, wip: Path, members: Tree, base_output: Tree, rho: Tensor) -> Finished:
-        output = self._combine(members)
+        output = self.personalised.combine(members)
         arrays: dict[str, Any] = {"rho": rho, "sample_index": self._inputs.rows}
         for name, tree in (("base_output", base_output), ("output", output)):
             arrays |= {f"{name}.{path}".rstrip("."): leaf for path, leaf in leaves(tree).items()}
@@ -299,20 +238,6 @@ class Infer(Stage):
             row: {name: float(value.double().mean()) for name, value in metrics_of(self.task, output, y).items()}
             for row, output in outputs.items()
         }
-
-
-def _as_tensor(leaf: Any) -> Tensor:
-    leaf = torch.as_tensor(leaf)
-    return leaf.float() if leaf.dtype == torch.float64 else leaf
-
-
-def _load(network: nn.Module, path: Path) -> None:
-    try:
-        network.load_state_dict(load_tensors(path))
-    except RuntimeError as error:
-        raise ArtifactError(
-            f"{path} does not fit its description: {str(error).splitlines()[0]}", "redo that stage with --force"
-        ) from error
 
 
 def _to_cpu(found: Prediction) -> Prediction:

@@ -13,7 +13,7 @@ from stages.artifacts.project import Project
 from stages.errors import ComputeError, SettingsError
 from stages.seeds import generator, seed_of
 from stages.stage import Finished, Outcome, Stage
-from stages.tasks.loader import forward, losses
+from stages.tasks.loader import losses
 from stages.trees import Tree, take, to_device
 from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
 from stages.weights.layer import Layer, candidates, find_layer
@@ -104,10 +104,7 @@ class SelectLayer(Stage):
     def _losses(self, layer: Layer, x: Tree, y: Tree, number: int, count: int) -> np.ndarray:
         """The losses of one candidate's draws, (draws, S)."""
 
-        def run_forward(model: torch.nn.Module, batch: Tree) -> Tree:
-            return forward(self.task, model, batch)
-
-        run, _ = choose(self.base, layer, run_forward, take(x, slice(0, 2)))
+        run, _ = choose(self.base, layer, self.forward, take(x, slice(0, 2)))
         draws = self.settings.draws
         parts, done = [], 0
         for part in perturbed_losses(

@@ -5,12 +5,10 @@ import importlib.metadata
 import platform
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
 from stages.artifacts.inputs import task_sources
@@ -19,17 +17,9 @@ from stages.artifacts.progress import Logged, Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import BEGUN, MANIFEST, StageFolder, check_run, file_records, folder_of, open_run
 from stages.artifacts.states import DONE, PARTIAL, STALE, StageState, States, make_identity, require_done
-from stages.artifacts.tensors import load_model
 from stages.config import EXECUTION
-from stages.errors import ArtifactError, SettingsError, TryAgainError
-from stages.seeds import global_seed
-from stages.tasks.data import Split, dataset_identity
-from stages.tasks.loader import load_splits, load_task, load_test
-from stages.tasks.protocol import Task
-from stages.tasks.user_code import user_code
-from stages.weights.layer import Layer, find_layer
-
-BASE_FILE = "base.safetensors"
+from stages.errors import ArtifactError, TryAgainError
+from stages.materials import Materials
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class Finished:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-class Stage(ABC):
+class Stage(Materials, ABC):
     """One stage of one project: subclasses give its name, its plan and its work.
 
     Args:
@@ -80,9 +70,9 @@ class Stage(ABC):
     redoes_stale: ClassVar[bool] = False
 
     def __init__(self, project: Project, report: Report | None = None) -> None:
-        self.project = project
+        super().__init__(project)
         self.report: Report = report or Silent()
-        self.states = States(project, self._hash_dataset)
+        self.states = States(project, self.hash_dataset)
         self._identity: dict[str, Any] = {}
         self._sources: dict[str, Any] = {}
         self._begun: dict[str, Any] = {}
@@ -131,66 +121,9 @@ class Stage(ABC):
         return self.project.settings.table(self.name)
 
     @property
-    def seed(self) -> int:
-        """The seed all stages share."""
-        return self.project.seed
-
-    @property
     def fingerprint(self) -> str:
         """Of the work under way."""
         return self._begun["fingerprint"]
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device of `[run] device`.
-
-        Raises:
-            SettingsError: cuda asked for and absent.
-        """
-        return resolve_device(self.project.settings.run.device)
-
-    @cached_property
-    def task(self) -> Task:
-        """The user's task."""
-        return load_task(self.project.settings.task, self.project.root)
-
-    @cached_property
-    def splits(self) -> dict[str, Split]:
-        """train, validation and all."""
-        return load_splits(self.task, self.project.settings.task, self.seed)
-
-    @cached_property
-    def test_split(self) -> Split:
-        """The test set."""
-        return load_test(self.task)
-
-    def new_model(self) -> nn.Module:
-        """The task's model with the run's seeded initialisation."""
-        with user_code("model()"), global_seed(self.seed, "model"):
-            return self.task.model()
-
-    @cached_property
-    def base(self) -> nn.Module:
-        """The trained base, frozen, in eval mode, on the device."""
-        model = self.new_model()
-        load_model(folder_of(self.project, "train-base").path / BASE_FILE, model)
-        return model.to(self.device).eval().requires_grad_(False)
-
-    @cached_property
-    def layer(self) -> Layer:
-        """The selected layer."""
-        return find_layer(self.base, self.manifest_of("select-layer")["content"])
-
-    def manifest_of(self, stage: str) -> dict[str, Any]:
-        """The manifest of an earlier stage.
-
-        Raises:
-            ArtifactError: it has none.
-        """
-        manifest = folder_of(self.project, stage).manifest()
-        if manifest is None:
-            raise ArtifactError(f"{stage} is missing", f"run: ocd {stage}")
-        return manifest
 
     def tell_total(self, total: int, unit: str) -> None:
         """Record how much there is to do, for `ocd status` while the work is under way."""
@@ -202,15 +135,6 @@ class Stage(ABC):
         self._begun["execution"] = resolved | self._begun.get("execution", {})
         write_json(self.folder.wip / BEGUN, self._begun)
         return self._begun["execution"]
-
-    def _hash_dataset(self, role: str) -> str | None:
-        if role == "validation":
-            with user_code("validation()"):
-                dataset = self.task.validation()
-            return None if dataset is None else dataset_identity(dataset, role)
-        if role == "test":
-            return dataset_identity(self.test_split.dataset, role)
-        return dataset_identity(self.splits["all"].dataset, role)
 
     # The life of a stage.
 
@@ -285,7 +209,7 @@ class Stage(ABC):
     def _fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""
         roles = tuple(self.splits_read.get(role, role) for role in self.spec.data)
-        inputs, sources = task_sources(self.project, roles, None, self._hash_dataset) if self.spec.task else ({}, {})
+        inputs, sources = task_sources(self.project, roles, None, self.hash_dataset) if self.spec.task else ({}, {})
         for name in self.spec.reads:
             inputs[STAGES[name].content] = self.manifest_of(name)["content"]
         return make_identity(self.project, self.spec, inputs | self.content_inputs(), None), sources
@@ -328,19 +252,6 @@ class Stage(ABC):
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
             },
         }
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device a setting stands for.
-
-    Raises:
-        SettingsError: cuda asked for and absent.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(
-            "run.device = 'cuda', but torch sees no CUDA device", "use --device cpu, or install a CUDA build of torch"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _now() -> str:

@@ -13,9 +13,10 @@ from stages.artifacts.project import Project
 from stages.artifacts.tensors import import_weights, load_tensors, save_model
 from stages.artifacts.training_run import Plan, TrainingRun, take_up_training
 from stages.diffusion.training import Trainer, batch_rows
+from stages.materials import BASE_FILE
 from stages.seeds import global_seed
-from stages.stage import BASE_FILE, Finished, Outcome, Stage
-from stages.tasks.loader import check_task, forward, losses
+from stages.stage import Finished, Outcome, Stage
+from stages.tasks.loader import check_task, losses
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import evaluate
 from stages.tasks.user_code import user_code
@@ -86,7 +87,7 @@ class TrainBase(Stage):
         def step_loss(step: int) -> Tensor:
             x, y = train.batch(batch_rows(len(train), batch, step, self.seed, "train-base"))
             with global_seed(self.seed, "train-base", step):
-                return losses(self.task, forward(self.task, model, to_device(x, self.device)), to_device(y, self.device)).mean()
+                return losses(self.task, self.forward(model, to_device(x, self.device)), to_device(y, self.device)).mean()
 
         def score() -> dict[str, float]:
             figures = evaluate(self.task, model, self.splits["validation"], self.device)

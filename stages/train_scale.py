@@ -83,7 +83,9 @@ class TrainScale(Stage):
             rows = train.take(batch_rows(len(train), batch, step, self.seed, "train-scale").to(self.device))
             return scale_loss(network(rows.fields), rows.rho, settings.loss).mean()
 
-        trainer = Trainer(network, torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.0, fused=True), step_loss)
+        trainer = Trainer(
+            network, torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.0, fused=True), step_loss
+        )
         plan = Plan(settings.max_steps, settings.evaluate_steps, settings.checkpoint_steps, settings.patience)
         self.tell_total(plan.max_steps, "steps")
         trained = TrainingRun(

@@ -9,14 +9,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = {"config", "errors", "seeds", "specs", "trees"}
-COMMANDS = {"init", "train_base", "select_layer", "collect", "train_diffusion", "train_scale", "infer", "run", "status", "verify"}
+COMMANDS = {
+    "init",
+    "train_base",
+    "select_layer",
+    "collect",
+    "train_diffusion",
+    "train_scale",
+    "infer",
+    "run",
+    "status",
+    "verify",
+}
 # What each part of the library may import of the others, beside the leaves.
 ALLOWED = {
     "artifacts": set(),
     "weights": set(),
     "diffusion": set(),
     "tasks": {"weights"},
-    "stage": {"artifacts", "tasks", "weights"},
+    "materials": {"artifacts", "tasks", "weights"},
+    "stage": {"artifacts", "materials"},
+    "predictor": {"artifacts", "tasks", "weights", "diffusion", "materials"},
 }
 
 

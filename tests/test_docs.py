@@ -84,7 +84,10 @@ def test_init_writes_every_setting():
     for name, table in tables().items():
         section = text.split(f"[{name}]")[1].split("\n[")[0]
         for key, info in table.model_fields.items():
-            assert re.search(rf"^(# )?{info.alias or key} = .*{re.escape(info.description)}", section, re.MULTILINE), (name, key)
+            assert re.search(rf"^(# )?{info.alias or key} = .*{re.escape(info.description)}", section, re.MULTILINE), (
+                name,
+                key,
+            )
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("examples/*/ocd.toml")))

@@ -20,7 +20,9 @@ class Example:
     """An example's settings, used from a copy so that nothing is left in the source tree."""
 
     def __init__(self, name: str, tmp_path: Path) -> None:
-        self.root = shutil.copytree(EXAMPLES / name, tmp_path / name, ignore=shutil.ignore_patterns("run", "run-*", "__pycache__"))
+        self.root = shutil.copytree(
+            EXAMPLES / name, tmp_path / name, ignore=shutil.ignore_patterns("run", "run-*", "__pycache__")
+        )
         self.config, self.run = self.root / "ocd.toml", self.root / "run"
 
 
@@ -50,7 +52,9 @@ def test_bring_your_own_goes_from_two_files_to_predictions_in_one_command(ocd, t
 def test_init_alone_writes_a_file_that_works(ocd, tmp_path):
     ocd(None, "init", "--config", tmp_path)
     few = [word for key in ("train-diffusion.max_steps", "train-scale.max_steps") for word in ("--set", f"{key}=50")]
-    stages = json.loads(ocd(None, "run", "--json", "--config", tmp_path, *few, "--set", "select-layer.draws=50").stdout)["stages"]
+    stages = json.loads(ocd(None, "run", "--json", "--config", tmp_path, *few, "--set", "select-layer.draws=50").stdout)[
+        "stages"
+    ]
     assert stages["infer"]["metrics"]["base"]["accuracy"] > 0.5
 
 

@@ -1,7 +1,7 @@
 """The delta store: a Zarr group of arrays over samples, written block by block with a ledger.
 
-Every array has the same number of rows to a chunk; one row of chunks is a block, the unit of writing and of resuming. A block is
-done when its record exists, which is written last and holds the hash of every chunk.
+Every array has the same number of rows to a chunk; one row of chunks is a block, the unit of writing and of resuming. A block
+is done when its record exists, which is written last and holds the hash of every chunk.
 """
 
 from dataclasses import dataclass
@@ -154,7 +154,7 @@ class DeltaStore:
             group[name][span.start : span.stop] = value
 
     def adopt(self, finished: Path) -> None:
-        """Begin from a finished, smaller store: its whole blocks get a second name here; its last, shorter one is made again."""
+        """Begin from a finished, smaller store: its whole blocks get a second name here; the last, shorter one is redone."""
         for path in (finished / LEDGER).glob("*.json"):
             for name in read_json(path)["chunks"]:
                 link_or_copy(inside(finished, name), inside(self.folder, name))
@@ -200,7 +200,8 @@ class StoreReader:
                 array = self._group[name]
                 if list(array.shape) != wanted["shape"] or array.dtype != np.dtype(wanted["dtype"]):
                     raise ArtifactError(
-                        f"{self.path}/{name} is {array.dtype} {array.shape}, its manifest says {wanted['dtype']} {tuple(wanted['shape'])}",
+                        f"{self.path}/{name} is {array.dtype} {array.shape}, "
+                        f"its manifest says {wanted['dtype']} {tuple(wanted['shape'])}",
                         "redo it with: ocd collect --force",
                     )
         except (KeyError, ValueError, FileNotFoundError, TypeError) as error:

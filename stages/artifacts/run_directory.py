@@ -160,7 +160,8 @@ def check_run(project: Project) -> None:
         )
     if record.get("task") != task_name(project):
         raise ArtifactError(
-            f"{project.run_path} belongs to task {record.get('task')!r}, but {project.config_path} is about {task_name(project)!r}",
+            f"{project.run_path} belongs to task {record.get('task')!r}, "
+            f"but {project.config_path} is about {task_name(project)!r}",
             "name another folder with --run",
         )
 

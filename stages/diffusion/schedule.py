@@ -60,7 +60,9 @@ def linear_betas(first: float, last: float, steps: int) -> Tensor:
 
 
 def rescale_terminal(betas: Tensor, terminal_alpha_bar: float) -> Tensor:
-    """Shift and scale sqrt(ᾱ) so that its first value stays and its last is sqrt(`terminal_alpha_bar`) (Lin et al., 2023, Alg. 1).
+    """Shift and scale sqrt(ᾱ) so that its first value stays and its last is sqrt(`terminal_alpha_bar`).
+
+    After Lin et al. (2023), Algorithm 1, who have 0 at the end.
 
     Args:
         betas: (T,).
@@ -105,7 +107,10 @@ def schedule_warning(name: str, numel: int, sample_steps: int = 10) -> str:
     schedule = make_schedule(name, numel, EPSILON)
     first = float(schedule.alpha_bar[schedule.visited(min(sample_steps, schedule.steps))[0]])
     signal = numel * first / (1 - first)
-    return f"schedule = {name!r} begins sampling where d·ᾱ/(1 − ᾱ) = {signal:.3g}; it reproduces the {name}, the default 'ddpm' samples better"
+    return (
+        f"schedule = {name!r} begins sampling where d·ᾱ/(1 − ᾱ) = {signal:.3g}; "
+        f"it reproduces the {name}, the default 'ddpm' samples better"
+    )
 
 
 def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:

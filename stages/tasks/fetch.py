@@ -1,8 +1,8 @@
 """Data files of the examples: taken from `OCD_DATA`, else from a cache, else downloaded; always with a checksum."""
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,29 +44,32 @@ def fetch(name: str, urls: Sequence[str], sha256: str, timeout_s: float = 60) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     problems = []
     for url in urls:
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            _download(url, partial, timeout_s)
-            if (got := _sha256(partial)) == sha256:
-                os.replace(partial, path)
-                return path
-            problems.append(f"{url}: sha256 {got[:12]}…, expected {sha256[:12]}…")
-        except (OSError, urllib.error.URLError, ValueError) as error:
-            problems.append(f"{url}: {error}")
-        finally:
-            partial.unlink(missing_ok=True)
+        problem = _download(url, path, sha256, timeout_s)
+        if not problem:
+            return path
+        problems.append(f"  {url}: {problem}")
     raise DataError(
-        f"{name} could not be downloaded:\n" + "\n".join(f"  {line}" for line in problems),
-        f"put the file at {path}, or its folder in OCD_DATA",
+        f"{name} could not be downloaded:\n" + "\n".join(problems), f"put the file at {path}, or its folder in OCD_DATA"
     )
+
+
+def _download(url: str, path: Path, sha256: str, timeout_s: float) -> str:
+    """Download to `path` if the checksum is right; what is wrong otherwise, "" if nothing."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as answer, partial.open("wb") as stream:
+            while chunk := answer.read(_CHUNK):
+                stream.write(chunk)
+        if (got := _sha256(partial)) != sha256:
+            return f"sha256 {got[:12]}…, expected {sha256[:12]}…"
+        os.replace(partial, path)
+        return ""
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return str(error)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _download(url: str, path: Path, timeout_s: float) -> None:
-    with urllib.request.urlopen(url, timeout=timeout_s) as answer, path.open("wb") as stream:
-        while chunk := answer.read(_CHUNK):
-            stream.write(chunk)

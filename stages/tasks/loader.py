@@ -132,6 +132,7 @@ def _check_independent(task: Task, model: nn.Module, x: Tree, output: Tree) -> N
             difference = (whole[index] - leaf[0]).abs().max() if leaf.numel() else torch.zeros(())
             if difference > 1e-3 * (1 + whole.abs().max()):
                 raise TaskError(
-                    f"the model mixes samples in eval mode: alone, a sample's output differs by {float(difference):.3g} from its output in a batch",
+                    "the model mixes samples in eval mode: "
+                    f"alone, a sample's output differs by {float(difference):.3g} from its output in a batch",
                     "OCD needs a model whose samples do not interact; normalise with running statistics, not the batch's",
                 )

@@ -128,7 +128,7 @@ LOSSES: dict[str, tuple[Loss, str, dict[str, Loss]]] = {
 
 
 def mean_probability(outputs: Tensor) -> Tensor:
-    """Log of the members' mean probability, log(1/E Σ softmax(output_e)): logits (E, B, C, …) to log-probabilities (B, C, …)."""
+    """Log of the mean probability, log(1/E Σ softmax(output_e)): logits (E, B, C, …) to log-probabilities (B, C, …)."""
     return torch.logsumexp(F.log_softmax(outputs, dim=2), dim=0) - torch.tensor(float(outputs.shape[0])).log()
 
 

@@ -63,7 +63,7 @@ class PersonalisedModel:
     ) -> None:
         self.model, self.layer, self.ensemble = model, layer, ensemble
         self._run, self._forward, self._condition = run, forward, condition
-        self._sample_deltas, self._combine, self._prepare = sample_deltas, combine, prepare
+        self._sample_deltas, self.combine, self._prepare = sample_deltas, combine, prepare
 
     def predict(
         self, x: Tree, ensemble: int | None = None, *, rows: list[int] | None = None, first_member: int = 0
@@ -84,7 +84,7 @@ class PersonalisedModel:
         base_output, conditioning = self._condition(x)
         deltas, rho = self._sample_deltas(conditioning, rows if rows is not None else list(range(batch_size(x))), members)
         outputs = apply_deltas(self._run, self.layer, self.model, x, deltas)
-        return Prediction(self._combine(outputs), outputs, base_output, rho, deltas)
+        return Prediction(self.combine(outputs), outputs, base_output, rho, deltas)
 
 
 def apply_deltas(run: PerSampleWeights, layer: Layer, model: nn.Module, x: Tree, deltas: Tensor) -> Tree:

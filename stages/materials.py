@@ -1,0 +1,115 @@
+"""What the stages of one project share: the task, its splits, the trained base and the selected layer, each made once."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.artifacts.project import Project
+from stages.artifacts.run_directory import folder_of
+from stages.artifacts.tensors import load_model
+from stages.errors import ArtifactError, SettingsError
+from stages.seeds import global_seed
+from stages.tasks.data import Split, dataset_identity
+from stages.tasks.loader import forward, load_splits, load_task, load_test
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import user_code
+from stages.trees import Tree
+from stages.weights.layer import Layer, find_layer
+
+BASE_FILE = "base.safetensors"
+
+
+class Materials:
+    """A project's task, data, base and layer, loaded when first asked for.
+
+    Args:
+        project: the project.
+    """
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+
+    @property
+    def seed(self) -> int:
+        """The seed all stages share."""
+        return self.project.seed
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of `[run] device`.
+
+        Raises:
+            SettingsError: cuda asked for and absent.
+        """
+        return resolve_device(self.project.settings.run.device)
+
+    @cached_property
+    def task(self) -> Task:
+        """The user's task."""
+        return load_task(self.project.settings.task, self.project.root)
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """train, validation and all."""
+        return load_splits(self.task, self.project.settings.task, self.seed)
+
+    @cached_property
+    def test_split(self) -> Split:
+        """The test set."""
+        return load_test(self.task)
+
+    def new_model(self) -> nn.Module:
+        """The task's model with the run's seeded initialisation."""
+        with user_code("model()"), global_seed(self.seed, "model"):
+            return self.task.model()
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The trained base, frozen, in eval mode, on the device."""
+        model = self.new_model()
+        load_model(folder_of(self.project, "train-base").path / BASE_FILE, model)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def layer(self) -> Layer:
+        """The selected layer."""
+        return find_layer(self.base, self.manifest_of("select-layer")["content"])
+
+    def forward(self, model: nn.Module, x: Tree) -> Tree:
+        """The task's forward pass: inputs (B, …) to outputs (B, …)."""
+        return forward(self.task, model, x)
+
+    def manifest_of(self, stage: str) -> dict[str, Any]:
+        """The manifest of an earlier stage.
+
+        Raises:
+            ArtifactError: it has none.
+        """
+        manifest = folder_of(self.project, stage).manifest()
+        if manifest is None:
+            raise ArtifactError(f"{stage} is missing", f"run: ocd {stage}")
+        return manifest
+
+    def hash_dataset(self, role: str) -> str | None:
+        """The identity of a dataset that only code can load; None where the task has no such set."""
+        if role == "validation":
+            with user_code("validation()"):
+                dataset = self.task.validation()
+            return None if dataset is None else dataset_identity(dataset, role)
+        split = self.test_split if role == "test" else self.splits["all"]
+        return dataset_identity(split.dataset, role)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a setting stands for.
+
+    Raises:
+        SettingsError: cuda asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(
+            "run.device = 'cuda', but torch sees no CUDA device", "use --device cpu, or install a CUDA build of torch"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,94 @@
+"""From a finished run to a model with input-dependent weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.artifacts.files import read_json
+from stages.artifacts.run_directory import folder_of
+from stages.artifacts.tensors import load_tensors
+from stages.diffusion.denoisers import make_denoiser
+from stages.diffusion.generate import DeltaGenerator
+from stages.diffusion.scale import ScaleNetwork
+from stages.diffusion.schedule import make_schedule
+from stages.errors import ArtifactError
+from stages.materials import Materials
+from stages.tasks.conditioning import condition
+from stages.tasks.data import check_like
+from stages.tasks.user_code import user_code
+from stages.trees import Tree, concatenate, to_device, tree_map
+from stages.weights.per_sample import choose
+from stages.weights.personalised import PersonalisedModel
+
+
+def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
+    """The base with input-dependent weights, as `[infer]` asks, and why it runs by the plain loop ("" if it does not).
+
+    Raises:
+        ArtifactError: networks that are missing, damaged, or of another layer.
+    """
+    task, base, layer, device = materials.task, materials.base, materials.layer, materials.device
+    sample = materials.splits["all"].inputs([0])
+    run, reason = choose(base, layer, materials.forward, to_device(concatenate([sample, sample]), device))
+
+    def conditioned(x: Tree) -> tuple[Tree, dict[str, Tensor]]:
+        return condition(task, base, layer, x)[:2]
+
+    def prepared(x: Tree) -> Tree:
+        x = tree_map(_as_tensor, x)
+        check_like(x, sample, "x")
+        return to_device(x, device)
+
+    def combined(outputs: Tree) -> Tree:
+        with user_code("combine()"):
+            return task.combine(outputs)
+
+    ensemble = materials.project.settings.infer.ensemble
+    generate = load_generator(materials)
+    return PersonalisedModel(base, layer, run, materials.forward, conditioned, generate, combined, prepared, ensemble), reason
+
+
+def load_generator(materials: Materials) -> DeltaGenerator:
+    """The trained denoiser and scale network, as `[infer]` samples from them.
+
+    Raises:
+        ArtifactError: one is missing, damaged, or of another layer.
+    """
+    project, device = materials.project, materials.device
+    denoiser_folder, scale_folder = (folder_of(project, name).path for name in ("train-diffusion", "train-scale"))
+    description = read_json(denoiser_folder / "denoiser.json")
+    denoiser = make_denoiser(description)
+    _load(denoiser, denoiser_folder / "denoiser.safetensors")
+    shape = read_json(scale_folder / "scale.json")
+    scale = ScaleNetwork(shape["fields"], shape["width"])
+    _load(scale, scale_folder / "scale.safetensors")
+    if tuple(description["shape"]) != materials.layer.matrix_shape:
+        raise ArtifactError(
+            f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {materials.layer.matrix_shape}",
+            "run: ocd train-diffusion --force",
+        )
+    settings = project.settings.infer
+    return DeltaGenerator(
+        denoiser.to(device).eval().requires_grad_(False),
+        make_schedule(description["schedule"], materials.layer.numel, description["prediction"]),
+        scale.to(device).eval().requires_grad_(False),
+        project.seed,
+        settings.sampler,
+        settings.sample_steps,
+        settings.strength,
+    )
+
+
+def _as_tensor(leaf: Any) -> Tensor:
+    leaf = torch.as_tensor(leaf)
+    return leaf.float() if leaf.dtype == torch.float64 else leaf
+
+
+def _load(network: nn.Module, path: Any) -> None:
+    try:
+        network.load_state_dict(load_tensors(path))
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} does not fit its description: {str(error).splitlines()[0]}", "redo that stage with --force"
+        ) from error
