@@ -53,10 +53,13 @@ class Collect(Stage):
             "bytes": size,
         }
 
+    def check(self) -> None:
+        """A batch goes through model and loss, the loss depends on the layer, and the conditioning can be captured."""
+        check_task(self.task, self.base, self.rows)
+        self._overfit_batch(range(min(2, len(self.rows))), self._engine()[0])
+
     def work(self, wip: Path) -> Finished:
         """Every block that is not done, then the checks that make the store whole."""
-        check_task(self.task, self.base.cpu(), self.rows)
-        self.base.to(self.device)
         run, reason = self._engine()
         store = self._store(wip, self.fingerprint)
         execution = self.keep_execution(batch_size=self._batch_size(store.rows), block_samples=store.rows, engine=run.name)

@@ -16,8 +16,9 @@ from stages.artifacts.pipeline import STAGES
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project, load_project
 from stages.artifacts.run_directory import StageFolder, check_run, folder_of
-from stages.artifacts.states import PARTIAL, require_done
+from stages.artifacts.states import PARTIAL, States, require_done
 from stages.errors import SettingsError
+from stages.materials import Materials
 from stages.predictor import load_personalised
 from stages.stage import Finished, Outcome, Stage
 from stages.tasks.data import Split, check_like, load_npz
@@ -67,9 +68,9 @@ def open_run(
     """
     project = load_project(config, run=run, overrides=overrides, values=values)
     check_run(project)
-    stage = Infer(project)
-    require_done(stage.states, STAGES["infer"].reads, "predicting")
-    return stage.personalised
+    materials = Materials(project)
+    require_done(States(project, materials.hash_dataset), STAGES["infer"].reads, "predicting")
+    return load_personalised(materials)[0]
 
 
 def query_name(split: str, input_file: Path | None) -> str:
@@ -128,10 +129,14 @@ class Infer(Stage):
             size += count * members * 4 * self.layer.numel
         return {"what": f"{count:,} inputs × {members} members, {self.settings.sample_steps} steps each", "bytes": size}
 
+    def check(self) -> None:
+        """The inputs are like the training set's, and the networks load."""
+        check_like(self._inputs.inputs([0]), self.splits["all"].inputs([0]), self._inputs.name)
+        self.personalised  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
+
     def work(self, wip: Path) -> Finished:
         """Predict batch by batch, then write all at once."""
         settings, inputs = self.settings, self._inputs
-        check_like(inputs.inputs([0]), self.splits["all"].inputs([0]), inputs.name)
         batch = self.keep_execution(batch_size=self._batch_size())["batch_size"]
         require_space(wip, self.plan()["bytes"])
         known = self._known_members()

@@ -44,14 +44,19 @@ class SelectLayer(Stage):
         what = f"{self.settings.draws:,} draws × {self._samples():,} samples × {len(found)} candidates"
         return {"what": what, "bytes": 1000 * len(found)}
 
-    def work(self, wip: Path) -> Finished:
-        """Score the candidates, rank them, choose, and write `layer.json`."""
-        chosen = None if self.settings.layer == AUTO else find_layer(self.base, self.settings.layer)
-        if chosen is None and self.settings.draws < 2:
+    def check(self) -> None:
+        """A named layer exists; without one there are draws to score by."""
+        if self.settings.layer != AUTO:
+            find_layer(self.base, self.settings.layer)
+        elif self.settings.draws < 2:
             raise SettingsError(
                 f"select-layer.draws = {self.settings.draws}: a score needs at least 2 draws",
                 "set more draws, or name a layer with --layer",
             )
+
+    def work(self, wip: Path) -> Finished:
+        """Score the candidates, rank them, choose, and write `layer.json`."""
+        chosen = None if self.settings.layer == AUTO else find_layer(self.base, self.settings.layer)
         found = candidates(self.base)
         rows = (
             self._entries(found)

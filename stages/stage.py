@@ -87,6 +87,9 @@ class Stage(Materials, ABC):
     def work(self, wip: Path) -> Finished:
         """Do it inside `wip`, continuing whatever an earlier process left there."""
 
+    def check(self) -> None:
+        """Refuse faults of the settings, the task and the data before anything is written."""
+
     def resolved(self) -> dict[str, Any]:
         """What `auto` identity settings of this stage stand for, by dotted name."""
         return {}
@@ -139,7 +142,7 @@ class Stage(Materials, ABC):
     # The life of a stage.
 
     def execute(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
-        """Bring the stage up to date, or say what that would take.
+        """Bring the stage up to date, or say what that would take; what is wrong with the request is found before it begins.
 
         Raises:
             ArtifactError: an earlier stage is not done, or this one is stale and not forced.
@@ -153,6 +156,7 @@ class Stage(Materials, ABC):
         if dry_run:
             return Outcome(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
         self._refuse_stale(state, force)
+        self.check()
         open_run(self.project)
         with self.folder.lock(), disk_errors(self.project.run_path):
             if (self.folder.wip / MANIFEST).exists():

@@ -1,5 +1,6 @@
 """train-base: train the base network, or import its weights; every later stage uses exactly these."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,23 @@ class TrainBase(Stage):
             return {"what": f"import {weights.name}", "bytes": size}
         return {"what": f"train {self.settings.epochs} epochs on {len(self.splits['train']):,} samples", "bytes": size}
 
-    def work(self, wip: Path) -> Finished:
-        """Import, or train with the task's own trainer or the default one."""
-        model = self.new_model()
-        check_task(self.task, model, self.splits["train"])
-        model.to(self.device)
-        weights = data_path(self.project, "weights")
+    def check(self) -> None:
+        """The weights fit, and a batch goes through model and loss."""
+        check_task(self.task, self._initial, self.splits["train"])
+
+    @cached_property
+    def _initial(self) -> nn.Module:
+        """The model before training: new, or with the imported weights."""
+        model, weights = self.new_model(), data_path(self.project, "weights")
         if weights is not None:
             import_weights(weights, model)
-            check_task(self.task, model.cpu(), self.splits["train"])
-            model.to(self.device)
+        return model
+
+    def work(self, wip: Path) -> Finished:
+        """Import, or train with the task's own trainer or the default one."""
+        model = self._initial.to(self.device)
+        weights = data_path(self.project, "weights")
+        if weights is not None:
             how, epochs = {"imported": weights.name}, {}
         elif type(self.task).train_base is not Task.train_base:
             how, epochs = self._train_by_task(model), {}

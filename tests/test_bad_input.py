@@ -429,6 +429,17 @@ def single_array(path):
         np.save(stream, np.zeros(3))
 
 
+@pytest.mark.parametrize("role", ["train", "test"])
+def test_binary_label_out_of_range(refused, project, role):
+    # Here a label is a row of numbers, any of which may be the wrong one.
+    folder = project({"task": {"loss": "binary_cross_entropy"}})
+    for name, rows in (("train", 40), ("test", 24)):
+        y = np.zeros((rows, 3))
+        y[9, 1] = 2 if name == role else 1
+        folder.save(f"{name}.npz", arrays(rows, 0)[0], y)
+    refused(folder, "train-base", code=2, says=[role, "y[9]", "label 2 is out of range", "[0, 1]"])
+
+
 BAD_FILES = {
     "missing": (lambda path: path.unlink(), "is missing"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "train.npz"),

@@ -12,7 +12,7 @@ from stages.tasks.losses import CLASSIFICATION, check_labels
 from stages.tasks.protocol import Task
 from stages.tasks.supervised import SupervisedTask
 from stages.tasks.user_code import load_object, user_code
-from stages.trees import Tree, batch_size, leaves, take
+from stages.trees import Tree, batch_size, leaves, take, to_device
 
 
 def load_task(settings: TaskTable, root: Path) -> Task:
@@ -89,7 +89,8 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
         ComputeError: a loss that is not finite.
         DataError: labels out of range; the row is named.
     """
-    x, y = split.batch(range(min(4, len(split))))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    x, y = (to_device(tree, device) for tree in split.batch(range(min(4, len(split)))))
     model.eval()
     with torch.no_grad():
         output = forward(task, model, x)
