@@ -10,7 +10,7 @@ import typer
 
 from ocd_cli.options import Shared, command, print_json
 from ocd_cli.progress import ShownProgress
-from ocd_cli.render import console, show_outcome, show_status, show_verified
+from ocd_cli.render import show_outcome, show_status, show_verified
 
 if TYPE_CHECKING:
     from stages.stage import Outcome
@@ -225,5 +225,5 @@ def verify(shared: Shared) -> None:
     else:
         show_verified(found)
     if not found["whole"]:
-        console().print("damaged artifacts are redone with: ocd <stage> --force", markup=False)
+        print("damaged artifacts are redone with: ocd <stage> --force", file=sys.stderr)
         raise typer.Exit(3)

@@ -4,15 +4,17 @@ A setting has one of three classes. *Identity* decides what a result is: a chang
 far to go: larger continues, smaller is stale. *Execution* decides only how the work is done and never makes a stage stale.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 FORMAT_VERSION = 1
 
 IDENTITY, EXTENT, EXECUTION = "identity", "extent", "execution"
 
 Auto = Literal["auto"]
+# Bounds belong to the number alone: on the whole union they would be applied to the word, too.
+Count = Annotated[int, Field(ge=1)]
 
 
 def _setting(default: Any, kind: str, meaning: str, **bounds: Any) -> Any:
@@ -37,7 +39,9 @@ def execution(default: Any, meaning: str, **bounds: Any) -> Any:
 class Table(BaseModel):
     """One table of `ocd.toml`: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), strict=True, allow_inf_nan=False
+    )
     title: ClassVar[str]
 
     def of_kind(self, kind: str) -> dict[str, Any]:
@@ -59,9 +63,9 @@ class RunTable(Table):
 class TaskTable(Table):
     title: ClassVar[str] = "the model, its loss and its data"
     model: str | None = identity(None, 'callable that returns the model, "module:name"')
-    model_args: dict[str, Any] = identity({}, "keyword arguments for it")
+    model_args: dict[str, JsonValue] = identity({}, "keyword arguments for it")
     class_: str | None = identity(None, 'a Task class instead of model, loss and data, "module:Name"', alias="class")
-    args: dict[str, Any] = identity({}, "keyword arguments for the Task class")
+    args: dict[str, JsonValue] = identity({}, "keyword arguments for the Task class")
     weights: str | None = execution(None, "trained weights to import (.safetensors, .pt); without, train-base trains")
     loss: str | None = identity(
         None, 'cross_entropy, binary_cross_entropy, mse, mae, huber, or "module:name": (output, y) -> (B,)'
@@ -101,15 +105,17 @@ class CollectTable(Table):
     split: Literal["train", "validation", "all"] = identity(
         "train", "rows of train to overfit: those the base was trained on, those held out from it, or both"
     )
-    samples: int | Literal["all"] = extent("all", "how many of them, in a seeded order", ge=1)
-    batch_size: int | Auto = execution("auto", "samples overfitted at once", ge=1)
-    block_samples: int | Auto = execution("auto", "samples a block: the unit of writing and of resuming", ge=1)
+    samples: Count | Literal["all"] = extent("all", "how many of them, in a seeded order")
+    batch_size: Count | Auto = execution("auto", "samples overfitted at once")
+    block_samples: Count | Auto = execution("auto", "samples a block: the unit of writing and of resuming")
 
 
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
     preset: Literal["auto", "mlp"] = identity("auto", "denoiser; mlp: residual MLP on the flattened delta")
-    width: int | Auto = identity("auto", "hidden width of the mlp preset, even; auto: about 4·sqrt(out·in)", ge=8)
+    width: Annotated[int, Field(ge=8)] | Auto = identity(
+        "auto", "hidden width of the mlp preset, even; auto: about 4·sqrt(out·in)"
+    )
     blocks: int = identity(3, "residual blocks of the mlp preset", ge=1)
     prediction: Literal["auto", "epsilon", "x0"] = identity("auto", "what the denoiser outputs; auto: x0 for mlp")
     schedule: Literal["ddpm", "authors", "paper"] = identity("ddpm", "noise schedule")
@@ -145,7 +151,7 @@ class InferTable(Table):
     sampler: Literal["ddim", "ddpm"] = identity("ddim", "ddim is deterministic after its first noise")
     strength: float = identity(1.0, "factor on the predicted rho; 1 is the paper, 0 is the base", ge=0)
     save_deltas: bool = identity(False, "also write every sampled delta")
-    batch_size: int | Auto = execution("auto", "inputs at once, each with all its members", ge=1)
+    batch_size: Count | Auto = execution("auto", "inputs at once, each with all its members")
 
 
 class Settings(BaseModel):

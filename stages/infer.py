@@ -11,12 +11,12 @@ import torch
 import zarr
 from torch import Tensor
 
-from stages.artifacts.files import digest, require_space, sha256_file
+from stages.artifacts.files import digest, link_or_copy, remove, require_space, sha256_file
 from stages.artifacts.pipeline import STAGES
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project, load_project
 from stages.artifacts.run_directory import StageFolder, check_run, folder_of
-from stages.artifacts.states import PARTIAL, States, require_done
+from stages.artifacts.states import States, require_done
 from stages.errors import SettingsError
 from stages.materials import Materials
 from stages.predictor import load_personalised
@@ -26,7 +26,7 @@ from stages.tasks.scoring import metrics_of
 from stages.trees import Tree, concatenate, leaves, to_device, tree_map
 from stages.weights.personalised import PersonalisedModel, Prediction
 
-PREDICTIONS, DELTAS = "predictions.npz", "deltas.zarr"
+PREDICTIONS, DELTAS, SMALLER = "predictions.npz", "deltas.zarr", "smaller.npz"
 SPLITS = ("test", "validation", "train")
 BATCH_BYTES = 64 << 20
 
@@ -134,6 +134,10 @@ class Infer(Stage):
         check_like(self._inputs.inputs([0]), self.splits["all"].inputs([0]), self._inputs.name)
         self.personalised  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
 
+    def extend(self, finished: Path, wip: Path) -> None:
+        """Keep the members of a smaller ensemble until the larger one is written."""
+        link_or_copy(finished / PREDICTIONS, wip / SMALLER)
+
     def work(self, wip: Path) -> Finished:
         """Predict batch by batch, then write all at once."""
         settings, inputs = self.settings, self._inputs
@@ -191,12 +195,9 @@ class Infer(Stage):
 
     def _known_members(self) -> Tree | None:
         """The members of a smaller ensemble that is this answer otherwise, (E, N, …), or None."""
-        state = self._state()
-        if state.state != PARTIAL or state.manifest is None or not self.folder.path.exists() or self.settings.save_deltas:
+        if not (self.folder.wip / SMALLER).exists() or self.settings.save_deltas:
             return None
-        if state.manifest["fingerprint"] != self.fingerprint:
-            return None
-        with np.load(self.folder.path / PREDICTIONS, allow_pickle=False) as archive:
+        with np.load(self.folder.wip / SMALLER, allow_pickle=False) as archive:
             if "member_output" not in archive.files:
                 return None
             return torch.from_numpy(archive["member_output"]).transpose(0, 1)
@@ -221,6 +222,7 @@ class Infer(Stage):
             arrays |= {f"{name}.{path}".rstrip("."): leaf for path, leaf in leaves(tree).items()}
         arrays |= {f"member_output.{path}".rstrip("."): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
         _save_npz(wip / PREDICTIONS, {name: value.contiguous().numpy() for name, value in arrays.items()})
+        remove(wip / SMALLER)
         one = tree_map(lambda leaf: leaf[0], members)
         summary = {
             "query": query_name(self._split, self._input_file),

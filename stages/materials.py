@@ -1,13 +1,14 @@
 """What the stages of one project share: the task, its splits, the trained base and the selected layer, each made once."""
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from stages.artifacts.project import Project
-from stages.artifacts.run_directory import folder_of
+from stages.artifacts.run_directory import checked_file, folder_of
 from stages.artifacts.tensors import load_model
 from stages.errors import ArtifactError, SettingsError
 from stages.seeds import global_seed
@@ -69,7 +70,7 @@ class Materials:
     def base(self) -> nn.Module:
         """The trained base, frozen, in eval mode, on the device."""
         model = self.new_model()
-        load_model(folder_of(self.project, "train-base").path / BASE_FILE, model)
+        load_model(self.file_of("train-base", BASE_FILE), model)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -91,6 +92,14 @@ class Materials:
         if manifest is None:
             raise ArtifactError(f"{stage} is missing", f"run: ocd {stage}")
         return manifest
+
+    def file_of(self, stage: str, name: str) -> Path:
+        """A file of an earlier stage, hashed before it is read.
+
+        Raises:
+            ArtifactError: it is missing, or its content changed.
+        """
+        return checked_file(folder_of(self.project, stage), self.manifest_of(stage), name)
 
     def hash_dataset(self, role: str) -> str | None:
         """The identity of a dataset that only code can load; None where the task has no such set."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from stages.artifacts.files import read_json
-from stages.artifacts.run_directory import folder_of
 from stages.artifacts.tensors import load_tensors
 from stages.diffusion.denoisers import make_denoiser
 from stages.diffusion.generate import DeltaGenerator
@@ -56,13 +55,12 @@ def load_generator(materials: Materials) -> DeltaGenerator:
         ArtifactError: one is missing, damaged, or of another layer.
     """
     project, device = materials.project, materials.device
-    denoiser_folder, scale_folder = (folder_of(project, name).path for name in ("train-diffusion", "train-scale"))
-    description = read_json(denoiser_folder / "denoiser.json")
+    description = read_json(materials.file_of("train-diffusion", "denoiser.json"))
     denoiser = make_denoiser(description)
-    _load(denoiser, denoiser_folder / "denoiser.safetensors")
-    shape = read_json(scale_folder / "scale.json")
+    _load(denoiser, materials.file_of("train-diffusion", "denoiser.safetensors"))
+    shape = read_json(materials.file_of("train-scale", "scale.json"))
     scale = ScaleNetwork(shape["fields"], shape["width"])
-    _load(scale, scale_folder / "scale.safetensors")
+    _load(scale, materials.file_of("train-scale", "scale.safetensors"))
     if tuple(description["shape"]) != materials.layer.matrix_shape:
         raise ArtifactError(
             f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {materials.layer.matrix_shape}",

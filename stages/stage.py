@@ -15,10 +15,19 @@ from stages.artifacts.inputs import task_sources
 from stages.artifacts.pipeline import AUTO, STAGES, StageSpec
 from stages.artifacts.progress import Logged, Report, Silent
 from stages.artifacts.project import Project
-from stages.artifacts.run_directory import BEGUN, MANIFEST, StageFolder, check_run, file_records, folder_of, open_run
-from stages.artifacts.states import DONE, PARTIAL, STALE, StageState, States, make_identity, require_done
+from stages.artifacts.run_directory import (
+    BEGUN,
+    MANIFEST,
+    StageFolder,
+    check_run,
+    file_records,
+    folder_of,
+    manifest_hash,
+    open_run,
+)
+from stages.artifacts.states import DONE, PARTIAL, STALE, StageState, States, make_identity, progress_of, require_done
 from stages.config import EXECUTION
-from stages.errors import ArtifactError, TryAgainError
+from stages.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.materials import Materials
 
 
@@ -150,9 +159,9 @@ class Stage(Materials, ABC):
         """
         check_run(self.project)
         require_done(self.states, self.spec.reads, self.name)
-        state = self._state()
+        state = self._state(force)
         if state.state == DONE and not force:
-            return Outcome(self.name, state.manifest["summary"], up_to_date=True, path=self.folder.path)
+            return Outcome(self.name, state.manifest["summary"], up_to_date=True, path=self.folder.found)
         if dry_run:
             return Outcome(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
         self._refuse_stale(state, force)
@@ -162,19 +171,38 @@ class Stage(Materials, ABC):
             if (self.folder.wip / MANIFEST).exists():
                 # A kill came between the manifest and the exchange of the folders: the work is whole.
                 self.folder.exchange()
-            state = self._state()
+            state = self._state(force)
             if state.state == DONE and not force:
                 return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
             self._begin(state, force)
             try:
                 return self._complete()
+            except (SettingsError, TaskError, DataError, ComputeError):
+                # Refused before anything was finished: whoever mends the cause begins anew.
+                progress = progress_of(self.folder)
+                if not (progress and progress["done"]):
+                    remove(self.folder.wip)
+                raise
             except KeyboardInterrupt as error:
-                raise TryAgainError(
-                    f"{self.name} was interrupted; what is finished is kept", "to continue, run the same command again"
-                ) from error
+                raise self._interruption(state, force) from error
 
-    def _state(self) -> StageState:
-        return self.states.find_in(self.spec, self.folder, self.splits_read, self.content_inputs())
+    def _interruption(self, state: StageState, force: bool) -> TryAgainError:
+        """What to type after an interruption: a forced redo has no half that a plain command would take up as its own."""
+        if force and state.state == DONE:
+            return TryAgainError(f"{self.name} was interrupted; the result from before stands", "the same command begins anew")
+        without = " without --force" if force else ""
+        hint = f"to continue, run the same command again{without}"
+        return TryAgainError(f"{self.name} was interrupted; what is finished is kept", hint)
+
+    def _state(self, force: bool) -> StageState:
+        """The stage's state; records too damaged to tell are no obstacle to doing it again."""
+        extra = self.content_inputs()
+        try:
+            return self.states.find_in(self.spec, self.folder, self.splits_read, extra)
+        except ArtifactError as error:
+            if not force:
+                raise ArtifactError(error.message, f"to redo it: ocd {self.name} --force") from error
+            return StageState(self.name, STALE, error.message)
 
     def _refuse_stale(self, state: StageState, force: bool) -> None:
         if state.state != STALE or force:
@@ -189,8 +217,9 @@ class Stage(Materials, ABC):
 
     def _begin(self, state: StageState, force: bool) -> None:
         """Make or take up the unfinished folder."""
-        wip, begun = self.folder.wip, self.folder.begun()
+        wip = self.folder.wip
         redo = force or (state.state == STALE and self.redoes_stale)
+        begun = None if redo else self.folder.begun()
         identity, self._sources = self._fresh() if redo else (state.identity, state.sources)
         identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"][key] == AUTO}
         fingerprint = digest(identity)
@@ -227,7 +256,8 @@ class Stage(Materials, ABC):
             finished = self.work(wip)
         finally:
             self.report = report
-        write_json(wip / MANIFEST, self._manifest(wip, finished, started))
+        manifest = self._manifest(wip, finished, started)
+        write_json(wip / MANIFEST, {**manifest, "sha256": manifest_hash(manifest)})
         remove(wip / BEGUN)
         sync_folder(wip)
         self.folder.exchange()

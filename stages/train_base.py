@@ -17,7 +17,7 @@ from stages.diffusion.training import Trainer, batch_rows
 from stages.materials import BASE_FILE
 from stages.seeds import global_seed
 from stages.stage import Finished, Outcome, Stage
-from stages.tasks.loader import check_task, losses
+from stages.tasks.loader import check_task, losses, naming_rows
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import evaluate
 from stages.tasks.user_code import user_code
@@ -93,8 +93,9 @@ class TrainBase(Stage):
         epoch_steps = max(1, len(train) // batch)
 
         def step_loss(step: int) -> Tensor:
-            x, y = train.batch(batch_rows(len(train), batch, step, self.seed, "train-base"))
-            with global_seed(self.seed, "train-base", step):
+            rows = batch_rows(len(train), batch, step, self.seed, "train-base")
+            x, y = train.batch(rows)
+            with global_seed(self.seed, "train-base", step), naming_rows(train, rows):
                 return losses(self.task, self.forward(model, to_device(x, self.device)), to_device(y, self.device)).mean()
 
         def score() -> dict[str, float]:

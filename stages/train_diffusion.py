@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.artifacts.delta_store import StoreReader
-from stages.artifacts.files import digest, link_or_copy, require_memory, sha256_file, write_json
+from stages.artifacts.files import digest, link_or_copy, require_memory, require_space, sha256_file, write_json
 from stages.artifacts.pipeline import AUTO
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
@@ -60,7 +60,8 @@ class TrainDiffusion(Stage):
     def work(self, wip: Path) -> Finished:
         """Read the store, train, keep the best averaged weights."""
         settings = self.settings
-        reader = StoreReader(folder_of(self.project, "collect").path, self.manifest_of("collect")["store"])
+        require_space(wip, self.plan()["bytes"])
+        reader = StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"])
         description = self._description(reader.description)
         train, held_out = self._rows(reader)
         schedule = make_schedule(settings.schedule, train.deltas[0].numel(), description["prediction"])

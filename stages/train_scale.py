@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.artifacts.delta_store import StoreReader
-from stages.artifacts.files import digest, link_or_copy, require_memory, sha256_file, write_json
+from stages.artifacts.files import digest, link_or_copy, require_memory, require_space, sha256_file, write_json
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
@@ -70,7 +70,8 @@ class TrainScale(Stage):
     def work(self, wip: Path) -> Finished:
         """Read ρ and the conditioning, train, keep the best averaged weights."""
         settings = self.settings
-        reader = StoreReader(folder_of(self.project, "collect").path, self.manifest_of("collect")["store"])
+        require_space(wip, self.plan()["bytes"])
+        reader = StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"])
         train, held_out = self._rows(reader)
         widths = self._widths(reader.description)
         with global_seed(self.seed, "train-scale", "network"):

@@ -6,7 +6,7 @@ from stages.artifacts.files import digest, read_json
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project
-from stages.artifacts.run_directory import StageFolder, check_run, damaged_files, folder_of
+from stages.artifacts.run_directory import StageFolder, check_run, damaged_files, folder_of, manifest_hash
 from stages.errors import ArtifactError, OcdError
 
 
@@ -41,10 +41,12 @@ def _check(folder: StageFolder) -> dict[str, Any] | None:
         return {"files": 0, "bytes": 0, "problems": [error.message]}
     if manifest is None:
         return None
-    path = folder.path if folder.path.exists() else folder.old
+    path = folder.found
     problems = damaged_files(path, manifest, rehash=True)
     if digest(manifest["identity"]) != manifest["fingerprint"]:
         problems.append(f"{folder.name}/manifest.json does not match its fingerprint")
+    if manifest_hash(manifest) != manifest["sha256"]:
+        problems.append(f"content changed: {folder.name}/manifest.json")
     named = set(manifest["files"]) | {"manifest.json", "log.txt", "begun.json"}
     extra = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
     problems += [f"{folder.name}/{name} is not in the manifest" for name in extra if name not in named]

@@ -1,5 +1,6 @@
 """What a stage's result depends on, as content hashes: the user's files and code, and the content of earlier stages."""
 
+import ast
 import hashlib
 import io
 import tokenize
@@ -37,9 +38,18 @@ def hash_code(path: Path) -> str:
                 row, column = token.start
                 lines[row - 1] = lines[row - 1][:column]
     except (tokenize.TokenError, SyntaxError) as error:
-        raise TaskError(f"{path} is not valid Python: {error}", "mend it, then run the same command again") from error
+        raise TaskError(f"{path} is not valid Python{_fault(source)}", "mend it, then run the same command again") from error
     text = "\n".join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fault(source: str) -> str:
+    """Where and why Python refuses a source; the tokenizer's own message shows neither well."""
+    try:
+        ast.parse(source)
+    except SyntaxError as error:
+        return f", line {error.lineno}: {error.msg}"
+    return ""
 
 
 def source_record(

@@ -154,7 +154,7 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(entry) for entry in error.errors()]
+        problems = [_problem(entries) for entries in _by_setting(error.errors())]
     else:
         problems = _task_problems(settings)
         if not problems:
@@ -166,10 +166,25 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
     )
 
 
-def _problem(entry: Mapping[str, Any]) -> str:
-    """One line for one pydantic error: the setting, the value, what was expected, the nearest known name."""
+def _place(entry: Mapping[str, Any]) -> list[str]:
+    """The setting an error is about, without the names of the types that were tried."""
     location = [str(part) for part in entry["loc"]]
-    known = tables()
+    if entry["type"] == "extra_forbidden" or len(location) < 2 or location[0] not in tables():
+        return location
+    return location[:3] if location[1] in ("args", "model_args") else location[:2]
+
+
+def _by_setting(errors: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Errors about one setting together: a setting of two possible types fails once for each."""
+    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for entry in errors:
+        found.setdefault(tuple(_place(entry)), []).append(entry)
+    return list(found.values())
+
+
+def _problem(entries: Sequence[Mapping[str, Any]]) -> str:
+    """One line for one setting's errors: the setting, the value, what was expected, the nearest known name."""
+    entry, location, known = entries[0], _place(entries[0]), tables()
     if entry["type"] == "extra_forbidden":
         names = list(known) if len(location) == 1 else [i.alias or n for n, i in known[location[0]].model_fields.items()]
         near = difflib.get_close_matches(location[-1], names, 1, 0.5)
@@ -178,9 +193,10 @@ def _problem(entry: Mapping[str, Any]) -> str:
         return f"{what}; {hint}"
     if entry["type"] == "missing":
         return f"table [{location[0]}] is missing; it names the model, its loss and its data"
-    if len(location) > 1 and location[0] in known:
-        location = location[:2] if location[1] not in ("args", "model_args") else location
-    return f"{'.'.join(location)} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+    if entry["type"] == "model_type":
+        return f"{location[0]} = {entry['input']!r}: expected a table, [{location[0]}]"
+    expected = ", or ".join(dict.fromkeys(one["msg"][0].lower() + one["msg"][1:] for one in entries))
+    return f"{'.'.join(location)} = {entry['input']!r}: {expected}"
 
 
 def _task_problems(settings: Settings) -> list[str]:

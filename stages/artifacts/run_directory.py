@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.files import disk_errors, inside, read_json, remove, sha256_file, sync_folder, write_json
+from stages.artifacts.files import digest, disk_errors, inside, read_json, remove, sha256_file, sync_folder, write_json
 from stages.artifacts.project import Project
 from stages.config import FORMAT_VERSION
 from stages.errors import ArtifactError, TryAgainError
@@ -30,6 +30,11 @@ class StageFolder:
     def path(self) -> Path:
         """The finished folder."""
         return self.run / self.name
+
+    @property
+    def found(self) -> Path:
+        """Where the finished files lie now: a lone `.old` folder stands for the finished one until it gets its name back."""
+        return self.old if self.old.exists() and not self.path.exists() else self.path
 
     @property
     def wip(self) -> Path:
@@ -80,14 +85,14 @@ class StageFolder:
         Raises:
             ArtifactError: it is unreadable, of another format version, or names paths outside its folder.
         """
-        folder = self.path if self.path.exists() or not self.old.exists() else self.old
+        folder = self.found
         if not folder.exists():
             return None
         manifest = read_json(folder / MANIFEST)
         _check_record(
             manifest,
             folder / MANIFEST,
-            ("identity", "fingerprint", "extents", "files", "content", "summary", "sources"),
+            ("identity", "fingerprint", "extents", "files", "content", "summary", "sources", "sha256"),
         )
         for name in manifest["files"]:
             inside(folder, name)
@@ -179,6 +184,23 @@ def open_run(project: Project) -> None:
         path = project.run_path / RUN_FILE
         if not path.exists() or json.loads(path.read_text()) != record:
             write_json(path, record)
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """What a manifest says of itself in `sha256`: the hash of all else in it."""
+    return digest({key: value for key, value in manifest.items() if key != "sha256"})
+
+
+def checked_file(folder: StageFolder, manifest: dict[str, Any], name: str) -> Path:
+    """A finished file that is about to be read, hashed again: its size and time do not show all damage.
+
+    Raises:
+        ArtifactError: it is missing, or its content changed.
+    """
+    record, stage = manifest["files"].get(name), folder.name.split("/")[0]
+    if record is None or not (folder.found / name).is_file() or sha256_file(folder.found / name) != record["sha256"]:
+        raise ArtifactError(f"content changed: {folder.name}/{name}", f"redo it with: ocd {stage} --force")
+    return folder.found / name
 
 
 def file_records(folder: Path) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from stages.artifacts.files import digest
 from stages.artifacts.inputs import task_sources
 from stages.artifacts.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings
 from stages.artifacts.project import Project
-from stages.artifacts.run_directory import StageFolder, damaged_files, folder_of
+from stages.artifacts.run_directory import StageFolder, damaged_files, folder_of, manifest_hash
 from stages.config import FORMAT_VERSION
 from stages.errors import ArtifactError, OcdError
 
@@ -167,12 +167,14 @@ class States:
         identity: dict[str, Any],
         blocked: list[StageState],
     ) -> StageState:
-        damage = damaged_files(folder.path if folder.path.exists() else folder.old, manifest, rehash=False)
+        damage = damaged_files(folder.found, manifest, rehash=False)
         if damage:
             more = f" (and {len(damage) - 1} more files)" if len(damage) > 1 else ""
             return StageState(spec.name, STALE, damage[0] + more)
         if manifest["fingerprint"] != digest(manifest["identity"]):
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json does not match its fingerprint")
+        if manifest["sha256"] != manifest_hash(manifest):
+            return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json")
         changes = identity_changes(manifest["identity"], identity)
         if changes:
             return StageState(spec.name, STALE, "; ".join(map(str, changes)), changes)

@@ -1,14 +1,16 @@
 """From settings to a Task, with the checks a first batch allows."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from stages.config import TaskTable
-from stages.errors import ComputeError, TaskError
+from stages.errors import ComputeError, DataError, TaskError
 from stages.tasks.data import ArrayDataset, Split, require_finite_output, split_rows
-from stages.tasks.losses import CLASSIFICATION, check_labels
+from stages.tasks.losses import CLASSIFICATION, LabelError, check_labels
 from stages.tasks.protocol import Task
 from stages.tasks.supervised import SupervisedTask
 from stages.tasks.user_code import load_object, user_code
@@ -26,7 +28,8 @@ def load_task(settings: TaskTable, root: Path) -> Task:
     make = load_object(root, settings.class_, "task.class")
     with user_code(settings.class_):
         task = make(**settings.args)
-    missing = [name for name in ("model", "train", "test", "loss") if not callable(getattr(task, name, None))]
+    needed = ("model", "train", "test", "loss")
+    missing = [name for name in needed if getattr(type(task), name, None) in (None, getattr(Task, name))]
     if missing or not isinstance(task, Task):
         lacks = f"lacks {', '.join(missing)}" if missing else "does not derive from stages.tasks.protocol.Task"
         raise TaskError(f"{settings.class_} {lacks}", "see the class Task for what a task needs")
@@ -81,6 +84,20 @@ def losses(task: Task, output: Tree, y: Tree) -> Tensor:
     return values
 
 
+@contextlib.contextmanager
+def naming_rows(split: Split, positions: Sequence[int] | Tensor) -> Iterator[None]:
+    """Say of a label that cannot be which row of which split it is.
+
+    Raises:
+        DataError: with the row.
+    """
+    try:
+        yield
+    except LabelError as error:
+        row = int(split.rows[torch.as_tensor(positions)][error.row])
+        raise DataError(f"{split.name}: y[{row}]: {error.message}", error.hint) from error
+
+
 def check_task(task: Task, model: nn.Module, split: Split) -> None:
     """One batch through model and loss, before anything costly.
 
@@ -96,7 +113,8 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
         output = forward(task, model, x)
         if task.kind == CLASSIFICATION and isinstance(split.dataset, ArrayDataset):
             _check_all_labels(split, output)
-        values = losses(task, output, y)
+        with naming_rows(split, range(min(4, len(split)))):
+            values = losses(task, output, y)
         if not torch.isfinite(values).all():
             row = int(split.rows[int((~torch.isfinite(values)).nonzero()[0])])
             raise ComputeError(
@@ -105,6 +123,13 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
             )
         if batch_size(x) > 1:
             _check_independent(task, model, x, output)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        with torch.enable_grad():
+            if not losses(task, forward(task, model, x), y).requires_grad:
+                raise TaskError(
+                    "the loss does not depend on the model's weights",
+                    "let it keep its gradient: no detach(), no item(), no numpy",
+                )
 
 
 def _check_all_labels(split: Split, output: Tree) -> None:
@@ -119,10 +144,20 @@ def _check_all_labels(split: Split, output: Tree) -> None:
         check_labels(y[row : row + 1], logits.shape[1], f"{split.name}: y[{row}]: ")
 
 
+MIXES = "OCD needs a model whose samples do not interact; normalise with running statistics, not the batch's"
+
+
 def _check_independent(task: Task, model: nn.Module, x: Tree, output: Tree) -> None:
     """Compare a batch with its samples one by one; batched and single products differ by rounding, hence 1e-3."""
     for index in range(batch_size(x)):
-        single = forward(task, model, take(x, slice(index, index + 1)))
+        try:
+            single = forward(task, model, take(x, slice(index, index + 1)))
+        except TaskError as error:
+            raise TaskError(
+                f"the model mixes samples in eval mode: it takes a batch of {batch_size(x)}, "
+                f"but not a sample alone: {error.message}",
+                MIXES,
+            ) from error
         for path, leaf in leaves(single).items():
             whole = leaves(output)[path]
             if whole.shape[:1] != (batch_size(x),) or whole.shape[1:] != leaf.shape[1:]:
@@ -135,5 +170,5 @@ def _check_independent(task: Task, model: nn.Module, x: Tree, output: Tree) -> N
                 raise TaskError(
                     "the model mixes samples in eval mode: "
                     f"alone, a sample's output differs by {float(difference):.3g} from its output in a batch",
-                    "OCD needs a model whose samples do not interact; normalise with running statistics, not the batch's",
+                    MIXES,
                 )

@@ -9,6 +9,18 @@ from torch import Tensor
 from stages.errors import DataError
 
 
+class LabelError(DataError):
+    """A label that cannot be, in row `row` of the batch."""
+
+    def __init__(self, row: int, message: str, hint: str) -> None:
+        super().__init__(message, hint)
+        self.row = row
+
+
+def _first_row(wrong: Tensor) -> int:
+    return int(wrong.reshape(len(wrong), -1).any(1).nonzero()[0])
+
+
 def _per_sample(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
@@ -49,7 +61,8 @@ def check_labels(y: Tensor, classes: int, place: str = "") -> None:
     wrong = (y < 0) | (y >= classes)
     if wrong.any():
         label = int(y.flatten()[int(wrong.flatten().nonzero()[0])])
-        raise DataError(
+        raise LabelError(
+            _first_row(wrong),
             f"{place}label {label} is out of range: the model has {classes} outputs, so labels are 0 … {classes - 1}",
             "mend the labels, or give the model one output per class",
         )
@@ -91,10 +104,11 @@ def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
         DataError: a label lies outside [0, 1].
     """
     output, y = _same_shape("binary_cross_entropy", output, y)
-    wrong = ((y < 0) | (y > 1)).flatten()
+    wrong = (y < 0) | (y > 1)
     if wrong.any():
-        raise DataError(
-            f"label {float(y.flatten()[wrong][0]):g} is out of range: binary_cross_entropy needs labels in [0, 1]",
+        raise LabelError(
+            _first_row(wrong),
+            f"label {float(y[wrong][0]):g} is out of range: binary_cross_entropy needs labels in [0, 1]",
             "mend the labels",
         )
     return _per_sample(F.binary_cross_entropy_with_logits(output, y, reduction="none"))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.tasks.data import Split
-from stages.tasks.loader import forward, losses
+from stages.tasks.loader import forward, losses, naming_rows
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, to_device
@@ -24,9 +24,12 @@ def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -
     model.eval()
     with torch.no_grad():
         for start in range(0, len(split), EVALUATION_BATCH):
-            x, y = split.batch(range(start, min(len(split), start + EVALUATION_BATCH)))
+            positions = range(start, min(len(split), start + EVALUATION_BATCH))
+            x, y = split.batch(positions)
             x, y = to_device(x, device), to_device(y, device)
             output = forward(task, model, x)
-            for name, values in {**metrics_of(task, output, y), "loss": losses(task, output, y)}.items():
+            with naming_rows(split, positions):
+                figures = {**metrics_of(task, output, y), "loss": losses(task, output, y)}
+            for name, values in figures.items():
                 totals[name] = totals.get(name, 0.0) + float(values.double().sum())
     return {name: total / len(split) for name, total in totals.items()}
