@@ -141,14 +141,14 @@ class Collect(Stage):
 
     def _overfit_batch(self, positions: range, run: PerSampleWeights) -> dict[str, np.ndarray]:
         """Overfit some rows and capture their conditioning: array name to (B, …)."""
-        x, y = self.rows.batch(positions)
+        given = self.rows.batch(positions)
         numbers = self.rows.rows[torch.as_tensor(positions)]
-        x, y = to_device(x, self.device), to_device(y, self.device)
+        x, y = (to_device(tree, self.device) for tree in given)
         _, fields, _ = condition(self.task, self.base, self.layer, x)
         found = overfit(
             run,
             self.layer.weight(self.base),
-            lambda step: self._views(x, y, numbers, step),
+            lambda step: self._views(*given, numbers, step) if self._has_views else (x, y),
             x,
             y,
             lambda output, labels: losses(self.task, output, labels),
@@ -159,10 +159,12 @@ class Collect(Stage):
         check_finite(found, numbers)
         return _arrays(found, numbers, fields)
 
+    @property
+    def _has_views(self) -> bool:
+        return type(self.task).view is not Task.view
+
     def _views(self, x: Tree, y: Tree, numbers: Tensor, step: int) -> tuple[Tree, Tree]:
-        """What each sample shows at a gradient step: all of it, unless the task has views."""
-        if type(self.task).view is Task.view:
-            return x, y
+        """What each sample shows of itself at a gradient step. The task cuts it out on the CPU, where its generator lives."""
         parts = []
         for i, row in enumerate(numbers.tolist()):
             with user_code("view()"):

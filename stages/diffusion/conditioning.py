@@ -39,12 +39,16 @@ class NormalisedFields(nn.Module):
             self.register_buffer(f"scale_{name}", torch.ones(width))
 
     def fit(self, fields: Fields) -> None:
-        """Take means and standard deviations over samples, (N, …). A number that hardly varies beside the rest of its field
-        is divided by a hundredth of the field's typical deviation at least, so that it cannot explode on new inputs."""
+        """Take means and standard deviations over samples, (N, …). What hardly varies must not explode on new inputs: a number
+        is divided by a hundredth of its field's typical deviation at least, and by a hundredth of its typical size where the
+        whole field is constant."""
         for name in self.widths:
             values = fields[name].flatten(1).double()
             deviation = values.std(0, correction=0)
-            floor = 1e-2 * deviation.square().mean().sqrt() + 1e-12
+            typical = deviation.square().mean().sqrt()
+            # Constant up to rounding counts as constant.
+            size = values.square().mean().sqrt()
+            floor = 1e-2 * (typical if typical > 1e-6 * size else size if size > 0 else torch.ones_like(size))
             getattr(self, f"mean_{name}").copy_(values.mean(0))
             getattr(self, f"scale_{name}").copy_(deviation.clamp_min(floor))
 

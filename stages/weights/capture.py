@@ -33,35 +33,45 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
     """
     seen: dict[str, Any] = {}
 
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[LAYER_INPUT], seen[ACTIVATION] = args[0] if args else None, output
+    def keep_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen[LAYER_INPUT] = _first_tensor([*args, *named.values()])
 
-    handle = layer.module(model).register_forward_hook(keep)
+    def keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[ACTIVATION] = _first_tensor([output])
+
+    module = layer.module(model)
+    handles = [module.register_forward_pre_hook(keep_input, with_kwargs=True), module.register_forward_hook(keep_output)]
     try:
         with torch.no_grad():
             output = forward(model, x)
     finally:
-        handle.remove()
-    if not seen or seen[LAYER_INPUT] is None:
+        for handle in handles:
+            handle.remove()
+    if seen.get(LAYER_INPUT) is None or seen.get(ACTIVATION) is None:
         raise TaskError(
             f"the module of {layer.name} is not called in the forward pass, so it has no input to condition on",
             "choose another layer with: ocd select-layer --layer NAME",
         )
     count = batch_size(x)
-    fields = {name: _per_sample(next(iter(leaves(value).values())), count, layer.name) for name, value in seen.items()}
+    fields = {name: _per_sample(value, count, layer.name) for name, value in seen.items()}
     return output, fields | {BASE_OUTPUT: flat_output(output)}
 
 
+def _first_tensor(values: list[Any]) -> Tensor | None:
+    """The first tensor among arguments or outputs, copied at once: what follows in the model may work in place."""
+    found = (leaf for value in values for leaf in leaves(value).values() if isinstance(leaf, Tensor))
+    return next((leaf.detach().clone() for leaf in found), None)
+
+
 def _per_sample(value: Tensor, count: int, name: str) -> Tensor:
-    value = value.detach()
     if value.shape[0] == count:
-        return value.clone()
+        return value
     if value.dim() == 0 or value.shape[0] % count:
         raise TaskError(
             f"the input of {name} has shape {tuple(value.shape)} for a batch of {count}",
             "its rows must divide into samples",
         )
-    return value.reshape(count, -1, *value.shape[1:]).clone()
+    return value.reshape(count, -1, *value.shape[1:])
 
 
 def reduce_fields(

@@ -37,6 +37,8 @@ def kde_entropy(values: np.ndarray) -> float:
         values: (n,), the draws of one sample's loss.
     """
     values = np.asarray(values, dtype=np.float64)
+    # An entropy does not depend on where the values lie; beside large ones a small bandwidth would vanish in rounding.
+    values = values - values.mean()
     bandwidth = silverman_bandwidth(values)
     low, high = values.min() - 5 * bandwidth, values.max() + 5 * bandwidth
     wanted = BINS_PER_BANDWIDTH * (high - low) / bandwidth
@@ -85,7 +87,7 @@ def perturbed_losses(
         (draws in this pass, S), float64.
     """
     samples = batch_size(x)
-    scale = sigma * weight.std().nan_to_num()
+    scale = sigma * weight.std() if weight.numel() > 1 else torch.zeros_like(weight)
     for start in range(0, draws, at_once):
         numbers = range(start, min(draws, start + at_once))
         noise = torch.stack(

@@ -71,9 +71,11 @@ def find_layer(model: nn.Module, name: str) -> Layer:
         SettingsError: there is none of this name, or it is a vector; the candidates are listed.
     """
     known = {layer.name: layer for layer in candidates(model)}
-    if name in known:
-        return known[name]
     names = dict(model.named_parameters(remove_duplicate=False))
+    for other in known:
+        # The second name of a tied weight stands for the first.
+        if name in names and names[name] is names[other]:
+            return known[other]
     why = f"is a vector of {names[name].numel()}" if name in names else "does not exist"
     near = difflib.get_close_matches(name, known, 1)
     offer = f" (did you mean {near[0]}?)" if near else ""

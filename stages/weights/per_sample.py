@@ -89,14 +89,14 @@ class Substitution:
         calls = 0
         count = _group_size(x, weights) * len(weights)
 
-        def replaced(value: Tensor) -> Tensor:
+        def replaced(input: Tensor) -> Tensor:  # the name that nn.Linear and nn.Conv2d give it, for calls by keyword
             nonlocal calls
             calls += 1
             if calls > 1:
                 raise NotSubstitutable("it is called several times in one forward pass")
-            if value.shape[0] != count:
-                raise NotSubstitutable(f"its input has {value.shape[0]} rows for a batch of {count}")
-            return self._compute(value, weights)
+            if input.shape[0] != count:
+                raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {count}")
+            return self._compute(input, weights)
 
         self._module.forward = replaced
         try:
