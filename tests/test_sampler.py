@@ -53,9 +53,7 @@ def our_path(schedule, prediction, sampler, sample_steps, noise):
         seen.append(noisy)
         return denoise(noisy, t)
 
-    result = sample(
-        watched, schedule, Replayed(noise), prediction=prediction, sampler=sampler, sample_steps=sample_steps
-    )
+    result = sample(watched, schedule, Replayed(noise), prediction=prediction, sampler=sampler, sample_steps=sample_steps)
     return torch.stack([*seen, result])
 
 
@@ -130,12 +128,11 @@ def test_samplers_equal_the_textbook(spacing, sample_steps, sampler, prediction)
 
 
 def test_single_precision_follows_double():
-    schedule, noise = make_schedule("ddpm", 12, X0), draws(11)
+    schedule, noise, denoise = make_schedule("ddpm", 12, X0), draws(11), network()
     for sampler in (DDIM, DDPM):
         double = our_path(schedule, X0, sampler, 10, noise)
-        mix = network()
         single = sample(
-            lambda noisy, t: mix(noisy.double(), t).float(),
+            lambda noisy, t: denoise(noisy.double(), t).float(),
             schedule,
             Replayed(noise.float()),
             prediction=X0,

@@ -1,5 +1,6 @@
 """Noise schedules against diffusers and against the textbook, and the conversions between clean, noisy and noise."""
 
+import itertools
 import math
 
 import pytest
@@ -31,8 +32,8 @@ from stages.errors import SettingsError
 LINEAR = {"ddpm": (1e-4, 2e-2, 1000), "authors": (1e-6, 1e-2, 1000), "paper": (1e-4, 1e-2, 10)}
 # A delta small enough for the plain schedules, and two for which ours is rescaled.
 SIZES = (16, 24_001, 4_000_000)
-# For these n both round T − i·T/n alike; elsewhere diffusers adds T/n up in floating point, and so may fall on the other side of a
-# half, or take a step too many.
+# For these n both round T − i·T/n alike; elsewhere diffusers adds T/n up in floating point, and so may fall on the other side
+# of a half, or take a step too many.
 STEPS = (1, 2, 4, 5, 7, 10, 20, 25, 30, 50, 100, 250, 500, 1000)
 
 
@@ -85,7 +86,7 @@ def test_visited_steps_descend_inside_the_schedule(steps, part, spacing):
     sample_steps = max(1, math.ceil(part * steps))
     visited = NoiseSchedule(torch.full((steps,), 0.01, dtype=torch.float64), spacing).visited(sample_steps)
     assert len(visited) == sample_steps
-    assert all(before > after for before, after in zip(visited, visited[1:], strict=False))
+    assert all(before > after for before, after in itertools.pairwise(visited))
     assert visited[0] == steps - 1 if spacing == TRAILING else visited[-1] == 0
     assert visited[0] < steps
     assert visited[-1] >= 0
@@ -104,7 +105,7 @@ def test_more_sample_steps_than_the_schedule_has(name, steps):
 def test_noise_only_grows(schedule):
     alpha_bar = schedule.alpha_bar
     assert (alpha_bar.diff() < 0).all()
-    assert 0 <= alpha_bar[-1]
+    assert alpha_bar[-1] >= 0
     assert alpha_bar[0] < 1
     assert ((schedule.betas > 0) & (schedule.betas <= 1)).all()
 
