@@ -1,6 +1,7 @@
 """Driving a training: checkpoints, metrics, the stopping rule, and continuing exactly where a kill left it."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from stages.artifacts.progress import Report
 from stages.artifacts.tensors import load_tensors, save_tensors
 from stages.errors import ArtifactError, ComputeError
 
-# A score that falls by less than this share is kept, but does not make the training go on.
+# Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -92,6 +93,8 @@ class TrainingRun:
         self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
         self._evaluate, self._snapshot, self._plan, self._report = evaluate, snapshot, plan, report
         self._best: dict[str, Any] = {}
+        # Patience waits for a score clearly below the mark, the one it last began to wait from.
+        self._mark: float | None = None
         self._waited = 0
         self._losses: list[float] = []
 
@@ -108,6 +111,7 @@ class TrainingRun:
                 self._advance()
             if self._trainer.step and not (self._folder / CHECKPOINTS / f"{self._trainer.step:08d}.json").exists():
                 self._checkpoint()
+            self._prune(1)
         return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
 
     def _best_path(self, best: dict[str, Any]) -> Path:
@@ -118,7 +122,7 @@ class TrainingRun:
 
     def _advance(self) -> None:
         plan, loss = self._plan, self._trainer.advance()
-        if loss != loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             raise ComputeError(
                 f"the loss of step {self._trainer.step + 1} is {loss}; the last good checkpoint is kept",
                 "try a smaller lr with --force",
@@ -139,17 +143,19 @@ class TrainingRun:
         self._losses = []
         with (self._folder / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
-        best = self._best.get("score")
-        if best is None or figures["score"] < best - WORTH_WAITING * abs(best):
-            self._waited = 0
+        score = figures["score"]
+        if not math.isfinite(score):
+            raise ComputeError(f"the held-out loss at step {step} is {score}", "try a smaller lr with --force")
+        if self._mark is None or score < self._mark - WORTH_WAITING * abs(self._mark):
+            self._mark, self._waited = score, 0
         elif step % self._plan.evaluate_steps == 0:
             self._waited += 1
-        if best is None or figures["score"] < best:
+        if not self._best or score < self._best["score"]:
             self._best = row
             save_tensors(self._best_path(row), self._snapshot())
 
     def _checkpoint(self) -> None:
-        """Tensors first, the record last: a checkpoint without its record does not exist. Two are kept."""
+        """Tensors first, the record last: a checkpoint without its record does not exist. The last two are kept."""
         folder, step = self._folder / CHECKPOINTS, self._trainer.step
         metrics = self._folder / METRICS
         if metrics.exists():
@@ -162,16 +168,22 @@ class TrainingRun:
             "step": step,
             "sha256": sha256_file(path),
             "best": self._best,
+            "mark": self._mark,
             "waited": self._waited,
             "losses": self._losses,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
         }
         write_json(folder / f"{step:08d}.json", record)
-        kept = sorted(folder.glob("*.json"))
-        for old in kept[:-2]:
+        self._prune(2)
+
+    def _prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints, and the snapshots none of them refers to."""
+        folder = self._folder / CHECKPOINTS
+        records = sorted(folder.glob("*.json"))
+        for old in records[:-keep]:
             remove(old)
             remove(old.with_suffix(".safetensors"))
-        bests = {self._best_path(best) for path in kept[-2:] if (best := read_json(path)["best"])}
+        bests = {self._best_path(best) for path in records[-keep:] if (best := read_json(path)["best"])}
         for path in set(folder.glob("best-*.safetensors")) - bests:
             remove(path)
 
@@ -192,7 +204,8 @@ class TrainingRun:
         else:
             remove(self._folder / METRICS)
             return
-        self._best, self._waited, self._losses = record["best"], record["waited"], list(record["losses"])
+        self._best, self._losses = record["best"], list(record["losses"])
+        self._mark, self._waited = record["mark"], record["waited"]
         metrics = self._folder / METRICS
         if metrics.exists():
             write_bytes(metrics, metrics.read_bytes()[: record["metrics_bytes"]])

@@ -1,6 +1,7 @@
 """One training step after another, every draw from (seed, step), with an averaged copy of the weights."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -80,7 +81,7 @@ class Trainer:
         self.network.train()
         loss = self._step_loss(self.step)
         value = float(loss.detach())
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             return value
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
