@@ -316,6 +316,20 @@ def test_identity_changes_with_every_item_of_a_small_dataset(row):
         assert dataset_identity(Pairs(changed), "train") != known
 
 
+def test_identity_tells_apart_what_has_the_same_bytes():
+    """Zeros are zeros in every dtype and shape, and an empty item has no bytes at all."""
+    forms = [
+        torch.zeros(4, dtype=torch.float32),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, 2, dtype=torch.float32),
+        torch.zeros(0, dtype=torch.float32),
+        torch.zeros(0, 2, dtype=torch.float32),
+    ]
+    found = {dataset_identity(Pairs([(form, 0)]), "train") for form in forms}
+    assert len(found) == len(forms)
+
+
 def test_identity_changes_with_length_and_order():
     known = dataset_identity(Pairs(items()), "train")
     assert dataset_identity(Pairs(items(21)), "train") != known

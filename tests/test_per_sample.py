@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from stages.errors import SettingsError
+from stages.tasks.user_code import user_code
 from stages.weights.layer import candidates, find_layer
 from stages.weights.per_sample import Loop, NotSubstitutable, Substitution, choose
 
@@ -273,13 +274,20 @@ NOT_SUBSTITUTABLE = {
 }
 
 
+def guarded(model, x):
+    """A forward pass as the stages make it: what the user's code raises becomes an error of the task."""
+    with user_code("the model's forward pass"):
+        return model(x)
+
+
 @pytest.mark.parametrize("name", NOT_SUBSTITUTABLE)
-def test_choice_falls_back_to_the_loop_and_says_why(name):
+@pytest.mark.parametrize("run_forward", [forward, guarded])
+def test_choice_falls_back_to_the_loop_and_says_why(name, run_forward):
     make, parameter, shape, reason = NOT_SUBSTITUTABLE[name]
     torch.manual_seed(0)
     model, x = frozen(make()), random(2, *shape)
     layer = find_layer(model, parameter)
-    run, found = choose(model, layer, forward, x)
+    run, found = choose(model, layer, run_forward, x)
     assert (run.name, found) == ("loop", reason)
 
 

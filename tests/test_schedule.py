@@ -33,8 +33,8 @@ LINEAR = {"ddpm": (1e-4, 2e-2, 1000), "authors": (1e-6, 1e-2, 1000), "paper": (1
 # A delta small enough for the plain schedules, and two for which ours is rescaled.
 SIZES = (16, 24_001, 4_000_000)
 # For these n both round T − i·T/n alike; elsewhere diffusers adds T/n up in floating point, and so may fall on the other side
-# of a half, or take a step too many.
-STEPS = (1, 2, 4, 5, 7, 10, 20, 25, 30, 50, 100, 250, 500, 1000)
+# of a half, or take a step too many. 16, 80 and 400 meet halves that both can represent, and round to even.
+STEPS = (1, 2, 4, 5, 7, 10, 16, 20, 25, 30, 50, 80, 100, 250, 400, 500, 1000)
 
 
 def every_schedule():
