@@ -8,7 +8,7 @@ if [ ! -x "$root/.venv/bin/python" ]; then
 fi
 if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ] || [ "$root/constraints.txt" -nt "$stamp" ]; then
     echo "installing into $root/.venv" >&2
-    # torch first and by its exact version: a range would fetch the newest build, gigabytes of it.
+    # torch first and by its exact version, so that a build of it that pip is told of (a CPU one, say) is taken as it is.
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$root/constraints.txt")" >&2
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$1]" >&2
     touch "$stamp"

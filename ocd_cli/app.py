@@ -13,7 +13,7 @@ from ocd_cli.progress import ShownProgress
 from ocd_cli.render import show_outcome, show_status, show_verified
 
 if TYPE_CHECKING:
-    from stages.stage import Outcome
+    from stages.outcome import Outcome
 
 app = typer.Typer(
     name="ocd",

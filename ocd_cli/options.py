@@ -94,7 +94,7 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable[...
             try:
                 function(Shared(**given), **arguments)
             except BaseException as error:
-                _fail(error, given["run"])
+                _fail(error)
 
         wrapper.__signature__ = inspect.Signature(
             [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
@@ -106,10 +106,14 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable[...
     return register
 
 
-def _fail(error: BaseException, run: Path | None) -> NoReturn:
+def _fail(error: BaseException) -> NoReturn:
     """One message on stderr and the error's exit code; the traceback of a fault of ours goes into a file."""
     if isinstance(error, (typer.Exit, typer.BadParameter)):
         raise error
+    if isinstance(error, BrokenPipeError):
+        # Whoever read the output has enough of it; python's own last flush must find somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0)
     if isinstance(error, KeyboardInterrupt):
         error = TryAgainError("interrupted", "to continue, run the same command again")
     if not isinstance(error, OcdError):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from stages.stage import Outcome
+    from stages.outcome import Outcome
 
 BAR_WIDTH = 30
 _MARKS = {
@@ -48,7 +48,8 @@ def show_outcome(outcome: "Outcome") -> None:
     if outcome.planned:
         size = outcome.summary.get("bytes")
         disk = f", {bytes_text(size)} on disk at most" if size else ""
-        out.print(f"{outcome.stage} ({outcome.summary['state']}): would {outcome.summary['what']}{disk}", markup=False)
+        force = "; needs --force" if outcome.summary["state"] == "stale" and outcome.stage != "infer" else ""
+        out.print(f"{outcome.stage} ({outcome.summary['state']}{force}): {outcome.summary['what']}{disk}", markup=False)
         return
     if outcome.up_to_date:
         out.print(f"{outcome.stage}: up to date ({outcome.path})", markup=False)
@@ -71,8 +72,12 @@ def _metrics(out: Console, rows: dict[str, dict[str, float]]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for row, figures in rows.items():
-        table.add_row(row, *(f"{figures[name]:.4f}" if name in figures else "" for name in names))
+        table.add_row(row, *(_cell(figures.get(name)) for name in names))
     out.print(table)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _train_base(out: Console, summary: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ from stages.artifacts.files import digest, read_json, require_space
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.errors import SettingsError, TaskError
+from stages.outcome import Finished, Outcome
 from stages.seeds import generator
-from stages.stage import Finished, Outcome, Stage
-from stages.tasks.conditioning import condition
+from stages.stage import Stage
+from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses
 from stages.tasks.protocol import Task
@@ -56,6 +57,8 @@ class Collect(Stage):
     def check(self) -> None:
         """A batch goes through model and loss, the loss depends on the layer, and the conditioning can be captured."""
         check_task(self.task, self.base, self.rows)
+        two = self.rows.inputs(range(min(2, len(self.rows))))
+        check_condition(self.task, self.base, self.layer, to_device(two, self.device))
         self._overfit_batch(range(min(2, len(self.rows))), self._engine()[0])
 
     def work(self, wip: Path) -> Finished:
@@ -89,7 +92,7 @@ class Collect(Stage):
     @cached_property
     def rows(self) -> Split:
         """The rows to overfit, in a seeded order, so that more samples later are the same ones and some."""
-        if self.settings.split == "validation" and self.splits["validation"].dataset is not self.splits["all"].dataset:
+        if self.settings.split == "validation" and self.validation_is_given:
             raise SettingsError(
                 "collect.split = 'validation': the task has a validation set of its own, not rows of train",
                 'use collect.split = "train"',

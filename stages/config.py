@@ -86,7 +86,9 @@ class TrainBaseTable(Table):
     weight_decay: float = identity(0.0, "decoupled for adam", ge=0)
     batch_size: int = identity(64, "samples a step", ge=1)
     epochs: int = extent(20, "passes over the training samples, at most", ge=1)
-    patience: int = identity(5, "epochs without a better validation loss before stopping; 0: never stop early", ge=0)
+    patience: int = identity(
+        5, "epochs in which the validation loss falls by less than 1 % before stopping; 0: never stop early", ge=0
+    )
 
 
 class SelectLayerTable(Table):
@@ -113,7 +115,7 @@ class CollectTable(Table):
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
     preset: Literal["auto", "mlp"] = identity("auto", "denoiser; mlp: residual MLP on the flattened delta")
-    width: Annotated[int, Field(ge=8)] | Auto = identity(
+    width: Annotated[int, Field(ge=8, multiple_of=2)] | Auto = identity(
         "auto", "hidden width of the mlp preset, even; auto: about 4·sqrt(out·in)"
     )
     blocks: int = identity(3, "residual blocks of the mlp preset", ge=1)
@@ -125,7 +127,9 @@ class TrainDiffusionTable(Table):
     )
     batch_size: int = identity(128, "deltas a step", ge=1)
     max_steps: int = extent(10_000, "gradient steps, at most", ge=1)
-    patience: int = identity(10, "evaluations without a better held-out loss before stopping; 0: never stop early", ge=0)
+    patience: int = identity(
+        10, "evaluations in which the held-out loss falls by less than 1 % before stopping; 0: never stop early", ge=0
+    )
     evaluate_steps: int = identity(200, "steps between evaluations on held-out deltas", ge=1)
     held_out: float = identity(0.05, "part of the store kept for evaluation, at most 512 deltas", gt=0, lt=1)
     checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
@@ -138,7 +142,9 @@ class TrainScaleTable(Table):
     lr: float = identity(1e-3, "learning rate", gt=0)
     batch_size: int = identity(128, "samples a step", ge=1)
     max_steps: int = extent(3000, "gradient steps, at most", ge=1)
-    patience: int = identity(10, "evaluations without a better held-out loss before stopping; 0: never stop early", ge=0)
+    patience: int = identity(
+        10, "evaluations in which the held-out loss falls by less than 1 % before stopping; 0: never stop early", ge=0
+    )
     evaluate_steps: int = identity(100, "steps between evaluations on held-out samples", ge=1)
     held_out: float = identity(0.05, "part of the store kept for evaluation, at most 512 samples", gt=0, lt=1)
     checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)

@@ -19,11 +19,13 @@ from stages.artifacts.run_directory import StageFolder, check_run, folder_of
 from stages.artifacts.states import States, require_done
 from stages.errors import SettingsError
 from stages.materials import Materials
+from stages.outcome import Finished, Outcome
 from stages.predictor import load_personalised
-from stages.stage import Finished, Outcome, Stage
+from stages.stage import Stage
 from stages.tasks.data import Split, check_like, load_npz
-from stages.tasks.scoring import metrics_of
-from stages.trees import Tree, concatenate, leaves, to_device, tree_map
+from stages.tasks.loader import check_task, naming_rows
+from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
+from stages.trees import Tree, concatenate, leaves, take, to_device, tree_map
 from stages.weights.personalised import PersonalisedModel, Prediction
 
 PREDICTIONS, DELTAS, SMALLER = "predictions.npz", "deltas.zarr", "smaller.npz"
@@ -112,13 +114,15 @@ class Infer(Stage):
     @property
     def splits_read(self) -> dict[str, str]:
         """The split whose content counts; a part of train has that of train."""
-        has_file = self._split != "validation" or self._has_validation
+        has_file = self._split != "validation" or self.validation_is_given
         return {"input": "" if self._input_file else self._split if has_file else "train"}
 
     def content_inputs(self) -> dict[str, Any]:
         """The input file's hash, or the split's name."""
-        if self._input_file is None:
+        if self._split == "test" and self._input_file is None:
             return {"query": self._split}
+        if self._input_file is None:
+            return {"query": f"{self._split} {digest(self.splits[self._split].rows.tolist())}"}
         return {"query": sha256_file(self._input_file)}
 
     def plan(self) -> dict[str, Any]:
@@ -130,8 +134,10 @@ class Infer(Stage):
         return {"what": f"{count:,} inputs × {members} members, {self.settings.sample_steps} steps each", "bytes": size}
 
     def check(self) -> None:
-        """The inputs are like the training set's, and the networks load."""
+        """The inputs are like the training set's, labels (where there are some) in range, and the networks load."""
         check_like(self._inputs.inputs([0]), self.splits["all"].inputs([0]), self._inputs.name)
+        if self._inputs.labels([0]) is not None:
+            check_task(self.task, self.base, self._inputs)
         self.personalised  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
 
     def extend(self, finished: Path, wip: Path) -> None:
@@ -172,10 +178,6 @@ class Infer(Stage):
         if reason:
             self.report.message(f"deltas are applied by the plain loop: {reason}")
         return model
-
-    @property
-    def _has_validation(self) -> bool:
-        return self.splits["validation"].dataset is not self.splits["all"].dataset
 
     @cached_property
     def _inputs(self) -> Split:
@@ -235,16 +237,22 @@ class Infer(Stage):
         reached = {"value": self.settings.ensemble, "reached": self.settings.ensemble, "exhausted": False}
         return Finished(summary, digest(sha256_file(wip / PREDICTIONS)), {"infer.ensemble": reached})
 
-    def _metrics(self, outputs: dict[str, Tree]) -> dict[str, dict[str, float]] | None:
+    def _metrics(self, outputs: dict[str, Tree]) -> dict[str, dict[str, float | None]] | None:
         """Means of the task's metrics for each output; None where there are no labels. Labels are read here, after every
         prediction is made, and nowhere else."""
-        _, y = self._inputs.batch(range(len(self._inputs)))
-        if y is None:
-            return None
-        return {
-            row: {name: float(value.double().mean()) for name, value in metrics_of(self.task, output, y).items()}
-            for row, output in outputs.items()
-        }
+        totals: dict[str, dict[str, float]] = {row: {} for row in outputs}
+        count = len(self._inputs)
+        for start in range(0, count, EVALUATION_BATCH):
+            positions = range(start, min(count, start + EVALUATION_BATCH))
+            y = self._inputs.labels(positions)
+            if y is None:
+                return None
+            for row, output in outputs.items():
+                with naming_rows(self._inputs, positions):
+                    figures = metrics_of(self.task, take(output, slice(start, positions.stop)), y)
+                for name, values in figures.items():
+                    totals[row][name] = totals[row].get(name, 0.0) + float(values.double().sum())
+        return {row: {name: finite(total / count) for name, total in figures.items()} for row, figures in totals.items()}
 
 
 def _to_cpu(found: Prediction) -> Prediction:

@@ -56,6 +56,11 @@ class Materials:
         """train, validation and all."""
         return load_splits(self.task, self.project.settings.task, self.seed)
 
+    @property
+    def validation_is_given(self) -> bool:
+        """Whether the validation set is the task's own, not rows held out of train."""
+        return self.splits["validation"].dataset is not self.splits["all"].dataset
+
     @cached_property
     def test_split(self) -> Split:
         """The test set."""
@@ -121,4 +126,8 @@ def resolve_device(name: str) -> torch.device:
         raise SettingsError(
             "run.device = 'cuda', but torch sees no CUDA device", "use --device cpu, or install a CUDA build of torch"
         )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Convolutions in TF32 are off by about what the self-checks allow, and some of cuDNN's are not repeatable.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    return torch.device("cuda")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.states import MISSING
 from stages.errors import SettingsError
-from stages.stage import Outcome
+from stages.outcome import Outcome
 
 # A stage's command, with everything but its progress decided.
 StageCommand = Callable[[], Outcome]

@@ -11,8 +11,9 @@ from stages.artifacts.pipeline import AUTO
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.errors import ComputeError, SettingsError
+from stages.outcome import Finished, Outcome
 from stages.seeds import generator, seed_of
-from stages.stage import Finished, Outcome, Stage
+from stages.stage import Stage
 from stages.tasks.loader import losses
 from stages.trees import Tree, take, to_device
 from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
@@ -22,6 +23,7 @@ from stages.weights.per_sample import choose
 LAYER_FILE = "layer.json"
 # Rows of one forward pass: several draws share it, so that small models are not ruled by the cost of a call.
 ROWS_AT_ONCE = 512
+WEIGHT_BYTES = 64 << 20
 
 
 def select_layer(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
@@ -72,7 +74,7 @@ class SelectLayer(Stage):
             "candidates": rows,
         }
         write_json(wip / LAYER_FILE, result)
-        return Finished(result, name)
+        return Finished(result, name, extra={"chosen": {"select-layer.layer": name}})
 
     def _samples(self) -> int:
         return min(self.settings.samples, len(self.splits["train"]))
@@ -122,7 +124,7 @@ class SelectLayer(Stage):
             draws=draws,
             sigma=self.settings.sigma,
             seed=self.seed,
-            at_once=max(1, ROWS_AT_ONCE // self._samples()),
+            at_once=max(1, min(ROWS_AT_ONCE // self._samples(), WEIGHT_BYTES // (4 * layer.numel))),
         ):
             parts.append(part)
             done += len(part)

@@ -1,10 +1,11 @@
 """What every stage is: a plan, and work done inside an unfinished folder that gets its name when it is whole."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import torch
 
 from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
 from stages.artifacts.inputs import task_sources
-from stages.artifacts.pipeline import AUTO, STAGES, StageSpec
+from stages.artifacts.pipeline import AUTO, STAGES, StageSpec, extent_settings
 from stages.artifacts.progress import Logged, Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import (
@@ -29,42 +30,7 @@ from stages.artifacts.states import DONE, PARTIAL, STALE, StageState, States, ma
 from stages.config import EXECUTION
 from stages.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.materials import Materials
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage's command gives back.
-
-    Attributes:
-        stage: its name.
-        summary: its result, as the manifest keeps it; of a dry run, what would be done.
-        up_to_date: nothing had to be done.
-        planned: this was a dry run.
-        path: where the result lies.
-    """
-
-    stage: str
-    summary: dict[str, Any]
-    up_to_date: bool = False
-    planned: bool = False
-    path: Path | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a stage's work hands over when it is whole.
-
-    Attributes:
-        summary: figures worth printing.
-        content: the hash (or, for select-layer, the name) that later stages depend on.
-        extents: "stage.key" to {"value", "reached", "exhausted"}.
-        extra: further entries of the manifest.
-    """
-
-    summary: dict[str, Any]
-    content: str
-    extents: dict[str, dict[str, Any]] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
+from stages.outcome import Finished, Outcome
 
 
 class Stage(Materials, ABC):
@@ -144,8 +110,9 @@ class Stage(Materials, ABC):
 
     def keep_execution(self, **resolved: Any) -> dict[str, Any]:
         """Execution settings as resolved now, or as the unfinished work was begun with: the same ones give the same bits."""
-        self._begun["execution"] = resolved | self._begun.get("execution", {})
-        write_json(self.folder.wip / BEGUN, self._begun)
+        self._begun["execution"] = resolved | self._begun["execution"]
+        if (self.folder.wip / BEGUN).exists():
+            write_json(self.folder.wip / BEGUN, self._begun)
         return self._begun["execution"]
 
     # The life of a stage.
@@ -158,6 +125,7 @@ class Stage(Materials, ABC):
             TryAgainError: another process holds it, the disk is full, or it was interrupted.
         """
         check_run(self.project)
+        self.device  # noqa: B018 (one that is absent is refused before anything else)
         require_done(self.states, self.spec.reads, self.name)
         state = self._state(force)
         if state.state == DONE and not force:
@@ -167,7 +135,7 @@ class Stage(Materials, ABC):
         self._refuse_stale(state, force)
         self.check()
         open_run(self.project)
-        with self.folder.lock(), disk_errors(self.project.run_path):
+        with self.folder.lock(), disk_errors(self.project.run_path), _threads_restored():
             if (self.folder.wip / MANIFEST).exists():
                 # A kill came between the manifest and the exchange of the folders: the work is whole.
                 self.folder.exchange()
@@ -210,9 +178,11 @@ class Stage(Materials, ABC):
         if self.redoes_stale:
             self.report.message(f"{self.name} is redone: {state.detail}")
             return
+        weights = state.sources.get("weights", {}).get("path", "") if not self.project.settings.task.weights else ""
+        flag = f" --weights {weights}" if weights else ""
         raise ArtifactError(
             f"{self.name} is stale: {state.detail}",
-            f"to redo it: ocd {self.name} --force; to keep it, set back what changed",
+            f"to redo it: ocd {self.name}{flag} --force; to keep it, set back what changed",
         )
 
     def _begin(self, state: StageState, force: bool) -> None:
@@ -229,15 +199,16 @@ class Stage(Materials, ABC):
             begun = {
                 "identity": identity,
                 "fingerprint": fingerprint,
-                "extents": {},
                 "execution": {},
                 "threads": torch.get_num_threads(),
             }
-            write_json(wip / BEGUN, begun)
         torch.set_num_threads(begun["threads"])
         self._begun, self._identity = begun, begun["identity"]
         if begun["identity"] is identity and state.state == PARTIAL and not redo:
+            # Before the record: a kill in between then leaves nothing that could be taken for a whole beginning.
             self.extend(self.folder.path, wip)
+        begun |= {"wanted": extent_settings(self.project, self.spec), "sources": self._sources}
+        write_json(wip / BEGUN, begun)
 
     def _fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""
@@ -257,12 +228,23 @@ class Stage(Materials, ABC):
         finally:
             self.report = report
         manifest = self._manifest(wip, finished, started)
+        self._check_inputs_still()
         write_json(wip / MANIFEST, {**manifest, "sha256": manifest_hash(manifest)})
         remove(wip / BEGUN)
         sync_folder(wip)
         self.folder.exchange()
         manifest = self.folder.manifest()
         return Outcome(self.name, manifest["summary"], path=self.folder.path)
+
+    def _check_inputs_still(self) -> None:
+        """Refuse a result whose inputs another process redid meanwhile.
+
+        Raises:
+            TryAgainError: naming the input.
+        """
+        for name in self.spec.reads:
+            if self.manifest_of(name)["content"] != self._identity["inputs"][STAGES[name].content]:
+                raise TryAgainError(f"{name} was redone while {self.name} read it", f"run: ocd {self.name} --force")
 
     def _manifest(self, wip: Path, finished: Finished, started: str) -> dict[str, Any]:
         execution = self.settings.of_kind(EXECUTION) | self._begun["execution"]
@@ -286,6 +268,16 @@ class Stage(Materials, ABC):
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
             },
         }
+
+
+@contextlib.contextmanager
+def _threads_restored() -> Iterator[None]:
+    """Unfinished work goes on with the threads it was begun with; whatever comes after it has its own again."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _now() -> str:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from stages.artifacts.project import Project
-from stages.artifacts.run_directory import StageFolder, check_run, folder_of
-from stages.artifacts.states import StageState, States, progress_of
+from stages.artifacts.run_directory import check_run
+from stages.artifacts.states import StageState, States
 
 
 def status(project: Project) -> dict[str, Any]:
@@ -17,13 +17,12 @@ def status(project: Project) -> dict[str, Any]:
         ArtifactError: the run directory is another task's or format version's.
     """
     check_run(project)
-    stages = {state.name: _describe(state, folder_of(project, state.name)) for state in States(project).all()}
+    stages = {state.name: _describe(state) for state in States(project).all()}
     folder = project.run_path / "infer"
     queries = sorted(path.parent.name for path in folder.glob("*/manifest.json") if path.parent.suffix == "")
     return {"run": str(project.run_path), "stages": stages, "queries": [name for name in queries if name != "test"]}
 
 
-def _describe(state: StageState, folder: StageFolder) -> dict[str, Any]:
+def _describe(state: StageState) -> dict[str, Any]:
     changed = [{"setting": change.setting, "was": change.was, "now": change.now} for change in state.changes]
-    progress = progress_of(folder) if folder.wip.exists() else None
-    return {"state": state.state, "detail": state.detail, "progress": progress, "changed": changed}
+    return {"state": state.state, "detail": state.detail, "progress": state.progress, "changed": changed}

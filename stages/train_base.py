@@ -15,11 +15,13 @@ from stages.artifacts.tensors import import_weights, load_tensors, save_model
 from stages.artifacts.training_run import Plan, TrainingRun, take_up_training
 from stages.diffusion.training import Trainer, batch_rows
 from stages.materials import BASE_FILE
+from stages.outcome import Finished, Outcome
 from stages.seeds import global_seed
-from stages.stage import Finished, Outcome, Stage
+from stages.stage import Stage
+from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses, naming_rows
 from stages.tasks.protocol import Task
-from stages.tasks.scoring import evaluate
+from stages.tasks.scoring import evaluate, finite
 from stages.tasks.user_code import user_code
 from stages.trees import to_device
 
@@ -72,13 +74,17 @@ class TrainBase(Stage):
         summary = {
             **how,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "validation": evaluate(self.task, model, self.splits["validation"], self.device),
-            "test": evaluate(self.task, model, self.test_split, self.device),
+            "validation": self._figures(model, self.splits["validation"]),
+            "test": self._figures(model, self.test_split),
         }
         exhausted = {"train-base.epochs": {"value": self.settings.epochs, "reached": 0, "exhausted": True}}
         return Finished(summary, sha256_file(wip / BASE_FILE), epochs or exhausted)
 
+    def _figures(self, model: nn.Module, split: Split) -> dict[str, float | None]:
+        return {name: finite(value) for name, value in evaluate(self.task, model, split, self.device).items()}
+
     def _train_by_task(self, model: nn.Module) -> dict[str, Any]:
+        model.train()
         with user_code("train_base()"), global_seed(self.seed, "train-base"):
             options = self.settings.model_dump()
             self.task.train_base(
@@ -94,7 +100,7 @@ class TrainBase(Stage):
 
         def step_loss(step: int) -> Tensor:
             rows = batch_rows(len(train), batch, step, self.seed, "train-base")
-            x, y = train.batch(rows)
+            x, y = train.batch(rows, self.seed, "train-base", step)
             with global_seed(self.seed, "train-base", step), naming_rows(train, rows):
                 return losses(self.task, self.forward(model, to_device(x, self.device)), to_device(y, self.device)).mean()
 

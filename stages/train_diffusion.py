@@ -18,8 +18,9 @@ from stages.diffusion.denoisers import Denoiser, make_denoiser, resolve_predicti
 from stages.diffusion.denoising import denoising_loss, judge, step_draws
 from stages.diffusion.schedule import make_schedule, schedule_warning
 from stages.diffusion.training import Trainer, batch_rows
+from stages.outcome import Finished, Outcome
 from stages.seeds import global_seed
-from stages.stage import Finished, Outcome, Stage
+from stages.stage import Stage
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"
 

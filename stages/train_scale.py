@@ -15,8 +15,9 @@ from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_tr
 from stages.diffusion.dataset import Rows, usable_split
 from stages.diffusion.scale import ScaleNetwork, scale_loss
 from stages.diffusion.training import Trainer, batch_rows
+from stages.outcome import Finished, Outcome
 from stages.seeds import global_seed
-from stages.stage import Finished, Outcome, Stage
+from stages.stage import Stage
 
 SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"
 

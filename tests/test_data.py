@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.errors import DataError, OcdError, TaskError
-from stages.tasks.data import ArrayDataset, Split, check_like, dataset_identity, load_npz, require_finite_output, split_rows
+from stages.tasks.data import ArrayDataset, Split, check_like, dataset_identity, load_npz, require_tensors, split_rows
 
 X, Y = np.arange(12.0).reshape(6, 2), np.arange(6) % 3
 WRITE = 'write one with numpy.savez("train.npz", x=x, y=y)'
@@ -420,9 +420,9 @@ def test_inputs_unlike_the_training_set(x, says):
 
 
 def test_outputs_must_be_tensors():
-    require_finite_output({"a": torch.zeros(2), "b": (torch.zeros(2), torch.zeros(2))}, "the model")
+    require_tensors({"a": torch.zeros(2), "b": (torch.zeros(2), torch.zeros(2))}, "the model")
     with pytest.raises(TaskError, match="the model returned NoneType, expected a tensor"):
-        require_finite_output({"a": torch.zeros(2), "b": None}, "the model")
+        require_tensors({"a": torch.zeros(2), "b": None}, "the model")
 
 
 def test_a_file_without_a_name_ending(tmp_path):

@@ -109,7 +109,7 @@ def test_encoding_is_the_sum_of_one_linear_layer_a_field():
     encoder, fields = ConditioningEncoder(WIDTHS, 8), make_fields()
     encoder.normalise.fit(make_fields(100, seed=7))
     wanted = sum(
-        F.linear(value, encoder.encoders[name].weight, encoder.encoders[name].bias)
+        F.linear(value, encoder.encoders[f"of_{name}"].weight, encoder.encoders[f"of_{name}"].bias)
         for name, value in encoder.normalise(fields).items()
     )
     torch.testing.assert_close(encoder(fields), wanted)

@@ -158,10 +158,6 @@ def test_warnings():
     assert "= 175;" in schedule_warning("authors", 10_080)
 
 
-def test_warning_with_more_steps_than_the_schedule_has():
-    assert schedule_warning("paper", 100, sample_steps=50) == schedule_warning("paper", 100, sample_steps=10)
-
-
 def example(schedule, rows=12):
     """Clean, noise and steps from the first to the last, in float64."""
     draw = torch.Generator().manual_seed(0)

@@ -30,16 +30,24 @@ def hash_code(path: Path) -> str:
     Raises:
         TaskError: the file is not Python.
     """
-    source = path.read_text(encoding="utf-8")
-    lines = source.splitlines()
+    source, kept = "", set()
     try:
+        with tokenize.open(path) as stream:
+            source = stream.read()
+        # As the tokenizer counts lines, not str.splitlines, which knows more ends of lines.
+        lines = source.split("\n")
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            (row, column), (last, _) = token.start, token.end
             if token.type == tokenize.COMMENT:
-                row, column = token.start
                 lines[row - 1] = lines[row - 1][:column]
-    except (tokenize.TokenError, SyntaxError) as error:
+            elif last > row:
+                # Inside a string over several lines blank ones count, too.
+                kept.update(range(row, last + 1))
+    except (tokenize.TokenError, SyntaxError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} is not valid Python{_fault(source)}", "mend it, then run the same command again") from error
-    text = "\n".join(line.rstrip() for line in lines if line.strip())
+    text = "\n".join(
+        line if number in kept else line.rstrip() for number, line in enumerate(lines, 1) if number in kept or line.strip()
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -74,7 +82,7 @@ def source_record(
 def data_path(project: Project, role: str) -> Path | None:
     """The file a data role or `weights` names, or None where it is code or not set."""
     spec = getattr(project.settings.task, role)
-    if spec is None or is_code(spec):
+    if spec is None or (role in DATA_ROLES and is_code(spec)):
         return None
     return project.root / Path(spec).expanduser()
 
@@ -107,11 +115,17 @@ def task_sources(
     for role in roles:
         path = data_path(project, role) if hasattr(project.settings.task, role) else None
         if path is None and role == "weights" and role in known:
+            # Imported by a flag, which later commands do not repeat; what was imported is in the base, wherever the file is.
             path = Path(known[role]["path"])
+            if not path.exists():
+                sources[role] = known[role]
+                continue
         if path is not None:
             sources[role] = source_record(path, known.get(role))
         elif role in DATA_ROLES:
             value = hash_dataset(role) if hash_dataset else inputs.get(role)
             if value is not None:
                 hashes[role] = value
+            if spec := getattr(project.settings.task, role):
+                hashes[f"{role} by"] = spec
     return hashes | {name: record["sha256"] for name, record in sources.items()}, sources

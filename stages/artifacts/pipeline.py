@@ -29,8 +29,8 @@ STAGES = {
     spec.name: spec
     for spec in (
         StageSpec("train-base", data=("train", "validation", "weights"), content="base"),
-        StageSpec("select-layer", ("train-base",), ("train",), content="layer"),
-        StageSpec("collect", ("train-base", "select-layer"), ("train",), content="deltas"),
+        StageSpec("select-layer", ("train-base",), ("train", "validation"), content="layer"),
+        StageSpec("collect", ("train-base", "select-layer"), ("train", "validation"), content="deltas"),
         StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
         StageSpec("train-scale", ("collect",), task=False, content="scale"),
         StageSpec("infer", ("train-base", "select-layer", "train-diffusion", "train-scale"), ("input",)),
@@ -48,7 +48,12 @@ def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any
     if settings.table(spec.name).of_kind(IDENTITY).get("lr_schedule") == "cosine":
         found[f"{spec.name}.max_steps"] = settings.table(spec.name).max_steps
     known = (recorded or {}).get("identity", {}).get("settings", {})
-    return {key: known.get(key, value) if value == AUTO else value for key, value in found.items()}
+    # Naming what `auto` had come to is no change either.
+    chosen = (recorded or {}).get("chosen", {})
+    return {
+        key: known.get(key, value) if value == AUTO or (known.get(key) == AUTO and chosen.get(key) == value) else value
+        for key, value in found.items()
+    }
 
 
 def extent_settings(project: Project, spec: StageSpec) -> dict[str, Any]:

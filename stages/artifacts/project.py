@@ -47,8 +47,11 @@ def find_config(start: Path) -> Path:
         info = folder.stat()
         if info.st_dev != device or info.st_uid != owner:
             break
-        if (folder / CONFIG_NAME).is_file():
-            return folder / CONFIG_NAME
+        found = folder / CONFIG_NAME
+        if found.is_file():
+            if found.stat().st_uid != owner:
+                break
+            return found
         if folder == Path.home():
             break
     raise SettingsError(

@@ -104,7 +104,7 @@ class StageFolder:
         if path is None:
             return None
         record = read_json(path)
-        _check_record(record, path, ("identity", "fingerprint", "extents"))
+        _check_record(record, path, ("identity", "fingerprint"))
         return record
 
     def exchange(self) -> None:

@@ -86,6 +86,15 @@ def extent_change(recorded: dict[str, dict[str, Any]], wanted: dict[str, Any]) -
     return DONE, None
 
 
+def extents_reduced(begun: dict[str, Any], wanted: dict[str, Any]) -> tuple[Change, ...]:
+    """The extents that unfinished work was begun with and that are larger than what is wanted now."""
+    return tuple(
+        Change(key, begun[key], value)
+        for key, value in wanted.items()
+        if key in begun and value != begun[key] and value != "all" and (begun[key] == "all" or value < begun[key])
+    )
+
+
 class States:
     """Finds the states of all stages of a project, each once.
 
@@ -136,13 +145,13 @@ class States:
         blocked = [state for state in map(self.of, spec.reads) if state.state != DONE]
         if manifest is not None:
             found = self._finished(spec, folder, manifest, identity(manifest), blocked)
-            if found.state in (DONE, PARTIAL) or begun is None:
+            if found.state == DONE or begun is None:
                 return StageState(**{**vars(found), **known, "identity": identity(manifest)})
         if begun is not None:
             changes = identity_changes(begun["identity"], identity(begun))
+            changes += extents_reduced(begun.get("wanted", {}), extent_settings(self.project, spec))
             if not changes:
-                progress = begun.get("progress")
-                return StageState(spec.name, PARTIAL, _progress_text(folder), progress=progress, **known)
+                return StageState(spec.name, PARTIAL, _progress_text(folder), progress=progress_of(folder), **known)
             return StageState(
                 spec.name, STALE, f"unfinished, and begun otherwise: {'; '.join(map(str, changes))}", changes, **known
             )
@@ -197,7 +206,7 @@ def progress_of(folder: StageFolder) -> dict[str, Any] | None:
     plan = (begun or {}).get("plan")
     if not plan:
         return None
-    done = plan.get("done", 0)
+    done = 0
     if plan["unit"] == "blocks":
         done = len(list((folder.wip / "blocks").glob("*.json")))
     elif plan["unit"] == "steps":

@@ -44,14 +44,12 @@ class Plan:
         evaluate_steps: steps between evaluations.
         checkpoint_steps: steps between checkpoints.
         patience: evaluations without a better score before stopping; 0: never.
-        unit: what progress counts.
     """
 
     max_steps: int
     evaluate_steps: int
     checkpoint_steps: int
     patience: int
-    unit: str = "steps"
 
 
 @dataclass(frozen=True)
@@ -102,15 +100,18 @@ class TrainingRun:
         """Train from the newest checkpoint, or from the start, to the end.
 
         Raises:
-            ComputeError: a loss is not finite; the last good checkpoint is kept.
+            ComputeError: a loss is not finite; checkpoints made before stay.
         """
         with disk_errors(self._folder):
             (self._folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             self._resume()
             while self._trainer.step < self._plan.max_steps and not self._exhausted():
                 self._advance()
-            if self._trainer.step and not (self._folder / CHECKPOINTS / f"{self._trainer.step:08d}.json").exists():
+            if not (self._folder / CHECKPOINTS / f"{self._trainer.step:08d}.json").exists():
                 self._checkpoint()
+            if self._trainer.step % self._plan.evaluate_steps:
+                # After the checkpoint, so that a longer training goes on as if it had never stopped here.
+                self._note_evaluation(self._trainer.step)
             self._prune(1)
         return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
 
@@ -124,16 +125,14 @@ class TrainingRun:
         plan, loss = self._plan, self._trainer.advance()
         if not math.isfinite(loss):
             raise ComputeError(
-                f"the loss of step {self._trainer.step + 1} is {loss}; the last good checkpoint is kept",
+                f"the loss of step {self._trainer.step + 1} is {loss}",
                 "try a smaller lr with --force",
             )
         self._losses.append(loss)
         step = self._trainer.step
-        if step % plan.evaluate_steps == 0 or step == plan.max_steps:
+        if step % plan.evaluate_steps == 0:
             self._note_evaluation(step)
-        self._report.progress(
-            step, plan.max_steps, plan.unit, loss=loss, **{k: v for k, v in self._best.items() if k == "score"}
-        )
+        self._report.progress(step, plan.max_steps, "steps", loss=loss, **{k: v for k, v in self._best.items() if k == "score"})
         if step % plan.checkpoint_steps == 0:
             self._checkpoint()
 
@@ -148,10 +147,10 @@ class TrainingRun:
             raise ComputeError(f"the held-out loss at step {step} is {score}", "try a smaller lr with --force")
         if self._mark is None or score < self._mark - WORTH_WAITING * abs(self._mark):
             self._mark, self._waited = score, 0
-        elif step % self._plan.evaluate_steps == 0:
+        else:
             self._waited += 1
         if not self._best or score < self._best["score"]:
-            self._best = row
+            self._best = {key: _plain(value) for key, value in row.items()}
             save_tensors(self._best_path(row), self._snapshot())
 
     def _checkpoint(self) -> None:
@@ -184,6 +183,7 @@ class TrainingRun:
             remove(old)
             remove(old.with_suffix(".safetensors"))
         bests = {self._best_path(best) for path in records[-keep:] if (best := read_json(path)["best"])}
+        bests |= {self._best_path(self._best)} if self._best else set()
         for path in set(folder.glob("best-*.safetensors")) - bests:
             remove(path)
 
@@ -195,6 +195,8 @@ class TrainingRun:
                 tensors = path.with_suffix(".safetensors")
                 if record["fingerprint"] != self._fingerprint or sha256_file(tensors) != record["sha256"]:
                     raise ArtifactError(f"{tensors} does not match its record")
+                if record["best"] and not self._best_path(record["best"]).exists():
+                    raise ArtifactError(f"{self._best_path(record['best'])} is missing")
                 if record["step"] <= self._plan.max_steps:
                     self._trainer.restore(load_tensors(tensors), record["step"])
                     break
@@ -218,5 +220,8 @@ def take_up_training(finished: Path, wip: Path) -> None:
         link_or_copy(path, wip / path.relative_to(finished))
 
 
-def _plain(value: float) -> float | int:
-    return value if isinstance(value, int) else float(f"{value:.8g}")
+def _plain(value: float) -> float | int | None:
+    """Eight digits of a figure; a metric that is no number for some sample is null."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.8g}") if math.isfinite(value) else None

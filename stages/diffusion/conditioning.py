@@ -71,9 +71,9 @@ class ConditioningEncoder(nn.Module):
     def __init__(self, widths: dict[str, int], dim: int) -> None:
         super().__init__()
         self.normalise = NormalisedFields(widths)
-        self.encoders = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in widths.items()})
+        self.encoders = nn.ModuleDict({f"of_{name}": nn.Linear(width, dim) for name, width in widths.items()})
 
     def forward(self, fields: Fields) -> Tensor:
         """Fields (B, …) to (B, dim)."""
         normalised = self.normalise(fields)
-        return torch.stack([encoder(normalised[name]) for name, encoder in self.encoders.items()]).sum(0)
+        return torch.stack([self.encoders[f"of_{name}"](value) for name, value in normalised.items()]).sum(0)

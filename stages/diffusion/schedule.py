@@ -100,12 +100,12 @@ def make_schedule(name: str, numel: int, prediction: str) -> NoiseSchedule:
     return NoiseSchedule(betas)
 
 
-def schedule_warning(name: str, numel: int, sample_steps: int = 10) -> str:
+def schedule_warning(name: str, numel: int) -> str:
     """What to know of a schedule that does not begin from pure noise; "" for ours."""
     if name == "ddpm":
         return ""
     schedule = make_schedule(name, numel, EPSILON)
-    first = float(schedule.alpha_bar[schedule.visited(min(sample_steps, schedule.steps))[0]])
+    first = float(schedule.alpha_bar[schedule.visited(10)[0]])
     signal = numel * first / (1 - first)
     return (
         f"schedule = {name!r} begins sampling where d·ᾱ/(1 − ᾱ) = {signal:.3g}; "

@@ -1,6 +1,7 @@
 """One training step after another, every draw from (seed, step), with an averaged copy of the weights."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 
@@ -38,11 +39,15 @@ def batch_rows(count: int, batch_size: int, step: int, *seed: str | int) -> Tens
     parts = []
     while first < (step + 1) * batch_size:
         epoch, offset = divmod(first, count)
-        order = torch.randperm(count, generator=generator(*seed, "epoch", epoch))
-        part = order[offset : offset + (step + 1) * batch_size - first]
+        part = _epoch_order(count, epoch, *seed)[offset : offset + (step + 1) * batch_size - first]
         parts.append(part)
         first += len(part)
     return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, epoch: int, *seed: str | int) -> Tensor:
+    return torch.randperm(count, generator=generator(*seed, "epoch", epoch))
 
 
 class Trainer:

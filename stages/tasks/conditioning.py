@@ -1,12 +1,14 @@
 """From inputs to the conditioning the networks see: the captured I(x), or the task's own fields."""
 
+import re
+
 from torch import Tensor, nn
 
 from stages.errors import TaskError
 from stages.tasks.loader import forward
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, batch_size
+from stages.trees import Tree, batch_size, take
 from stages.weights.capture import capture, reduce_fields
 from stages.weights.layer import Layer
 
@@ -32,7 +34,7 @@ def condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> tuple[Tree
     with user_code("conditioning()"):
         own = task.conditioning(x, output, fields)
     if own is None:
-        return output, fields, notes
+        return output, {name: _rows(value) for name, value in fields.items()}, notes
     count = batch_size(x)
     for name, value in own.items():
         if not isinstance(value, Tensor) or value.shape[:1] != (count,):
@@ -40,4 +42,31 @@ def condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> tuple[Tree
                 f"conditioning() gave {name} of shape {tuple(getattr(value, 'shape', ()))} for a batch of {count}",
                 "each field needs one row per sample",
             )
-    return output, {name: value.detach().float() for name, value in own.items()}, {}
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise TaskError(f"conditioning() gave a field named {name!r}", "names are letters, digits and underscores")
+    return output, {name: _rows(value.detach().float()) for name, value in own.items()}, {}
+
+
+def _rows(value: Tensor) -> Tensor:
+    """A field with at least one axis beside the sample's."""
+    return value if value.dim() > 1 else value.unsqueeze(1)
+
+
+def check_condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> None:
+    """Compare the conditioning of a batch with that of its samples alone.
+
+    Raises:
+        TaskError: they differ: the layer does not have the sample on its first axis.
+    """
+    together = condition(task, model, layer, x)[1]
+    for i in range(batch_size(x)):
+        alone = condition(task, model, layer, take(x, slice(i, i + 1)))[1]
+        for name, value in together.items():
+            same = value[i : i + 1].shape == alone[name].shape
+            # Batched and single products differ by rounding.
+            if not same or (value[i] - alone[name][0]).abs().max() > 1e-3 * (1 + value.abs().max()):
+                raise TaskError(
+                    f"{name} of {layer.name} is not one row per sample: its module sees {tuple(value.shape)} for a batch of "
+                    f"{batch_size(x)}, with the sample on another axis than the first",
+                    "choose another layer with: ocd select-layer --layer NAME, or give conditioning() in a Task class",
+                )

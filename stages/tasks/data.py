@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from stages.errors import DataError, TaskError
-from stages.seeds import generator, seed_of
+from stages.seeds import generator, global_seed, seed_of
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, leaves, tree_map
 
@@ -53,35 +54,48 @@ class Split:
         return Split(self.dataset, self.rows[positions], self.name)
 
     def inputs(self, positions: Tensor | Sequence[int]) -> Tree:
-        """x of some rows, (B, …); labels of arrays are not touched."""
+        """x of some rows, (B, …); labels are not touched."""
         rows = self.rows[torch.as_tensor(positions)]
         if isinstance(self.dataset, ArrayDataset):
             return self.dataset.x[rows]
-        return self.batch(positions)[0]
+        return self._stack([self.item(int(row))[0] for row in rows], rows)
 
-    def batch(self, positions: Tensor | Sequence[int]) -> tuple[Tree, Tree]:
+    def labels(self, positions: Tensor | Sequence[int]) -> Tree | None:
+        """y of some rows, (B, …), or None where arrays have none."""
+        rows = self.rows[torch.as_tensor(positions)]
+        if isinstance(self.dataset, ArrayDataset):
+            return None if self.dataset.y is None else self.dataset.y[rows]
+        return self._stack([self.item(int(row))[1] for row in rows], rows)
+
+    def batch(self, positions: Tensor | Sequence[int], *seed: str | int) -> tuple[Tree, Tree]:
         """x and y of some rows, each (B, …).
+
+        Args:
+            positions: of the rows in this split.
+            seed: what the random augmentation of a dataset depends on beside the row; without, a row is always the same.
 
         Raises:
             TaskError: the dataset raises; the row is named.
             DataError: its items are not pairs, or do not stack.
         """
-        rows = self.rows[torch.as_tensor(positions)]
         if isinstance(self.dataset, ArrayDataset):
-            return self.dataset.x[rows], None if self.dataset.y is None else self.dataset.y[rows]
-        items = [self.item(int(row)) for row in rows]
+            return self.inputs(positions), self.labels(positions)
+        rows = self.rows[torch.as_tensor(positions)]
+        items = [self.item(int(row), *seed) for row in rows]
+        return self._stack([item[0] for item in items], rows), self._stack([item[1] for item in items], rows)
+
+    def _stack(self, parts: list[Tree], rows: Tensor) -> Tree:
         try:
-            x, y = default_collate([item[0] for item in items]), default_collate([item[1] for item in items])
+            return tree_map(_float32, default_collate(parts))
         except (TypeError, RuntimeError, KeyError) as error:
             raise DataError(
                 f"{self.name}: rows {rows.tolist()[:4]} … do not stack into one batch: {error}",
                 "every sample must have the same shape",
             ) from error
-        return tree_map(_float32, x), tree_map(_float32, y)
 
-    def item(self, row: int) -> tuple[Tree, Tree]:
-        """One item (x, y) of the dataset by its row there."""
-        with user_code(f"{self.name}[{row}]"):
+    def item(self, row: int, *seed: str | int) -> tuple[Tree, Tree]:
+        """One item (x, y) of the dataset by its row there; torch's generators are seeded by the row and `seed` meanwhile."""
+        with user_code(f"{self.name}[{row}]"), global_seed("item", row, *seed):
             item = self.dataset[row]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise DataError(
@@ -134,7 +148,7 @@ def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
                     'write one with numpy.savez("train.npz", x=x, y=y)',
                 )
             arrays = {name: _read_array(path, archive, name) for name in ("x", "y") if name in names}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is not an npz file: {error}", 'write one with numpy.savez("train.npz", x=x, y=y)') from error
     x, y = arrays["x"], arrays.get("y")
     if len(x) == 0:
@@ -194,10 +208,19 @@ def dataset_identity(dataset: Any, name: str) -> str:
     for row in rows:
         for part in split.item(row):
             for path, leaf in leaves(part).items():
-                array = torch.as_tensor(leaf).contiguous().cpu()
+                array = _numbers(leaf, f"{name}[{row}]")
                 found.update(f"{row}/{path}/{tuple(array.shape)}/{array.dtype}".encode())
                 found.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
     return found.hexdigest()
+
+
+def _numbers(leaf: Any, place: str) -> Tensor:
+    try:
+        return torch.as_tensor(leaf).contiguous().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{place} holds {type(leaf).__name__}, expected numbers", "let items be tensors, arrays or numbers"
+        ) from error
 
 
 def split_rows(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +255,7 @@ def _describe(parts: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
     )
 
 
-def require_finite_output(output: Tree, where: str) -> None:
+def require_tensors(output: Tree, where: str) -> None:
     """Refuse outputs that are no tensors.
 
     Raises:

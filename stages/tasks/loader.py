@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stages.config import TaskTable
 from stages.errors import ComputeError, DataError, TaskError
-from stages.tasks.data import ArrayDataset, Split, require_finite_output, split_rows
+from stages.tasks.data import ArrayDataset, Split, require_tensors, split_rows
 from stages.tasks.losses import CLASSIFICATION, LabelError, check_labels
 from stages.tasks.protocol import Task
 from stages.tasks.supervised import SupervisedTask
@@ -60,10 +60,17 @@ def load_test(task: Task) -> Split:
 
 def forward(task: Task, model: nn.Module, x: Tree) -> Tree:
     """The task's forward pass; what it raises is the user's."""
-    with user_code("the model's forward pass"):
+    with user_code("the model's forward pass"), _recurrent_gradients(model):
         output = task.forward(model, x)
-    require_finite_output(output, "the model")
+    require_tensors(output, "the model")
     return output
+
+
+def _recurrent_gradients(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """cuDNN has no gradient of recurrent layers in eval mode; torch's own kernels have."""
+    if not torch.is_grad_enabled() or model.training or not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=False)
 
 
 def losses(task: Task, output: Tree, y: Tree) -> Tensor:

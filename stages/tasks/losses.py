@@ -69,7 +69,9 @@ def check_labels(y: Tensor, classes: int, place: str = "") -> None:
 
 
 def _same_shape(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if output.shape != y.shape and output.numel() == y.numel() and output.shape[0] == y.shape[0]:
+    wide = [[size for size in tensor.shape[1:] if size != 1] for tensor in (output, y)]
+    if output.shape[:1] == y.shape[:1] and wide[0] == wide[1]:
+        # (B,) beside (B, 1), say; axes in another order are no such thing.
         y = y.reshape(output.shape)
     if output.shape != y.shape:
         raise DataError(

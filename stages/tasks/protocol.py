@@ -75,7 +75,8 @@ class Task:
         return None
 
     def reduce(self, name: str, tensor: Tensor) -> Tensor | None:
-        """A smaller form (B, …) of a conditioning field wider than 4,096 numbers, or None to pool it by its mean."""
+        """A form (B, …) of your own for a conditioning field, or None: it is kept, or pooled by its mean where it is wider
+        than 4,096 numbers."""
         return None
 
     def train_base(self, model: nn.Module, train: Any, validation: Any, **options: Any) -> None:

@@ -1,5 +1,7 @@
 """Means of a task's metrics and loss over a split."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,11 @@ def metrics_of(task: Task, output: Tree, y: Tree) -> dict[str, Tensor]:
     """The task's metrics of a batch, each (B,)."""
     with user_code("metrics()"):
         return task.metrics(output, y)
+
+
+def finite(value: float) -> float | None:
+    """A mean as JSON can hold it: None where it is not finite, as where a metric has no value for some sample."""
+    return value if math.isfinite(value) else None
 
 
 def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:

@@ -54,7 +54,8 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
         )
     count = batch_size(x)
     fields = {name: _per_sample(value, count, layer.name) for name, value in seen.items()}
-    return output, fields | {BASE_OUTPUT: flat_output(output)}
+    whole = list(leaves(output).values())
+    return output, fields | {BASE_OUTPUT: whole[0] if len(whole) == 1 and whole[0].dim() > 1 else flat_output(output)}
 
 
 def _first_tensor(values: list[Any]) -> Tensor | None:
@@ -64,7 +65,7 @@ def _first_tensor(values: list[Any]) -> Tensor | None:
 
 
 def _per_sample(value: Tensor, count: int, name: str) -> Tensor:
-    if value.shape[0] == count:
+    if value.dim() and value.shape[0] == count:
         return value
     if value.dim() == 0 or value.shape[0] % count:
         raise TaskError(
@@ -81,7 +82,8 @@ def reduce_fields(
 
     Args:
         fields: name to (B, …).
-        layer_kind: the type of the layer's module; a convolution's features lie on axis 1, others' on the last.
+        layer_kind: the type of the layer's module; a convolution's features lie on axis 1, as a
+            picture's do, others' on the last.
         reduce: the task's method.
 
     Returns:
@@ -93,7 +95,8 @@ def reduce_fields(
         if reduced is not None:
             value, notes[name] = reduced, "reduced by the task"
         elif value.dim() > 2 and value[0].numel() > WIDEST:
-            axis = 1 if issubclass(layer_kind, nn.modules.conv._ConvNd) else value.dim() - 1
+            pictures = issubclass(layer_kind, nn.modules.conv._ConvNd) or (name == BASE_OUTPUT and value.dim() > 3)
+            axis = 1 if pictures else value.dim() - 1
             others = [a for a in range(1, value.dim()) if a != axis]
             notes[name] = f"mean over axes {others} of {tuple(value.shape[1:])}"
             value = value.mean(others)

@@ -109,7 +109,7 @@ def check_finite(found: Overfit, rows: Tensor) -> None:
     Raises:
         ComputeError: the first such sample, by its row in the training set.
     """
-    bad = ~(torch.isfinite(found.rho) & torch.isfinite(found.base_loss))
+    bad = ~(torch.isfinite(found.rho) & torch.isfinite(found.base_loss) & torch.isfinite(found.overfit_loss))
     if bad.any():
         row = int(rows[int(bad.nonzero()[0])])
         raise ComputeError(

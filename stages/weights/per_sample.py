@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stages.errors import OcdError
 from stages.trees import Tree, batch_size, concatenate, leaves, take
 from stages.weights.layer import Layer
 
@@ -27,8 +28,11 @@ class PerSampleWeights(Protocol):
         """The outputs (G·S, …) for inputs x (G·S, …) under weights (G, *layer.shape); differentiable in the weights."""
 
 
-class NotSubstitutable(Exception):
-    """The layer cannot be replaced by one with per-sample weights; the message says why."""
+class NotSubstitutable(OcdError):
+    """The layer cannot be replaced by one with per-sample weights; the message says why.
+
+    An error of the library's own kind, so that it passes through the user's code as it is.
+    """
 
 
 class Loop:
@@ -196,9 +200,9 @@ def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[P
         substitution = Substitution(model, layer, forward)
         found, wanted = (_outputs_and_gradient(way, x, weights) for way in (substitution, loop))
     except NotSubstitutable as reason:
-        return loop, str(reason)
+        return loop, reason.message
     for got, want in zip(found, wanted, strict=True):
-        if (got - want).norm() > SELF_CHECK_TOLERANCE * (want.norm() + 1e-6):
+        if not (got - want).norm() <= SELF_CHECK_TOLERANCE * (want.norm() + 1e-6):
             return loop, "a self-check on two samples found substitution to give other results"
     return substitution, ""
 
