@@ -24,7 +24,7 @@ from stages.artifacts.run_directory import (
     file_records,
     folder_of,
     manifest_hash,
-    open_run,
+    prepare_run,
 )
 from stages.artifacts.states import DONE, PARTIAL, STALE, StageState, States, make_identity, progress_of, require_done
 from stages.config import EXECUTION
@@ -134,7 +134,7 @@ class Stage(Materials, ABC):
             return Outcome(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
         self._refuse_stale(state, force)
         self.check()
-        open_run(self.project)
+        prepare_run(self.project)
         with self.folder.lock(), disk_errors(self.project.run_path), _threads_restored():
             if (self.folder.wip / MANIFEST).exists():
                 # A kill came between the manifest and the exchange of the folders: the work is whole.

@@ -94,6 +94,13 @@ def arrays(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), y
 
 
+def states(ocd: Any, folder: Folder, *settings: str) -> dict[str, str]:
+    """The state of each stage, as `ocd status --json` has it with these settings put in."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    stages = json.loads(ocd(folder, "status", "--json", *words).stdout)["stages"]
+    return {name: entry["state"] for name, entry in stages.items()}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the commands under test compute")
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import zarr
+from conftest import states
 
 from stages.artifacts.pipeline import ORDER
 
@@ -22,12 +23,6 @@ STALE_FROM = {
     "infer.batch_size=3": (),
     "train-diffusion.checkpoint_steps=7": (),
 }
-
-
-def states(ocd, folder, *settings):
-    words = [word for setting in settings for word in ("--set", setting)]
-    stages = json.loads(ocd(folder, "status", "--json", *words).stdout)["stages"]
-    return {name: entry["state"] for name, entry in stages.items()}
 
 
 def test_every_stage_runs_then_is_up_to_date(ocd, project):

@@ -171,7 +171,7 @@ def check_run(project: Project) -> None:
         )
 
 
-def open_run(project: Project) -> None:
+def prepare_run(project: Project) -> None:
     """Make the run directory, or check the one that is there.
 
     Raises:
