@@ -87,6 +87,13 @@ def data_path(project: Project, role: str) -> Path | None:
     return project.root / Path(spec).expanduser()
 
 
+def _flag_given(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record of weights that a flag named, which later commands do not repeat: what was imported is in the base, wherever
+    the file may be by now."""
+    path = Path(record["path"])
+    return source_record(path, record) if path.exists() else record
+
+
 def task_sources(
     project: Project,
     roles: tuple[str, ...],
@@ -114,14 +121,10 @@ def task_sources(
         sources[name] = source_record(path, known.get(name), hash_code)
     for role in roles:
         path = data_path(project, role) if hasattr(project.settings.task, role) else None
-        if path is None and role == "weights" and role in known:
-            # Imported by a flag, which later commands do not repeat; what was imported is in the base, wherever the file is.
-            path = Path(known[role]["path"])
-            if not path.exists():
-                sources[role] = known[role]
-                continue
         if path is not None:
             sources[role] = source_record(path, known.get(role))
+        elif role == "weights" and role in known:
+            sources[role] = _flag_given(known[role])
         elif role in DATA_ROLES:
             value = hash_dataset(role) if hash_dataset else inputs.get(role)
             if value is not None:

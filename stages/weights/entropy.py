@@ -90,14 +90,16 @@ def perturbed_losses(
     scale = sigma * weight.std() if weight.numel() > 1 else torch.zeros_like(weight)
     for start in range(0, draws, at_once):
         numbers = range(start, min(draws, start + at_once))
-        noise = torch.stack(
-            [torch.randn(layer.shape, generator=generator(seed, "select-layer", layer.name, j)) for j in numbers]
-        )
-        weights = weight + scale * noise.to(weight.device, weight.dtype)
+        weights = weight + scale * _noise(layer, numbers, seed).to(weight.device, weight.dtype)
         tiled = [repeat_batch(tree, len(numbers)) for tree in (x, y)]
         with torch.no_grad():
             values = loss(run(tiled[0], weights), tiled[1])
         yield values.reshape(len(numbers), samples).double().cpu().numpy()
+
+
+def _noise(layer: Layer, numbers: range, seed: int) -> Tensor:
+    """Standard normal draws by number, (draws, *layer.shape)."""
+    return torch.stack([torch.randn(layer.shape, generator=generator(seed, "select-layer", layer.name, j)) for j in numbers])
 
 
 def rank_stability(entropies: np.ndarray, rng: np.random.Generator, resamples: int = 200) -> np.ndarray:

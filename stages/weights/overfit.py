@@ -77,18 +77,25 @@ def overfit(
     with torch.no_grad():
         base_loss = loss(run(x, weight.expand(count, *weight.shape)), y)
     theta = weight.expand(count, *weight.shape).clone().requires_grad_()
-    stepper = make_optimizer(optimizer, [theta], lr)
-    largest = torch.zeros(count, device=weight.device)
-    for step in range(steps):
-        theta.grad = _gradient(run, theta, *views(step), loss)
-        largest = torch.maximum(largest, theta.grad.flatten(1).abs().amax(1).float())
-        stepper.step()
+    largest = _descend(run, theta, views, loss, make_optimizer(optimizer, [theta], lr), steps)
     with torch.no_grad():
         overfit_loss = loss(run(x, theta), y)
         delta = (theta - weight).flatten(2) if weight.dim() > 2 else theta - weight
         rho = delta.flatten(1).norm(dim=1)
     taken = torch.full((count,), steps, dtype=torch.int32)
     return Overfit(delta.detach(), rho, largest < DEGENERATE_GRADIENT, base_loss, overfit_loss, taken)
+
+
+def _descend(
+    run: PerSampleWeights, theta: Tensor, views: Views, loss: LossFunction, optimizer: torch.optim.Optimizer, steps: int
+) -> Tensor:
+    """Take the steps on θ (B, …) in place; the largest gradient of each sample on the way, (B,)."""
+    largest = torch.zeros(len(theta), device=theta.device)
+    for step in range(steps):
+        theta.grad = _gradient(run, theta, *views(step), loss)
+        largest = torch.maximum(largest, theta.grad.flatten(1).abs().amax(1).float())
+        optimizer.step()
+    return largest
 
 
 def _gradient(run: PerSampleWeights, theta: Tensor, x: Tree, y: Tree, loss: LossFunction) -> Tensor:
