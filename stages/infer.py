@@ -153,6 +153,8 @@ class Infer(Stage):
         first = 0 if known is None else len(next(iter(leaves(known).values())))
         deltas = self._delta_array(wip, len(inputs), batch) if settings.save_deltas else None
         self.tell_total(len(inputs), "inputs")
+        if reason := self._personalised[1]:
+            self.report.message(f"deltas are applied by the plain loop: {reason}")
         parts: list[Prediction] = []
         for start in range(0, len(inputs), batch):
             span = range(start, min(len(inputs), start + batch))
@@ -171,13 +173,14 @@ class Infer(Stage):
             wip, members, concatenate([part.base_output for part in parts]), torch.cat([part.rho for part in parts])
         )
 
-    @cached_property
+    @property
     def personalised(self) -> PersonalisedModel:
         """The base with input-dependent weights."""
-        model, reason = load_personalised(self)
-        if reason:
-            self.report.message(f"deltas are applied by the plain loop: {reason}")
-        return model
+        return self._personalised[0]
+
+    @cached_property
+    def _personalised(self) -> tuple[PersonalisedModel, str]:
+        return load_personalised(self)
 
     @cached_property
     def _inputs(self) -> Split:

@@ -206,7 +206,7 @@ NOT_SUBSTITUTABLE = {
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2))),
         "0.parametrizations.weight.original1",
         (3,),
-        "it is parametrised, or not the weight of a module",
+        "it is parametrised, or not the weight parameter of a module such as Linear or Conv2d",
     ),
     "rows in the batch": (
         lambda: Custom(rows_first, fc=nn.Linear(3, 2)),
@@ -251,7 +251,12 @@ NOT_SUBSTITUTABLE = {
         (2, 5),
         "Conv1d is neither Linear nor Conv2d",
     ),
-    "packed projection": (attention, "part.in_proj_weight", (5, 4), "it is parametrised, or not the weight of a module"),
+    "packed projection": (
+        attention,
+        "part.in_proj_weight",
+        (5, 4),
+        "it is parametrised, or not the weight parameter of a module such as Linear or Conv2d",
+    ),
     "output projection": (
         attention,
         "part.out_proj.weight",
@@ -262,7 +267,7 @@ NOT_SUBSTITUTABLE = {
         lambda: Custom(lambda self, x: self.part(x)[0][:, -1], part=nn.LSTM(3, 4, batch_first=True)),
         "part.weight_hh_l0",
         (5, 3),
-        "it is parametrised, or not the weight of a module",
+        "it is parametrised, or not the weight parameter of a module such as Linear or Conv2d",
     ),
     "transformer": (
         lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),

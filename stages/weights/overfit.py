@@ -74,16 +74,16 @@ def overfit(
         TaskError: the loss does not depend on the layer.
     """
     count = batch_size(x)
-    with torch.no_grad():
-        base_loss = loss(run(x, weight.expand(count, *weight.shape)), y)
     theta = weight.expand(count, *weight.shape).clone().requires_grad_()
+    with torch.no_grad():
+        base_loss = loss(run(x, theta), y)
     largest = _descend(run, theta, views, loss, make_optimizer(optimizer, [theta], lr), steps)
     with torch.no_grad():
         overfit_loss = loss(run(x, theta), y)
-        delta = (theta - weight).flatten(2) if weight.dim() > 2 else theta - weight
+        delta = (theta - weight).view(count, len(weight), -1)
         rho = delta.flatten(1).norm(dim=1)
     taken = torch.full((count,), steps, dtype=torch.int32)
-    return Overfit(delta.detach(), rho, largest < DEGENERATE_GRADIENT, base_loss, overfit_loss, taken)
+    return Overfit(delta, rho, largest < DEGENERATE_GRADIENT, base_loss, overfit_loss, taken)
 
 
 def _descend(

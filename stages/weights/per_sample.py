@@ -123,7 +123,7 @@ def _computation(model: nn.Module, layer: Layer, module: nn.Module) -> Callable[
     """The product of module's kind with weights (G, *layer.shape) for inputs (G·S, …)."""
     holders = [name for name, p in model.named_parameters(remove_duplicate=False) if p is module._parameters.get("weight")]
     if layer.name.rpartition(".")[2] != "weight" or "weight" not in module._parameters:
-        raise NotSubstitutable("it is parametrised, or not the weight of a module")
+        raise NotSubstitutable("it is parametrised, or not the weight parameter of a module such as Linear or Conv2d")
     if len(holders) > 1:
         raise NotSubstitutable(f"it is tied: {', '.join(holders)} are one")
     if "forward" in vars(module):
