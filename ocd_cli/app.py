@@ -1,5 +1,6 @@
 """The commands of `ocd`: each parses, makes one library call, and renders what it returns."""
 
+import importlib.metadata
 import signal
 import sys
 from collections.abc import Callable
@@ -17,12 +18,24 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ocd",
-    help="Give a trained PyTorch model input-dependent weights: overfit one layer on each training sample, "
-    "learn to predict the change, apply it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("ocd"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Give a trained PyTorch model input-dependent weights: overfit one layer on each training sample, learn to predict the
+    change, apply it."""
 
 
 def main() -> None:

@@ -110,6 +110,8 @@ def _fail(error: BaseException) -> NoReturn:
     """One message on stderr and the error's exit code; the traceback of a fault of ours goes into a file."""
     if isinstance(error, (typer.Exit, typer.BadParameter)):
         raise error
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        raise typer.Exit(0)  # rich has noticed, and closed the output
     if isinstance(error, BrokenPipeError):
         # Whoever read the output has enough of it; python's own last flush must find somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

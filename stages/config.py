@@ -58,6 +58,9 @@ class RunTable(Table):
     directory: str = execution("run", "folder of the results, relative to this file")
     seed: int = identity(0, "seed of every random draw", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = execution("auto", "auto takes cuda where there is one")
+    threads: Count | Auto = execution(
+        "auto", "CPU threads; auto: one to train small networks, else torch's choice; 1 where other work shares the cores"
+    )
 
 
 class TaskTable(Table):

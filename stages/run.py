@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.states import MISSING
-from stages.errors import SettingsError
+from stages.errors import ArtifactError, SettingsError
 from stages.outcome import Outcome
 
 # A stage's command, with everything but its progress decided.
@@ -43,16 +43,10 @@ def run(
     Raises:
         OcdError: the first stage's that fails.
     """
-    waits_for = ""
     for name in stages_between(start, until):
-        if waits_for:
-            yield Outcome(
-                name,
-                {"stage": name, "state": MISSING, "what": f"how much is known once {waits_for} is done"},
-                planned=True,
-            )
-            continue
-        outcome = commands[name]()
-        if dry_run and not outcome.up_to_date:
-            waits_for = name
-        yield outcome
+        try:
+            yield commands[name]()
+        except ArtifactError as error:
+            if not dry_run:
+                raise
+            yield Outcome(name, {"stage": name, "state": MISSING, "what": f"not known yet: {error.message}"}, planned=True)

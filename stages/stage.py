@@ -26,7 +26,17 @@ from stages.artifacts.run_directory import (
     manifest_hash,
     prepare_run,
 )
-from stages.artifacts.states import DONE, PARTIAL, STALE, StageState, States, make_identity, progress_of, require_done
+from stages.artifacts.states import (
+    DONE,
+    PARTIAL,
+    STALE,
+    StageState,
+    States,
+    make_identity,
+    progress_of,
+    redo_command,
+    require_done,
+)
 from stages.config import EXECUTION
 from stages.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.materials import Materials
@@ -72,6 +82,10 @@ class Stage(Materials, ABC):
     def extend(self, finished: Path, wip: Path) -> None:
         """Begin `wip` from a finished folder that does not go far enough."""
 
+    def auto_threads(self) -> int:
+        """The CPU threads that `auto` stands for."""
+        return torch.get_num_threads()
+
     def content_inputs(self) -> dict[str, Any]:
         """Further content the result depends on."""
         return {}
@@ -97,6 +111,10 @@ class Stage(Materials, ABC):
     def settings(self) -> Any:
         """The stage's own table."""
         return self.project.settings.table(self.name)
+
+    @property
+    def _wanted_threads(self) -> int | str:
+        return self.project.settings.run.threads
 
     @property
     def fingerprint(self) -> str:
@@ -178,11 +196,12 @@ class Stage(Materials, ABC):
         if self.redoes_stale:
             self.report.message(f"{self.name} is redone: {state.detail}")
             return
-        weights = state.sources.get("weights", {}).get("path", "") if not self.project.settings.task.weights else ""
-        flag = f" --weights {weights}" if weights else ""
+        weights = self.project.settings.task.weights or state.sources.get("weights", {}).get("path", "")
+        command = redo_command(state).replace(
+            " --force", f" --weights {weights} --force" if Path(weights).is_absolute() else " --force"
+        )
         raise ArtifactError(
-            f"{self.name} is stale: {state.detail}",
-            f"to redo it: ocd {self.name}{flag} --force; to keep it, set back what changed",
+            f"{self.name} is stale: {state.detail}", f"to redo it: {command}; to keep it, set back what changed"
         )
 
     def _begin(self, state: StageState, force: bool) -> None:
@@ -200,7 +219,7 @@ class Stage(Materials, ABC):
                 "identity": identity,
                 "fingerprint": fingerprint,
                 "execution": {},
-                "threads": torch.get_num_threads(),
+                "threads": self.auto_threads() if self._wanted_threads == AUTO else self._wanted_threads,
             }
         torch.set_num_threads(begun["threads"])
         self._begun, self._identity = begun, begun["identity"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stages.artifacts.files import sha256_file
 from stages.artifacts.inputs import data_path
+from stages.artifacts.pipeline import AUTO
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.tensors import import_weights, load_tensors, save_model
@@ -24,6 +25,7 @@ from stages.tasks.protocol import Task
 from stages.tasks.scoring import evaluate, finite
 from stages.tasks.user_code import user_code
 from stages.trees import to_device
+from stages.weights.layer import find_layer
 
 
 def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
@@ -49,8 +51,13 @@ class TrainBase(Stage):
         return {"what": f"train {self.settings.epochs} epochs on {len(self.splits['train']):,} samples", "bytes": size}
 
     def check(self) -> None:
-        """The weights fit, and a batch goes through model and loss."""
-        check_task(self.task, self._initial, self.splits["train"])
+        """The weights fit, a batch goes through model and loss, and what later stages need is there: nobody should train for
+        hours first."""
+        for split in (self.splits["train"], self.splits["validation"], self.test_split):
+            check_task(self.task, self._initial, split)
+        layer = self.project.settings.select_layer.layer
+        if layer != AUTO:
+            find_layer(self._initial, layer)
 
     @cached_property
     def _initial(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """train-diffusion: train the conditional diffusion model of the unit delta (Alg. 1)."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stages.diffusion.dataset import Rows, usable_split
 from stages.diffusion.denoisers import Denoiser, make_denoiser, resolve_prediction, resolve_preset, resolve_width, unit
 from stages.diffusion.denoising import denoising_loss, judge, step_draws
 from stages.diffusion.schedule import make_schedule, schedule_warning
-from stages.diffusion.training import Trainer, batch_rows
+from stages.diffusion.training import Trainer, batch_rows, threads_for
 from stages.outcome import Finished, Outcome
 from stages.seeds import global_seed
 from stages.stage import Stage
@@ -50,11 +51,19 @@ class TrainDiffusion(Stage):
             f"{self.name}.{key}": value for key, value in (("preset", preset), ("prediction", prediction), ("width", width))
         }
 
+    @cached_property
+    def _parameters(self) -> int:
+        with torch.device("meta"):
+            denoiser = make_denoiser(self._description(self.manifest_of("collect")["store"]))
+        return sum(p.numel() for p in denoiser.parameters())
+
+    def auto_threads(self) -> int:
+        """By the size of a step."""
+        return threads_for(self._parameters, self.settings.batch_size)
+
     def plan(self) -> dict[str, Any]:
         """Steps and parameters."""
-        store = self.manifest_of("collect")["store"]
-        denoiser = make_denoiser(self._description(store))
-        size = 4 * sum(p.numel() for p in denoiser.parameters())
+        store, size = self.manifest_of("collect")["store"], 4 * self._parameters
         what = f"train {size // 4:,} parameters on {store['samples']:,} deltas, at most {self.settings.max_steps:,} steps"
         return {"what": what, "bytes": 10 * size}
 

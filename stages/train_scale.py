@@ -14,7 +14,7 @@ from stages.artifacts.run_directory import folder_of
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.diffusion.dataset import Rows, usable_split
 from stages.diffusion.scale import ScaleNetwork, scale_loss
-from stages.diffusion.training import Trainer, batch_rows
+from stages.diffusion.training import Trainer, batch_rows, threads_for
 from stages.outcome import Finished, Outcome
 from stages.seeds import global_seed
 from stages.stage import Stage
@@ -55,6 +55,10 @@ class TrainScale(Stage):
     """The stage."""
 
     name = "train-scale"
+
+    def auto_threads(self) -> int:
+        """By the size of a step."""
+        return threads_for(self._size(self.manifest_of("collect")["store"]), self.settings.batch_size)
 
     def plan(self) -> dict[str, Any]:
         """Steps and samples."""

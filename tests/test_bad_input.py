@@ -257,7 +257,7 @@ def test_a_stage_before_those_it_needs(refused, project, number):
 def test_stale_stage(refused, finished):
     args = ("--set", "collect.lr=0.02")
     refused(finished, "collect", *args, code=3, says=["collect is stale", "collect.lr was 0.01, is now 0.02", "--force"])
-    says = ["collect is stale", "collect.lr was 0.01, is now 0.02", "ocd collect --force"]
+    says = ["collect is stale", "collect.lr was 0.01, is now 0.02", "ocd collect --set collect.lr=0.02 --force"]
     refused(finished, "train-scale", *args, code=3, says=says)
     refused(finished, "infer", *args, code=3, says=says)
 
@@ -843,7 +843,7 @@ def test_interrupted_collect_continues(interrupted_collect, ocd, monkeypatch):
 
 
 def test_interrupted_collect_with_another_setting_stops(interrupted_collect, refused, ocd):
-    says = ["collect is stale", "unfinished", "collect.lr was 0.01, is now 0.02", "ocd collect --force"]
+    says = ["collect is stale", "unfinished", "collect.lr was 0.01, is now 0.02", "ocd collect --set collect.lr=0.02 --force"]
     refused(interrupted_collect, "collect", "--set", "collect.lr=0.02", code=3, says=says)
     ocd(interrupted_collect, "collect", "--set", "collect.lr=0.02", "--force")
 

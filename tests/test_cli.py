@@ -377,7 +377,7 @@ def test_run_from_needs_what_comes_before(project, ocd):
 def test_run_stops_at_what_is_stale(finished, ocd):
     result = ocd(finished, "run", "--set", "collect.lr=0.02", code=3)
     assert "collect.lr was 0.01, is now 0.02" in result.stderr
-    assert "ocd collect --force" in result.stderr
+    assert "ocd collect --set collect.lr=0.02 --force" in result.stderr
 
 
 # infer

@@ -191,7 +191,7 @@ def test_imported_weights_may_move_and_are_not_forgotten(ocd, finished):
     weights.rename(finished.root / "elsewhere.safetensors")
     assert states(ocd, finished)["train-base"] == "done"
     result = ocd(finished, "train-base", "--set", "train-base.lr=0.5", code=3)
-    assert f"ocd train-base --weights {weights} --force" in result.stderr
+    assert f"ocd train-base --set train-base.lr=0.5 --weights {weights} --force" in result.stderr
 
 
 def test_naming_the_layer_that_was_chosen_changes_nothing(ocd, finished):
@@ -266,3 +266,30 @@ def test_going_on_after_an_evaluation_off_the_grid_equals_never_stopping(tmp_pat
             ).run()
         done.append((trained.best, trained.steps, (folder / "metrics.jsonl").read_bytes()))
     assert done[0] == done[1]
+
+
+def test_what_later_stages_need_is_found_before_the_base_is_trained(ocd, project):
+    folder = project()
+    for setting, says in (("task.test=tst.npz", "tst.npz is missing"), ("select-layer.layer=fc9.weight", "does not exist")):
+        assert says in ocd(folder, "run", "--set", setting, code=2).stderr
+        assert not folder.run.exists()
+
+
+def test_a_dataset_class_is_made(ocd, project):
+    folder = project({"task": {"train": "data:Rows"}})
+    code = "from pathlib import Path\nfrom stages.tasks.data import load_npz\n\n\nclass Rows:\n    def __init__(self):\n"
+    code += "        self.data = load_npz(Path(__file__).with_name('train.npz'), labels=True)\n\n    def __len__(self):\n"
+    code += "        return len(self.data)\n\n    def __getitem__(self, index):\n        return self.data[index]\n"
+    (folder.root / "data.py").write_text(code)
+    assert json.loads(ocd(folder, "train-base", "--json").stdout)["parameters"] == 51
+
+
+def test_small_trainings_take_one_thread_and_the_setting_decides_otherwise(ocd, finished):
+    def threads(stage):
+        return json.loads((finished.run / stage / "manifest.json").read_text())["made"]["threads"]
+
+    before = torch.get_num_threads()
+    assert threads("train-diffusion") == threads("train-scale") == 1
+    ocd(finished, "train-scale", "--force", "--set", "run.threads=2")
+    assert threads("train-scale") == 2
+    assert torch.get_num_threads() == before

@@ -81,7 +81,7 @@ def load_project(
     """
     path = _config_path(config)
     raw = overridden(_read_toml(path), overrides, values)
-    settings = check_settings(raw, str(path))
+    settings = check_settings(raw, f"{path}, with the flags of this command," if overrides or values else str(path))
     directory = Path(run).absolute() if run is not None else path.parent / Path(settings.run.directory).expanduser()
     return Project(settings, path, directory)
 

@@ -25,6 +25,11 @@ class Change:
     was: Any
     now: Any
 
+    @property
+    def is_setting(self) -> bool:
+        """Whether it is a setting of `ocd.toml` that a flag can repeat, not the content of a file."""
+        return " " not in self.setting and isinstance(self.now, int | float | str)
+
     def __str__(self) -> str:
         return f"{self.setting} was {_short(self.was)}, is now {_short(self.now)}"
 
@@ -44,6 +49,8 @@ class StageState:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not there"
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
@@ -64,7 +71,9 @@ def identity_changes(was: dict[str, Any], now: dict[str, Any]) -> tuple[Change, 
         before, after = was.get(group, {}), now.get(group, {})
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
-                changes.append(Change(prefix + key, before.get(key), after.get(key)))
+                # A dataset that code makes is known by the name the setting gives it.
+                name = f"task.{key.removesuffix(' by')}" if key.endswith(" by") else prefix + key
+                changes.append(Change(name, before.get(key), after.get(key)))
     return tuple(changes)
 
 
@@ -215,6 +224,12 @@ def progress_of(folder: StageFolder) -> dict[str, Any] | None:
     return {"done": done, "total": plan["total"], "unit": plan["unit"]}
 
 
+def redo_command(state: StageState) -> str:
+    """The command that redoes a stale stage as it would be made now: settings that flags changed are repeated."""
+    flags = "".join(f" --set {change.setting}={change.now}" for change in state.changes if change.is_setting)
+    return f"ocd {state.name}{flags} --force"
+
+
 def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
     """Refuse to run a stage before those it needs; every one of them is named.
 
@@ -226,7 +241,7 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
     if not wrong:
         return
     lines = [f"  {state.name} is {state.state}{': ' + state.detail if state.detail else ''}" for state in wrong]
-    commands = " && ".join(f"ocd {state.name}{' --force' if state.state == STALE else ''}" for state in wrong)
+    commands = " && ".join(redo_command(state) if state.state == STALE else f"ocd {state.name}" for state in wrong)
     raise ArtifactError(f"{wanting} needs stages that are not done:\n" + "\n".join(lines), f"run: {commands}")
 
 

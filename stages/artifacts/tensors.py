@@ -1,6 +1,7 @@
 """Tensors on disk: safetensors files for weights, checked against what the model expects."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _user_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         # torch raises many kinds here; its advice to load with weights_only=False would run the file's code.
         raise DataError(
-            f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}",
+            f"{path} cannot be read as weights alone: {_first_sentence(error)}",
             "save model.state_dict(), best as safetensors",
         ) from error
     for key in ("state_dict", "model", "model_state_dict"):
@@ -124,6 +125,12 @@ def _user_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise DataError(f"{path} holds {type(found).__name__}, expected a state dict of tensors", "save model.state_dict()")
     return dict(found)
+
+
+def _first_sentence(error: Exception) -> str:
+    """The first sentence of torch's message, without the colours and the advice that follow."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0]
 
 
 def _fill_tied(tensors: dict[str, Tensor], model: nn.Module) -> None:

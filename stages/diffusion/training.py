@@ -14,8 +14,16 @@ EMA_DECAY = 0.9999
 CLIP_NORM = 1.0
 WARM_UP_STEPS = 100
 
+# Below this many products a step, several threads wait for each other longer than they compute.
+SMALL_STEP = 300_000_000
+
 # step -> the loss of that step's batch, a scalar with gradient
 StepLoss = Callable[[int], Tensor]
+
+
+def threads_for(parameters: int, batch_size: int) -> int:
+    """CPU threads for training steps of a network made of dense layers: one where the steps are small."""
+    return 1 if parameters * batch_size < SMALL_STEP else torch.get_num_threads()
 
 
 def ema_decay(step: int) -> float:

@@ -18,6 +18,8 @@ from stages.tasks.user_code import user_code
 from stages.trees import Tree, leaves, tree_map
 
 IDENTITY_ITEMS = 64
+SAVE_HINT = 'write one with numpy.savez("train.npz", x=x, y=y)'
+MISSING_HINT = "ocd.toml names it under [task]; relative paths start at its folder"
 
 
 class ArrayDataset:
@@ -134,7 +136,7 @@ def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
             such row is named).
     """
     if not path.is_file():
-        raise DataError(f"{path} is missing", "ocd.toml names it under [task]; relative paths start at its folder")
+        raise DataError(f"{path} is missing", MISSING_HINT if labels else "--input names it")
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -149,7 +151,10 @@ def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
                 )
             arrays = {name: _read_array(path, archive, name) for name in ("x", "y") if name in names}
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError) as error:
-        raise DataError(f"{path} is not an npz file: {error}", 'write one with numpy.savez("train.npz", x=x, y=y)') from error
+        why = "it holds no array" if "pickle" in str(error) else str(error)
+        raise DataError(
+            f"{path} is not an npz file: {why}", SAVE_HINT if labels else "write one with numpy.savez(FILE, x=x)"
+        ) from error
     x, y = arrays["x"], arrays.get("y")
     if len(x) == 0:
         raise DataError(f"{path} is empty: x has shape {x.shape}", "at least one sample is needed")

@@ -84,7 +84,7 @@ class SupervisedTask(Task):
         if not is_code(spec):
             return load_npz(self._root / Path(spec).expanduser(), labels=True)
         found = load_object(self._root, spec, f"task.{role}")
-        if callable(found) and not hasattr(found, "__len__"):
+        if isinstance(found, type) or (callable(found) and not hasattr(found, "__len__")):
             with user_code(spec):
                 return found()
         return found
