@@ -14,3 +14,12 @@ if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ] || [ "$root/cons
     touch "$stamp"
 fi
 PATH="$root/.venv/bin:$PATH"
+
+# All stages of the example in this folder with one seed, or its table over several: `--seeds N`. Other arguments go to `ocd run`.
+run_example() {
+    if [ "${1:-}" = "--seeds" ]; then
+        python ../table.py "$2" "${@:3}"
+    else
+        ocd run "$@"
+    fi
+}

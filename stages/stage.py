@@ -113,10 +113,6 @@ class Stage(Materials, ABC):
         return self.project.settings.table(self.name)
 
     @property
-    def _wanted_threads(self) -> int | str:
-        return self.project.settings.run.threads
-
-    @property
     def fingerprint(self) -> str:
         """Of the work under way."""
         return self._begun["fingerprint"]
@@ -213,13 +209,14 @@ class Stage(Materials, ABC):
         identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"][key] == AUTO}
         fingerprint = digest(identity)
         if redo or begun is None or begun["fingerprint"] != fingerprint:
+            threads = self.project.settings.run.threads
             remove(wip)
             wip.mkdir(parents=True)
             begun = {
                 "identity": identity,
                 "fingerprint": fingerprint,
                 "execution": {},
-                "threads": self.auto_threads() if self._wanted_threads == AUTO else self._wanted_threads,
+                "threads": self.auto_threads() if threads == AUTO else threads,
             }
         torch.set_num_threads(begun["threads"])
         self._begun, self._identity = begun, begun["identity"]

@@ -6,8 +6,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" examples
 cd "$(dirname "${BASH_SOURCE[0]}")"
-if [ "${1:-}" = "--seeds" ]; then
-    python ../table.py "$2" "${@:3}"
-else
-    ocd run "$@"
-fi
+run_example "$@"

@@ -137,6 +137,21 @@ def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
     """
     if not path.is_file():
         raise DataError(f"{path} is missing", MISSING_HINT if labels else "--input names it")
+    arrays = _read_arrays(path, labels)
+    x, y = arrays["x"], arrays.get("y")
+    if len(x) == 0:
+        raise DataError(f"{path} is empty: x has shape {x.shape}", "at least one sample is needed")
+    if y is not None and len(x) != len(y):
+        raise DataError(f"{path}: x has {len(x):,} rows, y has {len(y):,}", "both need one row per sample")
+    if x.dtype == np.uint8:
+        raise DataError(
+            f"{path}: x is uint8, which models do not take",
+            "for pictures save x.astype('float32') / 255; for byte codes x.astype('int64')",
+        )
+    return ArrayDataset(_tensor(path, "x", x), None if y is None else _tensor(path, "y", y))
+
+
+def _read_arrays(path: Path, labels: bool) -> dict[str, np.ndarray]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -149,23 +164,12 @@ def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
                     f"{path} has no array {' or '.join(missing)}; it has {', '.join(names) or 'none'}",
                     'write one with numpy.savez("train.npz", x=x, y=y)',
                 )
-            arrays = {name: _read_array(path, archive, name) for name in ("x", "y") if name in names}
+            return {name: _read_array(path, archive, name) for name in ("x", "y") if name in names}
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError) as error:
         why = "it holds no array" if "pickle" in str(error) else str(error)
         raise DataError(
             f"{path} is not an npz file: {why}", SAVE_HINT if labels else "write one with numpy.savez(FILE, x=x)"
         ) from error
-    x, y = arrays["x"], arrays.get("y")
-    if len(x) == 0:
-        raise DataError(f"{path} is empty: x has shape {x.shape}", "at least one sample is needed")
-    if y is not None and len(x) != len(y):
-        raise DataError(f"{path}: x has {len(x):,} rows, y has {len(y):,}", "both need one row per sample")
-    if x.dtype == np.uint8:
-        raise DataError(
-            f"{path}: x is uint8, which models do not take",
-            "for pictures save x.astype('float32') / 255; for byte codes x.astype('int64')",
-        )
-    return ArrayDataset(_tensor(path, "x", x), None if y is None else _tensor(path, "y", y))
 
 
 def _read_array(path: Path, archive: Any, name: str) -> np.ndarray:

@@ -60,8 +60,7 @@ def overfit(
     The paper's text has gradient descent until convergence and "3 gradient steps"; the authors' code has Adam.
 
     Args:
-        run: the model with a weight per sample.
-        weight: the base's weight θ of the layer, in its own shape.
+        run: the model with a weight per sample; weight: the base's weight θ of the layer, in its own shape.
         views: step to the (x, y) used at it, each (B, …).
         x: inputs (B, …), for the losses before and after.
         y: labels (B, …).
