@@ -11,6 +11,7 @@ import torch
 import zarr
 from torch import Tensor
 
+from stages.artifacts.delta_store import ArraySpec, create_array
 from stages.artifacts.files import digest, link_or_copy, remove, require_space, sha256_file
 from stages.artifacts.pipeline import STAGES
 from stages.artifacts.progress import Report
@@ -209,16 +210,8 @@ class Infer(Stage):
 
     def _delta_array(self, wip: Path, count: int, batch: int) -> Any:
         group = zarr.open_group(wip / DELTAS, mode="w", zarr_format=3)
-        shape = (self.settings.ensemble, *self.layer.matrix_shape)
-        codecs = [zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()]
-        return group.create_array(
-            "delta",
-            shape=(count, *shape),
-            chunks=(min(batch, count), *shape),
-            dtype="float32",
-            fill_value=float("nan"),
-            compressors=codecs,
-        )
+        spec = ArraySpec("float32", (self.settings.ensemble, *self.layer.matrix_shape))
+        return create_array(group, "delta", spec, count, min(batch, count))
 
     def _finished(self, wip: Path, members: Tree, base_output: Tree, rho: Tensor) -> Finished:
         output = self.personalised.combine(members)
@@ -241,8 +234,8 @@ class Infer(Stage):
         return Finished(summary, digest(sha256_file(wip / PREDICTIONS)), {"infer.ensemble": reached})
 
     def _metrics(self, outputs: dict[str, Tree]) -> dict[str, dict[str, float | None]] | None:
-        """Means of the task's metrics for each output; None where there are no labels. Labels are read here, after every
-        prediction is made, and nowhere else."""
+        """Means of the task's metrics for each output; None where there are no labels. Predictions are made
+        before this reads them; beside it only `check` looks at labels, to refuse what could not be scored."""
         totals: dict[str, dict[str, float]] = {row: {} for row in outputs}
         count = len(self._inputs)
         for start in range(0, count, EVALUATION_BATCH):

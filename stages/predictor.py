@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stages.artifacts.files import read_json
@@ -14,7 +13,7 @@ from stages.diffusion.schedule import make_schedule
 from stages.errors import ArtifactError
 from stages.materials import Materials
 from stages.tasks.conditioning import condition
-from stages.tasks.data import check_like
+from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, concatenate, to_device, tree_map
 from stages.weights.per_sample import choose
@@ -35,7 +34,7 @@ def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
         return condition(task, base, layer, x)[:2]
 
     def prepared(x: Tree) -> Tree:
-        x = tree_map(_as_tensor, x)
+        x = tree_map(as_float32, x)
         check_like(x, sample, "x")
         return to_device(x, device)
 
@@ -76,11 +75,6 @@ def load_generator(materials: Materials) -> DeltaGenerator:
         settings.sample_steps,
         settings.strength,
     )
-
-
-def _as_tensor(leaf: Any) -> Tensor:
-    leaf = torch.as_tensor(leaf)
-    return leaf.float() if leaf.dtype == torch.float64 else leaf
 
 
 def _load(network: nn.Module, path: Any) -> None:

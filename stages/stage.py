@@ -192,12 +192,9 @@ class Stage(Materials, ABC):
         if self.redoes_stale:
             self.report.message(f"{self.name} is redone: {state.detail}")
             return
-        weights = self.project.settings.task.weights or state.sources.get("weights", {}).get("path", "")
-        command = redo_command(state).replace(
-            " --force", f" --weights {weights} --force" if Path(weights).is_absolute() else " --force"
-        )
         raise ArtifactError(
-            f"{self.name} is stale: {state.detail}", f"to redo it: {command}; to keep it, set back what changed"
+            f"{self.name} is stale: {state.detail}",
+            f"to redo it: {redo_command(state)}; to keep it, set back what changed",
         )
 
     def _begin(self, state: StageState, force: bool) -> None:

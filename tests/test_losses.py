@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from stages.errors import DataError
+from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.loader import naming_rows
 from stages.tasks.losses import (
     LOSSES,
     accuracy,
@@ -116,8 +118,8 @@ def test_label_out_of_range(label):
     with pytest.raises(DataError) as caught:
         cross_entropy(random(4, 3), y)
     assert caught.value.message == wanted
-    with pytest.raises(DataError) as caught:
-        check_labels(y, 3, "train.npz: y[2]: ")
+    with pytest.raises(DataError) as caught, naming_rows(Split(ArrayDataset(y, y), name="train.npz"), range(4)):
+        check_labels(y, 3)
     assert caught.value.message == f"train.npz: y[2]: {wanted}"
 
 

@@ -48,6 +48,19 @@ def block_rows(specs: dict[str, ArraySpec]) -> int:
     return max(1, min(LARGEST_BLOCK, CHUNK_BYTES // widest))
 
 
+def create_array(group: zarr.Group, name: str, spec: ArraySpec, samples: int, rows: int) -> zarr.Array:
+    """An empty array of `samples` rows, `rows` to a chunk, compressed and with a checksum; floats not yet written are NaN."""
+    dtype = np.dtype(spec.dtype)
+    return group.create_array(
+        name,
+        shape=(samples, *spec.row_shape),
+        chunks=(rows, *spec.row_shape),
+        dtype=spec.dtype,
+        fill_value=np.nan if dtype.kind == "f" else dtype.type(0),
+        compressors=[zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()],
+    )
+
+
 class DeltaStore:
     """A delta store at `folder`/deltas.zarr with its ledger at `folder`/blocks.
 
@@ -82,14 +95,7 @@ class DeltaStore:
                 if group[name].shape != shape:
                     group[name].resize(shape)
                 continue
-            group.create_array(
-                name,
-                shape=shape,
-                chunks=(self.rows, *spec.row_shape),
-                dtype=spec.dtype,
-                fill_value=np.nan if np.dtype(spec.dtype).kind == "f" else np.dtype(spec.dtype).type(0),
-                compressors=[zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()],
-            )
+            create_array(group, name, spec, self.samples, self.rows)
 
     def _sweep(self) -> None:
         """Remove what a kill may have left half-written."""

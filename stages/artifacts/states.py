@@ -225,8 +225,10 @@ def progress_of(folder: StageFolder) -> dict[str, Any] | None:
 
 
 def redo_command(state: StageState) -> str:
-    """The command that redoes a stale stage as it would be made now: settings that flags changed are repeated."""
+    """The command that redoes a stale stage as it would be made now: changed settings and imported weights are repeated."""
     flags = "".join(f" --set {change.setting}={change.now}" for change in state.changes if change.is_setting)
+    if "weights" in state.sources:
+        flags += f" --weights {state.sources['weights']['path']}"
     return f"ocd {state.name}{flags} --force"
 
 

@@ -88,7 +88,7 @@ class Split:
 
     def _stack(self, parts: list[Tree], rows: Tensor) -> Tree:
         try:
-            return tree_map(_float32, default_collate(parts))
+            return tree_map(as_float32, default_collate(parts))
         except (TypeError, RuntimeError, KeyError) as error:
             raise DataError(
                 f"{self.name}: rows {rows.tolist()[:4]} … do not stack into one batch: {error}",
@@ -119,7 +119,8 @@ def _length(dataset: Any, name: str) -> int:
     return count
 
 
-def _float32(leaf: Any) -> Tensor:
+def as_float32(leaf: Any) -> Tensor:
+    """A tensor of an array or number; float64 becomes float32."""
     leaf = torch.as_tensor(leaf)
     return leaf.float() if leaf.dtype == torch.float64 else leaf
 

@@ -141,14 +141,11 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
 
 def _check_all_labels(split: Split, output: Tree) -> None:
     """The row of the first label out of range, over the whole split rather than a batch."""
-    y, logits = split.dataset.y, next(iter(leaves(output).values()))
+    y, logits = split.labels(range(len(split))), next(iter(leaves(output).values()))
     one_class_each = y is not None and not y.is_floating_point() and y.dim() == logits.dim() - 1 and logits.shape[1] > 1
-    if not one_class_each:
-        return
-    wrong = ((y < 0) | (y >= logits.shape[1])).flatten(1).any(1) if y.dim() > 1 else (y < 0) | (y >= logits.shape[1])
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        check_labels(y[row : row + 1], logits.shape[1], f"{split.name}: y[{row}]: ")
+    if one_class_each:
+        with naming_rows(split, range(len(split))):
+            check_labels(y, logits.shape[1])
 
 
 MIXES = "OCD needs a model whose samples do not interact; normalise with running statistics, not the batch's"

@@ -52,8 +52,8 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     return _per_sample(F.cross_entropy(output, y.long(), reduction="none"))
 
 
-def check_labels(y: Tensor, classes: int, place: str = "") -> None:
-    """Name a label outside [0, classes); `place` begins the message.
+def check_labels(y: Tensor, classes: int) -> None:
+    """Name a label outside [0, classes).
 
     Raises:
         DataError: there is one.
@@ -63,7 +63,7 @@ def check_labels(y: Tensor, classes: int, place: str = "") -> None:
         label = int(y.flatten()[int(wrong.flatten().nonzero()[0])])
         raise LabelError(
             _first_row(wrong),
-            f"{place}label {label} is out of range: the model has {classes} outputs, so labels are 0 … {classes - 1}",
+            f"label {label} is out of range: the model has {classes} outputs, so labels are 0 … {classes - 1}",
             "mend the labels, or give the model one output per class",
         )
 
