@@ -117,12 +117,18 @@ def select_layer(
 
 
 @command(app, "collect", "ocd collect --set collect.samples=5000")
-def collect(shared: Shared) -> None:
+def collect(
+    shared: Shared,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Do the i-th of n parts of the blocks, beside other processes that do theirs.", metavar="I/N"),
+    ] = None,
+) -> None:
     """Overfit the layer on each training sample, and store deltas and conditioning. Killed, it continues where it was."""
     from stages.collect import collect as stage
 
     project = shared.project()
-    _stage(shared, lambda **options: stage(project, **options))
+    _stage(shared, lambda **options: stage(project, part=part, **options))
 
 
 @command(app, "train-diffusion", "ocd train-diffusion --set train-diffusion.max_steps=20000")
@@ -238,5 +244,5 @@ def verify(shared: Shared) -> None:
     else:
         show_verified(found)
     if not found["whole"]:
-        print("damaged artifacts are redone with: ocd <stage> --force", file=sys.stderr)
+        print("ocd collect redoes its damaged blocks; other stages are redone with: ocd <stage> --force", file=sys.stderr)
         raise typer.Exit(3)

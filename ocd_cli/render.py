@@ -51,6 +51,14 @@ def show_outcome(outcome: "Outcome") -> None:
         force = "; needs --force" if outcome.summary["state"] == "stale" and outcome.stage != "infer" else ""
         out.print(f"{outcome.stage} ({outcome.summary['state']}{force}): {outcome.summary['what']}{disk}", markup=False)
         return
+    if outcome.waits:
+        found = outcome.summary
+        out.print(
+            f"{outcome.stage}: part {found['part']} is done; {found['done']:,} of {found['total']:,} {found['unit']} are "
+            "there, the others are other parts' work",
+            markup=False,
+        )
+        return
     if outcome.up_to_date:
         out.print(f"{outcome.stage}: up to date ({outcome.path})", markup=False)
     show = {
@@ -125,6 +133,7 @@ def _select_layer(out: Console, summary: dict[str, Any]) -> None:
 def _collect(out: Console, summary: dict[str, Any]) -> None:
     shape = "×".join(map(str, summary["shape"]))
     degenerate = f", {summary['degenerate']:,} degenerate" if summary["degenerate"] else ""
+    degenerate += f", {len(summary['skipped']):,} left out (not finite)" if summary["skipped"] else ""
     out.print(
         f"deltas: {summary['samples']:,} of {summary['layer']} ({shape}), by {summary['engine']}{degenerate}",
         markup=False,
@@ -182,6 +191,7 @@ def show_status(found: dict[str, Any]) -> None:
         progress = entry["progress"]
         text = f"{progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else ""
         detail = entry["detail"] if entry["state"] != "partial" or not text else text
+        detail = "; ".join(filter(None, [detail, *(f"in use by {user}" for user in entry["in_use_by"])]))
         table.add_row(name, _MARKS[entry["state"]], detail.replace("[", "\\["))
     out.print(f"run directory: {found['run']}", markup=False)
     out.print(table)

@@ -1,17 +1,21 @@
 """collect: overfit every training sample and write deltas and I(x), block by block, into the delta store."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, StoreReader, block_rows, result_specs
-from stages.artifacts.files import digest, read_json, require_space
+from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
+from stages.artifacts.files import available_memory, digest, require_space
+from stages.artifacts.parts import Part, gate, lock_path, shared
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
+from stages.artifacts.states import progress_of
+from stages.collector import Collector, bad_rows, check_recipe, has_views, not_finite, recipe_of
 from stages.errors import SettingsError, TaskError
 from stages.outcome import Finished, Outcome
 from stages.seeds import generator
@@ -19,74 +23,172 @@ from stages.stage import Stage
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses
-from stages.tasks.protocol import Task
-from stages.tasks.user_code import user_code
-from stages.trees import Tree, take, to_device
-from stages.weights.overfit import Overfit, check_finite, overfit
-from stages.weights.per_sample import PerSampleWeights, choose
+from stages.trees import to_device
+from stages.weights.batch_size import activation_bytes, auto_batch_size, auto_threads, forward_operations, sample_bytes
+from stages.weights.engine import Engine
 
-# Batches that fit the cache beat larger ones.
-AUTO_BATCH = 128
+# Samples that self-checks are made on.
+PROBE = 4
 
 
-def collect(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
-    """Bring the delta store up to date.
+def collect(
+    project: Project,
+    *,
+    part: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    report: Report | None = None,
+) -> Outcome:
+    """Bring the delta store up to date, or one part of it.
+
+    Args:
+        part: "i/n", the i-th of n parts of the blocks; the last part to finish makes the store whole.
 
     Raises:
         OcdError: as `Stage.execute`; too little disk; deltas that are not finite; faults of the task.
     """
-    return Collect(project, report).execute(force=force, dry_run=dry_run)
+    return Collect(project, report, part=part).execute(force=force, dry_run=dry_run)
 
 
 class Collect(Stage):
-    """The stage."""
+    """The stage.
+
+    Args:
+        project: the project.
+        report: hears of its progress.
+        part: as `collect`.
+    """
 
     name = "collect"
+
+    def __init__(self, project: Project, report: Report | None = None, *, part: str | None = None) -> None:
+        super().__init__(project, report)
+        self._part = Part.parse(part) if part else None
+        self._holding = contextlib.ExitStack()
+        self._mine: list[int] = []
+        self._pending: list[int] = []
 
     def plan(self) -> dict[str, Any]:
         """Samples, blocks and bytes."""
         store = self._store(Path(), "")
-        size = store.samples * sum(spec.row_bytes for spec in store.specs.values())
+        self._check_part(store)
         return {
             "what": f"overfit {self.layer.name} {self.layer.matrix_shape} on {store.samples:,} samples, {store.blocks} blocks",
             "samples": store.samples,
             "blocks": store.blocks,
-            "bytes": size,
+            "bytes": store.nbytes,
         }
 
     def check(self) -> None:
-        """A batch goes through model and loss, the loss depends on the layer, and the conditioning can be captured."""
-        check_task(self.task, self.base, self.rows)
-        two = self.rows.inputs(range(min(2, len(self.rows))))
-        check_condition(self.task, self.base, self.layer, to_device(two, self.device))
-        self._overfit_batch(range(min(2, len(self.rows))), self._engine()[0])
+        """A batch goes through model and loss, the loss depends on the layer, the conditioning can be captured, and the
+        settings fit one another."""
+        check_recipe(self.settings)
+        check_task(self.task, self.base_to_overfit, self.rows)
+        few = range(min(PROBE, len(self.rows)))
+        check_condition(self.task, self.base_to_overfit, self.layer, to_device(self.rows.inputs(few), self.device))
+        if self.settings.store == "factored" and self.engine.why_dense:
+            raise SettingsError(
+                f"collect.store = 'factored' needs deltas that are one outer product: {self.engine.why_dense}",
+                "use --set collect.store=dense",
+            )
+        self._check_part(self._store(Path(), ""))
+        self._collector.confirm(few, self.rows.batch(few))
+        found = self._collector.overfit_batch(few, self.rows.batch(few))
+        bad = bad_rows({name: value.cpu().numpy() for name, value in found.items()})
+        if bad.any() and not self.settings.skip_bad:
+            raise not_finite(int(self.rows.rows[int(bad.argmax())]))
 
-    def work(self, wip: Path) -> Finished:
-        """Every block that is not done, then the checks that make the store whole."""
-        run, reason = self._engine()
+    def _check_part(self, store: DeltaStore) -> None:
+        if self._part and self._part.count > store.blocks:
+            raise SettingsError(
+                f"--part {self._part}: more parts than blocks, of which there are {store.blocks}",
+                "use fewer parts, or smaller blocks with --set collect.block_samples=N",
+            )
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """The stage for this process alone, or together with other parts."""
+        with self._holding:
+            if self._part is None:
+                self._holding.enter_context(self.folder.lock())
+            else:
+                self._holding.enter_context(shared(lock_path(self.folder.run, self.name), self.name, self._part))
+            yield
+
+    def gate(self) -> contextlib.AbstractContextManager[None]:
+        """Parts begin one after another."""
+        if self._part is None:
+            return contextlib.nullcontext()
+        return gate(lock_path(self.folder.run, f"{self.name}-gate"))
+
+    @property
+    def joins(self) -> bool:
+        """Parts join work that another part has begun."""
+        return self._part is not None
+
+    def auto_threads(self) -> int:
+        """By the size of a pass, and by what of the work is compressing and writing."""
+        specs = self._store(Path(), "").specs
+        return auto_threads(self._operations, self._batch_size(block_rows(specs)), sum(s.row_bytes for s in specs.values()))
+
+    def prepare(self, wip: Path) -> None:
+        """Settle what all parts share, and lay out the arrays."""
         store = self._store(wip, self.fingerprint)
-        execution = self.keep_execution(batch_size=self._batch_size(store.rows), block_samples=store.rows, engine=run.name)
+        execution = self.keep_execution(
+            batch_size=self._batch_size(store.rows), block_samples=store.rows, engine=self.engine.name
+        )
         store = self._store(wip, self.fingerprint, execution["block_samples"])
         self.tell_total(store.blocks, "blocks")
-        require_space(
-            wip,
-            store.samples * sum(spec.row_bytes for spec in store.specs.values()) * len(store.pending()) // store.blocks,
-        )
+        if self._part is None:
+            store.sweep()
+        require_space(wip, store.nbytes * (store.blocks - store.records) // store.blocks)
         store.create()
-        if reason:
-            self.report.message(f"{self.layer.name} is overfitted by the plain loop, one sample at a time: {reason}")
-        pending = store.pending()
-        done = store.samples - sum(len(store.block_range(block)) for block in pending)
-        for block in pending:
-            self._work_block(store, block, run, execution["batch_size"], done)
-            done += len(store.block_range(block))
-        store.check_complete()
-        return self._finished(store, run, reason)
+        if self._part is None:
+            store.trim()
+        self._mine = [block for block in range(store.blocks) if self._part is None or self._part.has(block)]
+        self._pending = store.pending(self._mine, rehash=True)
+
+    def work(self, wip: Path) -> Finished | None:
+        """Every block (of the part) that is not done, then the checks that make the store whole; None while other parts have
+        blocks to do."""
+        execution = self.keep_execution()
+        store = self._store(wip, self.fingerprint, execution["block_samples"])
+        rows, left = (sum(len(store.block_range(block)) for block in blocks) for blocks in (self._mine, self._pending))
+        before = rows - left
+        if before and left:
+            self.report.message(f"continues: {before:,} of {rows:,} samples are there")
+        if self._pending:
+            self._tell_way(left)
+            self._collector.work(
+                store,
+                self._pending,
+                execution["batch_size"],
+                self.settings.writers,
+                self.settings.skip_bad,
+                lambda done, figures: self.report.progress(before + done, rows, "samples", **figures),
+            )
+        if self._part is None:
+            return self._finished(store)
+        # From here until this process lets go of its part, no other one begins or ends.
+        self._holding.enter_context(self.gate())
+        if not wip.exists() or any(not store.is_done(block) for block in range(store.blocks)):
+            return None
+        store.sweep()
+        return self._finished(store)
+
+    def waiting(self) -> Outcome:
+        """This part is done; the store is whole already, or waits for other parts."""
+        manifest = self.folder.manifest() if not self.folder.wip.exists() else None
+        if manifest is not None:
+            return Outcome(self.name, manifest["summary"], path=self.folder.path)
+        progress = progress_of(self.folder)
+        return Outcome(self.name, {"stage": self.name, "state": "partial", "part": str(self._part), **progress}, waits=True)
 
     def extend(self, finished: Path, wip: Path) -> None:
-        """Keep the whole blocks of a smaller store."""
+        """Keep the whole blocks of a smaller or damaged store."""
         manifest = self.manifest_of(self.name)
         self.keep_execution(**{key: manifest["execution"][key] for key in ("batch_size", "block_samples")})
+        self.keep_threads(manifest["made"]["threads"])
         self._store(wip, self.fingerprint, manifest["execution"]["block_samples"]).adopt(finished)
 
     @cached_property
@@ -102,22 +204,62 @@ class Collect(Stage):
         order = torch.randperm(len(split), generator=generator(self.seed, "collect", "order"))
         return split.select(order[:wanted])
 
-    def _engine(self) -> tuple[PerSampleWeights, str]:
-        x, _ = self.rows.batch(range(min(2, len(self.rows))))
-        return choose(self.base, self.layer, self.forward, to_device(x, self.device))
+    @cached_property
+    def engine(self) -> Engine:
+        """How samples are overfitted."""
+        return Engine(
+            self.base_to_overfit,
+            self.layer,
+            self.forward,
+            lambda output, labels: losses(self.task, output, labels),
+            recipe_of(self.settings),
+            self._probe,
+            views=has_views(self.task),
+            factored=self.settings.store == "factored",
+        )
+
+    @cached_property
+    def _collector(self) -> Collector:
+        kind = type(self.layer.module(self.base))
+        return Collector(self.task, self.engine, kind, self.rows, self.device, self.seed)
+
+    @cached_property
+    def _probe(self) -> Any:
+        return to_device(self.rows.inputs(torch.arange(PROBE) % len(self.rows)), self.device)
+
+    @cached_property
+    def _operations(self) -> int:
+        return forward_operations(self.base_to_overfit, self.forward, self._probe)
 
     def _batch_size(self, rows: int) -> int:
-        """Batches of equal size, about 128, that fill a block."""
-        if self.settings.batch_size != "auto":
+        if self.settings.batch_size != "auto" and self.engine.name != "loop":
             return self.settings.batch_size
-        rows = min(rows, len(self.rows))
-        return -(-rows // -(-rows // AUTO_BATCH))
+        activations = activation_bytes(self.base_to_overfit, self.layer, self.forward, self._probe)
+        sample = sample_bytes(self.engine, self.layer, activations)
+        return auto_batch_size(self.engine, sample, min(rows, len(self.rows)), available_memory(), self.device)
+
+    def _tell_way(self, samples: int) -> None:
+        """Say which slow way is taken, why, and what it costs."""
+        if not self.engine.reason:
+            return
+        batch = min(self._begun["execution"]["batch_size"], samples, 8)
+        given = self.rows.batch(range(batch))
+        start = time.perf_counter()
+        self._collector.overfit_batch(range(batch), given)
+        each = (time.perf_counter() - start) / batch
+        way = (
+            "the plain loop, one sample at a time" if self.engine.name == "loop" else f"{self.engine.name}, not by substitution"
+        )
+        self.report.message(
+            f"{self.layer.name} is overfitted by {way}: {self.engine.reason}; "
+            f"about {each * 1e3:.3g} ms a sample, {each * samples / 60:,.1f} min for {samples:,}"
+        )
 
     @cached_property
     def _pooled(self) -> tuple[dict[str, ArraySpec], dict[str, str]]:
         """The conditioning arrays, and how wide fields are made smaller, found on one sample."""
-        x, _ = self.rows.batch([0])
-        _, fields, notes = condition(self.task, self.base, self.layer, to_device(x, self.device))
+        x = to_device(self.rows.inputs([0]), self.device)
+        _, fields, notes = condition(self.task, self.base_to_overfit, self.layer, x)
         if clash := sorted(fields.keys() & set(RESULT_ARRAYS)):
             raise TaskError(
                 f"conditioning() gave a field named {clash[0]!r}, which the store uses itself", "give it another name"
@@ -125,76 +267,28 @@ class Collect(Stage):
         return {name: ArraySpec("float32", tuple(value.shape[1:])) for name, value in fields.items()}, notes
 
     def _store(self, folder: Path, fingerprint: str, rows: int | None = None) -> DeltaStore:
-        specs = result_specs(self.layer.matrix_shape) | self._pooled[0]
+        specs = result_specs(self.layer.matrix_shape, factored=self.settings.store == "factored") | self._pooled[0]
         chosen = rows or (block_rows(specs) if self.settings.block_samples == "auto" else self.settings.block_samples)
         return DeltaStore(folder, specs, len(self.rows), chosen, fingerprint)
 
-    def _work_block(self, store: DeltaStore, block: int, run: PerSampleWeights, batch: int, done: int) -> None:
-        span = store.block_range(block)
-        parts: list[dict[str, np.ndarray]] = []
-        for start in range(span.start, span.stop, batch):
-            positions = range(start, min(span.stop, start + batch))
-            parts.append(self._overfit_batch(positions, run))
-            losses_now = {
-                "base_loss": float(parts[-1]["base_loss"].mean()),
-                "overfit_loss": float(parts[-1]["overfit_loss"].mean()),
-            }
-            self.report.progress(done + positions.stop - span.start, store.samples, "samples", **losses_now)
-        store.write_block(block, {name: np.concatenate([part[name] for part in parts]) for name in store.specs})
-
-    def _overfit_batch(self, positions: range, run: PerSampleWeights) -> dict[str, np.ndarray]:
-        """Overfit some rows and capture their conditioning: array name to (B, …)."""
-        given = self.rows.batch(positions)
-        numbers = self.rows.rows[torch.as_tensor(positions)]
-        x, y = (to_device(tree, self.device) for tree in given)
-        _, fields, _ = condition(self.task, self.base, self.layer, x)
-        found = overfit(
-            run,
-            self.layer.weight(self.base),
-            lambda step: self._views(*given, numbers, step) if self._has_views else (x, y),
-            x,
-            y,
-            lambda output, labels: losses(self.task, output, labels),
-            optimizer=self.settings.optimizer,
-            lr=self.settings.lr,
-            steps=self.settings.steps,
-        )
-        check_finite(found, numbers)
-        return _arrays(found, numbers, fields)
-
-    @property
-    def _has_views(self) -> bool:
-        return type(self.task).view is not Task.view
-
-    def _views(self, x: Tree, y: Tree, numbers: Tensor, step: int) -> tuple[Tree, Tree]:
-        """What each sample shows of itself at a gradient step. The task cuts it out on the CPU, where its generator lives."""
-        parts = []
-        for i, row in enumerate(numbers.tolist()):
-            with user_code("view()"):
-                parts.append(self.task.view(take(x, i), take(y, i), generator(self.seed, "collect", row, step)))
-        split = Split(parts, name="view()")
-        return tuple(to_device(tree, self.device) for tree in split.batch(range(len(parts))))
-
-    def _finished(self, store: DeltaStore, run: PerSampleWeights, reason: str) -> Finished:
-        description = store.describe()
-        reader = StoreReader(store.folder, description)
-        degenerate = reader.read("degenerate")
-        rho = reader.read("rho")
+    def _finished(self, store: DeltaStore) -> Finished:
+        description, totals = store.describe(), store.totals()
+        good = max(1, store.samples - len(totals.skipped))
+        means = {name: totals.sums[name] / good for name in ("base_loss", "overfit_loss", "rho", "steps")}
         summary = {
             "layer": self.layer.name,
             "shape": list(self.layer.matrix_shape),
             "samples": store.samples,
             "blocks": store.blocks,
-            "degenerate": int(degenerate.sum()),
-            "base_loss": float(reader.read("base_loss").astype(np.float64).mean()),
-            "overfit_loss": float(reader.read("overfit_loss").astype(np.float64).mean()),
-            "rho": float(rho.astype(np.float64).mean()),
-            "engine": run.name,
-            "engine_reason": reason,
+            "degenerate": int(totals.sums["degenerate"]),
+            "skipped": sorted(totals.skipped),
+            **means,
+            "engine": self.engine.name,
+            "engine_reason": self.engine.reason,
+            "prefix_reused": self.engine.prefix is not None,
             "pooled": self._pooled[1],
         }
-        chunks = [read_json(store.record_path(block))["chunks"] for block in range(store.blocks)]
-        content = digest([description, [sorted((name, entry["sha256"]) for name, entry in chunk.items()) for chunk in chunks]])
+        content = digest([description, sorted(totals.hashes.items())])
         available = len(self.splits[self.settings.split])
         extents = {
             "collect.samples": {
@@ -203,18 +297,4 @@ class Collect(Stage):
                 "exhausted": store.samples == available,
             }
         }
-        return Finished(summary, content, extents, {"store": description})
-
-
-def _arrays(found: Overfit, numbers: Tensor, fields: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    tensors = {
-        "delta": found.delta,
-        "rho": found.rho,
-        "degenerate": found.degenerate,
-        "base_loss": found.base_loss,
-        "overfit_loss": found.overfit_loss,
-        "steps": found.steps,
-        "sample_index": numbers,
-        **fields,
-    }
-    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+        return Finished(summary, content, extents, {"store": description}, totals.hashes)

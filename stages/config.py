@@ -104,15 +104,25 @@ class SelectLayerTable(Table):
 
 class CollectTable(Table):
     title: ClassVar[str] = "overfitting: a few gradient steps for each sample, on the layer alone"
-    optimizer: Literal["adam", "sgd"] = identity("adam", "sgd is plain gradient descent")
+    optimizer: Literal["adam", "sgd"] = identity("adam", "sgd is plain gradient descent, unless momentum is set")
     lr: float = identity(5e-4, "learning rate", gt=0)
-    steps: int = identity(3, "gradient steps a sample", ge=1)
+    steps: int = identity(3, "gradient steps a sample, unless until_converged", ge=1)
+    momentum: float = identity(0.0, "of sgd", ge=0, lt=1)
+    weight_decay: float = identity(0.0, "of sgd, towards zero", ge=0)
+    until_converged: bool = identity(False, "step until the gradient's norm has fallen to tolerance times its first")
+    tolerance: float = identity(0.1, "share of the first gradient's norm, for until_converged", gt=0, lt=1)
+    max_steps: int = identity(100, "gradient steps a sample at most, for until_converged", ge=1)
     split: Literal["train", "validation", "all"] = identity(
         "train", "rows of train to overfit: those the base was trained on, those held out from it, or both"
     )
     samples: Count | Literal["all"] = extent("all", "how many of them, in a seeded order")
-    batch_size: Count | Auto = execution("auto", "samples overfitted at once")
+    store: Literal["dense", "factored"] = identity(
+        "dense", "factored: two factors in place of each delta, where sgd makes it one outer product"
+    )
+    skip_bad: bool = identity(False, "leave samples out whose numbers are not finite, instead of stopping")
+    batch_size: Count | Auto = execution("auto", "samples overfitted at once; auto: by cache and memory")
     block_samples: Count | Auto = execution("auto", "samples a block: the unit of writing and of resuming")
+    writers: Count = execution(2, "threads that compress and write")
 
 
 class TrainDiffusionTable(Table):

@@ -155,7 +155,7 @@ class Infer(Stage):
         deltas = self._delta_array(wip, len(inputs), batch) if settings.save_deltas else None
         self.tell_total(len(inputs), "inputs")
         if reason := self._personalised[1]:
-            self.report.message(f"deltas are applied by the plain loop: {reason}")
+            self.report.message(reason)
         parts: list[Prediction] = []
         for start in range(0, len(inputs), batch):
             span = range(start, min(len(inputs), start + batch))

@@ -16,8 +16,9 @@ from stages.tasks.data import Split, dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree
+from stages.trees import Tree, to_device
 from stages.weights.layer import Layer, find_layer
+from stages.weights.single_precision import in_single_precision
 
 BASE_FILE = "base.safetensors"
 
@@ -82,6 +83,13 @@ class Materials:
     def layer(self) -> Layer:
         """The selected layer."""
         return find_layer(self.base, self.manifest_of("select-layer")["content"])
+
+    @cached_property
+    def base_to_overfit(self) -> nn.Module:
+        """The base, its selected layer computing in float32 whatever the rest does."""
+        x = to_device(self.splits["all"].inputs([0, 0]), self.device)
+        in_single_precision(self.base, self.layer, lambda: self.forward(self.base, x))
+        return self.base
 
     def forward(self, model: nn.Module, x: Tree) -> Tree:
         """The task's forward pass: inputs (B, …) to outputs (B, …)."""

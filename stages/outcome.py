@@ -14,6 +14,7 @@ class Outcome:
         summary: its result, as the manifest keeps it; of a dry run, what would be done.
         up_to_date: nothing had to be done.
         planned: this was a dry run.
+        waits: this part of the work is done, others are not.
         path: where the result lies.
     """
 
@@ -21,6 +22,7 @@ class Outcome:
     summary: dict[str, Any]
     up_to_date: bool = False
     planned: bool = False
+    waits: bool = False
     path: Path | None = None
 
 
@@ -33,9 +35,11 @@ class Finished:
         content: the hash (or, for select-layer, the name) that later stages depend on.
         extents: "stage.key" to {"value", "reached", "exhausted"}.
         extra: further entries of the manifest.
+        hashes: sha256 of files that are known already, by name.
     """
 
     summary: dict[str, Any]
     content: str
     extents: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)

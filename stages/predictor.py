@@ -16,17 +16,17 @@ from stages.tasks.conditioning import condition
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, concatenate, to_device, tree_map
-from stages.weights.per_sample import choose
+from stages.weights.engine import choose
 from stages.weights.personalised import PersonalisedModel
 
 
 def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
-    """The base with input-dependent weights, as `[infer]` asks, and why it runs by the plain loop ("" if it does not).
+    """The base with input-dependent weights, as `[infer]` asks, and by which slower way it has to run ("" if it does not).
 
     Raises:
         ArtifactError: networks that are missing, damaged, or of another layer.
     """
-    task, base, layer, device = materials.task, materials.base, materials.layer, materials.device
+    task, base, layer, device = materials.task, materials.base_to_overfit, materials.layer, materials.device
     sample = materials.splits["all"].inputs([0])
     run, reason = choose(base, layer, materials.forward, to_device(concatenate([sample, sample]), device))
 
@@ -44,7 +44,8 @@ def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
 
     ensemble = materials.project.settings.infer.ensemble
     generate = load_generator(materials)
-    return PersonalisedModel(base, layer, run, materials.forward, conditioned, generate, combined, prepared, ensemble), reason
+    personalised = PersonalisedModel(base, layer, run, materials.forward, conditioned, generate, combined, prepared, ensemble)
+    return personalised, f"deltas are applied by {run.name}: {reason}" if reason else ""
 
 
 def load_generator(materials: Materials) -> DeltaGenerator:

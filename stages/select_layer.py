@@ -16,9 +16,9 @@ from stages.seeds import generator, seed_of
 from stages.stage import Stage
 from stages.tasks.loader import losses
 from stages.trees import Tree, take, to_device
+from stages.weights.engine import choose
 from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
 from stages.weights.layer import Layer, candidates, find_layer
-from stages.weights.per_sample import choose
 
 LAYER_FILE = "layer.json"
 # Rows of one forward pass: several draws share it, so that small models are not ruled by the cost of a call.

@@ -1,11 +1,7 @@
 """What every stage is: a plan, and work done inside an unfinished folder that gets its name when it is whole."""
 
 import contextlib
-import datetime
-import importlib.metadata
-import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +12,7 @@ from stages.artifacts.inputs import task_sources
 from stages.artifacts.pipeline import AUTO, STAGES, StageSpec, extent_settings
 from stages.artifacts.progress import Logged, Report, Silent
 from stages.artifacts.project import Project
+from stages.artifacts.provenance import made, now, threads_restored
 from stages.artifacts.run_directory import (
     BEGUN,
     MANIFEST,
@@ -69,8 +66,15 @@ class Stage(Materials, ABC):
         """What would be done, how much and how many bytes, for a dry run."""
 
     @abstractmethod
-    def work(self, wip: Path) -> Finished:
-        """Do it inside `wip`, continuing whatever an earlier process left there."""
+    def work(self, wip: Path) -> Finished | None:
+        """Do it inside `wip`, continuing whatever an earlier process left there; None where others have to finish it."""
+
+    def prepare(self, wip: Path) -> None:
+        """Lay out `wip`, before the work begins or goes on."""
+
+    def waiting(self) -> Outcome:
+        """What is said where others have to finish the work."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Refuse faults of the settings, the task and the data before anything is written."""
@@ -94,6 +98,19 @@ class Stage(Materials, ABC):
     def folder(self) -> StageFolder:
         """Where the result lies."""
         return folder_of(self.project, self.name)
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes off the stage."""
+        return self.folder.lock()
+
+    def gate(self) -> contextlib.AbstractContextManager[None]:
+        """Where several processes may hold the stage: one at a time begins."""
+        return contextlib.nullcontext()
+
+    @property
+    def joins(self) -> bool:
+        """Whether this process goes on with what others have begun, even where it was to be redone."""
+        return False
 
     @property
     def splits_read(self) -> dict[str, str]:
@@ -124,10 +141,16 @@ class Stage(Materials, ABC):
 
     def keep_execution(self, **resolved: Any) -> dict[str, Any]:
         """Execution settings as resolved now, or as the unfinished work was begun with: the same ones give the same bits."""
-        self._begun["execution"] = resolved | self._begun["execution"]
-        if (self.folder.wip / BEGUN).exists():
-            write_json(self.folder.wip / BEGUN, self._begun)
-        return self._begun["execution"]
+        kept = resolved | self._begun["execution"]
+        if kept != self._begun["execution"] and (self.folder.wip / BEGUN).exists():
+            write_json(self.folder.wip / BEGUN, self._begun | {"execution": kept})
+        self._begun["execution"] = kept
+        return kept
+
+    def keep_threads(self, threads: int) -> None:
+        """Work on as many threads as what is taken up was made with."""
+        self._begun["threads"] = threads
+        torch.set_num_threads(threads)
 
     # The life of a stage.
 
@@ -149,20 +172,23 @@ class Stage(Materials, ABC):
         self._refuse_stale(state, force)
         self.check()
         prepare_run(self.project)
-        with self.folder.lock(), disk_errors(self.project.run_path), _threads_restored():
-            if (self.folder.wip / MANIFEST).exists():
-                # A kill came between the manifest and the exchange of the folders: the work is whole.
-                self.folder.exchange()
-            state = self._state(force)
-            if state.state == DONE and not force:
-                return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
-            self._begin(state, force)
+        with self.hold(), disk_errors(self.project.run_path), threads_restored():
+            with self.gate():
+                self.folder.restore()
+                if (self.folder.wip / MANIFEST).exists():
+                    # A kill came between the manifest and the exchange of the folders: the work is whole.
+                    self.folder.exchange()
+                state = self._state(force)
+                if state.state == DONE and not force:
+                    return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
+                self._begin(state, force)
+                self.prepare(self.folder.wip)
             try:
                 return self._complete()
             except (SettingsError, TaskError, DataError, ComputeError):
                 # Refused before anything was finished: whoever mends the cause begins anew.
                 progress = progress_of(self.folder)
-                if not (progress and progress["done"]):
+                if not self.joins and not (progress and progress["done"]):
                     remove(self.folder.wip)
                 raise
             except KeyboardInterrupt as error:
@@ -173,8 +199,8 @@ class Stage(Materials, ABC):
         if force and state.state == DONE:
             return TryAgainError(f"{self.name} was interrupted; the result from before stands", "the same command begins anew")
         without = " without --force" if force else ""
-        hint = f"to continue, run the same command again{without}"
-        return TryAgainError(f"{self.name} was interrupted; what is finished is kept", hint)
+        done = f"{self.name} was interrupted; what is finished is kept"
+        return TryAgainError(done, f"to continue, run the same command again{without}")
 
     def _state(self, force: bool) -> StageState:
         """The stage's state; records too damaged to tell are no obstacle to doing it again."""
@@ -201,11 +227,11 @@ class Stage(Materials, ABC):
         """Make or take up the unfinished folder."""
         wip = self.folder.wip
         redo = force or (state.state == STALE and self.redoes_stale)
-        begun = None if redo else self.folder.begun()
+        begun = None if redo and not self.joins else self.folder.begun()
         identity, self._sources = self._fresh() if redo else (state.identity, state.sources)
         identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"][key] == AUTO}
         fingerprint = digest(identity)
-        if redo or begun is None or begun["fingerprint"] != fingerprint:
+        if begun is None or begun["fingerprint"] != fingerprint:
             threads = self.project.settings.run.threads
             remove(wip)
             wip.mkdir(parents=True)
@@ -233,11 +259,12 @@ class Stage(Materials, ABC):
 
     def _complete(self) -> Outcome:
         """Work, write the manifest last, exchange the folders."""
-        wip, started = self.folder.wip, _now()
+        wip, started = self.folder.wip, now()
         report, self.report = self.report, Logged(self.report, wip / "log.txt")
         self.report.start(self.name)
         try:
-            finished = self.work(wip)
+            if (finished := self.work(wip)) is None:
+                return self.waiting()
         finally:
             self.report = report
         manifest = self._manifest(wip, finished, started)
@@ -246,8 +273,7 @@ class Stage(Materials, ABC):
         remove(wip / BEGUN)
         sync_folder(wip)
         self.folder.exchange()
-        manifest = self.folder.manifest()
-        return Outcome(self.name, manifest["summary"], path=self.folder.path)
+        return Outcome(self.name, self.folder.manifest()["summary"], path=self.folder.path)
 
     def _check_inputs_still(self) -> None:
         """Refuse a result whose inputs another process redid meanwhile.
@@ -271,27 +297,6 @@ class Stage(Materials, ABC):
             "summary": {"stage": self.name, **finished.summary},
             **finished.extra,
             "sources": self._sources,
-            "files": file_records(wip),
-            "made": {
-                "started": started,
-                "ended": _now(),
-                "device": str(self.device),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-                "versions": {name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
-            },
+            "files": file_records(wip, finished.hashes),
+            "made": made(started, self.device),
         }
-
-
-@contextlib.contextmanager
-def _threads_restored() -> Iterator[None]:
-    """Unfinished work goes on with the threads it was begun with; whatever comes after it has its own again."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

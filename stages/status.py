@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from stages.artifacts.parts import holders
 from stages.artifacts.project import Project
-from stages.artifacts.run_directory import check_run
+from stages.artifacts.run_directory import check_run, folder_of
 from stages.artifacts.states import StageState, States
 
 
@@ -11,13 +12,14 @@ def status(project: Project) -> dict[str, Any]:
     """The state of each stage, and of answers to other queries than the test split.
 
     Returns:
-        {"run", "stages": {name: {"state", "detail", "progress", "changed": [{"setting", "was", "now"}]}}, "queries": [names]}.
+        {"run", "stages": {name: {"state", "detail", "progress", "changed": [{"setting", "was", "now"}], "in_use_by": [text]}},
+        "queries": [names]}.
 
     Raises:
         ArtifactError: the run directory is another task's or format version's.
     """
     check_run(project)
-    stages = {state.name: _describe(state) for state in States(project).all()}
+    stages = {state.name: _describe(state) | {"in_use_by": _users(project, state.name)} for state in States(project).all()}
     folder = project.run_path / "infer"
     queries = sorted(path.parent.name for path in folder.glob("*/manifest.json") if path.parent.suffix == "")
     return {"run": str(project.run_path), "stages": stages, "queries": [name for name in queries if name != "test"]}
@@ -26,3 +28,9 @@ def status(project: Project) -> dict[str, Any]:
 def _describe(state: StageState) -> dict[str, Any]:
     changed = [{"setting": change.setting, "was": change.was, "now": change.now} for change in state.changes]
     return {"state": state.state, "detail": state.detail, "progress": state.progress, "changed": changed}
+
+
+def _users(project: Project, stage: str) -> list[str]:
+    """Who works on a stage at this moment."""
+    folder = folder_of(project, stage)
+    return holders(folder.run, folder.name)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.artifacts.delta_store import StoreReader
 from stages.artifacts.files import digest, link_or_copy, require_memory, require_space, sha256_file, write_json
 from stages.artifacts.pipeline import AUTO
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
+from stages.artifacts.store_reader import StoreReader
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.diffusion.dataset import Rows, usable_split
 from stages.diffusion.denoisers import Denoiser, make_denoiser, resolve_prediction, resolve_preset, resolve_width, unit

@@ -1,7 +1,9 @@
 """verify: hash every artifact again and compare with the manifests and the delta store's ledger."""
 
+from pathlib import Path
 from typing import Any
 
+from stages.artifacts.delta_store import ledger_problems
 from stages.artifacts.files import digest, read_json
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.progress import Report, Silent
@@ -30,6 +32,7 @@ def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:
     for number, folder in enumerate(folders):
         found[folder.name] = _check(folder)
         report.progress(number + 1, len(folders), "folders")
+    found["collect.wip"] = _check_unfinished(folder_of(project, "collect"))
     found = {name: entry for name, entry in found.items() if entry is not None}
     return {"stages": found, "whole": not any(entry["problems"] for entry in found.values())}
 
@@ -58,7 +61,7 @@ def _check(folder: StageFolder) -> dict[str, Any] | None:
     }
 
 
-def _check_ledger(path: Any, manifest: dict[str, Any]) -> list[str]:
+def _check_ledger(path: Path, manifest: dict[str, Any]) -> list[str]:
     """Each block's record names this stage and the chunk hashes the manifest has."""
     problems = []
     for name in sorted(file for file in manifest["files"] if file.startswith("blocks/")):
@@ -71,6 +74,17 @@ def _check_ledger(path: Any, manifest: dict[str, Any]) -> list[str]:
                 for chunk, entry in record["chunks"].items()
                 if manifest["files"].get(chunk, {}).get("sha256") != entry["sha256"]
             ]
-        except (OcdError, KeyError, TypeError) as error:
+        except (OcdError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{name} is not a block's record: {error}")
     return problems
+
+
+def _check_unfinished(folder: StageFolder) -> dict[str, Any] | None:
+    """The blocks of an unfinished store against their ledger."""
+    records = list((folder.wip / "blocks").glob("*.json"))
+    begun = folder.begun() if records else None
+    if begun is None:
+        return None
+    problems = ledger_problems(folder.wip, begun["fingerprint"])
+    files = [path for path in (folder.wip / "deltas.zarr").rglob("c.*") if path.is_file()]
+    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "problems": problems}

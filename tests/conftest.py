@@ -1,9 +1,13 @@
 """Fixtures that all tests share: small projects in temporary folders, and the command line called in this process."""
 
+import contextlib
 import copy
 import json
 import os
 import shutil
+import signal
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from ocd_cli.app import app
+from ocd_cli.app import app, main
+from stages.artifacts.delta_store import DeltaStore
+from stages.artifacts.store_reader import StoreReader
 
 MODEL = """\
 from torch import nn
@@ -24,6 +30,22 @@ from torch import nn
 
 def net(width=6):
     return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+"""
+
+# The same network, which takes as long as the environment says.
+SLOW_MODEL = """\
+import os, time
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        time.sleep(float(os.environ.get("SLOW_FORWARD_S", "0")))
+        return super().forward(x)
+
+
+def net(width=6):
+    return Net(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
 """
 
 # Every stage takes a fraction of a second; `patience = 0` makes the number of steps a matter of the settings alone.
@@ -77,6 +99,155 @@ class Folder:
             for path in sorted(self.run.rglob("*"))
             if path.is_file() and ".locks" not in path.parts
         }
+
+
+def results(folder: Folder, stage: str) -> dict[str, bytes]:
+    """The bytes of a finished stage's files but those that tell of time."""
+    mine = {name: data for name, data in folder.files().items() if name.startswith(f"{stage}/")}
+    return {name: data for name, data in mine.items() if not name.endswith(("manifest.json", "log.txt"))}
+
+
+def store(folder: Folder) -> dict[str, np.ndarray]:
+    """Every array of the finished delta store, by name."""
+    reader = reader_of(folder)
+    return {name: reader.read(name) for name in reader.description["arrays"]}
+
+
+def reader_of(folder: Folder) -> StoreReader:
+    """Reads the finished delta store."""
+    return StoreReader(folder.run / "collect", json.loads((folder.run / "collect" / "manifest.json").read_text())["store"])
+
+
+def blocks_of(folder: Folder, stage: str = "collect.wip") -> list[Path]:
+    """The records of the blocks that are done."""
+    return sorted((folder.run / stage / "blocks").glob("*.json"))
+
+
+def flip(path: Path, *, keep_time: bool = False) -> None:
+    """Another byte in the middle; the size stays, and the time if wanted."""
+    info, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    if keep_time:
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def stopped_at(block: int, error: BaseException | None = None) -> Any:
+    """From this block on, none can be written: an interruption, or another error."""
+    write = DeltaStore.write_block
+
+    def stopped(self, number, *args, **named):
+        if number >= block:
+            raise error or KeyboardInterrupt
+        write(self, number, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeltaStore, "write_block", stopped)
+        yield
+
+
+@contextlib.contextmanager
+def counted_blocks() -> Any:
+    """The blocks written meanwhile, in no order: writers work side by side."""
+    write, written = DeltaStore.write_block, []
+
+    def counted(self, number, *args, **named):
+        written.append(number)
+        write(self, number, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeltaStore, "write_block", counted)
+        yield written
+
+
+class Started:
+    """`ocd` in a process of its own, forked from this one: what is imported already need not be imported again.
+
+    Args:
+        folder: the project.
+        args: the command's words.
+        delay: seconds that each pass of `SLOW_MODEL` takes.
+    """
+
+    def __init__(self, folder: Folder, *args: object, delay: float = 0.0) -> None:
+        words = [*map(str, args), "--config", str(folder.config), "--device", "cpu"]
+        self._texts = [folder.root / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(words, delay)
+
+    def _become(self, words: list[str], delay: float) -> None:
+        code = 70
+        try:
+            for number, path in zip((1, 2), self._texts, strict=True):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+            os.environ["SLOW_FORWARD_S"] = str(delay)
+            sys.argv = ["ocd", *words]
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed."""
+        return self._texts[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has told."""
+        return self._texts[1].read_text()
+
+    def ended(self) -> bool:
+        """Whether it has."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code is not None
+
+    def wait(self, code: int = 0, timeout: float = 60) -> "Started":
+        """Wait for its end; the exit code is asserted (negative: the signal), and no traceback is shown."""
+        wait_until(self.ended, timeout)
+        shown = f"exit code {self._code}\n{self.stdout}\n{self.stderr}"
+        assert self._code == code, shown
+        assert "Traceback" not in shown
+        return self
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, unless it has ended."""
+        if not self.ended():
+            os.kill(self.pid, number)
+
+
+def wait_until(ready: Any, timeout: float = 60) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def start():
+    """Starts commands beside the test, see `Started`; those still there at its end are killed."""
+    processes = []
+
+    def call(*args: Any, **named: Any) -> Started:
+        processes.append(Started(*args, **named))
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        process.kill()
+        wait_until(process.ended)
 
 
 def toml(value: Any) -> str:

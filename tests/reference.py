@@ -17,29 +17,68 @@ class OverfitLoop:
     base_loss: torch.Tensor
     overfit_loss: torch.Tensor
     largest_gradient: torch.Tensor
+    steps: torch.Tensor
 
 
-def overfit_loop(model, parameter_name, loss, x, y, optimizer, lr, steps):
-    """Overfit one parameter on each sample by itself: a fresh copy of the model, a batch of one, torch's own optimizer."""
+def overfit_loop(
+    model,
+    parameter_name,
+    loss,
+    x,
+    y,
+    optimizer,
+    lr,
+    steps,
+    *,
+    momentum=0.0,
+    weight_decay=0.0,
+    until_converged=False,
+    tolerance=0.1,
+    max_steps=100,
+):
+    """Overfit one parameter on each sample by itself: a fresh copy of the model, a batch of one, torch's own optimizer.
+
+    With `until_converged` a sample stops before a step where the norm of its gradient is at most `tolerance` times its first,
+    or the largest entry is below a millionth.
+    """
     rows = []
-    for i in range(len(x)):
-        one_x, one_y = x[i : i + 1], y[i : i + 1]
+    for i in range(len(y)):
+        one_y = y[i : i + 1]
         net = copy.deepcopy(model).eval().requires_grad_(False)
         weight = net.get_parameter(parameter_name).requires_grad_(True)
         start = weight.detach().clone()
-        make = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
-        stepper = make([weight], lr=lr)
-        base_loss = loss(net(one_x), one_y).sum().detach()
-        largest = torch.zeros(())
-        for _ in range(steps):
+        if optimizer == "adam":
+            stepper = torch.optim.Adam([weight], lr=lr)
+        else:
+            stepper = torch.optim.SGD([weight], lr=lr, momentum=momentum, weight_decay=weight_decay)
+        base_loss = loss(net(one_sample(x, i)), one_y).sum().detach()
+        largest, first, taken = torch.zeros(()), None, 0
+        for _ in range(max_steps if until_converged else steps):
             stepper.zero_grad()
-            loss(net(one_x), one_y).sum().backward()
-            largest = torch.maximum(largest, weight.grad.abs().max().float())
+            loss(net(one_sample(x, i)), one_y).sum().backward()
+            peak, norm = weight.grad.abs().max(), weight.grad.norm()
+            largest = torch.maximum(largest, peak.float())
+            first = norm if first is None else first
+            if until_converged and (norm <= tolerance * first or peak < 1e-6):
+                break
             stepper.step()
-        overfit_loss = loss(net(one_x), one_y).sum().detach()
+            taken += 1
+        overfit_loss = loss(net(one_sample(x, i)), one_y).sum().detach()
         delta = (weight.detach() - start).flatten(1)
-        rows.append((delta, delta.square().sum().sqrt(), base_loss, overfit_loss, largest))
+        rows.append((delta, delta.square().sum().sqrt(), base_loss, overfit_loss, largest, torch.tensor(taken)))
     return OverfitLoop(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def one_sample(x, i):
+    """Sample i of a batch, as a batch of one: of a tensor, or of each tensor in a tuple or dict.
+
+    A copy, for models that work in place on their input.
+    """
+    if isinstance(x, dict):
+        return {key: one_sample(value, i) for key, value in x.items()}
+    if isinstance(x, tuple):
+        return tuple(one_sample(value, i) for value in x)
+    return x[i : i + 1].clone()
 
 
 def linear_schedule(first, last, steps):

@@ -28,6 +28,7 @@ ALLOWED = {
     "diffusion": set(),
     "tasks": {"weights"},
     "materials": {"artifacts", "tasks", "weights"},
+    "collector": {"artifacts", "tasks", "weights"},
     "outcome": set(),
     "stage": {"artifacts", "materials", "outcome"},
     "predictor": {"artifacts", "tasks", "weights", "diffusion", "materials"},

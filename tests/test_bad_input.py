@@ -12,10 +12,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, arrays
+from conftest import MODEL, arrays, counted_blocks, stopped_at
 from safetensors.torch import load_file, save_file
 
-from stages.artifacts.delta_store import DeltaStore
 from stages.artifacts.run_directory import StageFolder
 from stages.diffusion.training import Trainer
 
@@ -789,57 +788,36 @@ def test_fault_of_ours(refused, project, ocd, monkeypatch, tmp_path):
     ocd(folder, "run", "--until", "select-layer")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def fault(*args):
-        raise RuntimeError("boom")
-
-    monkeypatch.setattr(DeltaStore, "write_block", fault)
-    message = refused(folder, "collect", code=1, says=["fault in ocd itself", "RuntimeError: boom"])
+    with stopped_at(0, RuntimeError("boom")):
+        message = refused(folder, "collect", code=1, says=["fault in ocd itself", "RuntimeError: boom"])
     (kept,) = tmp_path.glob("ocd-*.txt")
     assert str(kept) in message
     assert "Traceback" in kept.read_text()
-    monkeypatch.undo()
     ocd(folder, "collect")
 
 
-def test_out_of_memory(refused, project, ocd, monkeypatch):
+def test_out_of_memory(refused, project, ocd):
     folder = project()
     ocd(folder, "run", "--until", "select-layer")
 
-    def fault(*args):
-        raise MemoryError("too much")
-
-    monkeypatch.setattr(DeltaStore, "write_block", fault)
-    refused(folder, "collect", code=1, says=["out of memory", "batch_size"])
+    with stopped_at(0, MemoryError("too much")):
+        refused(folder, "collect", code=1, says=["out of memory", "batch_size"])
 
 
 @pytest.fixture
-def interrupted_collect(project, refused, ocd, monkeypatch):
+def interrupted_collect(project, refused, ocd):
     """A project whose collect was interrupted after two of five blocks."""
     folder = project({"collect": {"block_samples": 8}})
     ocd(folder, "run", "--until", "select-layer")
-    write = DeltaStore.write_block
-
-    def interrupted(self, block, *args):
-        if block == 2:
-            raise KeyboardInterrupt
-        write(self, block, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DeltaStore, "write_block", interrupted)
+    with stopped_at(2):
         refused(folder, "collect", code=4, says=["collect was interrupted", "kept", "run the same command again"])
     return folder
 
 
-def test_interrupted_collect_continues(interrupted_collect, ocd, monkeypatch):
-    write, written = DeltaStore.write_block, []
-
-    def counted(self, block, *args):
-        written.append(block)
-        write(self, block, *args)
-
-    monkeypatch.setattr(DeltaStore, "write_block", counted)
-    ocd(interrupted_collect, "collect")
-    assert written == [2, 3, 4]
+def test_interrupted_collect_continues(interrupted_collect, ocd):
+    with counted_blocks() as written:
+        ocd(interrupted_collect, "collect")
+    assert sorted(written) == [2, 3, 4]
 
 
 def test_interrupted_collect_with_another_setting_stops(interrupted_collect, refused, ocd):
@@ -921,10 +899,12 @@ def test_store_that_is_not_what_its_manifest_says(refused, finished, array, chan
 
 def test_chunk_with_a_flipped_byte(refused, finished):
     same_size_and_time(
-        finished.run / "collect" / "deltas.zarr" / "rho" / "c" / "0", lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:]
+        finished.run / "collect" / "deltas.zarr" / "rho" / "c.0", lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:]
     )
     shutil.rmtree(finished.run / "train-scale")
-    refused(finished, "train-scale", code=3, says=["rho", "damaged", "ocd collect --force"])
+    refused(
+        finished, "train-scale", code=3, says=["rho is damaged", "ocd verify names the blocks; ocd collect then redoes them"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ import sys
 import tomllib
 
 import pytest
-from conftest import Folder, arrays
+from conftest import Folder, arrays, counted_blocks
 from typer.testing import CliRunner
 
 from ocd_cli.app import app
-from stages.artifacts.delta_store import DeltaStore
 from stages.config import tables
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
@@ -309,7 +308,7 @@ def test_defaults_that_are_words_may_be_given(finished_run, ocd, setting):
 def test_forced_work_keeps_the_old_until_the_new_is_whole(finished, ocd, monkeypatch, stage):
     before = finished.files()
 
-    def interrupted(*args):
+    def interrupted(*args, **named):
         raise KeyboardInterrupt
 
     name = {
@@ -333,18 +332,12 @@ def test_force_skips_no_check(finished, ocd):
     ocd(finished, "collect", "--force", "--set", "collect.steps=0", code=2)
 
 
-def test_force_redoes_from_scratch(project, ocd, monkeypatch):
+def test_force_redoes_from_scratch(project, ocd):
     folder = project({"collect": {"block_samples": 8}})
     ocd(folder, "run", "--until", "collect")
-    write, written = DeltaStore.write_block, []
-
-    def counted(self, block, *args):
-        written.append(block)
-        write(self, block, *args)
-
-    monkeypatch.setattr(DeltaStore, "write_block", counted)
-    ocd(folder, "collect", "--force")
-    assert written == [0, 1, 2, 3, 4]
+    with counted_blocks() as written:
+        ocd(folder, "collect", "--force")
+    assert sorted(written) == [0, 1, 2, 3, 4]
 
 
 # run

@@ -7,21 +7,7 @@ import sys
 import time
 
 import pytest
-
-SLOW_MODEL = """\
-import os, time
-from torch import nn
-
-
-class Net(nn.Sequential):
-    def forward(self, x):
-        time.sleep(float(os.environ.get("SLOW_FORWARD_S", "0")))
-        return super().forward(x)
-
-
-def net(width=6):
-    return Net(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
-"""
+from conftest import SLOW_MODEL, blocks_of, results
 
 SETTINGS = {
     "collect": {"block_samples": 4, "batch_size": 2},
@@ -45,12 +31,6 @@ def kill_when(folder, stage, ready):
     assert not (folder.run / stage).exists()
 
 
-def results(folder, stage):
-    """The bytes of a stage's files but those that tell of time."""
-    mine = {name: data for name, data in folder.files().items() if name.startswith(f"{stage}/")}
-    return {name: data for name, data in mine.items() if not name.endswith(("manifest.json", "log.txt"))}
-
-
 @pytest.fixture
 def ready_project(ocd, project):
     folder = project(SETTINGS, model=SLOW_MODEL)
@@ -60,14 +40,13 @@ def ready_project(ocd, project):
 
 def test_collect_continues_after_a_kill(ocd, ready_project):
     folder = ready_project
-    blocks = folder.run / "collect.wip" / "blocks"
-    kill_when(folder, "collect", lambda: len(list(blocks.glob("*.json"))) >= 3)
-    kept = {path.name: path.stat().st_mtime_ns for path in blocks.glob("*.json")}
+    kill_when(folder, "collect", lambda: len(blocks_of(folder)) >= 3)
+    kept = {path.name: path.stat().st_mtime_ns for path in blocks_of(folder)}
     # What a kill can leave of a chunk under way.
-    (folder.run / "collect.wip" / "deltas.zarr" / "delta" / "c" / "8.partial").write_bytes(b"half")
+    (folder.run / "collect.wip" / "deltas.zarr" / "delta" / "c.8.0.0.1-2.tmp").write_bytes(b"half")
     assert '"partial"' in ocd(folder, "status", "--json").stdout
     ocd(folder, "collect")
-    found = {path.name: path.stat().st_mtime_ns for path in (folder.run / "collect" / "blocks").glob("*.json")}
+    found = {path.name: path.stat().st_mtime_ns for path in blocks_of(folder, "collect")}
     assert len(found) == 9
     assert {name: found[name] for name in kept} == kept
     broken = results(folder, "collect")
@@ -118,8 +97,7 @@ def test_sigterm_leaves_a_run_that_continues(ready_project, ocd):
     process = subprocess.Popen(
         command(folder, "collect"), env={**os.environ, "SLOW_FORWARD_S": "0.02"}, stderr=subprocess.PIPE, text=True
     )
-    blocks = folder.run / "collect.wip" / "blocks"
-    while not list(blocks.glob("*.json")) and process.poll() is None:
+    while not blocks_of(folder) and process.poll() is None:
         time.sleep(0.005)
     process.terminate()
     _, stderr = process.communicate(timeout=60)

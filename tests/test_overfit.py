@@ -1,30 +1,27 @@
-"""Overfitting against the plain loop over copies of the model, and the conditioning against a hook of one's own."""
+"""Overfitting against the plain loop over copies of the model."""
+
+import math
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
+from engines import EXACT, RECIPES, assert_same, cross_entropy, forward, wanted_of
 from torch import nn
 
-from stages.errors import ComputeError, TaskError
-from stages.weights.capture import capture, reduce_fields
+from stages.errors import TaskError
 from stages.weights.layer import find_layer
-from stages.weights.overfit import Overfit, check_finite, overfit
-from stages.weights.per_sample import Loop, Substitution
+from stages.weights.overfit import DenseDescent, Recipe, overfit
+from stages.weights.per_sample import Loop, Substitution, Vmap
 
-WAYS = [Loop, Substitution]
-# optimizer, lr, steps: the authors' for LeNet5, a long one, and plain gradient descent.
-RECIPES = [("adam", 5e-4, 3), ("adam", 5e-3, 10), ("sgd", 0.1, 3)]
+WAYS = [Loop, Vmap, Substitution]
+# The authors' for LeNet5, and a long one, beside those of the engine's tests.
+RECIPES = {
+    "authors": Recipe("adam", 5e-4, 3),
+    "long": Recipe("adam", 5e-3, 10),
+    "plain": Recipe("sgd", 0.1, 3),
+} | RECIPES
 # model: layers to overfit
 LAYERS = [("dense", "0.weight"), ("dense", "2.weight"), ("convolution", "0.weight"), ("convolution", "2.weight")]
-
-
-def forward(model, x):
-    return model(x)
-
-
-def cross_entropy(output, y):
-    return F.cross_entropy(output, y, reduction="none")
 
 
 def make_problem(name, dtype, rows=6):
@@ -40,49 +37,31 @@ def make_problem(name, dtype, rows=6):
     return model, torch.randn(rows, *shape, dtype=dtype), torch.arange(rows) % 3
 
 
-def run_overfit(way, model, name, x, y, recipe=("sgd", 0.1, 1), loss=cross_entropy, views=None):
+def run_overfit(way, model, name, x, y, recipe=RECIPES["plain"], loss=cross_entropy, views=None):
     layer = find_layer(model, name)
-    optimizer, lr, steps = recipe
-    return overfit(
-        way(model, layer, forward),
-        layer.weight(model),
-        views or (lambda step: (x, y)),
-        x,
-        y,
-        loss,
-        optimizer=optimizer,
-        lr=lr,
-        steps=steps,
-    )
+    descent = DenseDescent(way(model, layer, forward), layer.weight(model), x, y, loss, recipe, views=views)
+    return overfit(descent, loss(model(x), y), recipe)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("model", "name"), LAYERS)
 def test_double_precision_equals_the_loop(model, name, way, recipe):
     net, x, y = make_problem(model, torch.float64)
-    wanted = reference.overfit_loop(net, name, cross_entropy, x, y, *recipe)
-    found = run_overfit(way, net, name, x, y, recipe)
+    found = run_overfit(way, net, name, x, y, RECIPES[recipe])
     assert found.delta.shape == (6, *find_layer(net, name).matrix_shape)
-    for got, want in (
-        (found.delta, wanted.delta),
-        (found.rho, wanted.rho),
-        (found.base_loss, wanted.base_loss),
-        (found.overfit_loss, wanted.overfit_loss),
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    assert found.steps.tolist() == [recipe[2]] * 6
+    assert_same(found, wanted_of(net, name, x, y, RECIPES[recipe], cross_entropy))
     assert not found.degenerate.any()
     assert (found.overfit_loss < found.base_loss).all()
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("model", "name"), LAYERS)
 def test_single_precision_equals_the_loop_to_a_thousandth(model, name, way, recipe):
     net, x, y = make_problem(model, torch.float32)
-    wanted = reference.overfit_loop(net, name, cross_entropy, x, y, *recipe)
-    found = run_overfit(way, net, name, x, y, recipe)
+    wanted = wanted_of(net, name, x, y, RECIPES[recipe], cross_entropy)
+    found = run_overfit(way, net, name, x, y, RECIPES[recipe])
     # Where the loss is smaller, Adam normalises rounding noise, and no two correct programs agree.
     assert (wanted.base_loss > 1e-3).all()
     assert ((found.delta - wanted.delta).flatten(1).norm(dim=1) < 1e-3 * wanted.rho).all()
@@ -92,8 +71,8 @@ def test_single_precision_equals_the_loop_to_a_thousandth(model, name, way, reci
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sample_does_not_depend_on_its_batch(way):
     net, x, y = make_problem("convolution", torch.float64)
-    whole = run_overfit(way, net, "2.weight", x, y, ("adam", 1e-2, 3))
-    part = run_overfit(way, net, "2.weight", x[[4, 1]], y[[4, 1]], ("adam", 1e-2, 3))
+    whole = run_overfit(way, net, "2.weight", x, y, Recipe("adam", 1e-2, 3))
+    part = run_overfit(way, net, "2.weight", x[[4, 1]], y[[4, 1]], Recipe("adam", 1e-2, 3))
     torch.testing.assert_close(part.delta, whole.delta[[4, 1]], rtol=1e-10, atol=1e-10)
 
 
@@ -109,7 +88,7 @@ def test_degenerate_is_a_largest_gradient_below_a_millionth(way, optimizer):
         "weight",
         torch.ones(6, 1, dtype=torch.float64),
         sizes,
-        (optimizer, 0.1, 2),
+        Recipe(optimizer, 0.1, 2),
         loss=lambda output, y: output.squeeze(1) * y,
     )
     assert found.degenerate.tolist() == [True, True, True, False, False, False]
@@ -127,7 +106,7 @@ def test_largest_gradient_of_all_steps_counts(way):
         "weight",
         torch.ones(2, 1, dtype=torch.float64),
         torch.zeros(2, dtype=torch.float64),
-        ("sgd", 0.5, 3),
+        Recipe("sgd", 0.5, 3),
         loss=lambda output, y: scale * (output.squeeze(1) - y).square(),
     )
     # Half the gradient 2w is the way to the minimum: the second and third gradients are zero.
@@ -180,7 +159,7 @@ def test_each_step_sees_its_own_view(way):
         asked.append(step)
         return shown[step], (y + step) % 3
 
-    found = run_overfit(way, net, "0.weight", x, y, ("sgd", 0.1, 3), views=views)
+    found = run_overfit(way, net, "0.weight", x, y, Recipe("sgd", 0.1, 3), views=views)
     assert asked == [0, 1, 2]
     for i in range(len(x)):
         theta = net[0].weight.clone()
@@ -200,191 +179,66 @@ def test_the_base_is_not_changed():
     net, x, y = make_problem("convolution", torch.float32)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     for way in WAYS:
-        run_overfit(way, net, "0.weight", x, y, ("adam", 1e-2, 3))
+        run_overfit(way, net, "0.weight", x, y, Recipe("adam", 1e-2, 3))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in net.parameters())
 
 
-def overfitted(rho, base_loss):
-    rho, base_loss = torch.tensor(rho), torch.tensor(base_loss)
-    none = torch.zeros(len(rho))
-    return Overfit(none.view(-1, 1, 1), rho, none.bool(), base_loss, none, none.int())
-
-
-def test_samples_that_are_not_finite_are_named_by_their_row():
-    rows = torch.tensor([17, 4, 99])
-    check_finite(overfitted([0.0, 1.0, 2.0], [0.1, 0.2, 0.3]), rows)
-    nan, inf = float("nan"), float("inf")
-    for rho, base_loss, row in (
-        ([1.0, nan, 1.0], [0.1, 0.2, 0.3], 4),
-        ([1.0, 1.0, inf], [0.1, 0.2, 0.3], 99),
-        ([1.0, 1.0, 1.0], [inf, 0.2, nan], 17),
-    ):
-        with pytest.raises(ComputeError, match=f"overfitting sample {row} gave numbers that are not finite") as caught:
-            check_finite(overfitted(rho, base_loss), rows)
-        assert "collect.lr" in caught.value.hint
+def quadratic(curvature):
+    """A weight of one, and the loss c/2 · w² of its own c for each sample: after k steps w = (1 − lr · c)^k."""
+    net = nn.Linear(1, 1, bias=False).double().requires_grad_(False)
+    net.weight.fill_(1)
+    x, y = torch.ones(len(curvature), 1, dtype=torch.float64), torch.tensor(curvature, dtype=torch.float64)
+    return net, x, y, lambda output, y: y / 2 * output.squeeze(1).square()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_learning_rate_that_is_far_too_large_is_found(way):
-    net, x, y = make_problem("dense", torch.float32)
-    found = run_overfit(way, net, "0.weight", x, y, ("sgd", 1e38, 3), loss=lambda output, y: output.square().sum(1))
-    with pytest.raises(ComputeError, match="overfitting sample 0 gave numbers"):
-        check_finite(found, torch.arange(6))
+def test_samples_leave_when_their_own_gradient_has_fallen(way):
+    curvature = [0.5, 0.1, 0.9, 0.0, 1.0, 0.7, 0.1]
+    net, x, y, loss = quadratic(curvature)
+    found = run_overfit(way, net, "weight", x, y, Recipe("sgd", 1.0, until_converged=True, tolerance=0.05, max_steps=8), loss)
+    # The smallest k with (1 − c)^k <= 0.05, at most 8; none without a gradient, and one where that ends it.
+    steps = [math.ceil(math.log(0.05) / math.log(1 - c)) if 0 < c < 1 else int(c) for c in curvature]
+    assert found.steps.tolist() == [min(k, 8) for k in steps] == [5, 8, 2, 0, 1, 3, 8]
+    left = (1 - y) ** found.steps
+    torch.testing.assert_close(found.delta.flatten(), left - 1, **EXACT)
+    torch.testing.assert_close(found.rho, 1 - left, **EXACT)
+    torch.testing.assert_close(found.overfit_loss, y / 2 * left**2, **EXACT)
+    assert found.degenerate.tolist() == [c == 0 for c in curvature]
 
 
-def seen_by_a_hook(model, module, x):
-    seen = {}
-    handle = module.register_forward_hook(lambda _, args, output: seen.update(layer_input=args[0], activation=output))
-    seen["base_output"] = model(x)
-    handle.remove()
-    return seen
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_below_a_millionth_ends_the_descent(way):
+    """However small the tolerance: the gradient c · (1 − c)^k of c = 0.9 is below a millionth at k = 6."""
+    net, x, y, loss = quadratic([0.9, 0.5])
+    found = run_overfit(way, net, "weight", x, y, Recipe("sgd", 1.0, until_converged=True, tolerance=1e-12, max_steps=9), loss)
+    assert found.steps.tolist() == [6, 9]
 
 
-@pytest.mark.parametrize(("name", "layer"), LAYERS)
-def test_capture_is_what_a_hook_sees(name, layer):
-    model, x, _ = make_problem(name, torch.float32)
-    wanted = seen_by_a_hook(model, model.get_submodule(layer.rpartition(".")[0]), x)
-    output, fields = capture(model, find_layer(model, layer), forward, x)
-    assert torch.equal(output, wanted["base_output"])
-    assert list(fields) == ["layer_input", "activation", "base_output"]
-    for field, value in wanted.items():
-        assert torch.equal(fields[field], value), field
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_optimizers_state_goes_with_the_samples_that_stay(way, optimizer):
+    net, x, y = make_problem("convolution", torch.float64)
+    momentum = 0.8 if optimizer == "sgd" else 0.0
+    recipe = Recipe(optimizer, 0.05, momentum=momentum, until_converged=True, tolerance=0.5, max_steps=20)
+    found = run_overfit(way, net, "2.weight", x, y, recipe)
+    assert len(set(found.steps.tolist())) > 2, "samples are to leave at different steps"
+    assert_same(found, wanted_of(net, "2.weight", x, y, recipe, cross_entropy))
 
 
-class Rows(nn.Module):
-    """Rows of all samples in one batch, and a module called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc, self.never = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x):
-        hidden = self.fc(x.flatten(0, 1)).relu()
-        return {"a": self.fc(hidden).view(*x.shape).sum(1), "b": hidden.view(len(x), -1)[:, 0]}
-
-
-def test_capture_gives_each_sample_its_rows_and_counts_the_last_call():
-    torch.manual_seed(0)
-    model, x = Rows().requires_grad_(False), torch.randn(4, 5, 3)
-    output, fields = capture(model, find_layer(model, "fc.weight"), forward, x)
-    hidden = model.fc(x).relu()
-    torch.testing.assert_close(fields["layer_input"], hidden)
-    torch.testing.assert_close(fields["activation"], model.fc(hidden))
-    torch.testing.assert_close(fields["base_output"], torch.cat([output["a"], output["b"].unsqueeze(1)], dim=1))
-
-
-def test_capture_of_a_layer_that_is_not_called():
-    model = Rows()
-    with pytest.raises(TaskError, match=r"the module of never.weight is not called in the forward pass"):
-        capture(model, find_layer(model, "never.weight"), forward, torch.randn(4, 5, 3))
-    assert not model.never._forward_hooks
-
-
-class Shared(nn.Module):
-    """Three rows for all samples of a batch together."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return x + self.fc(x[:3]).sum(0)
-
-
-def test_capture_of_rows_that_do_not_divide_into_samples():
-    model = Shared()
-    with pytest.raises(TaskError, match=r"the input of fc.weight has shape \(3, 3\) for a batch of 4"):
-        capture(model, find_layer(model, "fc.weight"), forward, torch.randn(4, 3))
-    assert not model.fc._forward_hooks
-
-
-class Keyword(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.fc(input=x)
-
-
-def test_capture_of_a_layer_called_by_keyword():
-    model, x = Keyword().requires_grad_(False), torch.randn(4, 3)
-    _, fields = capture(model, find_layer(model, "fc.weight"), forward, x)
-    assert torch.equal(fields["layer_input"], x)
-    assert torch.equal(fields["activation"], model.fc(x))
-
-
-class InPlace(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x):
-        hidden = x + 1
-        output = self.fc(hidden)
-        hidden += output
-        return hidden
-
-
-def test_the_activation_is_taken_before_a_nonlinearity_that_works_in_place():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True)).requires_grad_(False), torch.randn(5, 3)
-    _, fields = capture(model, find_layer(model, "0.weight"), forward, x)
-    torch.testing.assert_close(fields["activation"], F.linear(x, model[0].weight, model[0].bias))
-
-
-def test_the_layer_input_is_taken_before_a_residual_sum_in_place():
-    torch.manual_seed(0)
-    model, x = InPlace().requires_grad_(False), torch.randn(4, 3)
-    _, fields = capture(model, find_layer(model, "fc.weight"), forward, x)
-    torch.testing.assert_close(fields["layer_input"], x + 1)
-
-
-def not_reduced(name, value):
-    return None
-
-
-def test_wide_fields_of_a_convolution_are_pooled_over_the_picture():
-    fields = {"layer_input": torch.randn(2, 8, 32, 32), "activation": torch.randn(2, 4, 32, 32)}
-    found, notes = reduce_fields(fields, nn.Conv2d, not_reduced)
-    torch.testing.assert_close(found["layer_input"], fields["layer_input"].mean((2, 3)))
-    # 4,096 numbers exactly are not too wide.
-    assert torch.equal(found["activation"], fields["activation"])
-    assert notes == {"layer_input": "mean over axes [2, 3] of (8, 32, 32)"}
-
-
-def test_wide_fields_of_other_layers_are_pooled_over_all_but_the_last_axis():
-    fields = {"layer_input": torch.randn(2, 10, 7, 64), "activation": torch.randn(2, 10, 7, 5)}
-    found, notes = reduce_fields(fields, nn.Linear, not_reduced)
-    torch.testing.assert_close(found["layer_input"], fields["layer_input"].mean((1, 2)))
-    assert torch.equal(found["activation"], fields["activation"])
-    assert notes == {"layer_input": "mean over axes [1, 2] of (10, 7, 64)"}
-
-
-def test_a_wide_vector_has_no_axis_to_pool_over():
-    fields = {"base_output": torch.randn(2, 5000)}
-    found, notes = reduce_fields(fields, nn.Linear, not_reduced)
-    assert torch.equal(found["base_output"], fields["base_output"])
-    assert notes == {}
-
-
-def test_the_tasks_own_reduction_wins():
-    fields = {"layer_input": torch.randn(2, 8, 32, 32), "activation": torch.randn(2, 6)}
-    asked = []
-
-    def reduce(name, value):
-        asked.append(name)
-        return value.amax((2, 3)) if name == "layer_input" else None
-
-    found, notes = reduce_fields(fields, nn.Conv2d, reduce)
-    assert "layer_input" in asked
-    assert torch.equal(found["layer_input"], fields["layer_input"].amax((2, 3)))
-    assert torch.equal(found["activation"], fields["activation"])
-    assert notes == {"layer_input": "reduced by the task"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16])
-def test_fields_are_stored_in_single_precision(dtype):
-    found, _ = reduce_fields({"layer_input": torch.arange(6).view(2, 3).to(dtype)}, nn.Embedding, not_reduced)
-    assert torch.equal(found["layer_input"], torch.arange(6.0).view(2, 3))
+@pytest.mark.parametrize("way", WAYS)
+def test_views_stay_with_their_samples_when_others_leave(way):
+    """The losses are those of the whole samples, for the ones that leave early as well."""
+    curvature = [0.5, 0.1, 1e-7, 0.2]
+    # What a sample shows at each step: the second leaves before step 1, the third at once, the last before step 2.
+    scale = torch.tensor([[1, 2, 3], [1, 0.5, 1], [1, 1, 1], [1, 2, 0.1]], dtype=torch.float64)
+    net, x, y, loss = quadratic(curvature)
+    recipe = Recipe("sgd", 0.1, until_converged=True, tolerance=0.6, max_steps=3)
+    found = run_overfit(way, net, "weight", x, y, recipe, loss, views=lambda step: (x * scale[:, step : step + 1], y))
+    assert found.steps.tolist() == [3, 1, 0, 2]
+    for i, c in enumerate(curvature):
+        w = 1.0
+        for step in range(int(found.steps[i])):
+            w -= 0.1 * c * w * float(scale[i, step]) ** 2
+        assert float(found.delta[i]) == pytest.approx(w - 1, rel=1e-10, abs=1e-12)
+        assert float(found.overfit_loss[i]) == pytest.approx(c / 2 * w**2, rel=1e-10)

@@ -1,35 +1,21 @@
-"""Weights of one's own for each sample: substitution against the loop, the loop against copies of the model, and the choice."""
+"""Weights of one's own for each sample: every way against copies of the model, and the model left as it was."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import EXACT, Custom, Tied, by_copies, forward, frozen, random, twice
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from stages.errors import SettingsError
-from stages.tasks.user_code import user_code
 from stages.weights.layer import candidates, find_layer
-from stages.weights.per_sample import Loop, NotSubstitutable, Substitution, choose
+from stages.weights.per_sample import Loop, NotSubstitutable, Substitution, Vmap
 
-# float64: what differs beyond this is not rounding.
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
+WAYS = (Loop, Vmap, Substitution)
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-def forward(model, x):
-    return model(x)
-
-
-def frozen(model):
-    return model.double().eval().requires_grad_(False)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def outputs_and_gradient(way, x, weights):
@@ -41,26 +27,10 @@ def outputs_and_gradient(way, x, weights):
     return output.detach(), gradient
 
 
-def by_copies(model, name):
-    """The oracle of both ways: a copy of the model for each weight, with the weight put in."""
-
-    def run(x, weights):
-        size, parts = len(x) // len(weights), []
-        for i, weight in enumerate(weights):
-            net = copy.deepcopy(model)
-            owner = net.get_submodule(name.rpartition(".")[0])
-            delattr(owner, name.rpartition(".")[2])
-            setattr(owner, name.rpartition(".")[2], weight)
-            parts.append(net(x[i * size : (i + 1) * size]))
-        return torch.cat(parts)
-
-    return run
-
-
 def assert_equal_ways(model, name, x, weights):
     layer = find_layer(model, name)
     wanted = outputs_and_gradient(by_copies(model, name), x, weights)
-    for way in (Loop, Substitution):
+    for way in WAYS:
         found = outputs_and_gradient(way(model, layer, forward), x, weights)
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, want, **EXACT)
@@ -82,53 +52,77 @@ def test_linear(groups, size, middle, inputs, outputs, bias):
     assert_equal_ways(model, "0.weight", x, random(groups, outputs, inputs, seed=1))
 
 
+@given(groups=st.integers(1, 4), size=st.integers(1, 3), rows=st.integers(1, 4))
+@PROPERTY
+def test_linear_on_the_rows_of_all_samples(groups, size, rows):
+    """(B·rows, in) in the order of the samples, as `flatten(0, 1)` gives it."""
+
+    def run(self, x):
+        return self.fc(x.flatten(0, 1)).tanh().view(len(x), -1)
+
+    model = frozen(Custom(run, fc=nn.Linear(3, 2)))
+    assert_equal_ways(model, "fc.weight", random(groups * size, rows, 3), random(groups, 2, 3, seed=1))
+
+
 def test_weight_g_serves_its_own_samples():
     model = frozen(nn.Linear(2, 2, bias=False))
     x, weights = random(6, 2), torch.stack([torch.eye(2), 10 * torch.eye(2), 100 * torch.eye(2)]).double()
-    run = Substitution(model, find_layer(model, "weight"), forward)
     factors = torch.tensor([1.0, 1, 10, 10, 100, 100], dtype=torch.float64).view(-1, 1)
-    torch.testing.assert_close(run(x, weights), factors * x, **EXACT)
+    for way in WAYS:
+        found = way(model, find_layer(model, "weight"), forward)(x, weights)
+        torch.testing.assert_close(found, factors * x, **EXACT)
 
 
-PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 @st.composite
 def convolutions(draw):
-    """A convolution and the size of a picture that it fits."""
-    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    """A convolution over one or two axes, and the size of a picture that it fits."""
+    axes = draw(st.sampled_from([1, 2]))
+
+    def each(low, high):
+        return draw(st.tuples(*[st.integers(low, high)] * axes))
+
     groups = draw(st.sampled_from([1, 1, 2]))
     options = {
         "in_channels": groups * draw(st.integers(1, 2)),
         "out_channels": groups * draw(st.integers(1, 2)),
-        "kernel_size": draw(PAIR),
-        "stride": draw(PAIR),
-        "padding": draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
-        "dilation": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+        "kernel_size": each(1, 3),
+        "stride": each(1, 3),
+        "padding": draw(st.sampled_from(["same", "valid"])) if draw(st.booleans()) else each(0, 2),
+        "dilation": each(1, 2),
         "groups": groups,
         "bias": draw(st.booleans()),
-        "padding_mode": mode,
+        "padding_mode": draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])),
     }
-    picture = draw(st.tuples(st.integers(3, 7), st.integers(3, 7)))
+    if options["padding"] == "same":
+        options["stride"] = (1,) * axes  # torch allows no other
+    picture = each(3, 7)
     spans = [d * (k - 1) + 1 for d, k in zip(options["dilation"], options["kernel_size"], strict=True)]
-    assume(all(p + 2 * pad >= span for p, pad, span in zip(picture, options["padding"], spans, strict=True)))
-    return options, picture
+    padding = (0,) * axes if isinstance(options["padding"], str) else options["padding"]
+    if options["padding"] != "same":
+        assume(all(p + 2 * pad >= span for p, pad, span in zip(picture, padding, spans, strict=True)))
+    # Reflection reaches less than the whole picture; the widest border is that of a span of 5.
+    return frozen(nn.Sequential(CONVOLUTIONS[axes](**options), nn.Tanh())), (options["in_channels"], *picture)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(convolution=convolutions(), groups=st.integers(1, 3), size=st.integers(1, 3))
 @PROPERTY
-def test_conv2d(convolution, groups, size):
-    options, picture = convolution
-    model = frozen(nn.Sequential(nn.Conv2d(**options), nn.Tanh()))
-    x = random(groups * size, options["in_channels"], *picture)
+def test_convolutions(convolution, groups, size):
+    """Every kind of padding, among them by name with each mode."""
+    model, shape = convolution
     weights = random(groups, *model[0].weight.shape, seed=1)
-    assert_equal_ways(model, "0.weight", x, weights)
+    assert_equal_ways(model, "0.weight", random(groups * size, *shape), weights)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_conv2d_with_padding_by_name(padding):
-    model = frozen(nn.Conv2d(2, 3, (3, 5), padding=padding))
-    assert_equal_ways(model, "weight", random(4, 2, 5, 6), random(2, 3, 2, 3, 5, seed=1))
+def test_conv2d_with_padding_by_name(padding, mode):
+    """A kernel of even width, where "same" has an odd number of places to share out."""
+    model = frozen(nn.Conv2d(2, 3, (3, 4), padding=padding, dilation=(2, 1), padding_mode=mode))
+    assert_equal_ways(model, "weight", random(4, 2, 6, 6), random(2, 3, 2, 3, 4, seed=1))
 
 
 def test_a_layer_in_the_middle_of_a_model():
@@ -145,230 +139,9 @@ def test_a_layer_in_the_middle_of_a_model():
 
 def test_weights_that_do_not_divide_the_samples():
     model = frozen(nn.Linear(2, 2))
-    for way in (Loop, Substitution):
+    for way in WAYS:
         with pytest.raises(ValueError, match="3 weights cannot share 4 samples equally"):
             way(model, find_layer(model, "weight"), forward)(random(4, 2), random(3, 2, 2))
-
-
-class Custom(nn.Module):
-    """Parts by name, and a forward pass of one's own."""
-
-    def __init__(self, run, **parts):
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.leave.weight = self.enter.weight
-
-    def forward(self, x):
-        return self.leave(torch.tanh(self.enter(x)))
-
-
-def attention():
-    return Custom(lambda self, x: self.part(x, x, x)[0], part=nn.MultiheadAttention(4, 2, batch_first=True))
-
-
-def rows_first(self, x):
-    return self.fc(x.flatten(0, 1)).view(*x.shape[:2], -1).sum(1)
-
-
-def twice(self, x):
-    return self.fc(torch.tanh(self.fc(x)))
-
-
-def elsewhere(self, x):
-    return F.linear(x, self.fc.weight)
-
-
-def both_ways(self, x):
-    return self.fc(x) + F.linear(x, self.fc.weight).square()
-
-
-# name: model, parameter, shape of a sample, reason
-NOT_SUBSTITUTABLE = {
-    "tied": (Tied, "enter.weight", (3,), "it is tied: enter.weight, leave.weight are one"),
-    "called twice": (
-        lambda: Custom(twice, fc=nn.Linear(3, 3)),
-        "fc.weight",
-        (3,),
-        "it is called several times in one forward pass",
-    ),
-    "parametrised": (
-        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2))),
-        "0.parametrizations.weight.original1",
-        (3,),
-        "it is parametrised, or not the weight parameter of a module such as Linear or Conv2d",
-    ),
-    "rows in the batch": (
-        lambda: Custom(rows_first, fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (4, 3),
-        "its input has 8 rows for a batch of 2",
-    ),
-    "samples on the second axis": (
-        lambda: Custom(lambda self, x: self.fc(x.transpose(0, 1)).tanh().sum(0), fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (5, 3),
-        "its input has 5 rows for a batch of 2",
-    ),
-    # As many rows as samples: only the numbers tell.
-    "samples on the second axis, square": (
-        lambda: Custom(lambda self, x: self.fc(x.transpose(0, 1)).tanh().sum(0), fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (2, 3),
-        "a self-check on two samples found substitution to give other results",
-    ),
-    "also used outside its module": (
-        lambda: Custom(both_ways, fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (3,),
-        "a self-check on two samples found substitution to give other results",
-    ),
-    "used outside its module": (
-        lambda: Custom(elsewhere, fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (3,),
-        "its module is not called; the weight is used from elsewhere",
-    ),
-    "transposed convolution": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2)),
-        "0.weight",
-        (2, 4, 4),
-        "ConvTranspose2d is neither Linear nor Conv2d",
-    ),
-    "one-dimensional convolution": (
-        lambda: nn.Sequential(nn.Conv1d(2, 3, 2)),
-        "0.weight",
-        (2, 5),
-        "Conv1d is neither Linear nor Conv2d",
-    ),
-    "packed projection": (
-        attention,
-        "part.in_proj_weight",
-        (5, 4),
-        "it is parametrised, or not the weight parameter of a module such as Linear or Conv2d",
-    ),
-    "output projection": (
-        attention,
-        "part.out_proj.weight",
-        (5, 4),
-        "its module is not called; the weight is used from elsewhere",
-    ),
-    "recurrent": (
-        lambda: Custom(lambda self, x: self.part(x)[0][:, -1], part=nn.LSTM(3, 4, batch_first=True)),
-        "part.weight_hh_l0",
-        (5, 3),
-        "it is parametrised, or not the weight parameter of a module such as Linear or Conv2d",
-    ),
-    "transformer": (
-        lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),
-        "linear1.weight",
-        (5, 4),
-        # Without gradients torch computes the whole layer in one kernel, and its parts are not called.
-        "its module is not called; the weight is used from elsewhere",
-    ),
-}
-
-
-def guarded(model, x):
-    """A forward pass as the stages make it: what the user's code raises becomes an error of the task."""
-    with user_code("the model's forward pass"):
-        return model(x)
-
-
-@pytest.mark.parametrize("name", NOT_SUBSTITUTABLE)
-@pytest.mark.parametrize("run_forward", [forward, guarded])
-def test_choice_falls_back_to_the_loop_and_says_why(name, run_forward):
-    make, parameter, shape, reason = NOT_SUBSTITUTABLE[name]
-    torch.manual_seed(0)
-    model, x = frozen(make()), random(2, *shape)
-    layer = find_layer(model, parameter)
-    run, found = choose(model, layer, run_forward, x)
-    assert (run.name, found) == ("loop", reason)
-
-
-@pytest.mark.parametrize("name", NOT_SUBSTITUTABLE)
-@pytest.mark.parametrize("gradient", [True, False])
-def test_the_loop_is_right_where_substitution_is_not(name, gradient):
-    """With and without gradients torch may take another way through a model."""
-    make, parameter, shape, _ = NOT_SUBSTITUTABLE[name]
-    torch.manual_seed(0)
-    model, x = frozen(make()), random(4, *shape)
-    layer = find_layer(model, parameter)
-    weights = layer.weight(model) + 0.3 * random(4, *layer.shape, seed=1)
-    parts = []
-    for i, weight in enumerate(weights):
-        net = copy.deepcopy(model)
-        net.get_parameter(parameter).copy_(weight)
-        parts.append(net(x[i : i + 1]))
-    with torch.set_grad_enabled(gradient):
-        found = Loop(model, layer, forward)(x, weights.requires_grad_(gradient))
-    torch.testing.assert_close(found.detach(), torch.cat(parts), **EXACT)
-
-
-SUBSTITUTABLE = {
-    "dense": (lambda: nn.Sequential(nn.Linear(3, 2)), "0.weight", (3,)),
-    "the model itself": (lambda: nn.Linear(3, 2), "weight", (3,)),
-    "tokens": (lambda: nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), "0.weight", (5, 3)),
-    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()), "0.weight", (2, 5, 5)),
-}
-
-
-@pytest.mark.parametrize("name", SUBSTITUTABLE)
-@pytest.mark.parametrize("count", [1, 2])
-def test_choice_takes_substitution_where_it_is_right(name, count):
-    make, parameter, shape = SUBSTITUTABLE[name]
-    model = frozen(make())
-    run, reason = choose(model, find_layer(model, parameter), forward, random(count, *shape))
-    assert (run.name, reason) == ("substitution", "")
-
-
-def test_a_layer_called_by_keyword():
-    model, x = frozen(Custom(lambda self, x: self.fc(input=x), fc=nn.Linear(3, 2))), random(4, 3)
-    run, _ = choose(model, find_layer(model, "fc.weight"), forward, x[:2])
-    weights = random(4, 2, 3, seed=1)
-    torch.testing.assert_close(run(x, weights), by_copies(model, "fc.weight")(x, weights), **EXACT)
-
-
-def test_choice_with_outputs_of_several_forms():
-    """A dict of a float and an integer tensor: the integer has no gradient to compare."""
-
-    def run(self, x):
-        logits = self.fc(x["a"])
-        return {"logits": logits, "class": logits.argmax(1)}
-
-    model = frozen(Custom(run, fc=nn.Linear(3, 2)))
-    assert choose(model, find_layer(model, "fc.weight"), forward, {"a": random(2, 3)})[1] == ""
-
-
-class Doubled(nn.Linear):
-    """A Linear with a forward pass of its own."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_a_subclass_with_its_own_forward_is_not_taken_for_its_parent():
-    model = frozen(nn.Sequential(Doubled(3, 2)))
-    run, reason = choose(model, find_layer(model, "0.weight"), forward, random(2, 3))
-    assert (run.name, reason) == ("loop", "Doubled is neither Linear nor Conv2d")
-
-
-def test_a_forward_that_is_replaced_already_is_left_alone():
-    model = frozen(nn.Sequential(nn.Linear(3, 2)))
-    model[0].forward = lambda x: x[:, :2]
-    run, reason = choose(model, find_layer(model, "0.weight"), forward, random(2, 3))
-    assert (run.name, reason) == ("loop", "its module's forward pass is replaced already")
-    assert "forward" in vars(model[0])
 
 
 def test_forward_is_restored_after_use():
@@ -397,7 +170,7 @@ def test_the_base_is_not_changed():
     model, x = frozen(Tied()), random(4, 3)
     before = copy.deepcopy(model.state_dict())
     layer = find_layer(model, "enter.weight")
-    for way in (Loop, choose(model, layer, forward, x[:2])[0].__class__):
+    for way in (Loop, Vmap):
         outputs_and_gradient(way(model, layer, forward), x, random(4, 3, 3))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.enter.weight is model.leave.weight

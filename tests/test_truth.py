@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import states
+from conftest import blocks_of, states, stopped_at
 
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.progress import Silent
@@ -119,45 +119,28 @@ def test_another_dataset_by_name_is_seen_without_loading_it(ocd, project):
     assert states(ocd, folder, "task.train=data:two")["train-base"] == "stale"
 
 
-def interrupt_after(monkeypatch, blocks):
-    from stages.artifacts.delta_store import DeltaStore
-
-    write, written = DeltaStore.write_block, []
-
-    def counted(self, block, arrays):
-        if len(written) == blocks:
-            raise KeyboardInterrupt
-        written.append(block)
-        write(self, block, arrays)
-
-    monkeypatch.setattr(DeltaStore, "write_block", counted)
-    return lambda: monkeypatch.setattr(DeltaStore, "write_block", write)
-
-
-def test_asking_for_less_does_not_delete_unfinished_work(ocd, project, monkeypatch):
+def test_asking_for_less_does_not_delete_unfinished_work(ocd, project):
     folder = project({"collect": {"block_samples": 4}})
     ocd(folder, "run", "--until", "select-layer")
-    restore = interrupt_after(monkeypatch, 5)
-    ocd(folder, "collect", code=4)
-    restore()
+    with stopped_at(5):
+        ocd(folder, "collect", code=4)
     result = ocd(folder, "collect", "--set", "collect.samples=6", code=3)
     assert "collect.samples was 'all', is now 6" in result.stderr
-    assert len(list((folder.run / "collect.wip" / "blocks").glob("*.json"))) == 5
+    assert len(blocks_of(folder)) == 5
     ocd(folder, "collect")
 
 
-def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, project, monkeypatch):
+def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, project):
     folder = project({"collect": {"block_samples": 4, "samples": 12}})
     ocd(folder, "run", "--until", "collect")
-    restore = interrupt_after(monkeypatch, 2)
-    ocd(folder, "collect", "--force", "--set", "collect.steps=5", code=4)
-    restore()
+    with stopped_at(2):
+        ocd(folder, "collect", "--force", "--set", "collect.steps=5", code=4)
     assert states(ocd, folder)["collect"] == "done"
     entry = json.loads(ocd(folder, "status", "--json", "--set", "collect.samples=20").stdout)["stages"]["collect"]
     assert entry["state"] == "stale"
     assert entry["progress"] is None
     assert "collect.steps was 5, is now 2" in ocd(folder, "collect", "--set", "collect.samples=20", code=3).stderr
-    assert len(list((folder.run / "collect.wip" / "blocks").glob("*.json"))) == 2
+    assert len(blocks_of(folder)) == 2
 
 
 def test_a_task_that_trains_its_base_gets_a_model_in_train_mode(ocd, project):

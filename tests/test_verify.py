@@ -1,10 +1,10 @@
 """`ocd verify` hashes everything again, and names what is damaged."""
 
 import json
-import os
 import shutil
 
 import pytest
+from conftest import flip
 
 
 @pytest.fixture
@@ -18,14 +18,6 @@ def problems(ocd):
         return {name: " ".join(entry["problems"]) for name, entry in found["stages"].items() if entry["problems"]}
 
     return call
-
-
-def flip(path):
-    """Another byte, while size and time stay."""
-    info, data = path.stat(), bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
 
 
 def edit(path, change):
@@ -57,7 +49,7 @@ def test_no_run(project, ocd):
 FILES = [
     ("train-base", "base.safetensors"),
     ("select-layer", "layer.json"),
-    ("collect", "deltas.zarr/delta/c/0/0/0"),
+    ("collect", "deltas.zarr/delta/c.0.0.0"),
     ("collect", "deltas.zarr/rho/zarr.json"),
     ("collect", "blocks/000000.json"),
     ("train-diffusion", "denoiser.safetensors"),
@@ -72,7 +64,7 @@ FILES = [
 def test_damage_is_named(finished, problems, ocd, stage, name, damage):
     path = finished.run / stage / name
     if damage == "flipped byte":
-        flip(path)
+        flip(path, keep_time=True)
     elif damage == "cut short":
         path.write_bytes(path.read_bytes()[:-1])
     else:
@@ -84,8 +76,8 @@ def test_damage_is_named(finished, problems, ocd, stage, name, damage):
 
 
 def test_stray_file(finished, problems):
-    (finished.run / "collect" / "deltas.zarr" / "delta" / "c" / "9").write_text("")
-    assert problems(finished) == {"collect": "collect/deltas.zarr/delta/c/9 is not in the manifest"}
+    (finished.run / "collect" / "deltas.zarr" / "delta" / "c.9").write_text("")
+    assert problems(finished) == {"collect": "collect/deltas.zarr/delta/c.9 is not in the manifest"}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +111,7 @@ def test_ledger_of_another_store(finished, problems):
 
 
 def test_all_damage_at_once(finished, problems):
-    flip(finished.run / "train-base" / "base.safetensors")
+    flip(finished.run / "train-base" / "base.safetensors", keep_time=True)
     (finished.run / "train-scale" / "scale.json").unlink()
     (finished.run / "collect" / "manifest.json").write_text("{")
     assert list(problems(finished)) == ["train-base", "collect", "train-scale"]
@@ -134,5 +126,5 @@ def test_unfinished_work_is_no_damage(finished, ocd):
 def test_other_answers_are_verified(finished, problems, ocd):
     ocd(finished, "infer", "--split", "validation", "--save-deltas")
     ocd(finished, "verify")
-    flip(finished.run / "infer" / "validation" / "deltas.zarr" / "delta" / "zarr.json")
+    flip(finished.run / "infer" / "validation" / "deltas.zarr" / "delta" / "zarr.json", keep_time=True)
     assert list(problems(finished)) == ["infer/validation"]

@@ -4,28 +4,23 @@ Every array has the same number of rows to a chunk; one row of chunks is a block
 is done when its record exists, which is written last and holds the hash of every chunk.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
-from stages.artifacts.files import (
-    inside,
-    link_or_copy,
-    read_json,
-    remove,
-    sha256_file,
-    sync_file,
-    sync_folder,
-    write_json,
-)
-from stages.errors import ArtifactError
+from stages.artifacts.chunks import codecs, encode, write
+from stages.artifacts.files import inside, link_or_copy, read_json, remove, sha256_file, write_json
+from stages.errors import ArtifactError, OcdError
 
 STORE, LEDGER = "deltas.zarr", "blocks"
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 LARGEST_BLOCK = 4096
+DELTA, FACTORS = "delta", ("delta_output", "delta_input")
+RESULT_ARRAYS = ("delta", "rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", *FACTORS)
 
 
 @dataclass(frozen=True)
@@ -41,15 +36,34 @@ class ArraySpec:
         return int(np.prod(self.row_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
+def result_specs(matrix_shape: tuple[int, int], *, factored: bool = False) -> dict[str, ArraySpec]:
+    """The arrays that hold what overfitting gave, for deltas of (out, in), or for their factors (out,) and (in,)."""
+    if factored:
+        delta = {name: ArraySpec("float32", (size,)) for name, size in zip(FACTORS, matrix_shape, strict=True)}
+    else:
+        delta = {DELTA: ArraySpec("float32", matrix_shape)}
+    return delta | {
+        "rho": ArraySpec("float32", ()),
+        "degenerate": ArraySpec("bool", ()),
+        "base_loss": ArraySpec("float32", ()),
+        "overfit_loss": ArraySpec("float32", ()),
+        "steps": ArraySpec("int32", ()),
+        "sample_index": ArraySpec("int64", ()),
+    }
+
+
 def block_rows(specs: dict[str, ArraySpec]) -> int:
-    """Rows to a block so that the widest array's chunk is about 8 MiB, at most 4,096; independent of the number of samples,
+    """Rows to a block so that the widest array's chunk is about 16 MiB, at most 4,096; independent of the number of samples,
     so that a store can grow."""
     widest = max(spec.row_bytes for spec in specs.values())
     return max(1, min(LARGEST_BLOCK, CHUNK_BYTES // widest))
 
 
 def create_array(group: zarr.Group, name: str, spec: ArraySpec, samples: int, rows: int) -> zarr.Array:
-    """An empty array of `samples` rows, `rows` to a chunk, compressed and with a checksum; floats not yet written are NaN."""
+    """An empty array of `samples` rows, `rows` to a chunk, compressed and with a checksum; floats not yet written are NaN.
+
+    An all-fill chunk is written, too: absent, it could not be told from one that is missing.
+    """
     dtype = np.dtype(spec.dtype)
     return group.create_array(
         name,
@@ -57,8 +71,24 @@ def create_array(group: zarr.Group, name: str, spec: ArraySpec, samples: int, ro
         chunks=(rows, *spec.row_shape),
         dtype=spec.dtype,
         fill_value=np.nan if dtype.kind == "f" else dtype.type(0),
-        compressors=[zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()],
+        compressors=codecs(),
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
     )
+
+
+def chunk_name(name: str, block: int, axes: int) -> str:
+    """The file of an array's chunk, relative to the stage's folder; `axes` counts those of a row."""
+    return f"{STORE}/{name}/{'.'.join(['c', str(block), *['0'] * axes])}"
+
+
+@dataclass
+class Totals:
+    """Sums over the rows of a store, put together from its blocks' records."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
 
 
 class DeltaStore:
@@ -80,39 +110,43 @@ class DeltaStore:
         """Number of blocks."""
         return -(-self.samples // self.rows)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes before compression."""
+        return self.samples * sum(spec.row_bytes for spec in self.specs.values())
+
     def block_range(self, block: int) -> range:
         """The rows of a block."""
         return range(block * self.rows, min(self.samples, (block + 1) * self.rows))
 
     def create(self) -> None:
         """Lay out the arrays; where they exist with another number of samples, give them the new one and keep their chunks."""
-        self._sweep()
         group = zarr.open_group(self.folder / STORE, mode="a", zarr_format=3)
         (self.folder / LEDGER).mkdir(exist_ok=True)
         for name, spec in self.specs.items():
             shape = (self.samples, *spec.row_shape)
-            if name in group:
-                if group[name].shape != shape:
-                    group[name].resize(shape)
-                continue
-            create_array(group, name, spec, self.samples, self.rows)
+            if name not in group:
+                create_array(group, name, spec, self.samples, self.rows)
+            elif group[name].shape != shape:
+                group[name].resize(shape)
 
-    def _sweep(self) -> None:
-        """Remove what a kill may have left half-written."""
+    def sweep(self) -> None:
+        """Remove what a kill may have left half-written; not while another process may be writing."""
         for pattern in ("*.partial", "*.tmp"):
             for path in self.folder.rglob(pattern):
                 remove(path)
 
     def chunk_names(self, block: int) -> list[str]:
         """The files of a block, relative to the stage's folder."""
-        return [f"{STORE}/{name}/c/{'/'.join([str(block), *['0'] * len(spec.row_shape)])}" for name, spec in self.specs.items()]
+        return [chunk_name(name, block, len(spec.row_shape)) for name, spec in self.specs.items()]
 
     def record_path(self, block: int) -> Path:
         """The ledger's record of a block."""
         return self.folder / LEDGER / f"{block:06d}.json"
 
-    def is_done(self, block: int) -> bool:
-        """Whether a block's record exists, is of this stage and this range, and its chunks have the sizes it says."""
+    def is_done(self, block: int, *, rehash: bool = False) -> bool:
+        """Whether a block's record exists, is of this stage and this range, and its chunks have the sizes (and the hashes) it
+        says."""
         if not self.record_path(block).exists():
             return False
         try:
@@ -120,138 +154,112 @@ class DeltaStore:
             span = self.block_range(block)
             if record["fingerprint"] != self.fingerprint or record["samples"] != [span.start, span.stop]:
                 return False
-            return all(inside(self.folder, name).stat().st_size == chunk["bytes"] for name, chunk in record["chunks"].items())
+            if set(record["chunks"]) != set(self.chunk_names(block)):
+                return False
+            return not any(damage_of(self.folder, name, entry, rehash) for name, entry in record["chunks"].items())
         except (ArtifactError, OSError, KeyError, TypeError):
             return False
 
-    def pending(self) -> list[int]:
-        """The blocks not yet done; records past the end or of unfinished blocks are removed."""
-        for path in (self.folder / LEDGER).glob("*.json"):
-            if not path.stem.isdigit() or int(path.stem) >= self.blocks or not self.is_done(int(path.stem)):
-                remove(path)
-        return [block for block in range(self.blocks) if not self.is_done(block)]
+    @property
+    def records(self) -> int:
+        """Blocks that the ledger has a record of."""
+        return len(list((self.folder / LEDGER).glob("*.json")))
 
-    def write_block(self, block: int, arrays: dict[str, np.ndarray]) -> None:
+    def pending(self, blocks: Iterable[int] | None = None, *, rehash: bool = False) -> list[int]:
+        """Those of the blocks (by default all) that are not done; their records, if any, are removed."""
+        found = []
+        for block in range(self.blocks) if blocks is None else blocks:
+            if not self.is_done(block, rehash=rehash):
+                remove(self.record_path(block))
+                found.append(block)
+        return found
+
+    def trim(self) -> None:
+        """Remove records past the end, or of other names."""
+        for path in (self.folder / LEDGER).glob("*.json"):
+            if not path.stem.isdigit() or int(path.stem) >= self.blocks:
+                remove(path)
+
+    def write_block(self, block: int, arrays: dict[str, np.ndarray], **notes: Any) -> None:
         """Write one block's chunks, make them durable, then its record.
 
         Args:
             block: its number.
             arrays: name to (rows of the block, …), for every array of the store.
+            notes: further entries of the record: "sums" over its rows and "skipped" samples.
         """
-        span = self.block_range(block)
-        # An all-fill chunk must be written too: absent, it could not be told from one that is missing.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            self._write_chunks(span, arrays)
-        chunks = {}
-        for name in self.chunk_names(block):
-            path = self.folder / name
-            sync_file(path)
-            sync_folder(path.parent)
-            chunks[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        record = {"fingerprint": self.fingerprint, "block": block, "samples": [span.start, span.stop], "chunks": chunks}
-        write_json(self.record_path(block), record)
-
-    def _write_chunks(self, span: range, arrays: dict[str, np.ndarray]) -> None:
-        group = zarr.open_group(self.folder / STORE, mode="r+")
-        for name, spec in self.specs.items():
+        span, chunks = self.block_range(block), {}
+        for (name, spec), place in zip(self.specs.items(), self.chunk_names(block), strict=True):
             value = arrays[name]
-            if value.shape != (len(span), *spec.row_shape):
-                raise ValueError(f"{name} has shape {value.shape}, expected {(len(span), *spec.row_shape)}")
-            group[name][span.start : span.stop] = value
+            if value.shape != (len(span), *spec.row_shape) or value.dtype != np.dtype(spec.dtype):
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, expected {spec.dtype} {(len(span), *spec.row_shape)}")
+            chunks[place] = write(self.folder / place, encode(value, self.rows))
+        record = {"fingerprint": self.fingerprint, "block": block, "samples": [span.start, span.stop], "chunks": chunks}
+        write_json(self.record_path(block), record | notes)
 
     def adopt(self, finished: Path) -> None:
-        """Begin from a finished, smaller store: its whole blocks get a second name here; the last, shorter one is redone."""
-        for path in (finished / LEDGER).glob("*.json"):
-            for name in read_json(path)["chunks"]:
-                link_or_copy(inside(finished, name), inside(self.folder, name))
-            link_or_copy(path, self.folder / LEDGER / path.name)
+        """Begin from a finished store: its undamaged whole blocks get a second name here; the others are redone."""
+        theirs = DeltaStore(finished, self.specs, self.samples, self.rows, self.fingerprint)
+        for block in range(self.blocks):
+            if theirs.is_done(block, rehash=True):
+                for name in (*self.chunk_names(block), theirs.record_path(block).relative_to(finished).as_posix()):
+                    link_or_copy(inside(finished, name), inside(self.folder, name))
 
-    def check_complete(self) -> None:
-        """Refuse a store with a block or a row missing.
+    def totals(self) -> Totals:
+        """The sums over all blocks, and the hash of every chunk.
 
         Raises:
-            ArtifactError: naming them.
+            ArtifactError: blocks that are not done, named.
         """
         missing = [block for block in range(self.blocks) if not self.is_done(block)]
         if missing:
             raise ArtifactError(f"{self.folder / STORE} lacks blocks {missing[:8]}", "run the same command again")
-        reader = StoreReader(self.folder, self.describe())
-        unwritten = np.flatnonzero(np.isnan(reader.read("rho")))
-        if len(unwritten):
-            raise ArtifactError(f"{self.folder / STORE}: row {unwritten[0]} was never written", "run ocd collect --force")
+        found = Totals()
+        for block in range(self.blocks):
+            record = read_json(self.record_path(block))
+            for name, value in record.get("sums", {}).items():
+                found.sums[name] = found.sums.get(name, 0.0) + value
+            found.skipped += record.get("skipped", [])
+            found.hashes |= {name: entry["sha256"] for name, entry in record["chunks"].items()}
+        return found
 
     def describe(self) -> dict[str, Any]:
-        """Shapes, dtypes and block size, for the manifest and for readers to check against."""
+        """Shapes, dtypes and block size, for the manifest and for readers to check against. A delta that is kept as two factors
+        is described as the whole it stands for."""
         arrays = {name: {"shape": [self.samples, *spec.row_shape], "dtype": spec.dtype} for name, spec in self.specs.items()}
+        if DELTA not in arrays:
+            out, columns = (self.specs[name].row_shape[0] for name in FACTORS)
+            arrays[DELTA] = {"shape": [self.samples, out, columns], "dtype": "float32", "factors": list(FACTORS)}
         fields = [name for name in self.specs if name not in RESULT_ARRAYS]
         return {"samples": self.samples, "block_samples": self.rows, "arrays": arrays, "fields": fields}
 
 
-class StoreReader:
-    """Reads a finished delta store.
+def damage_of(folder: Path, name: str, entry: dict[str, Any], rehash: bool = True) -> str:
+    """What is wrong with a chunk whose record says `entry`; "" where nothing is."""
+    path = inside(folder, name)
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{name} has {size:,} bytes, expected {entry['bytes']:,}"
+    return f"content changed: {name}" if rehash and sha256_file(path) != entry["sha256"] else ""
+
+
+def ledger_problems(folder: Path, fingerprint: str) -> list[str]:
+    """Hash every chunk of a store again and compare with its ledger; what is wrong, a line each.
 
     Args:
-        folder: the stage's folder.
-        description: what the manifest says of the store; every array's metadata is checked against it first.
-
-    Raises:
-        ArtifactError: an array is missing, or has another shape or dtype.
+        folder: the stage's folder, finished or not.
+        fingerprint: of the stage.
     """
-
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        self.path, self.description = folder / STORE, description
+    problems = []
+    for path in sorted((folder / LEDGER).glob("*.json")):
         try:
-            self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
-            for name, wanted in description["arrays"].items():
-                array = self._group[name]
-                if list(array.shape) != wanted["shape"] or array.dtype != np.dtype(wanted["dtype"]):
-                    raise ArtifactError(
-                        f"{self.path}/{name} is {array.dtype} {array.shape}, "
-                        f"its manifest says {wanted['dtype']} {tuple(wanted['shape'])}",
-                        "redo it with: ocd collect --force",
-                    )
-        except (KeyError, ValueError, FileNotFoundError, TypeError) as error:
-            raise ArtifactError(f"{self.path} cannot be opened: {error}", "ocd verify names what is damaged") from error
-
-    def __len__(self) -> int:
-        return self.description["samples"]
-
-    def read(self, name: str) -> np.ndarray:
-        """A whole array, (N, …).
-
-        Raises:
-            ArtifactError: a chunk is damaged.
-        """
-        try:
-            return self._group[name][:]
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ArtifactError(
-                f"{self.path}/{name} is damaged: {error}", "ocd verify names the chunks; redo with: ocd collect --force"
-            ) from error
-
-    def field_names(self) -> list[str]:
-        """The conditioning arrays: those that are not part of the fixed record of overfitting."""
-        return list(self.description["fields"])
-
-    def nbytes(self, names: list[str]) -> int:
-        """Uncompressed bytes of some arrays."""
-        arrays = self.description["arrays"]
-        return sum(
-            int(np.prod(arrays[name]["shape"], dtype=np.int64)) * np.dtype(arrays[name]["dtype"]).itemsize for name in names
-        )
-
-
-RESULT_ARRAYS = ("delta", "rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index")
-
-
-def result_specs(matrix_shape: tuple[int, int]) -> dict[str, ArraySpec]:
-    """The arrays that hold what overfitting gave, for deltas of (out, in)."""
-    return {
-        "delta": ArraySpec("float32", matrix_shape),
-        "rho": ArraySpec("float32", ()),
-        "degenerate": ArraySpec("bool", ()),
-        "base_loss": ArraySpec("float32", ()),
-        "overfit_loss": ArraySpec("float32", ()),
-        "steps": ArraySpec("int32", ()),
-        "sample_index": ArraySpec("int64", ()),
-    }
+            record = read_json(path)
+            if record["fingerprint"] != fingerprint:
+                problems.append(f"{LEDGER}/{path.name} is of another store")
+            found = (damage_of(folder, name, entry) for name, entry in record["chunks"].items())
+            problems += [f"block {path.stem}: {text}" for text in found if text]
+        except (OcdError, OSError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{LEDGER}/{path.name} is not a block's record: {error}")
+    return problems

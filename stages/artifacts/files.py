@@ -40,12 +40,6 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's bytes survive a power cut."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole: a temporary neighbour, fsync, rename."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")

@@ -15,7 +15,8 @@ AUTO = "auto"
 class StageSpec:
     """One stage: its name, the stages it reads, the data splits it reads, and whether it runs the user's code.
 
-    `content` names what later stages take from it, as it appears among their inputs.
+    `content` names what later stages take from it, as it appears among their inputs. A stage that `mends` redoes what of its
+    result is damaged, and nothing else.
     """
 
     name: str
@@ -23,6 +24,7 @@ class StageSpec:
     data: tuple[str, ...] = ()
     task: bool = True
     content: str = ""
+    mends: bool = False
 
 
 STAGES = {
@@ -30,7 +32,7 @@ STAGES = {
     for spec in (
         StageSpec("train-base", data=("train", "validation", "weights"), content="base"),
         StageSpec("select-layer", ("train-base",), ("train", "validation"), content="layer"),
-        StageSpec("collect", ("train-base", "select-layer"), ("train", "validation"), content="deltas"),
+        StageSpec("collect", ("train-base", "select-layer"), ("train", "validation"), content="deltas", mends=True),
         StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
         StageSpec("train-scale", ("collect",), task=False, content="scale"),
         StageSpec("infer", ("train-base", "select-layer", "train-diffusion", "train-scale"), ("input",)),

@@ -1,5 +1,6 @@
 """How the library tells what it is doing: it calls back, and whoever called decides what to show."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,5 +57,6 @@ class Logged:
         self._report.message(text)
 
     def _write(self, text: str) -> None:
-        with self._path.open("a", encoding="utf-8") as stream:
+        # Another part of the same work may have put its name on the whole, and the folder is gone from here.
+        with contextlib.suppress(FileNotFoundError), self._path.open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")

@@ -1,20 +1,18 @@
 """The run directory: one folder a stage, final names only for what is finished, and a lock for each stage."""
 
 import contextlib
-import fcntl
 import json
 import os
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.artifacts.files import digest, disk_errors, inside, read_json, remove, sha256_file, sync_folder, write_json
+from stages.artifacts.parts import lock_path, locked
 from stages.artifacts.project import Project
 from stages.config import FORMAT_VERSION
-from stages.errors import ArtifactError, TryAgainError
+from stages.errors import ArtifactError
 
 MANIFEST, BEGUN, RUN_FILE = "manifest.json", "begun.json", "run.json"
 
@@ -48,32 +46,16 @@ class StageFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the stage for this process; the lock dies with it. A lone `.old` folder gets its name back.
+        """Hold the stage for this process alone; the lock dies with it.
 
         Raises:
             TryAgainError: another process holds it.
         """
-        path = self.run / ".locks" / f"{self.name.replace('/', '-')}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                stream.seek(0)
-                holder = stream.read().strip() or "another process"
-                raise TryAgainError(
-                    f"{self.name} is in use by {holder}", "wait for it to end, then run the same command again"
-                ) from error
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-            stream.flush()
-            self._restore()
-            try:
-                yield
-            finally:
-                stream.truncate(0)
+        with locked(lock_path(self.run, self.name), self.name):
+            yield
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Give a lone `.old` folder its name back; one beside its successor is deleted."""
         if self.old.exists() and not self.path.exists():
             os.rename(self.old, self.path)
         elif self.old.exists():
@@ -203,20 +185,22 @@ def checked_file(folder: StageFolder, manifest: dict[str, Any], name: str) -> Pa
     return folder.found / name
 
 
-def file_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, time and sha256 of every file of a stage's folder but its log and records of its own state."""
+def file_records(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Size, time and sha256 of every file of a stage's folder but its log and records of its own state; those in `hashes` were
+    hashed when they were written."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in (MANIFEST, BEGUN, "log.txt"):
             info = path.stat()
-            found[name] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256_file(path)}
+            sha256 = hashes.get(name) or sha256_file(path)
+            found[name] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256}
     return found
 
 
 def damaged_files(folder: Path, manifest: dict[str, Any], *, rehash: bool) -> list[str]:
     """What is wrong with a finished folder's files, one line each; unless `rehash`, only files whose size or time differ
-    from the manifest are hashed again."""
+    from the manifest are hashed again. A file found damaged gets another time."""
     wrong = []
     for name, record in manifest["files"].items():
         path = inside(folder, name)
@@ -230,4 +214,8 @@ def damaged_files(folder: Path, manifest: dict[str, Any], *, rehash: bool) -> li
             wrong.append(f"content changed: {folder.name}/{name} has {info.st_size:,} bytes, expected {record['size']:,}")
         elif sha256_file(path) != record["sha256"]:
             wrong.append(f"content changed: {folder.name}/{name}")
+            if info.st_mtime_ns == record["mtime_ns"]:
+                # Nobody wrote it: the disk lost it. With another time, every later look at it sees what this one saw.
+                with contextlib.suppress(OSError):
+                    os.utime(path)
     return wrong

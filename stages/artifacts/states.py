@@ -186,8 +186,8 @@ class States:
         blocked: list[StageState],
     ) -> StageState:
         damage = damaged_files(folder.found, manifest, rehash=False)
-        if damage:
-            more = f" (and {len(damage) - 1} more files)" if len(damage) > 1 else ""
+        more = f" (and {len(damage) - 1} more files)" if len(damage) > 1 else ""
+        if damage and not spec.mends:
             return StageState(spec.name, STALE, damage[0] + more)
         if manifest["fingerprint"] != digest(manifest["identity"]):
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json does not match its fingerprint")
@@ -198,6 +198,8 @@ class States:
             return StageState(spec.name, STALE, "; ".join(map(str, changes)), changes)
         if blocked:
             return StageState(spec.name, STALE, "; ".join(f"its input {state.name} is {state.state}" for state in blocked))
+        if damage:
+            return StageState(spec.name, PARTIAL, f"blocks are damaged: {damage[0]}{more}")
         state, change = extent_change(manifest["extents"], extent_settings(self.project, spec))
         if change is not None:
             return StageState(spec.name, state, str(change), (change,))

@@ -29,12 +29,33 @@ def condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> tuple[Tree
         TaskError: the task's fields are no tensors of B rows.
     """
     output, captured = capture(model, layer, lambda net, batch: forward(task, net, batch), x)
+    return output, *fields_of(task, type(layer.module(model)), x, output, captured)
+
+
+def fields_of(
+    task: Task, layer_kind: type[nn.Module], x: Tree, output: Tree, captured: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The conditioning fields of a pass that has been captured.
+
+    Args:
+        task: may give its own fields or smaller ones.
+        layer_kind: the type of the layer's module.
+        x: inputs (B, …).
+        output: the base's output (B, …).
+        captured: layer_input, activation and base_output, each (B, …).
+
+    Returns:
+        the fields by name, each (B, …) float32; and how wide fields were made smaller.
+
+    Raises:
+        TaskError: the task's fields are no tensors of B rows.
+    """
     with user_code("reduce()"):
-        fields, notes = reduce_fields(captured, type(layer.module(model)), task.reduce)
+        fields, notes = reduce_fields(captured, layer_kind, task.reduce)
     with user_code("conditioning()"):
         own = task.conditioning(x, output, fields)
     if own is None:
-        return output, {name: _rows(value) for name, value in fields.items()}, notes
+        return {name: _rows(value) for name, value in fields.items()}, notes
     count = batch_size(x)
     for name, value in own.items():
         if not isinstance(value, Tensor) or value.shape[:1] != (count,):
@@ -44,7 +65,7 @@ def condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> tuple[Tree
             )
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise TaskError(f"conditioning() gave a field named {name!r}", "names are letters, digits and underscores")
-    return output, {name: _rows(value.detach().float()) for name, value in own.items()}, {}
+    return {name: _rows(value.detach().float()) for name, value in own.items()}, {}
 
 
 def _rows(value: Tensor) -> Tensor:

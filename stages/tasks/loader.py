@@ -14,7 +14,8 @@ from stages.tasks.losses import CLASSIFICATION, LabelError, check_labels
 from stages.tasks.protocol import Task
 from stages.tasks.supervised import SupervisedTask
 from stages.tasks.user_code import load_object, user_code
-from stages.trees import Tree, batch_size, leaves, take, to_device
+from stages.trees import Tree, batch_size, leaves, take, to_device, tree_map
+from stages.weights.single_precision import HALF
 
 
 def load_task(settings: TaskTable, root: Path) -> Task:
@@ -59,11 +60,25 @@ def load_test(task: Task) -> Split:
 
 
 def forward(task: Task, model: nn.Module, x: Tree) -> Tree:
-    """The task's forward pass; what it raises is the user's."""
+    """The task's forward pass; what it raises is the user's.
+
+    A model of half precision gets its inputs in its own dtype, unless the task has a forward pass of its own; its outputs are
+    float32 for whatever comes after. The pass gets a copy of x, which it may change in place.
+    """
+    half = next((p.dtype for p in model.parameters() if p.dtype in HALF), None) if uses_default(task, "forward") else None
+
+    def given(leaf: Tensor) -> Tensor:
+        return leaf.to(half) if half is not None and leaf.is_floating_point() and leaf.dtype != half else leaf.clone()
+
     with user_code("the model's forward pass"), _recurrent_gradients(model):
-        output = task.forward(model, x)
+        output = task.forward(model, tree_map(given, x))
     require_tensors(output, "the model")
-    return output
+    return tree_map(lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, output)
+
+
+def uses_default(task: Task, method: str) -> bool:
+    """Whether a task has not defined a method of its own."""
+    return getattr(type(task), method) is getattr(Task, method)
 
 
 def _recurrent_gradients(model: nn.Module) -> contextlib.AbstractContextManager[object]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stages.errors import TaskError
 from stages.trees import Tree, batch_size, flat_output, leaves
 from stages.weights.layer import Layer
-from stages.weights.per_sample import Forward
+from stages.weights.per_sample import Forward, plain
 
 LAYER_INPUT, ACTIVATION, BASE_OUTPUT = "layer_input", "activation", "base_output"
 FIELDS = (LAYER_INPUT, ACTIVATION, BASE_OUTPUT)
@@ -40,10 +40,13 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
         seen[ACTIVATION] = _first_tensor([output])
 
     module = layer.module(model)
-    handles = [module.register_forward_pre_hook(keep_input, with_kwargs=True), module.register_forward_hook(keep_output)]
+    handles = [
+        module.register_forward_pre_hook(keep_input, with_kwargs=True),
+        module.register_forward_hook(keep_output, prepend=True),
+    ]
     try:
         with torch.no_grad():
-            output = forward(model, x)
+            output = plain(forward)(model, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -61,7 +64,9 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
 def _first_tensor(values: list[Any]) -> Tensor | None:
     """The first tensor among arguments or outputs, copied at once: what follows in the model may work in place."""
     found = (leaf for value in values for leaf in leaves(value).values() if isinstance(leaf, Tensor))
-    return next((leaf.detach().clone() for leaf in found), None)
+    # What is ours must not appear among the model's own calls where these are being recorded.
+    with torch._C.DisableTorchFunction():
+        return next((leaf.detach().clone() for leaf in found), None)
 
 
 def _per_sample(value: Tensor, count: int, name: str) -> Tensor:

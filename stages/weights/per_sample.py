@@ -1,22 +1,43 @@
-"""One interface for weights of one's own for each sample, and the two ways behind it.
+"""One interface for weights of one's own for each sample, and the three ways behind it.
 
 `PerSampleWeights` runs the model with the selected layer's weight replaced: G weights serve a batch of G·S samples, weight
 g the samples g·S … (g+1)·S − 1. S = 1 is a weight per sample; G = 1 an ordinary forward pass with another weight.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from stages.errors import OcdError
-from stages.trees import Tree, batch_size, concatenate, leaves, take
+from stages.trees import Tree, batch_size, concatenate, take, tree_map
 from stages.weights.layer import Layer
+from stages.weights.products import Product, product_of
+from stages.weights.record import Record
 
 Forward = Callable[[nn.Module, Tree], Tree]
+
+
+def plain(forward: Forward) -> Forward:
+    """A forward pass in which torch's attention runs module by module: its fused kernels for eval mode do not call the modules
+    they stand for, and have no batching rule. The model gets a copy of x, which it may change in place."""
+    if hasattr(forward, "is_plain"):
+        return forward
+
+    def run(model: nn.Module, x: Tree) -> Tree:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return forward(model, tree_map(torch.clone, x))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+    run.is_plain = True
+    return run
 
 
 class PerSampleWeights(Protocol):
@@ -24,8 +45,11 @@ class PerSampleWeights(Protocol):
 
     name: str
 
-    def __call__(self, x: Tree, weights: Tensor) -> Tree:
-        """The outputs (G·S, …) for inputs x (G·S, …) under weights (G, *layer.shape); differentiable in the weights."""
+    def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
+        """The outputs (G·S, …) for inputs x (G·S, …) under weights (G, *layer.shape); differentiable in the weights.
+
+        `record` holds what the model computed of x before it came to the layer, which is then not computed again.
+        """
 
 
 class NotSubstitutable(OcdError):
@@ -35,40 +59,92 @@ class NotSubstitutable(OcdError):
     """
 
 
+class Bound(nn.Module):
+    """A model and the task's own forward pass as one module, so that `functional_call` can replace a parameter under it."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model, self._forward = model, plain(forward)
+
+    def forward(self, x: Tree) -> Tree:
+        return self._forward(self.model, x)
+
+
+@contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Put back the tensors that modules keep as plain attributes (torch's old weight_norm does): what a pass under another
+    weight leaves there is of no use to the next."""
+
+    def kept() -> dict[nn.Module, dict[str, Tensor]]:
+        return {m: {name: value for name, value in vars(m).items() if isinstance(value, Tensor)} for m in model.modules()}
+
+    before = kept()
+    try:
+        yield
+    finally:
+        for module, found in kept().items():
+            for name in found.keys() - before.get(module, {}).keys():
+                del vars(module)[name]
+            vars(module).update(before.get(module, {}))
+
+
 class Loop:
     """The plain way: one forward pass for each weight. Works for every parameter of every model."""
 
     name = "loop"
 
     def __init__(self, model: nn.Module, layer: Layer, forward: Forward) -> None:
-        self._bound = _Bound(model, forward)
+        self._bound = Bound(model, forward)
         self._parameter = f"model.{layer.name}"
 
-    def __call__(self, x: Tree, weights: Tensor) -> Tree:
-        """As the interface says."""
+    def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
+        """As the interface says; a record is of use only where there is one weight."""
         size = _group_size(x, weights)
-        return concatenate(
-            [
-                functional_call(self._bound, {self._parameter: weight}, (take(x, slice(i * size, (i + 1) * size)),))
-                for i, weight in enumerate(weights)
-            ]
-        )
+        if record is not None and len(weights) == 1:
+            with record.replaying():
+                return self._one(x, weights[0])
+        return concatenate([self._one(take(x, slice(i * size, (i + 1) * size)), weight) for i, weight in enumerate(weights)])
+
+    def _one(self, x: Tree, weight: Tensor) -> Tree:
+        with _attributes_restored(self._bound):
+            return functional_call(self._bound, {self._parameter: weight}, (x,))
 
 
-class _Bound(nn.Module):
-    """A model and the task's own forward pass as one module, so that `functional_call` can replace a parameter under it."""
+class Vmap:
+    """The model's forward pass as a function of the parameter, vectorised over the weights by torch.vmap.
 
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model, self._forward = model, forward
+    Works wherever the parameter is used, as often as it is used, as long as torch has a batching rule for every operation and
+    no Python branch depends on a value.
+    """
 
-    def forward(self, x: Tree) -> Tree:
-        return self._forward(self.model, x)
+    name = "vmap"
+
+    def __init__(self, model: nn.Module, layer: Layer, forward: Forward) -> None:
+        self._bound = Bound(model, forward)
+        self._parameter = f"model.{layer.name}"
+
+    def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
+        """As the interface says; a record is of use only where it can be divided into samples."""
+        groups, size = len(weights), _group_size(x, weights)
+        grouped = tree_map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), x)
+        parts = record.by_sample() if record is not None and size == 1 else None
+
+        def one(weight: Tensor, inputs: Tree, tensors: list[Tensor]) -> Tree:
+            if parts is None:
+                return functional_call(self._bound, {self._parameter: weight}, (inputs,))
+            with record.replaying(tensors):
+                return functional_call(self._bound, {self._parameter: weight}, (inputs,))
+
+        with warnings.catch_warnings(), _attributes_restored(self._bound):
+            # It warns of operations that it has to run one sample after another; that costs time, nothing else.
+            warnings.filterwarnings("ignore", message=".*performance drop.*")
+            outputs = torch.vmap(one)(weights, grouped, parts or [])
+        return tree_map(lambda leaf: leaf.flatten(0, 1), outputs)
 
 
 class Substitution:
-    """The fast way for Linear and Conv2d: only the layer itself computes with per-sample weights, through one batched product
-    (for a convolution, a grouped one); the rest of the model runs unchanged on the whole batch.
+    """The fast way for Linear, Conv1d and Conv2d: only the layer itself computes with per-sample weights, through one batched
+    product (for a convolution, a grouped one); the rest of the model runs unchanged on the whole batch.
 
     Valid because in eval mode the samples of a batch do not interact, so that the gradient of the sum of the losses is each
     sample's own.
@@ -80,36 +156,58 @@ class Substitution:
     name = "substitution"
 
     def __init__(self, model: nn.Module, layer: Layer, forward: Forward) -> None:
-        self._model, self._forward = model, forward
-        self._module = layer.module(model)
-        self._compute = _computation(model, layer, self._module)
+        self._model, self._forward = model, plain(forward)
+        self.module = layer.module(model)
+        self._product = _substitutable(model, layer, self.module)
 
-    def __call__(self, x: Tree, weights: Tensor) -> Tree:
+    def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
         """As the interface says.
 
         Raises:
-            NotSubstitutable: the layer is called other than once, or does not see the batch as its first axis.
+            NotSubstitutable: the layer is called other than once, or its rows do not divide into samples.
         """
-        calls = 0
         count = _group_size(x, weights) * len(weights)
 
-        def replaced(input: Tensor) -> Tensor:  # the name that nn.Linear and nn.Conv2d give it, for calls by keyword
+        def product(input: Tensor) -> Tensor:
+            if input.shape[0] % count:
+                raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {count}")
+            return self._product(input, weights)
+
+        return self.replaced(x, product, record)
+
+    def replaced(self, x: Tree, compute: Callable[[Tensor], Tensor], record: Record | None = None) -> Tree:
+        """Run the model on x with `compute` in place of the layer.
+
+        Raises:
+            NotSubstitutable: the layer is called other than once.
+        """
+        calls = 0
+
+        def once(input: Tensor) -> Tensor:  # the name that nn.Linear and nn.Conv2d give it, for calls by keyword
             nonlocal calls
             calls += 1
             if calls > 1:
                 raise NotSubstitutable("it is called several times in one forward pass")
-            if input.shape[0] != count:
-                raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {count}")
-            return self._compute(input, weights)
+            return compute(input)
 
-        self._module.forward = replaced
-        try:
-            output = self._forward(self._model, x)
-        finally:
-            del self._module.forward
+        with _forward_replaced(self.module, once):
+            if record is None:
+                output = self._forward(self._model, x)
+            else:
+                with record.replaying():
+                    output = self._forward(self._model, x)
         if calls == 0:
             raise NotSubstitutable("its module is not called; the weight is used from elsewhere")
         return output
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _group_size(x: Tree, weights: Tensor) -> int:
@@ -119,98 +217,16 @@ def _group_size(x: Tree, weights: Tensor) -> int:
     return count // len(weights)
 
 
-def _computation(model: nn.Module, layer: Layer, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def _substitutable(model: nn.Module, layer: Layer, module: nn.Module) -> Product:
     """The product of module's kind with weights (G, *layer.shape) for inputs (G·S, …)."""
     holders = [name for name, p in model.named_parameters(remove_duplicate=False) if p is module._parameters.get("weight")]
     if layer.name.rpartition(".")[2] != "weight" or "weight" not in module._parameters:
-        raise NotSubstitutable("it is parametrised, or not the weight parameter of a module such as Linear or Conv2d")
+        raise NotSubstitutable("it is parametrised, or not the weight of a module such as Linear")
     if len(holders) > 1:
         raise NotSubstitutable(f"it is tied: {', '.join(holders)} are one")
     if "forward" in vars(module):
         raise NotSubstitutable("its module's forward pass is replaced already")
-    if type(module).forward is nn.Linear.forward:
-        return lambda value, weights: linear(value, weights, module.bias)
-    if type(module).forward is nn.Conv2d.forward and (module.padding_mode == "zeros" or not isinstance(module.padding, str)):
-        return lambda value, weights: conv2d(value, weights, module)
-    raise NotSubstitutable(f"{type(module).__name__} is neither Linear nor Conv2d")
-
-
-def linear(value: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """y = W_g x + b.
-
-    Args:
-        value: (G·S, …, in).
-        weights: (G, out, in).
-        bias: (out,) or None.
-
-    Returns:
-        (G·S, …, out).
-    """
-    groups, out, _ = weights.shape
-    product = torch.bmm(value.reshape(groups, -1, value.shape[-1]), weights.transpose(1, 2))
-    product = product.reshape(*value.shape[:-1], out)
-    return product if bias is None else product + bias
-
-
-def conv2d(value: Tensor, weights: Tensor, module: nn.Conv2d) -> Tensor:
-    """`module`'s convolution with weight g for the samples of group g, as one grouped convolution.
-
-    Args:
-        value: (G·S, C, H, W).
-        weights: (G, out, C / module.groups, h, w).
-        module: gives bias, stride, padding, dilation and groups.
-
-    Returns:
-        (G·S, out, H', W').
-    """
-    groups, out = weights.shape[:2]
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        vertical, horizontal = padding
-        value = F.pad(value, (horizontal, horizontal, vertical, vertical), mode=module.padding_mode)
-        padding = 0
-    size, channels = value.shape[0] // groups, value.shape[1]
-    stacked = (
-        value.reshape(groups, size, channels, *value.shape[2:])
-        .transpose(0, 1)
-        .reshape(size, groups * channels, *value.shape[2:])
-    )
-    result = F.conv2d(stacked, weights.flatten(0, 1), None, module.stride, padding, module.dilation, groups * module.groups)
-    result = result.reshape(size, groups, out, *result.shape[2:]).transpose(0, 1).reshape(groups * size, out, *result.shape[2:])
-    return result if module.bias is None else result + module.bias.view(-1, 1, 1)
-
-
-# Single and batched products differ by rounding; a wrong path differs by the size of the result itself.
-SELF_CHECK_TOLERANCE = 1e-3
-
-
-def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[PerSampleWeights, str]:
-    """Substitution if it equals the loop on the probe batch x (B ≥ 1 samples, two are enough), else the loop.
-
-    Compares outputs and gradients of the outputs' sum of squares, under weights that differ between the samples.
-
-    Returns:
-        the way to run the model, and the reason if it is the loop ("" otherwise).
-    """
-    loop = Loop(model, layer, forward)
-    weight = layer.weight(model)
-    scale = 1 + 0.01 * torch.arange(batch_size(x), device=weight.device, dtype=weight.dtype)
-    weights = weight * scale.view(-1, *[1] * weight.dim())
-    try:
-        substitution = Substitution(model, layer, forward)
-        found, wanted = (_outputs_and_gradient(way, x, weights) for way in (substitution, loop))
-    except NotSubstitutable as reason:
-        return loop, reason.message
-    for got, want in zip(found, wanted, strict=True):
-        if not (got - want).norm() <= SELF_CHECK_TOLERANCE * (want.norm() + 1e-6):
-            return loop, "a self-check on two samples found substitution to give other results"
-    return substitution, ""
-
-
-def _outputs_and_gradient(way: PerSampleWeights, x: Tree, weights: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = weights.clone().requires_grad_()
-    with torch.enable_grad():
-        parts = [part.flatten() for part in leaves(way(x, leaf)).values() if part.is_floating_point()]
-        output = torch.cat(parts)
-        (gradient,) = torch.autograd.grad(output.square().sum(), leaf, allow_unused=True) if output.requires_grad else (None,)
-    return output.detach(), torch.zeros_like(weights) if gradient is None else gradient
+    product = product_of(module)
+    if product is None:
+        raise NotSubstitutable(f"{type(module).__name__} is neither Linear, Conv1d nor Conv2d")
+    return product

@@ -1,0 +1,53 @@
+"""Writing whole chunks of the arrays that `create_array` lays out, as bytes: several threads at once, hashed on the way.
+
+Zarr lays the arrays out and reads them. It would write them too, but takes a millisecond of Python for every chunk of every
+array, which the threads that compute would have to wait for; so the two codecs the arrays are made with are applied here. That
+Zarr reads back what was written is tested.
+"""
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs import Zstd
+
+from stages.artifacts.files import TEMPORARY
+
+LEVEL = 1
+
+
+def codecs() -> list[Any]:
+    """What every chunk goes through, as Zarr knows it: compression, then a checksum."""
+    return [zarr.codecs.ZstdCodec(level=LEVEL), zarr.codecs.Crc32cCodec()]
+
+
+def encode(rows: np.ndarray, count: int) -> bytes:
+    """A chunk's bytes, as `codecs` make them.
+
+    Args:
+        rows: (n, …), n ≤ count.
+        count: rows to a chunk; a shorter last chunk is filled up with zeros, which nobody reads.
+    """
+    if len(rows) < count:
+        rows = np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
+    compressed = bytes(Zstd(level=LEVEL).encode(np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))))
+    return compressed + google_crc32c.value(compressed).to_bytes(4, "little")
+
+
+def write(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a chunk whole and make it durable; its size and hash, as the ledger has them."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
+    try:
+        with temporary.open("wb", buffering=0) as stream:
+            stream.write(data)
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

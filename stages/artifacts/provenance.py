@@ -1,0 +1,37 @@
+"""What a manifest says beside the fingerprint: when, where, on what and with which versions a result was made."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def now() -> str:
+    """The time, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def made(started: str, device: torch.device) -> dict[str, Any]:
+    """When a result was begun and ended, device, threads and versions."""
+    return {
+        "started": started,
+        "ended": now(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
+    }
+
+
+@contextlib.contextmanager
+def threads_restored() -> Iterator[None]:
+    """Unfinished work goes on with the threads it was begun with; whatever comes after it has its own again."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

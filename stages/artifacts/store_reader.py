@@ -1,0 +1,162 @@
+"""Reading a finished delta store: whole arrays, rows in order, or batches in a shuffled order for training."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from stages.artifacts.background import read_ahead
+from stages.artifacts.delta_store import STORE, chunk_name
+from stages.errors import ArtifactError
+from stages.seeds import seed_of
+
+MEND_HINT = "ocd verify names the blocks; ocd collect then redoes them"
+
+
+class StoreReader:
+    """Reads a finished delta store.
+
+    Args:
+        folder: the stage's folder.
+        description: what the manifest says of the store; every array's metadata is checked against it first.
+
+    Raises:
+        ArtifactError: an array is missing, or has another shape or dtype.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        self.path, self.description = folder / STORE, description
+        try:
+            self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
+            kept = {name: wanted for name, wanted in description["arrays"].items() if "factors" not in wanted}
+            self._arrays = {name: self._group[name] for name in kept}
+            for name, wanted in kept.items():
+                array = self._arrays[name]
+                if list(array.shape) != wanted["shape"] or array.dtype != np.dtype(wanted["dtype"]):
+                    raise ArtifactError(
+                        f"{self.path}/{name} is {array.dtype} {array.shape}, "
+                        f"its manifest says {wanted['dtype']} {tuple(wanted['shape'])}",
+                        "redo it with: ocd collect --force",
+                    )
+        except (KeyError, ValueError, FileNotFoundError, TypeError) as error:
+            raise ArtifactError(f"{self.path} cannot be opened: {error}", "ocd verify names what is damaged") from error
+
+    def __len__(self) -> int:
+        return self.description["samples"]
+
+    @property
+    def block_samples(self) -> int:
+        """Rows to a block."""
+        return self.description["block_samples"]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-len(self) // self.block_samples)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of an array, by default all, (N, …); a delta that is kept as factors is put together.
+
+        Raises:
+            ArtifactError: a chunk is damaged.
+        """
+        factors = self.description["arrays"][name].get("factors")
+        if factors:
+            left, right = (self.read(factor, start, stop) for factor in factors)
+            return left[:, :, None] * right[:, None, :]
+        stop = len(self) if stop is None else stop
+        self._require_chunks(name, range(start // self.block_samples, -(-stop // self.block_samples)))
+        try:
+            return self._arrays[name][start:stop]
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ArtifactError(f"{self.path}/{name} is damaged: {error}", MEND_HINT) from error
+
+    def _require_chunks(self, name: str, blocks: range) -> None:
+        """Refuse a missing chunk: it would read back as its fill value, without an error."""
+        axes = len(self.description["arrays"][name]["shape"]) - 1
+        for block in blocks:
+            if not (self.path.parent / chunk_name(name, block, axes)).is_file():
+                raise ArtifactError(f"{self.path.parent / chunk_name(name, block, axes)} is missing", MEND_HINT)
+
+    def field_names(self) -> list[str]:
+        """The conditioning arrays: those that are not part of the fixed record of overfitting."""
+        return list(self.description["fields"])
+
+    def nbytes(self, names: list[str]) -> int:
+        """Bytes of some arrays in memory."""
+        arrays = self.description["arrays"]
+        return sum(
+            int(np.prod(arrays[name]["shape"], dtype=np.int64)) * np.dtype(arrays[name]["dtype"]).itemsize for name in names
+        )
+
+    def shuffled(
+        self,
+        names: list[str],
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        buffer_blocks: int = 4,
+        usable: np.ndarray | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """One epoch of batches in an order that is random but for locality: blocks are drawn without replacement,
+        `buffer_blocks` of them at a time share a buffer, and its rows are drawn from it in a random order.
+
+        The next buffer is read and decompressed meanwhile, so that two of them are in memory. The order depends on seed and
+        epoch alone.
+
+        Args:
+            names: arrays to read.
+            batch_size: rows to a batch; only the last is smaller.
+            seed: of the run.
+            epoch: another epoch is another order.
+            buffer_blocks: blocks to a buffer.
+            usable: (N,) bool, rows that may be drawn; None: all.
+
+        Yields:
+            name to (batch_size, …), and "row" to the rows' numbers (batch_size,).
+
+        Raises:
+            ArtifactError: a chunk is damaged.
+        """
+        rest: dict[str, np.ndarray] | None = None
+        for buffer in read_ahead(self._buffers(names, seed, epoch, buffer_blocks, usable), ahead=1):
+            if rest is not None:
+                buffer = {name: np.concatenate([rest[name], value]) for name, value in buffer.items()}
+            count = len(buffer["row"])
+            whole = count - count % batch_size
+            for start in range(0, whole, batch_size):
+                yield {name: value[start : start + batch_size] for name, value in buffer.items()}
+            rest = {name: value[whole:].copy() for name, value in buffer.items()} if whole < count else None
+        if rest is not None:
+            yield rest
+
+    def _buffers(
+        self, names: list[str], seed: int, epoch: int, buffer_blocks: int, usable: np.ndarray | None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        draw = np.random.default_rng(seed_of(seed, "shuffle", epoch))
+        order = draw.permutation(self.blocks)
+        for start in range(0, len(order), buffer_blocks):
+            chosen = order[start : start + buffer_blocks]
+            spans = [(int(b) * self.block_samples, min(len(self), (int(b) + 1) * self.block_samples)) for b in chosen]
+            rows = np.concatenate([np.arange(*span) for span in spans])
+            places = draw.permutation(len(rows))
+            if usable is not None:
+                places = places[usable[rows[places]]]
+            if len(places) == 0:
+                continue
+            yield {"row": rows[places]} | {name: self._gather(name, spans, places) for name in names}
+
+    def _gather(self, name: str, spans: list[tuple[int, int]], places: np.ndarray) -> np.ndarray:
+        """The rows `places` of the spans put one after another: each block is read and put in its rows' places at once."""
+        shape = self.description["arrays"][name]["shape"][1:]
+        found = np.empty((len(places), *shape), self.description["arrays"][name]["dtype"])
+        first = 0
+        for start, stop in spans:
+            value = self.read(name, start, stop)
+            here = np.flatnonzero((places >= first) & (places < first + len(value)))
+            found[here] = value[places[here] - first]
+            first += len(value)
+        return found

@@ -1,0 +1,219 @@
+"""The work of collecting: samples are read ahead, overfitted batch by batch, and compressed and written meanwhile."""
+
+import contextlib
+import dataclasses
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artifacts.background import Workers, read_ahead
+from stages.artifacts.delta_store import DELTA, FACTORS, DeltaStore
+from stages.config import CollectTable
+from stages.errors import ComputeError, SettingsError
+from stages.seeds import generator
+from stages.tasks.conditioning import fields_of
+from stages.tasks.data import Split
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import user_code
+from stages.trees import Tree, take, to_device
+from stages.weights.engine import Engine
+from stages.weights.overfit import Recipe
+
+# Samples overfitted so far, and the mean losses of the last block written.
+Heard = Callable[[int, dict[str, float]], None]
+Buffers = dict[str, Tensor]
+SUMMED = ("rho", "degenerate", "base_loss", "overfit_loss", "steps")
+
+
+def has_views(task: Task) -> bool:
+    """Whether the task shows another part of a sample at each gradient step."""
+    return type(task).view is not Task.view
+
+
+def recipe_of(settings: CollectTable) -> Recipe:
+    """How a sample is overfitted, as `[collect]` says."""
+    return Recipe(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)})
+
+
+def check_recipe(settings: CollectTable) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        SettingsError: with the reason.
+    """
+    if settings.optimizer == "adam":
+        for key in ("momentum", "weight_decay"):
+            if value := getattr(settings, key):
+                raise SettingsError(f"collect.{key} = {value} is of sgd, not of adam", "use --set collect.optimizer=sgd")
+    if settings.store == "factored":
+        why = "Adam's steps are none" if settings.optimizer == "adam" else ""
+        why = "with weight decay they are none" if settings.weight_decay else why
+        if why:
+            raise SettingsError(
+                f"collect.store = 'factored' needs deltas that are one outer product: {why}",
+                "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
+            )
+
+
+class Collector:
+    """Overfits rows of a split and writes them into a delta store.
+
+    Args:
+        task: gives views and conditioning.
+        engine: overfits a batch.
+        layer_kind: the type of the layer's module.
+        rows: the samples, in the store's order.
+        device: where to compute.
+        seed: of the run, for views.
+    """
+
+    def __init__(self, task: Task, engine: Engine, layer_kind: type, rows: Split, device: torch.device, seed: int) -> None:
+        self._task, self._engine, self._layer_kind = task, engine, layer_kind
+        self._rows, self._device, self._seed = rows, device, seed
+
+    def confirm(self, positions: range, given: tuple[Tree, Tree]) -> None:
+        """Compare the engine with the plain loop on some rows, given as (x, y)."""
+        numbers = self._rows.rows[positions.start : positions.stop]
+        x, y = (to_device(tree, self._device) for tree in given)
+        self._engine.confirm(x, y, (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None)
+
+    def overfit_batch(self, positions: range, given: tuple[Tree, Tree], out: Tensor | None = None) -> Buffers:
+        """Overfit some rows, given as (x, y), and capture their conditioning: array name to (B, …). The deltas may be left in
+        `out`."""
+        numbers = self._rows.rows[positions.start : positions.stop]
+        x, y = (to_device(tree, self._device) for tree in given)
+        first = self._engine.first_pass(x)
+        fields, _ = fields_of(self._task, self._layer_kind, x, first.output, first.captured)
+        views = (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None
+        found = self._engine.overfit(first, x, y, views, out)
+        delta = dict(zip(FACTORS, found.delta, strict=True)) if isinstance(found.delta, tuple) else {DELTA: found.delta}
+        results = {name: getattr(found, name) for name in SUMMED}
+        return {**delta, **results, "sample_index": numbers, **fields}
+
+    def _views(self, x: Tree, y: Tree, numbers: Tensor, step: int) -> tuple[Tree, Tree]:
+        """What each sample shows of itself at a gradient step. The task cuts it out on the CPU, where its generator lives."""
+        parts = []
+        for i, row in enumerate(numbers.tolist()):
+            with user_code("view()"):
+                parts.append(self._task.view(take(x, i), take(y, i), generator(self._seed, "collect", row, step)))
+        split = Split(parts, name="view()")
+        return tuple(to_device(tree, self._device) for tree in split.batch(range(len(parts))))
+
+    def work(self, store: DeltaStore, blocks: list[int], batch: int, writers: int, skip_bad: bool, heard: Heard) -> None:
+        """Overfit and write some blocks of the store. Reading, computing, and compressing and writing overlap; at most
+        `writers` + 2 blocks are in memory.
+
+        Raises:
+            OcdError: faults of the data and the task; numbers that are not finite, unless `skip_bad`. Blocks finished before
+                are written.
+        """
+        free: queue.Queue[Buffers] = queue.Queue()
+        made, done, figures = 0, 0, {}
+
+        def written(means: dict[str, float]) -> None:
+            figures.update(means)
+
+        with Workers(writers, 1, written) as workers, contextlib.closing(read_ahead(self._read(store, blocks, batch))) as read:
+            for block, positions, given in read:
+                span = store.block_range(block)
+                if positions.start == span.start:
+                    if free.empty() and made < writers + 2:
+                        made += 1
+                        free.put(self._buffers(store))
+                    workers.collect_until(lambda: not free.empty())
+                    buffers = free.get_nowait()
+                rows = slice(positions.start - span.start, positions.stop - span.start)
+                deltas = buffers[DELTA][rows] if DELTA in buffers and self._device.type == "cpu" else None
+                for name, value in self.overfit_batch(positions, given, deltas).items():
+                    if value is not deltas:
+                        buffers[name][rows].copy_(value, non_blocking=True)
+                done += len(positions)
+                heard(done, figures)
+                if positions.stop == span.stop:
+                    workers.submit(_Writing(store, block, buffers, free, self._arrival(), skip_bad))
+
+    def _read(self, store: DeltaStore, blocks: list[int], batch: int) -> Iterator[tuple[int, range, tuple[Tree, Tree]]]:
+        for block in blocks:
+            span = store.block_range(block)
+            for start in range(span.start, span.stop, batch):
+                positions = range(start, min(span.stop, start + batch))
+                yield block, positions, self._rows.batch(positions)
+
+    def _buffers(self, store: DeltaStore) -> Buffers:
+        """Host memory for a block, page-locked where a GPU writes to it."""
+        rows, pinned = min(store.rows, store.samples), self._device.type == "cuda"
+        return {
+            name: torch.empty(rows, *spec.row_shape, dtype=getattr(torch, spec.dtype), pin_memory=pinned)
+            for name, spec in store.specs.items()
+        }
+
+    def _arrival(self) -> Callable[[], None]:
+        """Waits until everything that was copied so far has arrived in host memory."""
+        if self._device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
+
+class _Writing:
+    """One block on its way to the disk, finished by a writer thread."""
+
+    def __init__(
+        self,
+        store: DeltaStore,
+        block: int,
+        buffers: Buffers,
+        free: "queue.Queue[Buffers]",
+        arrive: Callable[[], None],
+        skip_bad: bool,
+    ) -> None:
+        self._store, self._block, self._buffers, self._free = store, block, buffers, free
+        self._arrive, self._skip_bad = arrive, skip_bad
+
+    def __call__(self) -> dict[str, float]:
+        """Check, write, give the memory back; mean losses before and after."""
+        try:
+            self._arrive()
+            count = len(self._store.block_range(self._block))
+            arrays = {name: value[:count].numpy() for name, value in self._buffers.items()}
+            bad = bad_rows(arrays)
+            if bad.any() and not self._skip_bad:
+                raise not_finite(int(arrays["sample_index"][bad.argmax()]))
+            skipped = arrays["sample_index"][bad].tolist()
+            sums: dict[str, Any] = {name: float(arrays[name][~bad].sum(dtype=np.float64)) for name in SUMMED}
+            _blank(arrays, bad)
+            self._store.write_block(self._block, arrays, sums=sums, skipped=skipped)
+            good = max(1, count - len(skipped))
+            return {name: sums[name] / good for name in ("base_loss", "overfit_loss")}
+        finally:
+            self._free.put(self._buffers)
+
+
+def bad_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The rows with a number that is not finite, (B,) bool; the delta's show in its norm."""
+    bad = np.zeros(len(arrays["rho"]), bool)
+    for name, value in arrays.items():
+        if name not in (DELTA, *FACTORS) and value.dtype.kind == "f":
+            bad |= ~np.isfinite(value).reshape(len(value), -1).all(1)
+    return bad
+
+
+def not_finite(row: int) -> ComputeError:
+    """What is said of a sample whose numbers are not finite."""
+    return ComputeError(
+        f"overfitting sample {row} gave numbers that are not finite",
+        "try a smaller collect.lr, remove that sample, or leave such samples out with --set collect.skip_bad=true",
+    )
+
+
+def _blank(arrays: dict[str, np.ndarray], bad: np.ndarray) -> None:
+    """Samples left out keep their row: a zero delta, degenerate, so that no training draws it."""
+    if bad.any():
+        for name, value in arrays.items():
+            if name != "sample_index":
+                value[bad] = name == "degenerate"

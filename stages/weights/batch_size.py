@@ -1,0 +1,93 @@
+"""How many samples to overfit at once, and on how many threads: from the cache, the memory and the size of the work."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.errors import OcdError
+from stages.trees import Tree, batch_size, leaves
+from stages.weights.engine import Engine
+from stages.weights.layer import Layer
+from stages.weights.per_sample import Bound, Forward, Loop
+
+# Batches whose weights and activations fit the cache beat larger ones.
+CACHE_BYTES = 32 << 20
+SMALLEST, LARGEST = 32, 256
+LARGEST_ON_GPU = 4096
+# Of the memory that is free, what a batch may take.
+MEMORY_SHARE = 0.25
+# Below this many floating-point operations in a pass over a batch, several threads wait for each other more than they compute.
+SMALL_PASS = 20e6
+# Floating-point operations for each byte of the store, above which compressing and writing are a small part of the work.
+MOSTLY_COMPUTING = 100
+
+
+def sample_bytes(engine: Engine, layer: Layer, activations: int) -> int:
+    """Memory that one sample takes while it is overfitted: its weights (with gradient, moments and a temporary each, unless
+    they are kept as factors) and what the backward pass needs."""
+    copies = 2 if engine.name == "outer product" else 5
+    return 4 * copies * layer.numel + 2 * activations
+
+
+def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | None, device: torch.device) -> int:
+    """Samples at once, so that equal batches fill a block of `rows`.
+
+    Args:
+        engine: how they are overfitted; the loop takes one at a time.
+        sample: bytes of one, as `sample_bytes`.
+        rows: samples to a block.
+        available: bytes of memory that are free, None where that is not known.
+        device: where.
+    """
+    if isinstance(engine.way, Loop):
+        return 1
+    if device.type == "cuda":
+        wanted = min(LARGEST_ON_GPU, int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) // sample)
+    else:
+        wanted = min(LARGEST, max(SMALLEST, CACHE_BYTES // sample))
+        if available is not None:
+            wanted = min(wanted, int(MEMORY_SHARE * available) // sample)
+    wanted = max(1, min(rows, wanted))
+    return -(-rows // -(-rows // wanted))
+
+
+def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> int:
+    """Bytes that autograd keeps of one sample for the gradient in the layer's weight; 0 where it cannot be told."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    leaf = layer.weight(model).clone().requires_grad_()
+    named = {f"model.{layer.name}": leaf}
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = functional_call(Bound(model, forward), named, (x,))
+        del output
+    except (OcdError, RuntimeError):
+        return 0
+    ours = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), leaf)}
+    return sum(size for place, size in seen.items() if place not in ours) // batch_size(x)
+
+
+def forward_operations(model: nn.Module, forward: Forward, x: Tree) -> int:
+    """Floating-point operations (products of matrices and convolutions) of one sample's forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        leaves(forward(model, x))
+    return counter.get_total_flops() // batch_size(x)
+
+
+def auto_threads(operations: int, batch: int, row_bytes: int) -> int:
+    """CPU threads for computing, where others compress and write.
+
+    Args:
+        operations: floating-point operations of one sample's forward pass.
+        batch: samples at once.
+        row_bytes: bytes a sample leaves in the store.
+    """
+    cores = torch.get_num_threads()
+    if operations * batch < SMALL_PASS:
+        return 1
+    return cores if operations > MOSTLY_COMPUTING * row_bytes else max(1, cores // 2)

@@ -1,0 +1,276 @@
+"""How one layer of one model is overfitted: the fastest way that a self-check finds right, and what of it is reused."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import TaskError
+from stages.trees import Tree, batch_size, leaves, take, tree_map
+from stages.weights.capture import ACTIVATION, LAYER_INPUT, capture
+from stages.weights.layer import Layer
+from stages.weights.outer_product import AdamDescent, SgdDescent
+from stages.weights.overfit import DenseDescent, Descent, LossFunction, Overfit, Recipe, Views, overfit
+from stages.weights.per_sample import Forward, Loop, NotSubstitutable, PerSampleWeights, Substitution, Vmap, plain
+from stages.weights.prefix import Prefix
+from stages.weights.record import PrefixChanged, Record
+
+# Single and batched products differ by rounding; a wrong path differs by the size of the result itself.
+SELF_CHECK_TOLERANCE = 1e-3
+# A replayed prefix is the very numbers that were recorded; what varies is only the order of sums on several threads.
+REPLAY_TOLERANCE = 1e-5
+# Adam makes much of small differences between gradients: this is far above them, and far below a wrong delta.
+CONFIRM_TOLERANCE = 0.05
+TELLING_LOSS = 1e-2
+
+
+def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[PerSampleWeights, str]:
+    """The first of substitution and vmap that equals the loop on the probe batch x (two samples are enough), or the loop.
+
+    Compares outputs and gradients under weights that differ between the samples. Probe samples that give no gradient tell
+    nothing; noise is put on them then.
+
+    Returns:
+        the way to run the model, and what is wrong with those before it ("" for substitution).
+    """
+    loop = Loop(model, layer, forward)
+    weights = _different_weights(model, layer, batch_size(x))
+    wanted = outputs_and_gradient(loop, x, weights)
+    if not wanted[-1].flatten(1).any(1).all():
+        x = tree_map(lambda leaf: leaf + torch.randn_like(leaf) if leaf.is_floating_point() else leaf, x)
+        wanted = outputs_and_gradient(loop, x, weights)
+    reasons: list[str] = []
+    for kind in (Substitution, Vmap):
+        try:
+            way = kind(model, layer, forward)
+            if _equal(outputs_and_gradient(way, x, weights), wanted, SELF_CHECK_TOLERANCE):
+                return way, "; ".join(reasons)
+            reasons.append(f"a self-check on two samples found {kind.name} to give other results")
+        except NotSubstitutable as reason:
+            reasons.append(reason.message)
+        except Exception as error:
+            # Whatever it is that torch cannot do with this model: a slower way can.
+            message = getattr(error, "message", str(error)) or type(error).__name__
+            reasons.append(f"{kind.name} cannot run the model ({message.splitlines()[0][:160]})")
+    return loop, "; ".join(reasons)
+
+
+def _different_weights(model: nn.Module, layer: Layer, count: int) -> Tensor:
+    weight = layer.weight(model)
+    scale = 1 + 0.01 * torch.arange(count, device=weight.device, dtype=weight.dtype)
+    return weight * scale.view(-1, *[1] * weight.dim())
+
+
+def outputs_and_gradient(way: PerSampleWeights, x: Tree, weights: Tensor, record: Record | None = None) -> tuple[Tensor, ...]:
+    """Every floating-point output, and the gradient in the weights (G, …) of a sum that each of them enters with the same
+    weight, however large it is."""
+    leaf = weights.clone().requires_grad_()
+    with torch.enable_grad():
+        outputs = [part for part in leaves(way(x, leaf, record)).values() if part.is_floating_point()]
+        total = sum((part / part.detach().norm().clamp(min=1e-12)).square().sum() for part in outputs)
+        asked = isinstance(total, Tensor) and total.requires_grad
+        gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if asked else None
+    return *(part.detach() for part in outputs), torch.zeros_like(weights) if gradient is None else gradient
+
+
+def _equal(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float) -> bool:
+    return len(found) == len(wanted) and all(
+        got.shape == want.shape and bool((got - want).norm() <= tolerance * (want.norm() + 1e-6))
+        for got, want in zip(found, wanted, strict=True)
+    )
+
+
+def find_prefix(way: PerSampleWeights, model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> Prefix | None:
+    """The prefix of the layer, if replaying it changes neither the base's output nor two successive gradients.
+
+    Args:
+        way: how the model is run.
+        x: the probe batch, (B, …).
+
+    Returns:
+        None where the prefix has to be computed again in every pass.
+    """
+    size = 1 if isinstance(way, Loop) else batch_size(x)
+    x = take(x, slice(0, size))
+    try:
+        forward = plain(forward)
+        prefix = Prefix.probe(model, layer, lambda batch: forward(model, batch), x)
+        if prefix is None or prefix.is_empty:
+            return None
+        base = forward(model, x)
+        output, record = prefix.record(lambda: forward(model, x), x)
+        if record is None or not _equal(_flat(output), _flat(base), REPLAY_TOLERANCE):
+            return None
+        weights = _different_weights(model, layer, size)
+        wanted = outputs_and_gradient(way, x, weights)
+        again = [outputs_and_gradient(way, x, weights, record) for _ in range(2)]
+    except Exception:
+        # What cannot be recorded is computed again.
+        return None
+    return prefix if all(_equal(found, wanted, REPLAY_TOLERANCE) for found in again) else None
+
+
+def _flat(output: Tree) -> tuple[Tensor, ...]:
+    return tuple(leaf.detach().float() for leaf in leaves(output).values())
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What the base's own pass over a batch gave.
+
+    Attributes:
+        output: f_θ(x), (B, …).
+        captured: the fields layer_input, activation and base_output as the model has them.
+        record: what came before the layer, or None.
+    """
+
+    output: Tree
+    captured: dict[str, Tensor]
+    record: Record | None
+
+
+class Engine:
+    """Overfits one layer of one model.
+
+    Args:
+        model: the base, in eval mode, frozen.
+        layer: the selected layer.
+        forward: the task's forward pass.
+        loss: (output, y) to (B,).
+        recipe: how a sample is overfitted.
+        x: a probe batch, two samples.
+        views: the task shows another part of a sample at each step: nothing is reused then.
+        factored: give the deltas' factors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: Layer,
+        forward: Forward,
+        loss: LossFunction,
+        recipe: Recipe,
+        x: Tree,
+        *,
+        views: bool = False,
+        factored: bool = False,
+    ) -> None:
+        self._model, self._layer, self._forward, self._loss, self.recipe = model, layer, plain(forward), loss, recipe
+        self._factored = factored
+        self.way, self.reason = choose(model, layer, forward, x)
+        self.prefix = None if views else find_prefix(self.way, model, layer, forward, x)
+        self.why_dense = self._why_dense(x, views)
+
+    @property
+    def name(self) -> str:
+        """What the store records."""
+        return self.way.name if self.why_dense else "outer product"
+
+    def _why_dense(self, x: Tree, views: bool) -> str:
+        """Why the closed forms do not apply; "" where they do."""
+        if not isinstance(self.way, Substitution):
+            return f"the layer is overfitted by {self.way.name}: {self.reason}"
+        if type(self.way.module).forward is not nn.Linear.forward:
+            return f"the layer is a {type(self.way.module).__name__}, not a Linear"
+        if views:
+            return "the task shows another view of a sample at each step"
+        first = self.first_pass(x)
+        vectors = first.captured[LAYER_INPUT]
+        if vectors[0].numel() != vectors.shape[-1]:
+            return f"the layer sees {vectors[0].numel() // vectors.shape[-1]} vectors per sample, not one"
+        # Without labels, on the outputs themselves: three steps of each form must agree.
+        trial = Recipe(self.recipe.optimizer, 1e-3, 3, self.recipe.momentum, self.recipe.weight_decay)
+        forms = [self._descent(kind, first, x, None, _sum_of_squares, trial) for kind in (True, False)]
+        deltas = []
+        for descent in forms:
+            for step in range(trial.steps):
+                descent.gradient(step)
+                descent.advance(step)
+            deltas.append(descent.delta())
+        if not _equal(deltas[0], deltas[1], SELF_CHECK_TOLERANCE):
+            return "a self-check on two samples found the closed form to give other results"
+        return ""
+
+    def confirm(self, x: Tree, y: Tree, views: Views | None = None) -> None:
+        """Compare with the plain loop on labelled samples (B, …), by the task's own loss; the loop is taken where they differ.
+
+        Samples whose loss is so small that their gradient is rounding noise are left out.
+        """
+        trial = dataclasses.replace(self.recipe, steps=min(3, self.recipe.steps), until_converged=False)
+        first = self.first_pass(x)
+        with torch.no_grad():
+            base_loss = self._loss(first.output, y)
+            found = overfit(self._descent(not self.why_dense, first, x, y, self._loss, trial, views), base_loss, trial)
+            loop, weight = Loop(self._model, self._layer, self._forward), self._layer.weight(self._model)
+            wanted = overfit(DenseDescent(loop, weight, x, y, self._loss, trial, None, views), base_loss, trial)
+        telling = (base_loss > TELLING_LOSS) & ~wanted.degenerate & torch.isfinite(wanted.rho)
+        wrong = (found.delta - wanted.delta).flatten(1).norm(dim=1) > CONFIRM_TOLERANCE * wanted.rho
+        if bool((wrong & telling).any()):
+            self.reason = f"a self-check by the task's loss found {self.name} to give other deltas"
+            self.way, self.prefix = loop, None
+            self.why_dense = f"the layer is overfitted by loop: {self.reason}"
+
+    def first_pass(self, x: Tree) -> FirstPass:
+        """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""
+
+        def run() -> tuple[Tree, dict[str, Tensor]]:
+            return capture(self._model, self._layer, self._forward, x)
+
+        if self.prefix is None:
+            (output, captured), record = run(), None
+        else:
+            (output, captured), record = self.prefix.record(run, x)
+        return FirstPass(output, captured, record)
+
+    def overfit(self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None) -> Overfit:
+        """Overfit each sample of a batch, (B, …) inputs and labels, by itself.
+
+        Args:
+            first: the base's own pass over x.
+            x: inputs; y: labels.
+            views: as `DenseDescent`.
+            out: memory that the deltas (B, out, in) may be left in.
+
+        Raises:
+            TaskError: the loss does not depend on the layer.
+        """
+        try:
+            with torch.no_grad():
+                base_loss = self._loss(first.output, y)
+                descent = self._descent(not self.why_dense, first, x, y, self._loss, self.recipe, views, self._factored, out)
+                return overfit(descent, base_loss, self.recipe)
+        except PrefixChanged:
+            # This batch went another way than the probe: what comes before the layer is computed in every pass.
+            return self.overfit(dataclasses.replace(first, record=None), x, y, views, out)
+
+    def _descent(
+        self,
+        closed: bool,
+        first: FirstPass,
+        x: Tree,
+        y: Tree,
+        loss: LossFunction,
+        recipe: Recipe,
+        views: Views | None = None,
+        factored: bool = False,
+        out: Tensor | None = None,
+    ) -> Descent:
+        weight = self._layer.weight(self._model)
+        one_vector = first.captured[LAYER_INPUT][0].numel() == self._layer.matrix_shape[1]
+        if factored and not one_vector:
+            raise TaskError(
+                "the layer sees several vectors of some samples, whose deltas are no outer products",
+                "use --set collect.store=dense",
+            )
+        if not (closed and one_vector):
+            return DenseDescent(self.way, weight, x, y, loss, recipe, first.record, views)
+        given = (self.way, weight, first.captured[LAYER_INPUT], first.captured[ACTIVATION], x, y, loss, recipe, first.record)
+        if recipe.optimizer == "adam":
+            return AdamDescent(*given, out=out)
+        return SgdDescent(*given, bias=self.way.module.bias, factored=factored)
+
+
+def _sum_of_squares(output: Tree, _: Tree) -> Tensor:
+    parts = [leaf.reshape(len(leaf), -1).square().sum(1) for leaf in leaves(output).values() if leaf.is_floating_point()]
+    return torch.stack(parts).sum(0)

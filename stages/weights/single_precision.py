@@ -1,0 +1,86 @@
+"""A layer of a half-precision base, made to compute in float32: a delta is far smaller than what half precision resolves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import OcdError, TaskError
+from stages.weights.layer import Layer
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def in_single_precision(model: nn.Module, layer: Layer, run: Callable[[], object]) -> str:
+    """Make the layer's module compute in float32, its inputs and outputs cast at its border; the smallest module around it,
+    where its weight is used outside its own.
+
+    Args:
+        model: the base, changed in place; nothing is done where the layer is not of half precision.
+        layer: the layer.
+        run: a forward pass of the model, to find out whether it works.
+
+    Returns:
+        the name of the module that computes in float32 now, "" where nothing was changed; "." is the model itself.
+
+    Raises:
+        TaskError: the model does not run, whichever module is changed.
+    """
+    dtype = model.get_parameter(layer.name).dtype
+    if dtype not in HALF:
+        return ""
+    name = layer.module_name
+    while True:
+        undo = _make_single(model.get_submodule(name), dtype)
+        try:
+            with torch.no_grad():
+                run()
+            return name or "."
+        except (OcdError, RuntimeError) as error:
+            undo()
+            if not name:
+                raise TaskError(
+                    f"the model is {str(dtype).removeprefix('torch.')}, and does not run with {layer.name} in float32: {error}",
+                    "give the model in float32: model.float()",
+                ) from error
+            name = name.rpartition(".")[0]
+
+
+def _make_single(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+    """Cast a module's parameters and buffers, and what goes in and out; the function returned puts everything back."""
+    kept = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in HALF]
+    for tensor, data in kept:
+        tensor.data = data.float()
+
+    def enter(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        return _cast(args, HALF, torch.float32), _cast(named, HALF, torch.float32)
+
+    def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _cast(output, (torch.float32,), dtype)
+
+    handles = [
+        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+        module.register_forward_hook(leave),
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        for tensor, data in kept:
+            tensor.data = data
+
+    return undo
+
+
+def _cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
+    """`value` with its tensors of some dtypes cast, in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(to) if value.dtype in of else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cast(part, of, to) for part in value))
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)(_cast(part, of, to) for part in value)
+    if isinstance(value, dict):
+        return type(value)((key, _cast(part, of, to)) for key, part in value.items())
+    return value

@@ -1,0 +1,147 @@
+"""What the tests of the engine share: small models, and the comparison with the loop over copies of the model."""
+
+import copy
+
+import reference
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.trees import leaves, take
+from stages.weights.engine import Engine, choose
+from stages.weights.layer import find_layer
+from stages.weights.overfit import DenseDescent, Recipe, overfit
+
+# float64: what differs beyond this is not rounding.
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+# The authors' optimizer, one with everything that SGD has, and one that lets samples leave the batch early.
+RECIPES = {
+    "adam": Recipe("adam", 0.01, 3),
+    "sgd": Recipe("sgd", 0.02, 3, momentum=0.9, weight_decay=0.01),
+    "until converged": Recipe("sgd", 0.05, momentum=0.5, weight_decay=0.01, until_converged=True, tolerance=0.4, max_steps=12),
+}
+
+
+def forward(model, x):
+    return model(x)
+
+
+def frozen(model):
+    return model.double().eval().requires_grad_(False)
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class Custom(nn.Module):
+    """Parts by name, and a forward pass of one's own."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.leave.weight = self.enter.weight
+
+    def forward(self, x):
+        return self.leave(torch.tanh(self.enter(x)))
+
+
+def twice(self, x):
+    return self.fc(torch.tanh(self.fc(x)))
+
+
+def by_copies(model, name):
+    """The oracle of the ways to run a model: a copy of the model for each weight, with the weight put in."""
+
+    def run(x, weights):
+        size, parts = len(x) // len(weights), []
+        for i, weight in enumerate(weights):
+            net = copy.deepcopy(model)
+            owner = net.get_submodule(name.rpartition(".")[0])
+            delattr(owner, name.rpartition(".")[2])
+            setattr(owner, name.rpartition(".")[2], weight)
+            parts.append(net(x[i * size : (i + 1) * size]))
+        return torch.cat(parts)
+
+    return run
+
+
+def squares(output, y):
+    """A loss for outputs of every form, in which no two entries of a sample are alike."""
+    total = 0
+    for leaf in leaves(output).values():
+        flat = leaf.reshape(len(leaf), -1)
+        total = total + (flat - torch.linspace(-1, 1, flat.shape[1], dtype=flat.dtype) - y.view(-1, 1)).square().mean(1)
+    return total
+
+
+def cross_entropy(output, y):
+    return F.cross_entropy(output, y, reduction="none")
+
+
+def wanted_of(model, name, x, y, recipe, loss=squares):
+    """What the loop over copies of the model gives."""
+    named = {key: getattr(recipe, key) for key in ("momentum", "weight_decay", "until_converged", "tolerance", "max_steps")}
+    return reference.overfit_loop(model, name, loss, x, y, recipe.optimizer, recipe.lr, recipe.steps, **named)
+
+
+def assert_same(found, wanted):
+    """All that overfitting gives, in double precision."""
+    delta = found.delta
+    if isinstance(delta, tuple):
+        delta = delta[0].unsqueeze(2) * delta[1].unsqueeze(1)
+    pairs = {
+        "steps": (found.steps.long(), wanted.steps),
+        "base_loss": (found.base_loss, wanted.base_loss),
+        "delta": (delta, wanted.delta),
+        "rho": (found.rho, wanted.rho),
+        "overfit_loss": (found.overfit_loss, wanted.overfit_loss),
+        "degenerate": (found.degenerate, wanted.largest_gradient < 1e-6),
+    }
+    for name, (got, want) in pairs.items():
+        torch.testing.assert_close(got, want, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def equal_to_the_loop(model, name, x, recipe=RECIPES["sgd"], loss=squares, y=None, factored=False, confirm=False):
+    """The engine for a layer, once its results for every sample of a batch are found equal to the loop's.
+
+    With `confirm` it first compares itself with the loop on that batch, as the collect stage has it do on some rows. It has its
+    probe, and the batch, as copies of its own: some models work in place on what they are given.
+    """
+    count = len(next(iter(leaves(x).values())))
+    y = random(count, seed=5) / 10 if y is None else y
+    wanted = wanted_of(model, name, x, y, recipe, loss)
+    engine = Engine(model, find_layer(model, name), forward, loss, recipe, copied(take(x, slice(0, 2))), factored=factored)
+    if confirm:
+        engine.confirm(copied(x), y)
+    batch = copied(x)
+    assert_same(engine.overfit(engine.first_pass(batch), batch, y), wanted)
+    return engine
+
+
+def way_equal_to_the_loop(model, name, x, recipe=RECIPES["sgd"], loss=squares):
+    """The name of the way chosen for a layer, once its results are found equal to the loop's; for layers that the engine
+    cannot condition on."""
+    y = random(len(x), seed=5) / 10
+    wanted = wanted_of(model, name, x, y, recipe, loss)
+    layer = find_layer(model, name)
+    way, _ = choose(model, layer, forward, x[:2].clone())
+    descent = DenseDescent(way, layer.weight(model), x, y, loss, recipe)
+    assert_same(overfit(descent, loss(model(x), y), recipe), wanted)
+    return way.name
+
+
+def copied(tree):
+    """A tree of copies of its tensors."""
+    return take(tree, torch.arange(len(next(iter(leaves(tree).values())))))

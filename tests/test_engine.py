@@ -1,0 +1,388 @@
+"""The engine against the loop over copies of the model: drawn layers, closed forms, and what it refuses to take for granted."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engines import (
+    EXACT,
+    RECIPES,
+    Custom,
+    assert_same,
+    copied,
+    cross_entropy,
+    equal_to_the_loop,
+    forward,
+    frozen,
+    random,
+    squares,
+    wanted_of,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from stages.errors import TaskError
+from stages.weights.engine import Engine
+from stages.weights.layer import find_layer
+from stages.weights.overfit import Recipe
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@st.composite
+def recipes(draw):
+    """Either optimizer, some steps or until converged."""
+    optimizer = draw(st.sampled_from(["adam", "sgd"]))
+    sgd = optimizer == "sgd"
+    return Recipe(
+        optimizer,
+        lr=draw(st.sampled_from([1e-3, 0.01, 0.05])),
+        steps=draw(st.integers(1, 5)),
+        momentum=draw(st.sampled_from([0.0, 0.5, 0.9])) if sgd else 0.0,
+        weight_decay=draw(st.sampled_from([0.0, 0.01, 0.3])) if sgd else 0.0,
+        until_converged=draw(st.booleans()),
+        tolerance=draw(st.sampled_from([0.1, 0.5, 0.9])),
+        max_steps=draw(st.integers(1, 8)),
+    )
+
+
+def surrounded(layer, before, after, place):
+    """A layer first, in the middle or last in a model; and its name there."""
+    parts = {
+        "first": [layer, nn.Tanh(), after],
+        "middle": [before, nn.Tanh(), layer, nn.Tanh(), after],
+        "last": [before, layer],
+    }
+    model = frozen(nn.Sequential(*parts[place]))
+    return model, f"{parts[place].index(layer)}.weight"
+
+
+PLACES = st.sampled_from(["first", "middle", "last"])
+
+
+@given(
+    place=PLACES,
+    rows=st.lists(st.integers(1, 4), max_size=2),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    bias=st.booleans(),
+    flat=st.booleans(),
+    batch=st.integers(1, 6),
+    recipe=recipes(),
+)
+@PROPERTY
+def test_linear(place, rows, sizes, bias, flat, batch, recipe):
+    """On (B, in), (B, rows, in), (B, rows, columns, in) and (B·rows, in)."""
+    torch.manual_seed(0)
+    layer = nn.Linear(*sizes, bias=bias)
+    model, name = surrounded(layer, nn.Linear(sizes[0], sizes[0]), nn.Linear(sizes[1], 2), place)
+    if flat:
+        model = Custom(lambda self, x: self.net(x.flatten(0, -2)).view(*x.shape[:-1], -1), net=model)
+        name = f"net.{name}"
+    engine = equal_to_the_loop(model, name, random(batch, *rows, sizes[0]), recipe)
+    one = torch.Size(rows).numel() == 1
+    assert engine.name == ("outer product" if one else "substitution"), engine.why_dense
+    # A flattening comes first as well.
+    assert (engine.prefix is not None) == (place != "first" or flat)
+
+
+@st.composite
+def convolutions(draw):
+    axes = draw(st.sampled_from([1, 2]))
+
+    def each(low, high):
+        return draw(st.tuples(*[st.integers(low, high)] * axes))
+
+    groups, size, kernel, dilation, padding = draw(st.sampled_from([1, 2])), each(4, 7), each(1, 3), each(1, 2), each(0, 2)
+    assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    kind = (nn.Conv1d, nn.Conv2d)[axes - 1]
+    options = {
+        "stride": each(1, 2),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+    }
+    return kind, kind(2 * groups, groups * draw(st.integers(1, 2)), kernel, **options), size
+
+
+@given(convolution=convolutions(), place=PLACES, batch=st.integers(1, 6), recipe=recipes())
+@PROPERTY
+def test_convolutions(convolution, place, batch, recipe):
+    torch.manual_seed(0)
+    kind, layer, size = convolution
+    inputs, outputs = layer.in_channels, layer.out_channels
+    model, name = surrounded(layer, kind(inputs, inputs, 1), kind(outputs, 2, 1), place)
+    engine = equal_to_the_loop(model, name, random(batch, inputs, *size), recipe)
+    assert (engine.name, engine.prefix is not None) == ("substitution", place != "first"), engine.reason
+
+
+# name: the layers, the layer, the shape of a sample
+SINGLE = {
+    "dense": (lambda: [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)], "2.weight", (6,)),
+    "first": (lambda: [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)], "0.weight", (6,)),
+    "tokens": (lambda: [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2), nn.Flatten(), nn.Linear(6, 3)], "2.weight", (3, 4)),
+    "convolution": (lambda: [nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)], "0.weight", (1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", SINGLE)
+def test_single_precision_equals_the_loop_to_a_thousandth(name, recipe):
+    make, layer, shape = SINGLE[name]
+    torch.manual_seed(1)
+    model, x, y = nn.Sequential(*make()).requires_grad_(False), random(8, *shape, dtype=torch.float32), torch.arange(8) % 3
+    wanted = wanted_of(model, layer, x, y, RECIPES[recipe], cross_entropy)
+    engine = Engine(model, find_layer(model, layer), forward, cross_entropy, RECIPES[recipe], x[:2])
+    found = engine.overfit(engine.first_pass(x), x, y)
+    # Where the loss is smaller, Adam normalises rounding noise, and no two correct programs agree.
+    assert (wanted.base_loss > 1e-3).all()
+    assert found.delta.dtype == torch.float32
+    assert ((found.delta - wanted.delta).flatten(1).norm(dim=1) <= 1e-3 * wanted.rho).all()
+    torch.testing.assert_close(found.rho, wanted.rho, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "adam", "until converged"])
+def test_closed_forms_where_inputs_are_zero_small_or_negative(recipe):
+    """Adam divides by |i|: where i = 0 the weight stays, and where it is small ε counts."""
+    torch.manual_seed(2)
+    model, x = frozen(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))), random(5, 6)
+    x[0], x[1, :3], x[2] = 0, 0, x[2] * 1e-8
+    x[3, 0], x[4] = -1e-300, x[4] * 1e5
+    engine = equal_to_the_loop(model, "0.weight", x, RECIPES[recipe])
+    assert engine.name == "outer product"
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "adam"])
+def test_closed_forms_where_no_gradient_reaches_a_sample(recipe):
+    """A dead unit behind the layer: gradients of exactly zero, no step, and a sample marked degenerate."""
+
+    def run(self, x):
+        return self.head((self.fc(x).tanh() * (x[:, :1] > 0)).relu())
+
+    torch.manual_seed(3)
+    model, x = frozen(Custom(run, fc=nn.Linear(3, 4), head=nn.Linear(4, 2))), random(6, 3)
+    x[:, 0] = torch.tensor([1.0, 2, -1, 3, -1, 2])
+    recipe = Recipe(recipe, 0.05, 4)
+    assert equal_to_the_loop(model, "fc.weight", x, recipe).name == "outer product"
+    assert wanted_of(model, "fc.weight", x, torch.zeros(6), recipe).rho[2] == 0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_factors_are_the_delta(momentum, decay):
+    """Weight decay adds a share of the weight itself, which two factors alone do not hold."""
+    torch.manual_seed(4)
+    model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    recipe = Recipe("sgd", 0.05, 4, momentum, decay)
+    engine = equal_to_the_loop(model, "2.weight", random(5, 4), recipe, factored=True)
+    assert engine.name == "outer product"
+
+
+def test_factors_of_samples_that_leave_early():
+    torch.manual_seed(4)
+    model, x, y = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))), random(6, 4), random(6, seed=5)
+    recipe = Recipe("sgd", 0.1, momentum=0.5, until_converged=True, tolerance=0.5, max_steps=20)
+    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, recipe, x[:2], factored=True)
+    found = engine.overfit(engine.first_pass(x), x, y)
+    assert [part.shape for part in found.delta] == [(6, 3), (6, 5)]
+    assert len(set(found.steps.tolist())) > 1, "samples are to leave at different steps"
+    assert_same(found, wanted_of(model, "2.weight", x, y, recipe))
+
+
+def test_views_take_the_place_of_the_prefix_and_of_closed_forms():
+    torch.manual_seed(5)
+    model, x, y = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))), random(4, 4), random(4, seed=5)
+    recipe = Recipe("sgd", 0.1, 2)
+    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, recipe, x[:2], views=True)
+    assert (engine.name, engine.prefix) == ("substitution", None)
+    found = engine.overfit(engine.first_pass(x), x, y, lambda step: (x * (1 - step / 2), y))
+    theta = model[2].weight.expand(4, 3, 5).clone()
+    for step in range(2):
+        theta.requires_grad_()
+        hidden = model[:2](x * (1 - step / 2))
+        output = torch.einsum("boi,bi->bo", theta, hidden) + model[2].bias
+        theta = (theta - 0.1 * torch.autograd.grad(squares(output, y).sum(), theta)[0]).detach()
+    torch.testing.assert_close(found.delta, theta - model[2].weight, **EXACT)
+
+
+HOOKS = {
+    "clamped": lambda module, args, output: output.clamp(-0.5, 0.5),
+    "cut at zero": lambda module, args, output: output.relu(),
+    # Less than the self-check's tolerance.
+    "bent a little": lambda module, args, output: output + 3e-4 * output.abs(),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_of_the_users_on_the_layer(name, recipe):
+    """It stands between the layer's product and what follows, and must act once."""
+    torch.manual_seed(6)
+    model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
+    model[2].register_forward_hook(HOOKS[name])
+    equal_to_the_loop(model, "2.weight", random(6, 4), RECIPES[recipe])
+
+
+def test_a_hook_of_the_users_before_the_layer():
+    torch.manual_seed(6)
+    model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
+    model[2].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assert equal_to_the_loop(model, "2.weight", random(6, 4)).name == "outer product"
+
+
+# Models whose samples do not interact, but do not stand in the layer's input as they stand in the batch.
+
+
+def in_order_of_size(self, x):
+    """The samples sorted, as for packed sequences, and put back."""
+    order = x[:, 0].argsort()
+    return self.head(self.fc(x[order]).tanh()[order.argsort()])
+
+
+def by_expert(self, x):
+    """Each row of a sample (B, rows, in) goes to one of two layers."""
+    chosen = x[..., 0] > 0
+    out = x.new_zeros(*x.shape[:2], 3)
+    out[chosen], out[~chosen] = self.fc(x[chosen]), self.head(x[~chosen])
+    return out.tanh()
+
+
+def probe_alike(x, first):
+    """A batch whose first two samples, the probe, hide what the others show."""
+    x[:, 0] = torch.tensor(first)
+    return x
+
+
+HIDDEN = {
+    "in order of size": (in_order_of_size, lambda: probe_alike(random(6, 3), [-1.0, 1, 0.5, -0.5, 2, 0])),
+    "by expert": (
+        by_expert,
+        lambda: torch.cat([random(4, 4, 1).abs() * torch.tensor(ROWS).unsqueeze(2), random(4, 4, 2, seed=1)], dim=2),
+    ),
+}
+# Two rows of each probe sample go to the layer; three, and one, of the others: as many on the whole.
+ROWS = [[1.0, 1, -1, -1], [1, -1, 1, -1], [1, 1, 1, -1], [1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", HIDDEN)
+def test_samples_that_change_places_within_the_model(name, recipe):
+    """Two samples cannot show it; in the batch every sample gets its own delta, or it is said that it cannot."""
+    run, make = HIDDEN[name]
+    torch.manual_seed(7)
+    model = frozen(Custom(run, fc=nn.Linear(3, 3), head=nn.Linear(3, 3)))
+    try:
+        equal_to_the_loop(model, "fc.weight", make(), RECIPES[recipe])
+    except TaskError as error:
+        assert error.message.startswith("samples get into each other's rows")
+
+
+def trimmed_rows(self, x):
+    """As many rows of (B, rows, in) as the longest sample of the batch has; a sample's length is its first number."""
+    rows = int(x[:, 0, 0].max())
+    shown = (torch.arange(rows) < x[:, :1, 0]).unsqueeze(2)
+    return (self.fc(x[:, :rows]).tanh() * shown).sum(1)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 3, 2], [3, 3, 1, 2], [2, 1, 1, 1]], ids=str)
+def test_a_probe_that_is_shorter_or_longer_than_the_batch(lengths):
+    """One vector a sample in the probe is no promise for the batch."""
+    x = random(4, 3, 3)
+    x[:, 0, 0] = torch.tensor(lengths)
+    torch.manual_seed(7)
+    model = frozen(Custom(trimmed_rows, fc=nn.Linear(3, 3)))
+    for recipe in RECIPES.values():
+        equal_to_the_loop(model, "fc.weight", x, recipe, confirm=True)
+        equal_to_the_loop(model, "fc.weight", x.flip(0), recipe, confirm=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_right_is_confirmed(recipe):
+    torch.manual_seed(7)
+    model = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)))
+    for name, way in (("0.weight", "substitution"), ("3.weight", "outer product")):
+        assert equal_to_the_loop(model, name, random(6, 1, 3), RECIPES[recipe], confirm=True).name == way
+
+
+class Wrong:
+    """A way that takes each weight for a little larger than it is."""
+
+    name = "substitution"
+
+    def __init__(self, way):
+        self._way = way
+
+    def __call__(self, x, weights, record=None):
+        return self._way(x, 1.1 * weights, record)
+
+
+def test_what_is_wrong_is_not_confirmed_and_the_loop_is_taken():
+    torch.manual_seed(7)
+    model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
+    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    engine.way = Wrong(engine.way)
+    engine.confirm(x, y)
+    assert (engine.name, engine.prefix) == ("loop", None)
+    assert engine.reason == "a self-check by the task's loss found substitution to give other deltas"
+    assert_same(engine.overfit(engine.first_pass(x), x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
+
+
+def scaled_in_place(self, x):
+    x /= 2
+    return self.head(self.fc(x).tanh())
+
+
+def shifted_in_place(self, x):
+    x = x.flatten(1)
+    x += 1
+    return self.head(self.fc(x).tanh())
+
+
+@pytest.mark.parametrize("layer", ["fc.weight", "head.weight"])
+@pytest.mark.parametrize("run", [scaled_in_place, shifted_in_place])
+def test_a_model_that_works_in_place_on_its_input(run, layer):
+    """In training each batch is seen once, so nobody notices; here the same one is seen in every step."""
+    torch.manual_seed(8)
+    equal_to_the_loop(frozen(Custom(run, fc=nn.Linear(3, 4), head=nn.Linear(4, 2))), layer, random(5, 3))
+
+
+def test_the_users_arrays_are_left_as_they_are():
+    torch.manual_seed(8)
+    model, x = frozen(Custom(shifted_in_place, fc=nn.Linear(3, 4), head=nn.Linear(4, 2))), random(5, 3)
+    before = x.clone()
+    Engine(model, find_layer(model, "head.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    assert torch.equal(x, before)
+
+
+def test_results_do_not_depend_on_how_samples_are_batched():
+    torch.manual_seed(9)
+    model = frozen(nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3)))
+    x, y = random(6, 1, 4, 4), random(6, seed=1)
+    for name in ("0.weight", "3.weight", "5.weight"):
+        engine = Engine(model, find_layer(model, name), forward, squares, RECIPES["until converged"], x[:2])
+        whole = engine.overfit(engine.first_pass(x), x, y)
+        rows = torch.tensor([5, 0, 3])
+        part = engine.overfit(engine.first_pass(x[rows]), x[rows], y[rows])
+        torch.testing.assert_close(part.delta, whole.delta[rows], **EXACT)
+        assert part.steps.tolist() == whole.steps[rows].tolist()
+
+
+def test_two_first_passes_may_be_under_way():
+    """What one batch recorded is not disturbed by the next."""
+    torch.manual_seed(9)
+    model, x, y = frozen(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), random(4, 3), random(4, seed=1)
+    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    first = engine.first_pass(x)
+    engine.first_pass(copied(x) + 1)
+    assert_same(engine.overfit(first, x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
+
+
+def test_the_first_pass_gives_what_the_model_gives():
+    torch.manual_seed(9)
+    model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))), random(4, 3)
+    first = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2]).first_pass(x)
+    hidden = F.linear(x, model[0].weight, model[0].bias).relu()
+    torch.testing.assert_close(first.output, model(x), **EXACT)
+    torch.testing.assert_close(first.captured["layer_input"], hidden, **EXACT)
+    torch.testing.assert_close(first.captured["activation"], model(x), **EXACT)

@@ -1,0 +1,327 @@
+"""Whole models through the engine: every sample's result is the loop's, by the way that was to be expected."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engines import RECIPES, Custom, cross_entropy, equal_to_the_loop, frozen, random, squares, way_equal_to_the_loop
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from stages.errors import TaskError
+
+CLASSES = torch.arange(5) % 3
+
+
+def batch_norm(channels):
+    """Statistics and weights as training leaves them: no two channels alike."""
+    norm = nn.BatchNorm2d(channels)
+    norm.running_mean.copy_(random(channels, seed=7))
+    norm.running_var.copy_(random(channels, seed=8).square() + 0.5)
+    nn.init.normal_(norm.weight, 1, 0.2)
+    nn.init.normal_(norm.bias, 0, 0.2)
+    return norm
+
+
+class Block(nn.Module):
+    """A residual block, in place as torchvision's."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), batch_norm(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), batch_norm(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.relu(self.bn1(self.conv1(x)))
+        h = self.bn2(self.conv2(h))
+        h += x
+        return self.relu(h)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), batch_norm(4), nn.ReLU(inplace=True))
+        self.blocks, self.head = nn.Sequential(Block(4), Block(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Attending(nn.Module):
+    """Patches, attention and an mlp with skip connections, a class token, and a head on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(1, 8, 2, 2), nn.Parameter(torch.randn(1, 1, 8))
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp, self.head = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.patch(x).flatten(2).transpose(1, 2)
+        h = torch.cat([self.token.expand(len(x), -1, -1), h], dim=1)
+        n = self.norm1(h)
+        h = h + self.attention(n, n, n, need_weights=False)[0]
+        h = h + self.mlp(self.norm2(h))
+        return self.head(h[:, 0])
+
+
+def lenet():
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(),
+        nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def recurrent(kind):
+    return Custom(lambda self, x: self.head(self.rnn(x)[0][:, -1]), rnn=kind(4, 5, batch_first=True), head=nn.Linear(5, 3))
+
+
+# model: how it is made, the shape of a sample
+CLASSIFIERS = {
+    "mlp": (mlp, (4,)),
+    "lenet": (lenet, (1, 8, 8)),
+    "residual": (Residual, (1, 5, 5)),
+    "attending": (Attending, (1, 4, 4)),
+    "lstm": (lambda: recurrent(nn.LSTM), (6, 4)),
+    "gru": (lambda: recurrent(nn.GRU), (6, 4)),
+}
+# model, layer, way, whether a prefix is reused
+EXPECTED = [
+    ("mlp", "0.weight", "outer product", False),
+    ("mlp", "2.weight", "outer product", True),
+    ("mlp", "4.weight", "outer product", True),
+    ("lenet", "0.weight", "substitution", False),
+    ("lenet", "3.weight", "substitution", True),
+    ("lenet", "6.weight", "outer product", True),
+    ("lenet", "8.weight", "outer product", True),
+    ("residual", "stem.0.weight", "substitution", False),
+    ("residual", "blocks.0.conv2.weight", "substitution", True),
+    ("residual", "blocks.1.conv1.weight", "substitution", True),
+    ("residual", "blocks.1.conv2.weight", "substitution", True),
+    ("residual", "head.weight", "outer product", True),
+    ("attending", "patch.weight", "substitution", False),
+    ("attending", "attention.in_proj_weight", "vmap", True),
+    ("attending", "mlp.0.weight", "substitution", True),
+    ("attending", "mlp.2.weight", "substitution", True),
+    ("attending", "head.weight", "outer product", True),
+    # torch has no batching rule for recurrent kernels.
+    ("lstm", "rnn.weight_hh_l0", "loop", False),
+    ("lstm", "rnn.weight_ih_l0", "loop", False),
+    ("lstm", "head.weight", "outer product", True),
+    ("gru", "rnn.weight_hh_l0", "loop", False),
+    ("gru", "head.weight", "outer product", True),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("model", "name", "way", "reused"), EXPECTED)
+def test_classifiers(model, name, way, reused, recipe):
+    make, shape = CLASSIFIERS[model]
+    torch.manual_seed(1)
+    net = frozen(make())
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    engine = equal_to_the_loop(net, name, random(5, *shape), RECIPES[recipe], cross_entropy, CLASSES)
+    assert (engine.name, engine.prefix is not None) == (way, reused), engine.reason or engine.why_dense
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def counting(self, x):
+    """As many rounds as a sample asks for; those of the others are masked."""
+    rounds = (3 * x[:, 0].abs()).long()
+    h = x
+    for i in range(int(rounds.max()) + 1):
+        h = torch.where((i <= rounds).unsqueeze(1), self.fc(h).tanh(), h)
+    return self.head(h)
+
+
+def of_a_dict(self, x):
+    return self.head(self.fc(x["a"]).tanh() * x["b"].unsqueeze(1))
+
+
+def of_a_tuple(self, x):
+    left, right = x
+    return self.head(self.fc(left).tanh() + right)
+
+
+def to_a_dict(self, x):
+    h = self.fc(x).tanh()
+    return {"logits": self.head(h), "hidden": h, "pair": (h[:, 0], h[:, 1:])}
+
+
+def twice(self, x):
+    return self.head(torch.tanh(self.fc(torch.tanh(self.fc(x)))))
+
+
+def tied(self, x):
+    return F.linear(self.head(self.fc(x).tanh()), self.fc.weight)
+
+
+def weighed(self, x):
+    return self.head((torch.tanh(x) @ self.w).tanh())
+
+
+def one_by_one(self, x):
+    return torch.stack([self.fc(row) for row in x]).tanh()
+
+
+def dense(run):
+    return lambda: Custom(run, fc=nn.Linear(3, 3), head=nn.Linear(3, 3))
+
+
+def with_parameter(run, *shape):
+    return lambda: Custom(run, w=nn.Parameter(torch.randn(*shape)), head=nn.Linear(3, 3))
+
+
+VECTORS = random(5, 3)
+WORDS = torch.tensor([[0, 1, 1], [4, 2, 0], [3, 3, 3], [1, 0, 2], [2, 4, 4]])
+# name: how it is made, the layer, the inputs, the way
+OTHERS = {
+    "loop of its own": (dense(counting), "fc.weight", VECTORS, "loop"),
+    "head after a loop of its own": (dense(counting), "head.weight", VECTORS, "outer product"),
+    "of a dict": (dense(of_a_dict), "fc.weight", {"a": VECTORS, "b": random(5, seed=1)}, "outer product"),
+    "of a tuple": (dense(of_a_tuple), "head.weight", (VECTORS, random(5, 3, seed=1)), "outer product"),
+    "to a dict": (dense(to_a_dict), "fc.weight", VECTORS, "outer product"),
+    "to a number": (dense(lambda self, x: self.head(self.fc(x).tanh()).sum(1)), "fc.weight", VECTORS, "outer product"),
+    "to a dict, from its head": (dense(to_a_dict), "head.weight", VECTORS, "outer product"),
+    "used twice": (dense(twice), "fc.weight", VECTORS, "vmap"),
+    "tied": (dense(tied), "fc.weight", VECTORS, "vmap"),
+    "a parameter": (with_parameter(weighed, 3, 3), "w", VECTORS, "vmap"),
+    "transposed convolution": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, 2), nn.Tanh(), nn.Conv2d(3, 1, 3)),
+        "0.weight",
+        random(5, 2, 3, 3),
+        "vmap",
+    ),
+    "voxels": (
+        lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Conv3d(2, 2, 2), nn.Flatten()),
+        "2.weight",
+        random(5, 1, 4, 4, 4),
+        "vmap",
+    ),
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3)),
+        "0.weight",
+        WORDS,
+        "vmap",
+    ),
+    "head after an embedding": (
+        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3)),
+        "2.weight",
+        WORDS,
+        "outer product",
+    ),
+    "sequences": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3, 2)),
+        "3.weight",
+        random(5, 2, 7),
+        "substitution",
+    ),
+    "one vector of several axes": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Linear(3, 4), nn.Tanh()),
+        "1.weight",
+        VECTORS,
+        "outer product",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_forms(name, recipe):
+    make, layer, x, way = OTHERS[name]
+    torch.manual_seed(2)
+    engine = equal_to_the_loop(frozen(make()), layer, x, RECIPES[recipe])
+    assert engine.name == way, engine.reason or engine.why_dense
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("layer", "way"),
+    [("0.linear1.weight", "substitution"), ("0.self_attn.in_proj_weight", "vmap"), ("1.weight", "substitution")],
+)
+def test_torchs_own_transformer(layer, way, recipe):
+    """Without gradients torch would compute its encoder layer in one kernel: passes with and without must still agree."""
+    torch.manual_seed(3)
+    encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0, batch_first=True)
+    model = frozen(nn.Sequential(encoder, nn.Linear(4, 2)))
+    before = torch.backends.mha.get_fastpath_enabled()
+    assert equal_to_the_loop(model, layer, random(4, 5, 4), RECIPES[recipe]).name == way
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+# Layers whose module is never called with the samples: they have nothing to condition on, but weights of their own.
+UNSEEN = {
+    "called sample by sample": (dense(one_by_one), "fc.weight", VECTORS, "vmap"),
+    "parametrised": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), parametrizations.weight_norm(nn.Linear(4, 2))),
+        "2.parametrizations.weight.original1",
+        random(5, 3),
+        "vmap",
+    ),
+    "output projection": (Attending, "attention.out_proj.weight", random(5, 1, 4, 4), "vmap"),
+    "old weight norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.utils.weight_norm(nn.Linear(4, 2))),
+        "2.weight_v",
+        random(5, 3),
+        "vmap",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", UNSEEN)
+def test_layers_that_see_no_input(name, recipe):
+    make, layer, x, way = UNSEEN[name]
+    torch.manual_seed(4)
+    model = frozen(make())
+    model(x)  # the old weight norm has a weight without gradients from here on, and can be copied
+    assert way_equal_to_the_loop(model, layer, x, RECIPES[recipe]) == way
+
+
+@pytest.mark.parametrize("name", ["output projection", "parametrised", "called sample by sample"])
+def test_a_layer_that_sees_no_input_is_refused_by_the_engine(name):
+    make, layer, x, _ = UNSEEN[name]
+    with pytest.raises(TaskError, match=f"of {layer} (is not called|has shape)"):
+        equal_to_the_loop(frozen(make()), layer, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_the_old_weight_norm_is_left_with_a_weight_of_its_own():
+    """It keeps the weight that it computes on the module; one of vmap's must not stay there."""
+    torch.manual_seed(4)
+    model, x = frozen(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 2)))), random(5, 4)
+    before = model(x)
+    way_equal_to_the_loop(model, "0.weight_v", x)
+    assert torch.equal(copy.deepcopy(model)(x), before)
+    assert torch.equal(model(x), before)
+
+
+class Answer(dict):
+    """A dict of the user's own kind, as the transformers library returns."""
+
+
+def test_a_dict_of_the_users_own_kind():
+    model = frozen(Custom(lambda self, x: Answer(a=self.fc(self.fc(x).tanh())), fc=nn.Linear(3, 3)))
+    assert equal_to_the_loop(model, "fc.weight", VECTORS).name in ("vmap", "loop")
+
+
+def test_a_loss_of_one_small_output_among_large_ones():
+    """An error in the part that the loss is of must not hide behind a part ten thousand times as large."""
+
+    def run(self, x):
+        z = self.fc(x)
+        return {"picture": 1e4 * torch.tanh(self.head(x)) + 100 * z, "logits": z + F.linear(x, self.fc.weight)}
+
+    torch.manual_seed(0)
+    equal_to_the_loop(
+        frozen(dense(run)()), "fc.weight", VECTORS, loss=lambda output, y: squares({"logits": output["logits"]}, y)
+    )
