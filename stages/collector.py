@@ -81,15 +81,17 @@ class Collector:
         x, y = (to_device(tree, self._device) for tree in given)
         self._engine.confirm(x, y, (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None)
 
-    def overfit_batch(self, positions: range, given: tuple[Tree, Tree], out: Tensor | None = None) -> Buffers:
+    def overfit_batch(
+        self, positions: range, given: tuple[Tree, Tree], out: Tensor | None = None, check: bool = True
+    ) -> Buffers:
         """Overfit some rows, given as (x, y), and capture their conditioning: array name to (B, …). The deltas may be left in
-        `out`."""
+        `out`; `check` as `Engine.overfit`."""
         numbers = self._rows.rows[positions.start : positions.stop]
         x, y = (to_device(tree, self._device) for tree in given)
         first = self._engine.first_pass(x)
         fields, _ = fields_of(self._task, self._layer_kind, x, first.output, first.captured)
         views = (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None
-        found = self._engine.overfit(first, x, y, views, out)
+        found = self._engine.overfit(first, x, y, views, out, check)
         delta = dict(zip(FACTORS, found.delta, strict=True)) if isinstance(found.delta, tuple) else {DELTA: found.delta}
         results = {name: getattr(found, name) for name in SUMMED}
         return {**delta, **results, "sample_index": numbers, **fields}
@@ -128,7 +130,9 @@ class Collector:
                     buffers = free.get_nowait()
                 rows = slice(positions.start - span.start, positions.stop - span.start)
                 deltas = buffers[DELTA][rows] if DELTA in buffers and self._device.type == "cpu" else None
-                for name, value in self.overfit_batch(positions, given, deltas).items():
+                # What a model does with its samples it does in every block.
+                check = positions.start == span.start
+                for name, value in self.overfit_batch(positions, given, deltas, check).items():
                     if value is not deltas:
                         buffers[name][rows].copy_(value, non_blocking=True)
                 done += len(positions)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typer.testing import CliRunner, Result
 from ocd_cli.app import app, main
 from stages.artifacts.delta_store import DeltaStore
 from stages.artifacts.store_reader import StoreReader
+from stages.collector import Collector
 
 MODEL = """\
 from torch import nn
@@ -161,13 +163,24 @@ def counted_blocks() -> Any:
         yield written
 
 
+def slow_down(delay: float) -> None:
+    """Let each pass of `SLOW_MODEL` take this many seconds once the work of collect has begun; for good."""
+    work = Collector.work
+
+    def slow(*args: Any) -> None:
+        os.environ["SLOW_FORWARD_S"] = str(delay)
+        work(*args)
+
+    Collector.work = slow
+
+
 class Started:
     """`ocd` in a process of its own, forked from this one: what is imported already need not be imported again.
 
     Args:
         folder: the project.
         args: the command's words.
-        delay: seconds that each pass of `SLOW_MODEL` takes.
+        delay: seconds that each pass of `SLOW_MODEL` takes once the work of collect has begun.
     """
 
     def __init__(self, folder: Folder, *args: object, delay: float = 0.0) -> None:
@@ -184,7 +197,7 @@ class Started:
             for number, path in zip((1, 2), self._texts, strict=True):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
-            os.environ["SLOW_FORWARD_S"] = str(delay)
+            slow_down(delay)
             sys.argv = ["ocd", *words]
             try:
                 main()
@@ -225,6 +238,36 @@ class Started:
         """Send a signal, unless it has ended."""
         if not self.ended():
             os.kill(self.pid, number)
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system with little room."""
+
+    path: Path
+
+    def resize(self, size: str) -> None:
+        """Give it another size."""
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=True)
+
+    def fill(self, free: int = 0) -> Path:
+        """A file that takes all room but some; delete it to have the room back."""
+        path, left = self.path / "filler", shutil.disk_usage(self.path).free - free
+        with path.open("ab") as stream:
+            os.posix_fallocate(stream.fileno(), stream.tell(), left)
+        return path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB; without the right to mount one, the test is skipped."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system ({mounted.stderr.strip()}): run as root, or under unshare -rm")
+    yield SmallDisk(path)
+    subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def wait_until(ready: Any, timeout: float = 60) -> None:
@@ -336,3 +379,39 @@ def finished(finished_run, tmp_path):
     """A copy of a project with every stage done, with the times of its files."""
     shutil.copytree(finished_run.root, tmp_path / "finished")
     return Folder(tmp_path / "finished")
+
+
+@pytest.fixture(scope="session")
+def collected_run(tmp_path_factory, ocd):
+    """A project of the slow model through collect, unbroken, in nine blocks; not to be changed, see `collected`."""
+    settings = {"collect": {"block_samples": 4, "batch_size": 2}}
+    folder = make_folder(tmp_path_factory.mktemp("collected") / "project", settings, model=SLOW_MODEL)
+    ocd(folder, "run", "--quiet", "--until", "collect")
+    return folder
+
+
+@pytest.fixture
+def collected(collected_run, tmp_path):
+    """A copy of a project that is done through collect."""
+    shutil.copytree(collected_run.root, tmp_path / "collected")
+    return Folder(tmp_path / "collected")
+
+
+@pytest.fixture
+def ready(collected):
+    """The same, about to collect."""
+    shutil.rmtree(collected.run / "collect")
+    return collected
+
+
+@pytest.fixture
+def whole(collected_run, ocd):
+    """Asserts that a store is the unbroken run's, byte for byte, with nothing beside it."""
+
+    def check(folder: Folder) -> None:
+        assert results(folder, "collect") == results(collected_run, "collect")
+        names = {path.name for path in folder.run.iterdir()} - {".locks"}
+        assert names == {"run.json", "train-base", "select-layer", "collect"}
+        ocd(folder, "verify")
+
+    return check

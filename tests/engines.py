@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.trees import leaves, take
+from stages.weights.descent import DenseDescent
 from stages.weights.engine import Engine, choose
 from stages.weights.layer import find_layer
-from stages.weights.overfit import DenseDescent, Recipe, overfit
+from stages.weights.overfit import Recipe, overfit
 
 # float64: what differs beyond this is not rounding.
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -1,4 +1,4 @@
-"""A record of a batch, divided: for the samples that go on when others have converged, and for vmap, sample by sample."""
+"""A record of a batch, divided sample by sample for vmap; and what becomes of it when samples leave the batch."""
 
 import pytest
 import torch
@@ -8,22 +8,8 @@ from torch import nn
 
 from stages.weights.overfit import Recipe
 
-KEEP = [[1, 1, 1, 1, 1, 0], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0]]
 # What each sample has of its own stands in its rows, in the order of the samples.
 DIVISIBLE = ["glue", "in place before", "skip in place", "filled", "several calls", "called before and after", "nested"]
-
-
-@pytest.mark.parametrize("keep", KEEP, ids=str)
-@pytest.mark.parametrize("name", DIVISIBLE)
-def test_a_part_of_a_record_is_the_record_of_that_part(name, keep):
-    model, x, _ = make(name)
-    keep = torch.tensor(keep, dtype=torch.bool)
-    found, wanted = record_of(model, x).take(keep), record_of(model, x[keep])
-    assert found.samples == wanted.samples == int(keep.sum())
-    assert [event.source for event in found.events] == [event.source for event in wanted.events]
-    for place, (got, want) in enumerate(zip(found.tensors, wanted.tensors, strict=True)):
-        # As they were when the layer was reached: what is changed in place after that stands in the copies.
-        torch.testing.assert_close(found.copies.get(place, got), wanted.copies.get(place, want), **EXACT)
 
 
 @pytest.mark.parametrize("name", DIVISIBLE)
@@ -148,22 +134,6 @@ def test_results_are_the_loops_when_samples_leave(name):
     steps = wanted_of(model, "fc.weight", x, y, EARLY).steps.tolist()
     assert len(set(steps)) > 2, f"samples are to leave at different steps, not {steps}"
     equal_to_the_loop(model, "fc.weight", x, EARLY, y=y)
-
-
-@pytest.mark.parametrize("keep", KEEP, ids=str)
-@pytest.mark.parametrize("name", [*DIVISIBLE, "time first", "transposed", "skip in place of a view"])
-def test_the_model_replayed_for_some_samples(name, keep):
-    """It gives what it gives for them without a record; or it is known that the record cannot be divided."""
-    model, x, _ = make(name)
-    keep = torch.tensor(keep, dtype=torch.bool)
-    record, few = record_of(model, x), x[keep]
-    part = None if record is None else record.take(keep)
-    assert (part is not None) == (name in DIVISIBLE)
-    if part is not None:
-        wanted = model(few)
-        with part.replaying():
-            found = model(few)
-        torch.testing.assert_close(found, wanted, **EXACT)
 
 
 def test_a_hook_that_keeps_features_for_later():

@@ -9,8 +9,9 @@ from engines import EXACT, RECIPES, assert_same, cross_entropy, forward, wanted_
 from torch import nn
 
 from stages.errors import TaskError
+from stages.weights.descent import DenseDescent
 from stages.weights.layer import find_layer
-from stages.weights.overfit import DenseDescent, Recipe, overfit
+from stages.weights.overfit import Recipe, overfit
 from stages.weights.per_sample import Loop, Substitution, Vmap
 
 WAYS = [Loop, Vmap, Substitution]

@@ -26,8 +26,8 @@ def codecs() -> list[Any]:
     return [zarr.codecs.ZstdCodec(level=LEVEL), zarr.codecs.Crc32cCodec()]
 
 
-def encode(rows: np.ndarray, count: int) -> bytes:
-    """A chunk's bytes, as `codecs` make them.
+def encode(rows: np.ndarray, count: int) -> tuple[bytes, bytes]:
+    """A chunk's bytes, as `codecs` make them: compressed, and the checksum that follows.
 
     Args:
         rows: (n, …), n ≤ count.
@@ -36,18 +36,22 @@ def encode(rows: np.ndarray, count: int) -> bytes:
     if len(rows) < count:
         rows = np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
     compressed = bytes(Zstd(level=LEVEL).encode(np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))))
-    return compressed + google_crc32c.value(compressed).to_bytes(4, "little")
+    return compressed, google_crc32c.value(compressed).to_bytes(4, "little")
 
 
-def write(path: Path, data: bytes) -> dict[str, Any]:
+def write(path: Path, pieces: tuple[bytes, ...]) -> dict[str, Any]:
     """Write a chunk whole and make it durable; its size and hash, as the ledger has them."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
+    found = hashlib.sha256()
     try:
-        with temporary.open("wb", buffering=0) as stream:
-            stream.write(data)
+        with temporary.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+                found.update(piece)
+            stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"bytes": sum(map(len, pieces)), "sha256": found.hexdigest()}

@@ -6,7 +6,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.errors import OcdError
-from stages.trees import Tree, batch_size, leaves
+from stages.trees import Tree, batch_size
 from stages.weights.engine import Engine
 from stages.weights.layer import Layer
 from stages.weights.per_sample import Bound, Forward, Loop
@@ -73,9 +73,9 @@ def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) 
 
 
 def forward_operations(model: nn.Module, forward: Forward, x: Tree) -> int:
-    """Floating-point operations (products of matrices and convolutions) of one sample's forward pass."""
+    """Floating-point operations (products of matrices, convolutions, attention) of one sample's forward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        leaves(forward(model, x))
+        forward(model, x)
     return counter.get_total_flops() // batch_size(x)
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from stages.errors import TaskError
 from stages.trees import Tree, batch_size, leaves, take, tree_map
 from stages.weights.capture import ACTIVATION, LAYER_INPUT, capture
+from stages.weights.descent import DenseDescent, Recorded
 from stages.weights.layer import Layer
 from stages.weights.outer_product import AdamDescent, SgdDescent
-from stages.weights.overfit import DenseDescent, Descent, LossFunction, Overfit, Recipe, Views, overfit
+from stages.weights.overfit import Descent, LossFunction, Overfit, Recipe, Views, overfit
 from stages.weights.per_sample import Forward, Loop, NotSubstitutable, PerSampleWeights, Substitution, Vmap, plain
 from stages.weights.prefix import Prefix
 from stages.weights.record import PrefixChanged, Record
@@ -198,11 +199,16 @@ class Engine:
         Samples whose loss is so small that their gradient is rounding noise are left out.
         """
         trial = dataclasses.replace(self.recipe, steps=min(3, self.recipe.steps), until_converged=False)
-        first = self.first_pass(x)
         with torch.no_grad():
-            base_loss = self._loss(first.output, y)
-            found = overfit(self._descent(not self.why_dense, first, x, y, self._loss, trial, views), base_loss, trial)
-            loop, weight = Loop(self._model, self._layer, self._forward), self._layer.weight(self._model)
+            try:
+                first = self.first_pass(x)
+                found = self._tried(first, x, y, trial, views)
+            except PrefixChanged:
+                self.prefix = None
+                first = self.first_pass(x)
+                found = self._tried(first, x, y, trial, views)
+            base_loss, weight = found.base_loss, self._layer.weight(self._model)
+            loop = Loop(self._model, self._layer, self._forward)
             wanted = overfit(DenseDescent(loop, weight, x, y, self._loss, trial, None, views), base_loss, trial)
         telling = (base_loss > TELLING_LOSS) & ~wanted.degenerate & torch.isfinite(wanted.rho)
         wrong = (found.delta - wanted.delta).flatten(1).norm(dim=1) > CONFIRM_TOLERANCE * wanted.rho
@@ -210,6 +216,10 @@ class Engine:
             self.reason = f"a self-check by the task's loss found {self.name} to give other deltas"
             self.way, self.prefix = loop, None
             self.why_dense = f"the layer is overfitted by loop: {self.reason}"
+
+    def _tried(self, first: FirstPass, x: Tree, y: Tree, recipe: Recipe, views: Views | None) -> Overfit:
+        descent = self._descent(not self.why_dense, first, x, y, self._loss, recipe, views)
+        return overfit(descent, self._loss(first.output, y), recipe)
 
     def first_pass(self, x: Tree) -> FirstPass:
         """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""
@@ -223,7 +233,9 @@ class Engine:
             (output, captured), record = self.prefix.record(run, x)
         return FirstPass(output, captured, record)
 
-    def overfit(self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None) -> Overfit:
+    def overfit(
+        self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None, check: bool = True
+    ) -> Overfit:
         """Overfit each sample of a batch, (B, …) inputs and labels, by itself.
 
         Args:
@@ -231,6 +243,7 @@ class Engine:
             x: inputs; y: labels.
             views: as `DenseDescent`.
             out: memory that the deltas (B, out, in) may be left in.
+            check: find out whether samples get into each other's rows, which takes a backward pass more.
 
         Raises:
             TaskError: the loss does not depend on the layer.
@@ -238,11 +251,13 @@ class Engine:
         try:
             with torch.no_grad():
                 base_loss = self._loss(first.output, y)
-                descent = self._descent(not self.why_dense, first, x, y, self._loss, self.recipe, views, self._factored, out)
+                descent = self._descent(
+                    not self.why_dense, first, x, y, self._loss, self.recipe, views, self._factored, out, check
+                )
                 return overfit(descent, base_loss, self.recipe)
         except PrefixChanged:
             # This batch went another way than the probe: what comes before the layer is computed in every pass.
-            return self.overfit(dataclasses.replace(first, record=None), x, y, views, out)
+            return self.overfit(dataclasses.replace(first, record=None), x, y, views, out, check)
 
     def _descent(
         self,
@@ -255,8 +270,10 @@ class Engine:
         views: Views | None = None,
         factored: bool = False,
         out: Tensor | None = None,
+        check: bool = True,
     ) -> Descent:
         weight = self._layer.weight(self._model)
+        prefix = Recorded(first.record, lambda inputs: self.first_pass(inputs).record)
         one_vector = first.captured[LAYER_INPUT][0].numel() == self._layer.matrix_shape[1]
         if factored and not one_vector:
             raise TaskError(
@@ -264,8 +281,8 @@ class Engine:
                 "use --set collect.store=dense",
             )
         if not (closed and one_vector):
-            return DenseDescent(self.way, weight, x, y, loss, recipe, first.record, views)
-        given = (self.way, weight, first.captured[LAYER_INPUT], first.captured[ACTIVATION], x, y, loss, recipe, first.record)
+            return DenseDescent(self.way, weight, x, y, loss, recipe, prefix, views, check)
+        given = (self.way, weight, first.captured[LAYER_INPUT], first.captured[ACTIVATION], x, y, loss, recipe, prefix)
         if recipe.optimizer == "adam":
             return AdamDescent(*given, out=out)
         return SgdDescent(*given, bias=self.way.module.bias, factored=factored)

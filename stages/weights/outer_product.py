@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stages.trees import Tree, take
-from stages.weights.overfit import LossFunction, Recipe, own_gradients
+from stages.weights.descent import Recorded, own_gradients
+from stages.weights.overfit import LossFunction, Recipe
 from stages.weights.per_sample import Substitution
-from stages.weights.record import Record
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 # Samples whose deltas are made at once: what is worked on stays in the cache.
@@ -32,7 +32,7 @@ class OuterProductDescent:
         y: labels (B, …).
         loss: (output, y) to (B,).
         recipe: optimizer and learning rate.
-        record: what comes before the layer, for x.
+        prefix: what comes before the layer.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class OuterProductDescent:
         y: Tree,
         loss: LossFunction,
         recipe: Recipe,
-        record: Record | None = None,
+        prefix: Recorded | None = None,
     ) -> None:
         self._run, self._weight, self._x, self._y, self._loss, self._recipe = run, weight, x, y, loss, recipe
-        self._record = record
+        self._prefix = prefix or Recorded()
         self._shape = output.shape[1:]
         self._vectors, self._start = vectors.flatten(1), output.flatten(1)
         self._output = self._start
         self._signal = torch.empty(0)
 
     def _losses_at(self, z: Tensor) -> Tensor:
-        output = self._run.replaced(self._x, lambda _: z.reshape(-1, *self._shape), self._record)
+        output = self._run.replaced(self._x, lambda _: z.reshape(-1, *self._shape), self._prefix.record)
         return self._loss(output, self._y)
 
     def gradient(self, step: int) -> Tensor:
@@ -76,7 +76,17 @@ class OuterProductDescent:
         for name in ("_vectors", "_start", "_output", "_signal"):
             setattr(self, name, getattr(self, name)[rows])
         self._x, self._y = take(self._x, rows), take(self._y, rows)
-        self._record = self._record.take(rows) if self._record is not None else None
+        self._prefix = self._prefix.of(self._x)
+
+    @property
+    def replays(self) -> bool:
+        """As the interface says."""
+        return self._prefix.record is not None
+
+    @property
+    def worth_leaving(self) -> float:
+        """As the interface says."""
+        return self._prefix.worth_leaving
 
     def losses(self) -> Tensor:
         """As the interface says."""
@@ -169,7 +179,8 @@ class AdamDescent(OuterProductDescent):
         if self._signed:
             total.mul_(self._sign[rows].unsqueeze(1))
             vectors = self._vectors
-        self._norm[rows] = torch.linalg.vector_norm(total, dim=(1, 2))
+        if self._signed or self._recipe.until_converged:
+            self._norm[rows] = torch.linalg.vector_norm(total, dim=(1, 2))
         torch.bmm(total, vectors[rows].unsqueeze(2), out=shift[rows].unsqueeze(2))
 
     def keep(self, rows: Tensor) -> None:

@@ -7,14 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.errors import TaskError
-from stages.trees import Tree, batch_size, take
-from stages.weights.per_sample import PerSampleWeights, Substitution
-from stages.weights.record import Record
+from stages.trees import Tree
+from stages.weights.record import PrefixChanged
 
 DEGENERATE_GRADIENT = 1e-6
-# Multiples of it, without their whole part, lie far from one another.
-GOLDEN_RATIO = 0.6180339887
 
 LossFunction = Callable[[Tree, Tree], Tensor]
 Views = Callable[[int], tuple[Tree, Tree]]
@@ -72,7 +68,16 @@ class Overfit:
 
 
 class Descent(Protocol):
-    """The gradient steps of a batch, whatever form the weights have; every tensor has a row for each sample still in it."""
+    """The gradient steps of a batch, whatever form the weights have; every tensor has a row for each sample still in it.
+
+    Attributes:
+        replays: whether a record is in use.
+        worth_leaving: the share of the batch that has to be finished before the others go on without it: a record
+            must be made anew for them.
+    """
+
+    replays: bool
+    worth_leaving: float
 
     def gradient(self, step: int) -> Tensor:
         """Find the gradient at the present weights, before step `step`; the losses of the whole samples there, (B,)."""
@@ -113,28 +118,44 @@ def overfit(descent: Descent, base_loss: Tensor, recipe: Recipe) -> Overfit:
     count, device = len(base_loss), base_loss.device
     largest = torch.zeros(count, device=device)
     steps = torch.full((count,), recipe.most_steps, dtype=torch.int32, device=device)
-    active = torch.arange(count, device=device)
-    first, left = torch.zeros(0), _Left(count)
+    # The samples in the batch, and which of them have left since it was last made smaller.
+    rows, gone = torch.arange(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
+    left, first = _Left(count), torch.zeros(0)
     for step in range(recipe.most_steps):
         values = descent.gradient(step)
+        if step == 0:
+            check_losses(descent, values, base_loss)
         peak, norm = descent.gradient_size()
-        largest[active] = torch.maximum(largest[active], peak.float())
+        largest[rows] = torch.where(gone, largest[rows], torch.maximum(largest[rows], peak.float()))
         if recipe.until_converged:
             first = norm if step == 0 else first
-            done = (norm <= recipe.tolerance * first) | (peak < DEGENERATE_GRADIENT)
+            done = ((norm <= recipe.tolerance * first) | (peak < DEGENERATE_GRADIENT)) & ~gone
             if done.any():
-                steps[active[done]] = step
-                left.take(active[done], [part[done] for part in (*descent.delta(), descent.norm(), values)])
-                active, first = active[~done], first[~done]
-                if len(active) == 0:
+                steps[rows[done]] = step
+                left.take(rows[done], [part[done] for part in (*descent.delta(), descent.norm(), values)])
+                gone = gone | done
+                if gone.all():
                     break
-                descent.keep(~done)
+                if gone.float().mean() >= descent.worth_leaving:
+                    descent.keep(~gone)
+                    rows, first, gone = rows[~gone], first[~gone], gone[~gone]
         descent.advance(step)
-    if len(active):
-        left.take(active, [*descent.delta(), descent.norm(), descent.losses()])
+    if not gone.all():
+        last = (*descent.delta(), descent.norm(), descent.losses())
+        left.take(rows[~gone], [part[~gone] for part in last] if gone.any() else list(last))
     *delta, rho, overfit_loss = left.whole()
     found = delta[0] if len(delta) == 1 else tuple(delta)
     return Overfit(found, rho, largest < DEGENERATE_GRADIENT, base_loss, overfit_loss, steps)
+
+
+def check_losses(descent: Descent, values: Tensor, base_loss: Tensor) -> None:
+    """Before the first step the losses must be the base's own: a record that is given back to the wrong samples shows here.
+
+    Raises:
+        PrefixChanged: they are others.
+    """
+    if descent.replays and ((values - base_loss).abs() > 1e-3 * (1 + base_loss.abs())).any():
+        raise PrefixChanged("with what was recorded before the layer the base's losses came out different")
 
 
 class _Left:
@@ -154,125 +175,3 @@ class _Left:
             return self._parts[0][1]
         order = torch.cat([rows for rows, _ in self._parts]).argsort()
         return [torch.cat(parts)[order] for parts in zip(*(values for _, values in self._parts), strict=True)]
-
-
-class DenseDescent:
-    """Gradient steps on a weight for each sample, by torch.optim on all of them at once.
-
-    Args:
-        run: the model with a weight per sample.
-        weight: the base's weight θ of the layer, in its own shape.
-        x: inputs (B, …).
-        y: labels (B, …).
-        loss: (output, y) to (B,).
-        recipe: optimizer and learning rate.
-        record: what comes before the layer, for x.
-        views: step to the (x, y) used at it, each (B, …); None: the whole samples.
-    """
-
-    def __init__(
-        self,
-        run: PerSampleWeights,
-        weight: Tensor,
-        x: Tree,
-        y: Tree,
-        loss: LossFunction,
-        recipe: Recipe,
-        record: Record | None = None,
-        views: Views | None = None,
-    ) -> None:
-        self._run, self._weight, self._x, self._y, self._loss = run, weight, x, y, loss
-        self._record, self._views, self._until_converged = record, views, recipe.until_converged
-        self._kept = torch.arange(batch_size(x), device=weight.device)
-        self._theta = weight.expand(batch_size(x), *weight.shape).clone(memory_format=torch.contiguous_format)
-        self._theta.requires_grad_()
-        self._optimizer = make_optimizer(recipe, [self._theta])
-
-    def gradient(self, step: int) -> Tensor:
-        """The gradient of the sum of the losses: each sample's own, since samples do not interact."""
-        x, y, record = self._x, self._y, self._record
-        if self._views is not None:
-            (x, y), record = self._views(step), None
-            x, y = take(x, self._kept), take(y, self._kept)
-        with torch.enable_grad():
-            values = self._loss(self._run(x, self._theta, record), y)
-            self._theta.grad = own_gradients(values, self._theta, check=step == 0 and isinstance(self._run, Substitution))
-        # A sample that leaves here does so with the loss of the whole of it.
-        return values.detach() if self._views is None or not self._until_converged else self.losses()
-
-    def gradient_size(self) -> tuple[Tensor, Tensor]:
-        """As the interface says."""
-        flat = self._theta.grad.flatten(1)
-        return flat.abs().amax(1), flat.norm(dim=1)
-
-    def advance(self, step: int) -> None:
-        """One step of torch's optimizer: it works elementwise, so each sample takes its own."""
-        self._optimizer.step()
-
-    def keep(self, rows: Tensor) -> None:
-        """Weights, gradients and the optimizer's state of those samples."""
-        old, gradient = self._theta, self._theta.grad
-        self._theta = old.detach()[rows].requires_grad_()
-        self._theta.grad = gradient[rows]
-        state = self._optimizer.state.pop(old, {})
-        self._optimizer.param_groups[0]["params"] = [self._theta]
-        self._optimizer.state[self._theta] = {
-            name: value[rows] if isinstance(value, Tensor) and value.dim() else value for name, value in state.items()
-        }
-        self._x, self._y, self._kept = take(self._x, rows), take(self._y, rows), self._kept[rows]
-        self._record = self._record.take(rows) if self._record is not None else None
-
-    def losses(self) -> Tensor:
-        """As the interface says."""
-        with torch.no_grad():
-            return self._loss(self._run(self._x, self._theta, self._record), self._y)
-
-    def delta(self) -> tuple[Tensor, ...]:
-        """θ_s − θ, (B, out, in)."""
-        return ((self._theta.detach() - self._weight).view(len(self._theta), len(self._weight), -1),)
-
-    def norm(self) -> Tensor:
-        """As the interface says."""
-        return self.delta()[0].flatten(1).norm(dim=1)
-
-
-def make_optimizer(recipe: Recipe, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """torch's Adam (β 0.9, 0.999, ε 1e-8) or SGD. Not their fused forms: those take a gradient's memory for contiguous."""
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=recipe.lr)
-    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-
-
-def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:
-    """Each sample's gradient of its own loss, from the gradient of the losses' sum.
-
-    Args:
-        values: losses (B,).
-        leaf: a row for each sample, (B, …).
-        check: find out whether a sample's loss depends on another one's row: with the losses multiplied by different factors
-            each gradient must come out multiplied by its own.
-
-    Returns:
-        (B, …).
-
-    Raises:
-        TaskError: the losses do not depend on `leaf`, or samples get into each other's rows.
-    """
-    total = values.sum()
-    check = check and len(values) > 1
-    gradient = torch.autograd.grad(total, leaf, allow_unused=True, retain_graph=check)[0] if total.requires_grad else None
-    if gradient is None:
-        raise TaskError("the loss does not depend on the layer", "choose another layer, or let the loss keep its gradient")
-    if check:
-        factors = 1 + torch.arange(len(values), device=values.device, dtype=values.dtype) * GOLDEN_RATIO % 1
-        (scaled,) = torch.autograd.grad((factors * values).sum(), leaf)
-        factors = factors.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
-        norms = gradient.flatten(1).norm(dim=1)
-        # Rounding is far below the first term, except where a gradient is itself next to nothing.
-        wrong = (scaled - factors * gradient).flatten(1).norm(dim=1) > 1e-2 * norms + 1e-6 * norms.max()
-        if wrong.any():
-            raise TaskError(
-                "samples get into each other's rows on their way to the layer: the model sorts, routes or mixes them",
-                "choose another layer with: ocd select-layer --layer NAME",
-            )
-    return gradient

@@ -74,37 +74,14 @@ class Record:
         """Every tensor of the events, as often as it occurs."""
         return [tensor for event in self.events for tensor in tensors_in(event.result)]
 
-    def take(self, keep: Tensor) -> "Record | None":
-        """The record of some of the samples, (B,) bool; None where it cannot be divided."""
-        if self.rows is None:
-            return None
-        made: dict[int, Tensor] = {}
-
-        def some(tensor: Tensor, rows: int) -> Tensor:
-            if rows == 0:
-                return tensor
-            if id(tensor) not in made:
-                made[id(tensor)] = tensor.unflatten(0, (self.samples, rows))[keep].flatten(0, 1)
-            return made[id(tensor)]
-
-        found = [some(tensor, rows) for tensor, rows in zip(self.tensors, self.rows, strict=True)]
-        copies = {place: some(copy, self.rows[place]) for place, copy in self.copies.items()}
-        stream = iter(found)
-        events = [Event(event.source, with_tensors(event.result, stream)) for event in self.events]
-        record = Record(events, int(keep.sum()), self.rows, copies)
-        record.settle()
-        return record
-
     def by_sample(self) -> list[Tensor] | None:
         """The tensors that depend on the samples, each (B, rows of a sample, …); None where the record cannot be divided."""
         if self.rows is None:
             return None
         found = [self.copies.get(place, tensor) for place, tensor in enumerate(self.tensors)]
+        if any(rows and len(tensor) != self.samples * rows for tensor, rows in zip(found, self.rows, strict=True)):
+            return None
         return [tensor.unflatten(0, (self.samples, rows)) for tensor, rows in zip(found, self.rows, strict=True) if rows]
-
-    def settle(self) -> None:
-        """Take the tensors' present state as the one that must last."""
-        self.versions = [tensor._version for tensor in self.tensors]
 
     def touched(self) -> set[int]:
         """The places of the tensors that were changed since, other than those replayed as copies."""

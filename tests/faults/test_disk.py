@@ -1,0 +1,133 @@
+"""A disk that is full, beforehand and in the middle: one message, exit code 4, and the run goes on once there is room."""
+
+import re
+import shutil
+
+import pytest
+from conftest import Folder, blocks_of, counted_blocks, make_folder
+
+from stages.artifacts.delta_store import DeltaStore
+from stages.artifacts.run_directory import StageFolder
+from stages.collect import Collect
+
+WIDE = """\
+from torch import nn
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory, ocd):
+    """Collected on a disk with room enough: 900 deltas of 960 bytes, in 18 blocks; not to be changed."""
+    settings = {"collect": {"block_samples": 50, "batch_size": 25}, "select-layer": {"layer": "0.weight"}}
+    folder = make_folder(tmp_path_factory.mktemp("disk") / "project", settings, model=WIDE, rows=1000)
+    ocd(folder, "run", "--until", "collect")
+    return folder
+
+
+@pytest.fixture
+def small(on_disk, small_disk, tmp_path):
+    """The same, about to collect, its run directory on a small disk."""
+    shutil.copytree(on_disk.root, tmp_path / "small", ignore=shutil.ignore_patterns("collect"))
+    shutil.move(tmp_path / "small" / "run", small_disk.path / "run")
+    (tmp_path / "small" / "run").symlink_to(small_disk.path / "run")
+    return Folder(tmp_path / "small")
+
+
+def same_store(folder, on_disk, ocd):
+    """Whether a store is the one made where there was room, byte for byte."""
+    ocd(folder, "verify")
+    paths = {path.relative_to(on_disk.run) for path in (on_disk.run / "collect").rglob("*") if path.is_file()}
+    assert {path.relative_to(folder.run) for path in (folder.run / "collect").rglob("*") if path.is_file()} == paths
+    for path in paths:
+        if path.name not in ("manifest.json", "log.txt"):
+            assert (folder.run / path).read_bytes() == (on_disk.run / path).read_bytes()
+
+
+def test_too_little_room_is_found_beforehand(small, small_disk, ocd, on_disk):
+    filler = small_disk.fill(free=300_000)
+    result = ocd(small, "collect", "--quiet", code=4)
+    found = re.fullmatch(
+        r"error: not enough disk: up to ([\d,]+) bytes are needed at (\S+), ([\d,]+) are free\n"
+        r"  make room, name another folder with --run, or take fewer samples with --set collect\.samples=N\n",
+        result.stderr,
+    )
+    needed, free = (int(found[group].replace(",", "")) for group in (1, 3))
+    per_row = 60 * 4 * 4 + 4 * 4 + 1 + 8 + (4 + 60 + 3) * 4
+    assert needed == 900 * per_row
+    assert 250_000 < free <= 300_000
+    assert found[2] == str(small.run / "collect.wip")
+    assert not blocks_of(small)
+    # As little as there is room for is taken.
+    ocd(small, "collect", "--set", "collect.samples=100")
+    filler.unlink()
+    ocd(small, "collect")
+    same_store(small, on_disk, ocd)
+
+
+# A chunk of deltas is about 45 KB, a record 2 KB: the room left ends in a chunk, between two, in a record.
+@pytest.mark.parametrize("free", [0, 4 << 10, 24 << 10, 48 << 10, 64 << 10, 68 << 10, 72 << 10])
+def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, monkeypatch, free):
+    write = DeltaStore.write_block
+
+    def written(self, block, *args, **named):
+        if block == 4:
+            small_disk.fill(free)
+        write(self, block, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeltaStore, "write_block", written)
+        result = ocd(small, "collect", "--quiet", "--set", "collect.writers=1", code=4)
+    assert re.fullmatch(
+        r"error: the disk is full: [\d,]+ bytes are free at \S+\n  make room, then run the same command again\n", result.stderr
+    )
+    assert not (small.run / "collect").exists()
+    done = {int(path.stem) for path in blocks_of(small)}
+    assert {0, 1, 2, 3} <= done
+    assert len(done) < 9
+    assert not list(small.run.resolve().rglob("*.tmp"))
+    # What counts as done is whole.
+    ocd(small, "verify")
+    (small_disk.path / "filler").unlink()
+    with counted_blocks() as redone:
+        ocd(small, "collect")
+    assert sorted(redone) == sorted(set(range(18)) - done)
+    same_store(small, on_disk, ocd)
+
+
+@pytest.mark.parametrize("where", ["before the manifest", "before the names are exchanged"])
+def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, monkeypatch, where):
+    owner, name = {"before the manifest": (Collect, "_finished"), "before the names are exchanged": (StageFolder, "exchange")}[
+        where
+    ]
+    call = getattr(owner, name)
+
+    def filled(*args):
+        small_disk.fill()
+        return call(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, filled)
+        # An exchange needs no room.
+        ocd(small, "collect", "--quiet", code=4 if name == "_finished" else 0)
+    (small_disk.path / "filler").unlink()
+    with counted_blocks() as redone:
+        ocd(small, "collect")
+    assert redone == []
+    same_store(small, on_disk, ocd)
+
+
+def test_only_what_is_not_there_yet_needs_room(small, small_disk, ocd, monkeypatch):
+    needed = 900 * (60 * 4 * 4 + 4 * 4 + 1 + 8 + (4 + 60 + 3) * 4)
+    ocd(small, "collect", "--set", "collect.samples=450")
+    free, usage = needed // 2 - 1, shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))
+    result = ocd(small, "collect", code=4)
+    assert f"up to {needed // 2:,} bytes are needed" in result.stderr
+    assert f"{free:,} are free" in result.stderr
+    free += 1
+    ocd(small, "collect")
+    assert len(blocks_of(small, "collect")) == 18
