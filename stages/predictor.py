@@ -16,7 +16,7 @@ from stages.tasks.conditioning import condition
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, concatenate, to_device, tree_map
-from stages.weights.engine import choose
+from stages.weights.choice import choose
 from stages.weights.personalised import PersonalisedModel
 
 

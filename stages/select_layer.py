@@ -16,7 +16,7 @@ from stages.seeds import generator, seed_of
 from stages.stage import Stage
 from stages.tasks.loader import losses
 from stages.trees import Tree, take, to_device
-from stages.weights.engine import choose
+from stages.weights.choice import choose
 from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
 from stages.weights.layer import Layer, candidates, find_layer
 

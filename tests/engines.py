@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.trees import leaves, take
+from stages.weights.choice import choose
 from stages.weights.descent import DenseDescent
-from stages.weights.engine import Engine, choose
+from stages.weights.engine import Engine
 from stages.weights.layer import find_layer
 from stages.weights.overfit import Recipe, overfit
 

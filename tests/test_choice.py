@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from stages.tasks.user_code import user_code
-from stages.weights.engine import choose
+from stages.weights.choice import choose
 from stages.weights.layer import find_layer
 from stages.weights.per_sample import Loop, Vmap
 

@@ -7,113 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import TaskError
-from stages.trees import Tree, batch_size, leaves, take, tree_map
+from stages.trees import Tree, leaves
 from stages.weights.capture import ACTIVATION, LAYER_INPUT, capture
+from stages.weights.choice import SELF_CHECK_TOLERANCE, choose, equal, find_prefix, with_best_format
 from stages.weights.descent import DenseDescent, Recorded
 from stages.weights.layer import Layer
 from stages.weights.outer_product import AdamDescent, SgdDescent
 from stages.weights.overfit import Descent, LossFunction, Overfit, Recipe, Views, overfit
-from stages.weights.per_sample import Forward, Loop, NotSubstitutable, PerSampleWeights, Substitution, Vmap, plain
-from stages.weights.prefix import Prefix
+from stages.weights.per_sample import Forward, Loop, Substitution
 from stages.weights.record import PrefixChanged, Record
 
-# Single and batched products differ by rounding; a wrong path differs by the size of the result itself.
-SELF_CHECK_TOLERANCE = 1e-3
-# A replayed prefix is the very numbers that were recorded; what varies is only the order of sums on several threads.
-REPLAY_TOLERANCE = 1e-5
 # Adam makes much of small differences between gradients: this is far above them, and far below a wrong delta.
 CONFIRM_TOLERANCE = 0.05
 TELLING_LOSS = 1e-2
-
-
-def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[PerSampleWeights, str]:
-    """The first of substitution and vmap that equals the loop on the probe batch x (two samples are enough), or the loop.
-
-    Compares outputs and gradients under weights that differ between the samples. Probe samples that give no gradient tell
-    nothing; noise is put on them then.
-
-    Returns:
-        the way to run the model, and what is wrong with those before it ("" for substitution).
-    """
-    loop = Loop(model, layer, forward)
-    weights = _different_weights(model, layer, batch_size(x))
-    wanted = outputs_and_gradient(loop, x, weights)
-    if not wanted[-1].flatten(1).any(1).all():
-        x = tree_map(lambda leaf: leaf + torch.randn_like(leaf) if leaf.is_floating_point() else leaf, x)
-        wanted = outputs_and_gradient(loop, x, weights)
-    reasons: list[str] = []
-    for kind in (Substitution, Vmap):
-        try:
-            way = kind(model, layer, forward)
-            if _equal(outputs_and_gradient(way, x, weights), wanted, SELF_CHECK_TOLERANCE):
-                return way, "; ".join(reasons)
-            reasons.append(f"a self-check on two samples found {kind.name} to give other results")
-        except NotSubstitutable as reason:
-            reasons.append(reason.message)
-        except Exception as error:
-            # Whatever it is that torch cannot do with this model: a slower way can.
-            message = getattr(error, "message", str(error)) or type(error).__name__
-            reasons.append(f"{kind.name} cannot run the model ({message.splitlines()[0][:160]})")
-    return loop, "; ".join(reasons)
-
-
-def _different_weights(model: nn.Module, layer: Layer, count: int) -> Tensor:
-    weight = layer.weight(model)
-    scale = 1 + 0.01 * torch.arange(count, device=weight.device, dtype=weight.dtype)
-    return weight * scale.view(-1, *[1] * weight.dim())
-
-
-def outputs_and_gradient(way: PerSampleWeights, x: Tree, weights: Tensor, record: Record | None = None) -> tuple[Tensor, ...]:
-    """Every floating-point output, and the gradient in the weights (G, …) of a sum that each of them enters with the same
-    weight, however large it is."""
-    leaf = weights.clone().requires_grad_()
-    with torch.enable_grad():
-        outputs = [part for part in leaves(way(x, leaf, record)).values() if part.is_floating_point()]
-        total = sum((part / part.detach().norm().clamp(min=1e-12)).square().sum() for part in outputs)
-        asked = isinstance(total, Tensor) and total.requires_grad
-        gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if asked else None
-    return *(part.detach() for part in outputs), torch.zeros_like(weights) if gradient is None else gradient
-
-
-def _equal(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float) -> bool:
-    return len(found) == len(wanted) and all(
-        got.shape == want.shape and bool((got - want).norm() <= tolerance * (want.norm() + 1e-6))
-        for got, want in zip(found, wanted, strict=True)
-    )
-
-
-def find_prefix(way: PerSampleWeights, model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> Prefix | None:
-    """The prefix of the layer, if replaying it changes neither the base's output nor two successive gradients.
-
-    Args:
-        way: how the model is run.
-        x: the probe batch, (B, …).
-
-    Returns:
-        None where the prefix has to be computed again in every pass.
-    """
-    size = 1 if isinstance(way, Loop) else batch_size(x)
-    x = take(x, slice(0, size))
-    try:
-        forward = plain(forward)
-        prefix = Prefix.probe(model, layer, lambda batch: forward(model, batch), x)
-        if prefix is None or prefix.is_empty:
-            return None
-        base = forward(model, x)
-        output, record = prefix.record(lambda: forward(model, x), x)
-        if record is None or not _equal(_flat(output), _flat(base), REPLAY_TOLERANCE):
-            return None
-        weights = _different_weights(model, layer, size)
-        wanted = outputs_and_gradient(way, x, weights)
-        again = [outputs_and_gradient(way, x, weights, record) for _ in range(2)]
-    except Exception:
-        # What cannot be recorded is computed again.
-        return None
-    return prefix if all(_equal(found, wanted, REPLAY_TOLERANCE) for found in again) else None
-
-
-def _flat(output: Tree) -> tuple[Tensor, ...]:
-    return tuple(leaf.detach().float() for leaf in leaves(output).values())
 
 
 @dataclass(frozen=True)
@@ -157,7 +63,8 @@ class Engine:
         views: bool = False,
         factored: bool = False,
     ) -> None:
-        self._model, self._layer, self._forward, self._loss, self.recipe = model, layer, plain(forward), loss, recipe
+        forward = with_best_format(model, forward, x)
+        self._model, self._layer, self._forward, self._loss, self.recipe = model, layer, forward, loss, recipe
         self._factored = factored
         self.way, self.reason = choose(model, layer, forward, x)
         self.prefix = None if views else find_prefix(self.way, model, layer, forward, x)
@@ -189,7 +96,7 @@ class Engine:
                 descent.gradient(step)
                 descent.advance(step)
             deltas.append(descent.delta())
-        if not _equal(deltas[0], deltas[1], SELF_CHECK_TOLERANCE):
+        if not equal(deltas[0], deltas[1], SELF_CHECK_TOLERANCE):
             return "a self-check on two samples found the closed form to give other results"
         return ""
 

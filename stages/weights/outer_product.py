@@ -17,7 +17,7 @@ from stages.weights.per_sample import Substitution
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 # Samples whose deltas are made at once: what is worked on stays in the cache.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
 
 
 class OuterProductDescent:

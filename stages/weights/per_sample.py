@@ -22,17 +22,21 @@ from stages.weights.record import Record
 Forward = Callable[[nn.Module, Tree], Tree]
 
 
-def plain(forward: Forward) -> Forward:
+def plain(forward: Forward, *, channels_last: bool = False) -> Forward:
     """A forward pass in which torch's attention runs module by module: its fused kernels for eval mode do not call the modules
-    they stand for, and have no batching rule. The model gets a copy of x, which it may change in place."""
+    they stand for, and have no batching rule. The model gets a copy of x, which it may change in place; if `channels_last`,
+    pictures (B, C, H, W) in that memory format."""
     if hasattr(forward, "is_plain"):
         return forward
+
+    def copied(leaf: Tensor) -> Tensor:
+        return leaf.clone(memory_format=torch.channels_last if channels_last and leaf.dim() == 4 else torch.preserve_format)
 
     def run(model: nn.Module, x: Tree) -> Tree:
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            return forward(model, tree_map(torch.clone, x))
+            return forward(model, tree_map(copied, x))
         finally:
             torch.backends.mha.set_fastpath_enabled(before)
 

@@ -104,7 +104,7 @@ class ResNet18(nn.Module):
 class Pictures(Classification):
     """Noise of 32×32 pixels in three colours."""
 
-    samples = 2048
+    samples = 4096
 
     def model(self):
         return ResNet18()

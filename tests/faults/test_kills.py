@@ -90,7 +90,7 @@ def killed_at(folder, start, number):
     """Run collect and kill it at its n-th change; whether it was, and not done before."""
     with pytest.MonkeyPatch.context() as patch:
         KilledAt(patch, number)
-        process = start(folder, "collect", "--quiet")
+        process = start(folder, "collect", "--quiet", "--set", "collect.writers=1")
     wait_until(process.ended)
     assert process._code in (0, -signal.SIGKILL), process.stderr
     return process._code != 0
@@ -98,6 +98,20 @@ def killed_at(folder, start, number):
 
 def names(folder):
     return {name for name in folder.files() if name.startswith("collect")}
+
+
+def test_a_kill_at_every_change_of_beginning_and_of_a_block(ready, collected_run, start, ocd, whole):
+    strays = 0
+    for number in (*range(1, 30, 3), *range(30, 48)):
+        assert killed_at(ready, start, number)
+        strays += len(list(ready.run.rglob("*.tmp")))
+    # Kills fell into the writing of chunks, and what they left did not pile up.
+    assert strays >= 10
+    assert len(list(ready.run.rglob("*.tmp"))) <= 3
+    assert blocks_of(ready)
+    ocd(ready, "collect")
+    whole(ready)
+    assert names(ready) == names(collected_run)
 
 
 def interrupted(*args):

@@ -1,0 +1,123 @@
+"""Which way to run a model with a weight for each sample, and what of a pass can be replayed: found by self-checks."""
+
+import torch
+from torch import Tensor, nn
+
+from stages.trees import Tree, batch_size, leaves, take, tree_map
+from stages.weights.layer import Layer
+from stages.weights.per_sample import Forward, Loop, NotSubstitutable, PerSampleWeights, Substitution, Vmap, plain
+from stages.weights.prefix import Prefix
+from stages.weights.record import Record
+
+# Single and batched products differ by rounding; a wrong path differs by the size of the result itself.
+SELF_CHECK_TOLERANCE = 1e-3
+# A replayed prefix is the very numbers that were recorded; what varies is only the order of sums on several threads.
+REPLAY_TOLERANCE = 1e-5
+# Fewer convolutions than this gain nothing from another memory format.
+MANY_CONVOLUTIONS = 4
+
+
+def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[PerSampleWeights, str]:
+    """The first of substitution and vmap that equals the loop on the probe batch x (two samples are enough), or the loop.
+
+    Compares outputs and gradients under weights that differ between the samples. Probe samples that give no gradient tell
+    nothing; noise is put on them then.
+
+    Returns:
+        the way to run the model, and what is wrong with those before it ("" for substitution).
+    """
+    loop = Loop(model, layer, forward)
+    weights = _different_weights(model, layer, batch_size(x))
+    wanted = outputs_and_gradient(loop, x, weights)
+    if not wanted[-1].flatten(1).any(1).all():
+        x = tree_map(lambda leaf: leaf + torch.randn_like(leaf) if leaf.is_floating_point() else leaf, x)
+        wanted = outputs_and_gradient(loop, x, weights)
+    reasons: list[str] = []
+    for kind in (Substitution, Vmap):
+        try:
+            way = kind(model, layer, forward)
+            if equal(outputs_and_gradient(way, x, weights), wanted, SELF_CHECK_TOLERANCE):
+                return way, "; ".join(reasons)
+            reasons.append(f"a self-check on two samples found {kind.name} to give other results")
+        except NotSubstitutable as reason:
+            reasons.append(reason.message)
+        except Exception as error:
+            # Whatever it is that torch cannot do with this model: a slower way can.
+            message = getattr(error, "message", str(error)) or type(error).__name__
+            reasons.append(f"{kind.name} cannot run the model ({message.splitlines()[0][:160]})")
+    return loop, "; ".join(reasons)
+
+
+def with_best_format(model: nn.Module, forward: Forward, x: Tree) -> Forward:
+    """A plain forward pass, in the memory format that torch's convolutions are faster in: channels last, on a CPU, for networks
+    of many convolutions. Only rounding may differ; a model that insists on the usual format gets it."""
+    convolutions = sum(isinstance(module, nn.Conv2d) and module.in_channels >= 8 for module in model.modules())
+    usual = plain(forward)
+    if convolutions < MANY_CONVOLUTIONS or next(iter(leaves(x).values())).device.type != "cpu":
+        return usual
+    other = plain(forward, channels_last=True)
+    try:
+        with torch.no_grad():
+            same = equal(_flat(other(model, x)), _flat(usual(model, x)), SELF_CHECK_TOLERANCE)
+    except Exception:
+        return usual
+    return other if same else usual
+
+
+def _different_weights(model: nn.Module, layer: Layer, count: int) -> Tensor:
+    weight = layer.weight(model)
+    scale = 1 + 0.01 * torch.arange(count, device=weight.device, dtype=weight.dtype)
+    return weight * scale.view(-1, *[1] * weight.dim())
+
+
+def outputs_and_gradient(way: PerSampleWeights, x: Tree, weights: Tensor, record: Record | None = None) -> tuple[Tensor, ...]:
+    """Every floating-point output, and the gradient in the weights (G, …) of a sum that each of them enters with the same
+    weight, however large it is."""
+    leaf = weights.clone().requires_grad_()
+    with torch.enable_grad():
+        outputs = [part for part in leaves(way(x, leaf, record)).values() if part.is_floating_point()]
+        total = sum((part / part.detach().norm().clamp(min=1e-12)).square().sum() for part in outputs)
+        asked = isinstance(total, Tensor) and total.requires_grad
+        gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if asked else None
+    return *(part.detach() for part in outputs), torch.zeros_like(weights) if gradient is None else gradient
+
+
+def equal(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float) -> bool:
+    return len(found) == len(wanted) and all(
+        got.shape == want.shape and bool((got - want).norm() <= tolerance * (want.norm() + 1e-6))
+        for got, want in zip(found, wanted, strict=True)
+    )
+
+
+def find_prefix(way: PerSampleWeights, model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> Prefix | None:
+    """The prefix of the layer, if replaying it changes neither the base's output nor two successive gradients.
+
+    Args:
+        way: how the model is run.
+        x: the probe batch, (B, …).
+
+    Returns:
+        None where the prefix has to be computed again in every pass.
+    """
+    size = 1 if isinstance(way, Loop) else batch_size(x)
+    x = take(x, slice(0, size))
+    try:
+        forward = plain(forward)
+        prefix = Prefix.probe(model, layer, lambda batch: forward(model, batch), x)
+        if prefix is None or prefix.is_empty:
+            return None
+        base = forward(model, x)
+        output, record = prefix.record(lambda: forward(model, x), x)
+        if record is None or not equal(_flat(output), _flat(base), REPLAY_TOLERANCE):
+            return None
+        weights = _different_weights(model, layer, size)
+        wanted = outputs_and_gradient(way, x, weights)
+        again = [outputs_and_gradient(way, x, weights, record) for _ in range(2)]
+    except Exception:
+        # What cannot be recorded is computed again.
+        return None
+    return prefix if all(equal(found, wanted, REPLAY_TOLERANCE) for found in again) else None
+
+
+def _flat(output: Tree) -> tuple[Tensor, ...]:
+    return tuple(leaf.detach().float() for leaf in leaves(output).values())
