@@ -1,6 +1,7 @@
 """collect: overfit every training sample and write deltas and I(x), block by block, into the delta store."""
 
 import contextlib
+import datetime
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -242,17 +243,16 @@ class Collect(Stage):
         """Say which slow way is taken, why, and what it costs."""
         if not self.engine.reason:
             return
-        batch = min(self._begun["execution"]["batch_size"], samples, 8)
-        given = self.rows.batch(range(batch))
-        start = time.perf_counter()
-        self._collector.overfit_batch(range(batch), given)
-        each = (time.perf_counter() - start) / batch
+        batch = range(min(self._begun["execution"]["batch_size"], samples, 8))
+        given, start = self.rows.batch(batch), time.perf_counter()
+        self._collector.overfit_batch(batch, given)
+        each = (time.perf_counter() - start) / len(batch)
         way = (
             "the plain loop, one sample at a time" if self.engine.name == "loop" else f"{self.engine.name}, not by substitution"
         )
         self.report.message(
             f"{self.layer.name} is overfitted by {way}: {self.engine.reason}; "
-            f"about {each * 1e3:.3g} ms a sample, {each * samples / 60:,.1f} min for {samples:,}"
+            f"about {each * 1e3:.3g} ms a sample, {datetime.timedelta(seconds=round(each * samples))} for {samples:,}"
         )
 
     @cached_property

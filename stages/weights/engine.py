@@ -14,7 +14,7 @@ from stages.weights.descent import DenseDescent, Recorded
 from stages.weights.layer import Layer
 from stages.weights.outer_product import AdamDescent, SgdDescent
 from stages.weights.overfit import Descent, LossFunction, Overfit, Recipe, Views, overfit
-from stages.weights.per_sample import Forward, Loop, Substitution
+from stages.weights.per_sample import Forward, Loop, NotSubstitutable, Substitution
 from stages.weights.record import PrefixChanged, Record
 
 # Adam makes much of small differences between gradients: this is far above them, and far below a wrong delta.
@@ -46,7 +46,7 @@ class Engine:
         forward: the task's forward pass.
         loss: (output, y) to (B,).
         recipe: how a sample is overfitted.
-        x: a probe batch, two samples.
+        x: a probe batch, a few samples.
         views: the task shows another part of a sample at each step: nothing is reused then.
         factored: give the deltas' factors.
     """
@@ -165,6 +165,11 @@ class Engine:
         except PrefixChanged:
             # This batch went another way than the probe: what comes before the layer is computed in every pass.
             return self.overfit(dataclasses.replace(first, record=None), x, y, views, out, check)
+        except NotSubstitutable as reason:
+            raise TaskError(
+                f"{self._layer.name}: {reason.message}; on the samples that were tried first it was otherwise",
+                "choose another layer with: ocd select-layer --layer NAME",
+            ) from reason
 
     def _descent(
         self,

@@ -1,0 +1,414 @@
+"""collect through the command line: every way to overfit, to store, and to leave out, and that later stages take what it gives."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from conftest import MODEL, arrays, blocks_of, reader_of, store
+from safetensors.torch import load_file
+from torch import nn
+
+NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
+LATER = ("train-diffusion", "train-scale", "infer")
+
+
+def cross_entropy(output, y):
+    return F.cross_entropy(output.float(), y, reduction="none")
+
+
+def summary_of(ocd, folder, *words, code=0):
+    return json.loads(ocd(folder, "collect", "--json", *words, code=code).stdout)
+
+
+def base_of(folder):
+    return load_file(folder.run / "train-base" / "base.safetensors")
+
+
+def reference_of(folder, model, layer, found, **recipe):
+    """The loop over copies of the model, for the samples that a store has, in its order."""
+    x, y = (torch.from_numpy(part)[torch.from_numpy(found["sample_index"])] for part in arrays(40, 0))
+    recipe = {"optimizer": "sgd", "lr": 0.05, "steps": 3, **recipe}
+    return reference.overfit_loop(model, layer, cross_entropy, x, y, **recipe)
+
+
+def assert_as_wanted(found, wanted, **close):
+    for name in ("delta", "rho", "base_loss", "overfit_loss"):
+        np.testing.assert_allclose(found[name], getattr(wanted, name).float().numpy(), err_msg=name, **close)
+    np.testing.assert_array_equal(found["steps"], wanted.steps)
+    np.testing.assert_array_equal(found["degenerate"], wanted.largest_gradient < 1e-6)
+
+
+# Ways to overfit
+
+
+RECIPES = {
+    "adam": {"optimizer": "adam", "lr": 0.01, "steps": 3},
+    "sgd": {"optimizer": "sgd", "lr": 0.05},
+    "momentum": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9},
+    "weight decay": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.1, "momentum": 0.5},
+    "until converged": {"optimizer": "sgd", "lr": 0.3, "until_converged": True, "tolerance": 0.5, "max_steps": 20},
+    "until converged, adam": {"optimizer": "adam", "lr": 0.05, "until_converged": True, "tolerance": 0.7, "max_steps": 30},
+}
+
+
+@pytest.mark.parametrize("layer", ["0.weight", "2.weight"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_deltas_are_those_of_the_plain_loop(project, ocd, name, layer):
+    recipe = RECIPES[name]
+    settings = {"steps": 3, **recipe, "block_samples": 10, "batch_size": 4}
+    folder = project({"collect": settings, "select-layer": {"layer": layer}})
+    ocd(folder, "run", "--until", "select-layer")
+    summary = summary_of(ocd, folder)
+    found = store(folder)
+    assert set(found) == NAMES | {"delta"}
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model.load_state_dict(base_of(folder))
+    assert_as_wanted(found, reference_of(folder, model, layer, found, **recipe), rtol=1e-3, atol=2e-6)
+    assert summary["engine"] == "outer product"
+    assert summary["steps"] == pytest.approx(found["steps"].mean())
+    assert summary["base_loss"] == pytest.approx(found["base_loss"].mean(), rel=1e-5)
+    assert summary["rho"] == pytest.approx(found["rho"].mean(), rel=1e-5)
+    if "until converged" in name:
+        # Some stop early, some never, and each says when.
+        assert len(set(found["steps"].tolist())) > 2
+    else:
+        assert set(found["steps"].tolist()) == {3}
+
+
+@pytest.mark.parametrize("recipe", ["adam", "until converged"])
+def test_another_batch_size_changes_rounding_alone(project, ocd, recipe):
+    folder = project({"collect": {**RECIPES[recipe], "block_samples": 12}})
+    ocd(folder, "run", "--until", "collect", "--set", "collect.batch_size=12")
+    wanted = store(folder)
+    for size in (1, 5, 100):
+        ocd(folder, "collect", "--force", "--set", f"collect.batch_size={size}")
+        for name, value in store(folder).items():
+            np.testing.assert_allclose(value, wanted[name], rtol=1e-3, atol=2e-5, err_msg=f"{name} in batches of {size}")
+
+
+@pytest.mark.parametrize("writers", [1, 4])
+def test_the_number_of_writers_changes_nothing(ready, ocd, whole, writers):
+    ocd(ready, "collect", "--set", f"collect.writers={writers}")
+    whole(ready)
+
+
+@pytest.mark.parametrize("setting", ["momentum=0.9", "weight_decay=0.1"])
+def test_what_is_of_sgd_is_refused_with_adam(project, ocd, setting):
+    folder = project()
+    ocd(folder, "run", "--until", "select-layer")
+    key, value = setting.split("=")
+    result = ocd(folder, "collect", "--quiet", "--set", f"collect.{setting}", code=2)
+    assert result.stderr == f"error: collect.{key} = {value} is of sgd, not of adam\n  use --set collect.optimizer=sgd\n"
+    assert not (folder.run / "collect.wip").exists()
+    # What is said to type does help.
+    ocd(folder, "collect", "--set", f"collect.{setting}", "--set", "collect.optimizer=sgd")
+
+
+# Factored
+
+
+FACTORED = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "store": "factored", "block_samples": 8}
+
+
+def test_a_factored_store_holds_the_same_deltas(project, ocd, tmp_path):
+    folder = project({"collect": FACTORED})
+    ocd(folder, "run", "--until", "collect")
+    factored = store(folder)
+    kept = {path.name for path in (folder.run / "collect" / "deltas.zarr").iterdir() if path.is_dir()}
+    assert kept == NAMES | {"delta_output", "delta_input"}
+    assert factored["delta_output"].shape == (36, 3)
+    assert factored["delta_input"].shape == (36, 6)
+    ocd(folder, "run", "--until", "collect", "--run", tmp_path / "run", "--set", "collect.store=dense")
+    shutil.rmtree(folder.run)
+    shutil.move(tmp_path / "run", folder.run)
+    dense = store(folder)
+    for name, value in dense.items():
+        np.testing.assert_allclose(factored[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_later_stages_take_a_factored_store(project, ocd):
+    folder = project({"collect": FACTORED})
+    found = json.loads(ocd(folder, "run", "--json").stdout)["stages"]
+    assert found["train-diffusion"]["samples"] > 30
+    assert found["infer"]["metrics"]["base"]["accuracy"] is not None
+    ocd(folder, "infer", "--save-deltas")
+    ocd(folder, "verify")
+    # Samples that come later are factored, too; the description of the whole is the store's.
+    assert reader_of(folder).description["arrays"]["delta"]["shape"] == [36, 3, 6]
+
+
+CONVOLUTION = (
+    "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3))\n"
+)
+SEVERAL = """\
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.each, self.head = nn.Linear(2, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.each(x.view(-1, 2, 2)).tanh().mean(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "why", "hint"),
+    [
+        (
+            {"collect": {**FACTORED, "optimizer": "adam", "momentum": 0}},
+            MODEL,
+            "Adam's steps are none",
+            "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
+        ),
+        (
+            {"collect": {**FACTORED, "weight_decay": 0.1}},
+            MODEL,
+            "with weight decay they are none",
+            "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
+        ),
+        (
+            {"collect": FACTORED, "select-layer": {"layer": "0.weight"}},
+            CONVOLUTION,
+            "the layer is a Conv1d, not a Linear",
+            "use --set collect.store=dense",
+        ),
+        (
+            {"collect": FACTORED, "select-layer": {"layer": "each.weight"}, "task": {"model": "mymodel:Net"}},
+            SEVERAL,
+            "the layer sees 2 vectors per sample, not one",
+            "use --set collect.store=dense",
+        ),
+    ],
+    ids=["adam", "weight decay", "a convolution", "several vectors"],
+)
+def test_deltas_that_are_no_outer_product_are_not_factored(project, ocd, settings, model, why, hint):
+    folder = project(settings, model=model)
+    if model is CONVOLUTION:
+        for name, (rows, seed) in {"train.npz": (40, 0), "test.npz": (24, 1)}.items():
+            x, y = arrays(rows, seed)
+            folder.save(name, x[:, None], y)
+    ocd(folder, "run", "--until", "select-layer")
+    result = ocd(folder, "collect", "--quiet", code=2)
+    assert result.stderr == (f"error: collect.store = 'factored' needs deltas that are one outer product: {why}\n  {hint}\n")
+    assert not (folder.run / "collect.wip").exists()
+    ocd(folder, "collect", "--set", "collect.store=dense", "--set", "collect.optimizer=sgd")
+    assert store(folder)["delta"].shape[0] == 36
+
+
+# Samples that are left out
+
+
+BAD_ROWS = """
+
+import torch
+from pathlib import Path
+from stages.tasks.data import load_npz
+
+
+class Rows:
+    def __init__(self):
+        root = Path(__file__).parent
+        self.data = load_npz(root / "train.npz", labels=True)
+        self.bad = [int(word) for word in (root / "bad.txt").read_text().split()]
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return (torch.full_like(x, float("nan")) if index in self.bad else x), y
+"""
+
+
+@pytest.fixture
+def with_bad_rows(project, finished_run, ocd):
+    """Makes a project whose store has samples of NaN at these positions, about to collect; gives it and their numbers."""
+
+    def make(*positions):
+        rows = store(finished_run)["sample_index"][list(positions)]
+        settings = {
+            "task": {"train": "data:Rows"},
+            "select-layer": {"layer": "2.weight"},
+            "collect": {"block_samples": 8, "batch_size": 4},
+        }
+        folder = project(settings)
+        (folder.root / "data.py").write_text(BAD_ROWS)
+        (folder.root / "bad.txt").write_text(" ".join(map(str, rows)))
+        base = finished_run.run / "train-base" / "base.safetensors"
+        ocd(folder, "train-base", "--weights", base)
+        ocd(folder, "select-layer", "--set", "select-layer.samples=1")
+        return folder, rows.tolist()
+
+    return make
+
+
+def test_a_sample_that_is_not_finite_is_named(with_bad_rows, ocd):
+    folder, (row,) = with_bad_rows(20)
+    words = ("--set", "select-layer.samples=1")
+    result = ocd(folder, "collect", "--quiet", *words, code=1)
+    assert result.stderr == (
+        f"error: overfitting sample {row} gave numbers that are not finite\n"
+        "  try a smaller collect.lr, remove that sample, or leave such samples out with --set collect.skip_bad=true\n"
+    )
+    assert not (folder.run / "collect").exists()
+    # The blocks before it are there.
+    assert {0, 1} <= {int(path.stem) for path in blocks_of(folder)}
+    # It is another store that leaves samples out: what was begun is not mixed with it.
+    assert (
+        "collect.skip_bad was False, is now True"
+        in ocd(folder, "collect", *words, "--set", "collect.skip_bad=true", code=3).stderr
+    )
+
+
+@pytest.mark.parametrize("positions", [(20,), (0,), (1, 2, 35)], ids=["in the middle", "the first", "several"])
+def test_bad_samples_are_left_out(with_bad_rows, ocd, positions):
+    folder, rows = with_bad_rows(*positions)
+    words = ("--set", "select-layer.samples=1", "--set", "collect.skip_bad=true")
+    summary = summary_of(ocd, folder, *words)
+    assert summary["skipped"] == sorted(rows)
+    assert summary["degenerate"] == 0
+    assert summary["samples"] == 36
+    found = store(folder)
+    bad = np.isin(found["sample_index"], rows)
+    assert np.flatnonzero(bad).tolist() == list(positions)
+    for name, value in found.items():
+        if name == "degenerate":
+            np.testing.assert_array_equal(value, bad)
+        elif name != "sample_index":
+            assert not value[bad].any()
+            assert np.isfinite(value).all()
+    assert summary["base_loss"] == pytest.approx(found["base_loss"][~bad].mean(), rel=1e-5)
+    assert f"{len(rows)} left out (not finite)" in ocd(folder, "collect", *words).stdout
+    for stage in LATER:
+        result = json.loads(ocd(folder, stage, "--json", *words).stdout)
+        if stage != "infer":
+            # Some of the 36 are held out for the evaluation; those left out are in neither part.
+            assert result["samples"] == 36 - len(rows) - round((36 - len(rows)) * 0.05)
+            assert np.isfinite(result["held_out_loss"])
+
+
+# Half precision
+
+
+HALF_MODEL = MODEL.replace("nn.Linear(width, 3))", "nn.Linear(width, 3)).DTYPE()")
+
+
+class HalfButForALayer(nn.Sequential):
+    """The base in half precision, its last layer in single: what the deltas are of."""
+
+    def forward(self, x):
+        half = self[0].weight.dtype
+        return self[2](self[1](self[0](x.to(half))).float()).to(half)
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_a_base_of_half_precision(project, ocd, dtype):
+    folder = project({"select-layer": {"layer": "2.weight"}}, model=HALF_MODEL.replace("DTYPE", dtype))
+    torch.manual_seed(0)
+    model = HalfButForALayer(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    getattr(model, dtype)()
+    torch.save(model.state_dict(), folder.root / "given.pt")
+    ocd(folder, "train-base", "--weights", folder.root / "given.pt")
+    assert {str(value.dtype) for value in base_of(folder).values()} == {str(model[0].weight.dtype)}
+    found = json.loads(ocd(folder, "run", "--json", "--set", "collect.optimizer=sgd").stdout)["stages"]
+    assert found["infer"]["metrics"]["ocd ensemble"]["accuracy"] is not None
+    deltas = store(folder)
+    assert all(value.dtype == np.float32 for name, value in deltas.items() if value.dtype.kind == "f")
+    model[2].float()
+    wanted = reference_of(folder, model, "2.weight", deltas, steps=2, lr=0.01)
+    # Outputs are of half precision, and their gradients with them; the deltas themselves are far finer than that.
+    np.testing.assert_allclose(deltas["delta"], wanted.delta.numpy(), rtol=0.02, atol=1e-5)
+    assert len(np.unique(deltas["delta"])) > 300
+    assert deltas["degenerate"].sum() == 0
+    ocd(folder, "infer", "--set", "collect.optimizer=sgd", "--save-deltas")
+    ocd(folder, "verify")
+
+
+def test_a_layer_whose_base_is_half_but_itself_single_is_left_alone(project, ocd):
+    model = (
+        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    )
+    model += "        self.body, self.head = nn.Linear(4, 6).half(), nn.Linear(6, 3)\n\n    def forward(self, x):\n"
+    model += "        return self.head(self.body(x.half()).tanh().float())\n"
+    folder = project({"task": {"model": "mymodel:Net"}, "select-layer": {"layer": "head.weight"}}, model=model)
+    torch.manual_seed(0)
+    torch.save({"body.weight": torch.randn(6, 4).half(), "body.bias": torch.zeros(6).half(), "head.weight": torch.randn(3, 6),
+                "head.bias": torch.zeros(3)}, folder.root / "given.pt")  # fmt: skip
+    ocd(folder, "train-base", "--weights", folder.root / "given.pt")
+    ocd(folder, "run", "--until", "train-scale")
+    assert store(folder)["rho"].min() > 0
+
+
+# Slow ways
+
+
+SLOW = {
+    "in_proj_weight": """\
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x.unsqueeze(1) * nn.functional.one_hot(__import__("torch").arange(3), 4).float()
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+""",
+    "weight_hh_l0": """\
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.unsqueeze(2))[0][:, -1])
+""",
+}
+
+
+@pytest.mark.parametrize("parameter", SLOW)
+def test_a_slow_way_is_told(project, ocd, parameter):
+    module = {"in_proj_weight": "attention", "weight_hh_l0": "rnn"}[parameter]
+    name = f"{module}.{parameter}"
+    folder = project({"task": {"model": "mymodel:Net"}, "collect": {"samples": 12}}, model=SLOW[parameter])
+    ocd(folder, "run", "--until", "train-base")
+    ocd(folder, "select-layer", "--layer", name)
+    result = ocd(folder, "collect", "--json")
+    summary = json.loads(result.stdout)
+    assert summary["engine"] in ("vmap", "loop")
+    assert summary["engine_reason"]
+    way = {"vmap": "vmap, not by substitution", "loop": "the plain loop, one sample at a time"}[summary["engine"]]
+    (line,) = [line for line in result.stderr.splitlines() if "is overfitted by" in line]
+    assert line.startswith(f"collect: {name} is overfitted by {way}: {summary['engine_reason']}; about ")
+    assert line.endswith(" min for 12")
+    assert f"by {summary['engine']}" in ocd(folder, "collect").stdout
+    # It is the truth, too.
+    namespace = {}
+    exec(SLOW[parameter], namespace)
+    model = namespace["Net"]()
+    model.load_state_dict(base_of(folder))
+    found = store(folder)
+    assert_as_wanted(found, reference_of(folder, model, name, found, optimizer="adam", lr=0.01, steps=2), rtol=1e-2, atol=1e-5)
+    for stage in LATER:
+        ocd(folder, stage)
+
+
+def test_a_fast_way_is_not_worth_a_word(ready, ocd):
+    result = ocd(ready, "collect", "--json")
+    assert "is overfitted by" not in result.stderr
+    found = json.loads(result.stdout)
+    assert found["engine"] == "outer product"
+    assert found["engine_reason"] == ""
+    assert found["prefix_reused"] is True
