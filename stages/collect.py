@@ -25,7 +25,7 @@ from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses
 from stages.trees import to_device
-from stages.weights.batch_size import activation_bytes, auto_batch_size, auto_threads, forward_operations, sample_bytes
+from stages.weights.batch_size import auto_batch_size, auto_threads, forward_operations, sample_bytes
 from stages.weights.engine import Engine
 
 # Samples that self-checks are made on.
@@ -235,8 +235,8 @@ class Collect(Stage):
     def _batch_size(self, rows: int) -> int:
         if self.settings.batch_size != "auto" and self.engine.name != "loop":
             return self.settings.batch_size
-        activations = activation_bytes(self.base_to_overfit, self.layer, self.forward, self._probe)
-        sample = sample_bytes(self.engine, self.layer, activations)
+        given = (self.engine, self.layer, self.base_to_overfit, self.forward, self._probe)
+        sample = sample_bytes(*given, factored=self.settings.store == "factored")
         return auto_batch_size(self.engine, sample, min(rows, len(self.rows)), available_memory(), self.device)
 
     def _tell_way(self, samples: int) -> None:

@@ -1,5 +1,7 @@
 """How many samples to overfit at once, and on how many threads: from the cache, the memory and the size of the work."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -12,8 +14,8 @@ from stages.weights.layer import Layer
 from stages.weights.per_sample import Bound, Forward, Loop
 
 # Batches whose weights and activations fit the cache beat larger ones.
-CACHE_BYTES = 32 << 20
-SMALLEST, LARGEST = 32, 256
+CACHE_BYTES = 64 << 20
+SMALLEST, LARGEST = 32, 512
 LARGEST_ON_GPU = 4096
 # Of the memory that is free, what a batch may take.
 MEMORY_SHARE = 0.25
@@ -23,11 +25,37 @@ SMALL_PASS = 20e6
 MOSTLY_COMPUTING = 100
 
 
-def sample_bytes(engine: Engine, layer: Layer, activations: int) -> int:
-    """Memory that one sample takes while it is overfitted: its weights (with gradient, moments and a temporary each, unless
-    they are kept as factors) and what the backward pass needs."""
-    copies = 2 if engine.name == "outer product" else 5
-    return 4 * copies * layer.numel + 2 * activations
+def sample_bytes(engine: Engine, layer: Layer, model: nn.Module, forward: Forward, x: Tree, *, factored: bool) -> int:
+    """Memory that one sample takes while it is overfitted: its weight with gradient, moments and a temporary (less in closed
+    form, none where factors are all there is), what the backward pass keeps, the prefix's record and the largest outputs."""
+    copies = 5 if engine.why_dense else 0 if factored else 2
+    record = engine.first_pass(x).record
+    recorded = _storage(record.tensors) // batch_size(x) if record is not None else 0
+    kept = activation_bytes(model, layer, forward, x)
+    return max(1, 4 * copies * layer.numel + 2 * kept + recorded + 2 * largest_output(model, forward, x))
+
+
+def _storage(tensors: Iterable[Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def largest_output(model: nn.Module, forward: Forward, x: Tree) -> int:
+    """Bytes of the largest tensor that a module of the model gives, for one sample."""
+    largest = 0
+
+    def look(module: nn.Module, given: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            forward(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest // batch_size(x)
 
 
 def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | None, device: torch.device) -> int:

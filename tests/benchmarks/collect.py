@@ -81,6 +81,7 @@ def collected(found: Project) -> tuple[Collect, float]:
     """Collect, with the data already in memory; the stage and the seconds a sample."""
     stage = Collect(found)
     stage.splits  # noqa: B018 (the user's own data are loaded before)
+    Collect(found).check()  # whatever torch imports when it is first used
     took = seconds(lambda: stage.execute(force=True))
     return stage, took / len(stage.rows)
 
