@@ -16,7 +16,7 @@ from stages.config import CollectTable
 from stages.errors import ComputeError, SettingsError
 from stages.seeds import generator
 from stages.tasks.conditioning import fields_of
-from stages.tasks.data import Split
+from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, take, to_device
@@ -119,7 +119,11 @@ class Collector:
         def written(means: dict[str, float]) -> None:
             figures.update(means)
 
-        with Workers(writers, 1, written) as workers, contextlib.closing(read_ahead(self._read(store, blocks, batch))) as read:
+        read = self._read(store, blocks, batch)
+        if not isinstance(self._rows.dataset, ArrayDataset):
+            # Arrays are read faster than a thread can hand them over, and torch's threads would be waited for twice.
+            read = read_ahead(read)
+        with Workers(writers, 1, written) as workers, contextlib.closing(read):
             for block, positions, given in read:
                 span = store.block_range(block)
                 if positions.start == span.start:

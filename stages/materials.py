@@ -116,11 +116,9 @@ class Materials:
 
     def hash_dataset(self, role: str) -> str | None:
         """The identity of a dataset that only code can load; None where the task has no such set."""
-        if role == "validation":
-            with user_code("validation()"):
-                dataset = self.task.validation()
-            return None if dataset is None else dataset_identity(dataset, role)
-        split = self.test_split if role == "test" else self.splits["all"]
+        if role == "validation" and not self.validation_is_given:
+            return None
+        split = self.test_split if role == "test" else self.splits["all" if role == "train" else role]
         return dataset_identity(split.dataset, role)
 
 

@@ -60,13 +60,15 @@ def test_zarr_reads_back_what_is_written(tmp_path, dtype, row_shape, count):
     array = create_array(zarr.open_group(tmp_path, mode="a", zarr_format=3), "a", spec, ROWS + count, ROWS)
     for block, part in enumerate((wanted[:ROWS], wanted[ROWS:])):
         path = tmp_path / "a" / ".".join(["c", str(block), *["0"] * len(row_shape)])
-        data = encode(part, ROWS)
-        assert write(path, data) == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        data = b"".join(encode(part, ROWS))
+        assert write(path, encode(part, ROWS)) == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         assert path.read_bytes() == data
     np.testing.assert_array_equal(array[:], wanted)
     # Zarr's own bytes are the same: a whole block written by it is this very file.
     array[:ROWS] = wanted[:ROWS]
-    assert (tmp_path / "a" / ".".join(["c", "0", *["0"] * len(row_shape)])).read_bytes() == encode(wanted[:ROWS], ROWS)
+    assert (tmp_path / "a" / ".".join(["c", "0", *["0"] * len(row_shape)])).read_bytes() == b"".join(
+        encode(wanted[:ROWS], ROWS)
+    )
 
 
 def test_a_strided_view_and_other_byte_order_are_written_right(tmp_path):
@@ -82,7 +84,7 @@ def test_a_disk_that_takes_only_half_of_a_chunk_is_full(small_disk):
     """The system writes as much as there is room for, and calls that a success."""
     filler = small_disk.fill(free=64 << 10)
     with pytest.raises(OSError, match="No space left"):
-        write(small_disk.path / "c.0", np.random.default_rng(0).bytes(100_000))
+        write(small_disk.path / "c.0", (np.random.default_rng(0).bytes(100_000), b"sum"))
     assert list(small_disk.path.iterdir()) == [filler]
 
 

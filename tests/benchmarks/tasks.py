@@ -1,5 +1,6 @@
 """The problems of the benchmarks."""
 
+import functools
 import gzip
 import os
 from pathlib import Path
@@ -53,6 +54,7 @@ class Mnist(Classification):
     def model(self):
         return LeNet5()
 
+    @functools.cache  # noqa: B019 (a benchmark has one task, and asks for its data often)
     def arrays(self):
         folder = Path(os.environ.get("OCD_DATA", "")) / "mnist"
         if not folder.is_dir():
