@@ -244,5 +244,6 @@ def verify(shared: Shared) -> None:
     else:
         show_verified(found)
     if not found["whole"]:
-        print("ocd collect redoes its damaged blocks; other stages are redone with: ocd <stage> --force", file=sys.stderr)
+        print("ocd collect redoes its damaged blocks, other stages are redone with: ocd <stage> --force;", file=sys.stderr)
+        print("files that no manifest names may be deleted", file=sys.stderr)
         raise typer.Exit(3)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
-from stages.artifacts.files import available_memory, digest, require_space
-from stages.artifacts.parts import Part, gate, lock_path, shared
+from stages.artifacts.files import available_memory, digest, require_space, strays, sweep
+from stages.artifacts.parts import WAIT, Part, gate, holders, lock_path, shared
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.states import progress_of
-from stages.collector import Collector, bad_rows, check_recipe, has_views, not_finite, recipe_of
-from stages.errors import SettingsError, TaskError
+from stages.collector import Collector, bad_rows, check_recipe, has_views, is_finite, not_finite, recipe_of, summary_of
+from stages.errors import SettingsError, TaskError, TryAgainError
 from stages.outcome import Finished, Outcome
 from stages.seeds import generator
 from stages.stage import Stage
@@ -64,7 +64,7 @@ class Collect(Stage):
 
     def __init__(self, project: Project, report: Report | None = None, *, part: str | None = None) -> None:
         super().__init__(project, report)
-        self._part = Part.parse(part) if part else None
+        self._part = Part.parse(part) if part is not None else None
         self._holding = contextlib.ExitStack()
         self._mine: list[int] = []
         self._pending: list[int] = []
@@ -72,7 +72,7 @@ class Collect(Stage):
     def plan(self) -> dict[str, Any]:
         """Samples, blocks and bytes."""
         store = self._store(Path(), "")
-        self._check_part(store)
+        Part.check(self._part, store.blocks)
         return {
             "what": f"overfit {self.layer.name} {self.layer.matrix_shape} on {store.samples:,} samples, {store.blocks} blocks",
             "samples": store.samples,
@@ -84,27 +84,20 @@ class Collect(Stage):
         """A batch goes through model and loss, the loss depends on the layer, the conditioning can be captured, and the
         settings fit one another."""
         check_recipe(self.settings)
-        check_task(self.task, self.base_to_overfit, self.rows)
-        few = range(min(PROBE, len(self.rows)))
+        few = self._tried
+        check_task(self.task, self.base_to_overfit, self.rows.select(torch.as_tensor(few)))
         check_condition(self.task, self.base_to_overfit, self.layer, to_device(self.rows.inputs(few), self.device))
         if self.settings.store == "factored" and self.engine.why_dense:
             raise SettingsError(
                 f"collect.store = 'factored' needs deltas that are one outer product: {self.engine.why_dense}",
                 "use --set collect.store=dense",
             )
-        self._check_part(self._store(Path(), ""))
+        Part.check(self._part, self._store(Path(), "").blocks)
         self._collector.confirm(few, self.rows.batch(few))
         found = self._collector.overfit_batch(few, self.rows.batch(few))
         bad = bad_rows({name: value.cpu().numpy() for name, value in found.items()})
         if bad.any() and not self.settings.skip_bad:
-            raise not_finite(int(self.rows.rows[int(bad.argmax())]))
-
-    def _check_part(self, store: DeltaStore) -> None:
-        if self._part and self._part.count > store.blocks:
-            raise SettingsError(
-                f"--part {self._part}: more parts than blocks, of which there are {store.blocks}",
-                "use fewer parts, or smaller blocks with --set collect.block_samples=N",
-            )
+            raise not_finite(int(found["sample_index"][int(bad.argmax())]))
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -121,6 +114,19 @@ class Collect(Stage):
         if self._part is None:
             return contextlib.nullcontext()
         return gate(lock_path(self.folder.run, f"{self.name}-gate"))
+
+    def tidy(self) -> None:
+        """Temporary files of writers that were killed."""
+        if not strays(self.folder.found):
+            return
+        with contextlib.suppress(TryAgainError), self.folder.lock():
+            sweep(self.folder.found)
+
+    def check_discard(self) -> None:
+        """Refuse to discard what other parts are at."""
+        others = [text for text in holders(self.folder.run, self.name) if not text.endswith(f"(part {self._part})")]
+        if self._part and others:
+            raise TryAgainError(f"collect was begun with other settings, and is in use by {'; '.join(others)}", WAIT)
 
     @property
     def joins(self) -> bool:
@@ -141,7 +147,7 @@ class Collect(Stage):
         store = self._store(wip, self.fingerprint, execution["block_samples"])
         self.tell_total(store.blocks, "blocks")
         if self._part is None:
-            store.sweep()
+            sweep(wip)
         require_space(wip, store.nbytes * (store.blocks - store.records) // store.blocks)
         store.create()
         if self._part is None:
@@ -150,8 +156,7 @@ class Collect(Stage):
         self._pending = store.pending(self._mine, rehash=True)
 
     def work(self, wip: Path) -> Finished | None:
-        """Every block (of the part) that is not done, then the checks that make the store whole; None while other parts have
-        blocks to do."""
+        """Every block (of the part) that is not done, then what makes the store whole; None while others have some to do."""
         execution = self.keep_execution()
         store = self._store(wip, self.fingerprint, execution["block_samples"])
         rows, left = (sum(len(store.block_range(block)) for block in blocks) for blocks in (self._mine, self._pending))
@@ -174,7 +179,7 @@ class Collect(Stage):
         self._holding.enter_context(self.gate())
         if not wip.exists() or any(not store.is_done(block) for block in range(store.blocks)):
             return None
-        store.sweep()
+        sweep(wip)
         return self._finished(store)
 
     def waiting(self) -> Outcome:
@@ -225,8 +230,17 @@ class Collect(Stage):
         return Collector(self.task, self.engine, kind, self.rows, self.device, self.seed)
 
     @cached_property
+    def _tried(self) -> list[int]:
+        """The rows that self-checks are made on; where bad samples are left out, some with inputs that are none."""
+        first = range(min(PROBE, len(self.rows)))
+        if not self.settings.skip_bad:
+            return list(first)
+        more = range(min(8 * PROBE, len(self.rows)))
+        return [row for row in more if is_finite(self.rows.inputs([row]))][:PROBE] or list(first)
+
+    @cached_property
     def _probe(self) -> Any:
-        return to_device(self.rows.inputs(torch.arange(PROBE) % len(self.rows)), self.device)
+        return to_device(self.rows.inputs([self._tried[i % len(self._tried)] for i in range(PROBE)]), self.device)
 
     @cached_property
     def _operations(self) -> int:
@@ -273,21 +287,7 @@ class Collect(Stage):
 
     def _finished(self, store: DeltaStore) -> Finished:
         description, totals = store.describe(), store.totals()
-        good = max(1, store.samples - len(totals.skipped))
-        means = {name: totals.sums[name] / good for name in ("base_loss", "overfit_loss", "rho", "steps")}
-        summary = {
-            "layer": self.layer.name,
-            "shape": list(self.layer.matrix_shape),
-            "samples": store.samples,
-            "blocks": store.blocks,
-            "degenerate": int(totals.sums["degenerate"]),
-            "skipped": sorted(totals.skipped),
-            **means,
-            "engine": self.engine.name,
-            "engine_reason": self.engine.reason,
-            "prefix_reused": self.engine.prefix is not None,
-            "pooled": self._pooled[1],
-        }
+        summary = summary_of(self.layer, store, totals, self.engine) | {"pooled": self._pooled[1]}
         content = digest([description, sorted(totals.hashes.items())])
         available = len(self.splits[self.settings.split])
         extents = {

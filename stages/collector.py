@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.artifacts.background import Workers, read_ahead
-from stages.artifacts.delta_store import DELTA, FACTORS, DeltaStore
+from stages.artifacts.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.config import CollectTable
 from stages.errors import ComputeError, SettingsError
 from stages.seeds import generator
@@ -19,8 +19,9 @@ from stages.tasks.conditioning import fields_of
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, take, to_device
+from stages.trees import Tree, leaves, take, to_device
 from stages.weights.engine import Engine
+from stages.weights.layer import Layer
 from stages.weights.overfit import Recipe
 
 # Samples overfitted so far, and the mean losses of the last block written.
@@ -59,6 +60,23 @@ def check_recipe(settings: CollectTable) -> None:
             )
 
 
+def summary_of(layer: Layer, store: DeltaStore, totals: Totals, engine: Engine) -> dict[str, Any]:
+    """Figures worth printing of a store that is whole."""
+    good = max(1, store.samples - len(totals.skipped))
+    return {
+        "layer": layer.name,
+        "shape": list(layer.matrix_shape),
+        "samples": store.samples,
+        "blocks": store.blocks,
+        "degenerate": int(totals.sums["degenerate"]),
+        "skipped": sorted(totals.skipped),
+        **{name: totals.sums[name] / good for name in ("base_loss", "overfit_loss", "rho", "steps")},
+        "engine": engine.name,
+        "engine_reason": engine.reason,
+        "prefix_reused": engine.prefix is not None,
+    }
+
+
 class Collector:
     """Overfits rows of a split and writes them into a delta store.
 
@@ -75,18 +93,18 @@ class Collector:
         self._task, self._engine, self._layer_kind = task, engine, layer_kind
         self._rows, self._device, self._seed = rows, device, seed
 
-    def confirm(self, positions: range, given: tuple[Tree, Tree]) -> None:
+    def confirm(self, positions: Sequence[int], given: tuple[Tree, Tree]) -> None:
         """Compare the engine with the plain loop on some rows, given as (x, y)."""
-        numbers = self._rows.rows[positions.start : positions.stop]
+        numbers = self._rows.rows[torch.as_tensor(positions)]
         x, y = (to_device(tree, self._device) for tree in given)
         self._engine.confirm(x, y, (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None)
 
     def overfit_batch(
-        self, positions: range, given: tuple[Tree, Tree], out: Tensor | None = None, check: bool = True
+        self, positions: Sequence[int], given: tuple[Tree, Tree], out: Tensor | None = None, check: bool = True
     ) -> Buffers:
         """Overfit some rows, given as (x, y), and capture their conditioning: array name to (B, …). The deltas may be left in
         `out`; `check` as `Engine.overfit`."""
-        numbers = self._rows.rows[positions.start : positions.stop]
+        numbers = self._rows.rows[torch.as_tensor(positions)]
         x, y = (to_device(tree, self._device) for tree in given)
         first = self._engine.first_pass(x)
         fields, _ = fields_of(self._task, self._layer_kind, x, first.output, first.captured)
@@ -209,6 +227,11 @@ def bad_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
         if name not in (DELTA, *FACTORS) and value.dtype.kind == "f":
             bad |= ~np.isfinite(value).reshape(len(value), -1).all(1)
     return bad
+
+
+def is_finite(x: Tree) -> bool:
+    """Whether every number of some inputs is finite."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(x).values())
 
 
 def not_finite(row: int) -> ComputeError:

@@ -1,25 +1,20 @@
 """What every stage is: a plan, and work done inside an unfinished folder that gets its name when it is whole."""
 
-import contextlib
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
 from stages.artifacts.inputs import task_sources
-from stages.artifacts.pipeline import AUTO, STAGES, StageSpec, extent_settings
-from stages.artifacts.progress import Logged, Report, Silent
-from stages.artifacts.project import Project
+from stages.artifacts.pipeline import AUTO, STAGES, extent_settings
+from stages.artifacts.progress import Logged
 from stages.artifacts.provenance import made, now, threads_restored
 from stages.artifacts.run_directory import (
     BEGUN,
     MANIFEST,
-    StageFolder,
     check_run,
     file_records,
-    folder_of,
     manifest_hash,
     prepare_run,
 )
@@ -28,7 +23,6 @@ from stages.artifacts.states import (
     PARTIAL,
     STALE,
     StageState,
-    States,
     make_identity,
     progress_of,
     redo_command,
@@ -36,123 +30,12 @@ from stages.artifacts.states import (
 )
 from stages.config import EXECUTION
 from stages.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
-from stages.materials import Materials
+from stages.hooks import StageHooks
 from stages.outcome import Finished, Outcome
 
 
-class Stage(Materials, ABC):
-    """One stage of one project: subclasses give its name, its plan and its work.
-
-    Args:
-        project: the project.
-        report: hears of its progress.
-    """
-
-    name: ClassVar[str]
-    redoes_stale: ClassVar[bool] = False
-
-    def __init__(self, project: Project, report: Report | None = None) -> None:
-        super().__init__(project)
-        self.report: Report = report or Silent()
-        self.states = States(project, self.hash_dataset)
-        self._identity: dict[str, Any] = {}
-        self._sources: dict[str, Any] = {}
-        self._begun: dict[str, Any] = {}
-
-    # What a subclass gives.
-
-    @abstractmethod
-    def plan(self) -> dict[str, Any]:
-        """What would be done, how much and how many bytes, for a dry run."""
-
-    @abstractmethod
-    def work(self, wip: Path) -> Finished | None:
-        """Do it inside `wip`, continuing whatever an earlier process left there; None where others have to finish it."""
-
-    def prepare(self, wip: Path) -> None:
-        """Lay out `wip`, before the work begins or goes on."""
-
-    def waiting(self) -> Outcome:
-        """What is said where others have to finish the work."""
-        raise NotImplementedError
-
-    def check(self) -> None:
-        """Refuse faults of the settings, the task and the data before anything is written."""
-
-    def resolved(self) -> dict[str, Any]:
-        """What `auto` identity settings of this stage stand for, by dotted name."""
-        return {}
-
-    def extend(self, finished: Path, wip: Path) -> None:
-        """Begin `wip` from a finished folder that does not go far enough."""
-
-    def auto_threads(self) -> int:
-        """The CPU threads that `auto` stands for."""
-        return torch.get_num_threads()
-
-    def content_inputs(self) -> dict[str, Any]:
-        """Further content the result depends on."""
-        return {}
-
-    @property
-    def folder(self) -> StageFolder:
-        """Where the result lies."""
-        return folder_of(self.project, self.name)
-
-    def hold(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other processes off the stage."""
-        return self.folder.lock()
-
-    def gate(self) -> contextlib.AbstractContextManager[None]:
-        """Where several processes may hold the stage: one at a time begins."""
-        return contextlib.nullcontext()
-
-    @property
-    def joins(self) -> bool:
-        """Whether this process goes on with what others have begun, even where it was to be redone."""
-        return False
-
-    @property
-    def splits_read(self) -> dict[str, str]:
-        """Which split stands for `input`."""
-        return {}
-
-    # What stages share.
-
-    @property
-    def spec(self) -> StageSpec:
-        """The stage's place in the pipeline."""
-        return STAGES[self.name]
-
-    @property
-    def settings(self) -> Any:
-        """The stage's own table."""
-        return self.project.settings.table(self.name)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the work under way."""
-        return self._begun["fingerprint"]
-
-    def tell_total(self, total: int, unit: str) -> None:
-        """Record how much there is to do, for `ocd status` while the work is under way."""
-        self._begun["plan"] = {"total": total, "unit": unit}
-        write_json(self.folder.wip / BEGUN, self._begun)
-
-    def keep_execution(self, **resolved: Any) -> dict[str, Any]:
-        """Execution settings as resolved now, or as the unfinished work was begun with: the same ones give the same bits."""
-        kept = resolved | self._begun["execution"]
-        if kept != self._begun["execution"] and (self.folder.wip / BEGUN).exists():
-            write_json(self.folder.wip / BEGUN, self._begun | {"execution": kept})
-        self._begun["execution"] = kept
-        return kept
-
-    def keep_threads(self, threads: int) -> None:
-        """Work on as many threads as what is taken up was made with."""
-        self._begun["threads"] = threads
-        torch.set_num_threads(threads)
-
-    # The life of a stage.
+class Stage(StageHooks):
+    """One stage of one project: subclasses give its name, its plan and its work."""
 
     def execute(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """Bring the stage up to date, or say what that would take; what is wrong with the request is found before it begins.
@@ -166,6 +49,7 @@ class Stage(Materials, ABC):
         require_done(self.states, self.spec.reads, self.name)
         state = self._state(force)
         if state.state == DONE and not force:
+            self.tidy()
             return Outcome(self.name, state.manifest["summary"], up_to_date=True, path=self.folder.found)
         if dry_run:
             return Outcome(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
@@ -181,8 +65,13 @@ class Stage(Materials, ABC):
                 state = self._state(force)
                 if state.state == DONE and not force:
                     return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
-                self._begin(state, force)
-                self.prepare(self.folder.wip)
+                begins = self._begin(state, force)
+                try:
+                    self.prepare(self.folder.wip)
+                except TryAgainError:
+                    if begins:
+                        remove(self.folder.wip)
+                    raise
             try:
                 return self._complete()
             except (SettingsError, TaskError, DataError, ComputeError):
@@ -223,15 +112,18 @@ class Stage(Materials, ABC):
             f"to redo it: {redo_command(state)}; to keep it, set back what changed",
         )
 
-    def _begin(self, state: StageState, force: bool) -> None:
-        """Make or take up the unfinished folder."""
+    def _begin(self, state: StageState, force: bool) -> bool:
+        """Make or take up the unfinished folder; whether it was made."""
         wip = self.folder.wip
         redo = force or (state.state == STALE and self.redoes_stale)
         begun = None if redo and not self.joins else self.folder.begun()
         identity, self._sources = self._fresh() if redo else (state.identity, state.sources)
         identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"][key] == AUTO}
         fingerprint = digest(identity)
-        if begun is None or begun["fingerprint"] != fingerprint:
+        begins = begun is None or begun["fingerprint"] != fingerprint
+        if begins:
+            if begun is not None:
+                self.check_discard()
             threads = self.project.settings.run.threads
             remove(wip)
             wip.mkdir(parents=True)
@@ -248,6 +140,7 @@ class Stage(Materials, ABC):
             self.extend(self.folder.path, wip)
         begun |= {"wanted": extent_settings(self.project, self.spec), "sources": self._sources}
         write_json(wip / BEGUN, begun)
+        return begins
 
     def _fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""

@@ -30,7 +30,8 @@ ALLOWED = {
     "materials": {"artifacts", "tasks", "weights"},
     "collector": {"artifacts", "tasks", "weights"},
     "outcome": set(),
-    "stage": {"artifacts", "materials", "outcome"},
+    "hooks": {"artifacts", "materials", "outcome"},
+    "stage": {"artifacts", "hooks", "materials", "outcome"},
     "predictor": {"artifacts", "tasks", "weights", "diffusion", "materials"},
 }
 

@@ -11,32 +11,28 @@ _END = object()
 
 
 def read_ahead(items: Iterator[T], ahead: int = 2) -> Iterator[T]:
-    """The items in order, made in a thread that is at most `ahead` of them in front; what it raises is raised in its turn."""
-    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
-    stop = threading.Event()
-
-    def put(item: Any, error: BaseException | None = None) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
+    """The items in order, made in a thread, at most `ahead` of them before they are asked for; what it raises is raised in its
+    turn."""
+    made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+    room, stop = threading.Semaphore(ahead), threading.Event()
 
     def work() -> None:
         try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-            put(_END)
+            while not stop.is_set():
+                if room.acquire(timeout=0.1):
+                    item = next(items, _END)
+                    made.put((item, None))
+                    if item is _END:
+                        return
         except BaseException as error:
-            put(_END, error)
+            made.put((_END, error))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            item, error = waiting.get()
+            item, error = made.get()
+            room.release()
             if error is not None:
                 raise error
             if item is _END:

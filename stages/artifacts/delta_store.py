@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from stages.artifacts.chunks import codecs, encode, write
-from stages.artifacts.files import inside, link_or_copy, read_json, remove, sha256_file, write_json
+from stages.artifacts.files import digest, inside, link_or_copy, read_json, remove, sha256_file, sync_folder, write_json
 from stages.errors import ArtifactError, OcdError
 
 STORE, LEDGER = "deltas.zarr", "blocks"
@@ -82,6 +82,19 @@ def chunk_name(name: str, block: int, axes: int) -> str:
     return f"{STORE}/{name}/{'.'.join(['c', str(block), *['0'] * axes])}"
 
 
+def is_laid_out(array: zarr.Array, name: str, spec: ArraySpec, samples: int, rows: int) -> bool:
+    """Whether Zarr's own description of an array says what it must, down to the names of the chunks: under other names it would
+    find none, and read fill values."""
+    wanted = create_array(zarr.open_group(zarr.storage.MemoryStore(), mode="w"), name, spec, samples, rows)
+    # As text, in which the fill value NaN equals itself.
+    return str(array.metadata.to_dict()) == str(wanted.metadata.to_dict())
+
+
+def record_hash(record: dict[str, Any]) -> str:
+    """What a block's record says of itself in `sha256`: the hash of all else in it."""
+    return digest({key: value for key, value in record.items() if key != "sha256"})
+
+
 @dataclass
 class Totals:
     """Sums over the rows of a store, put together from its blocks' records."""
@@ -120,21 +133,26 @@ class DeltaStore:
         return range(block * self.rows, min(self.samples, (block + 1) * self.rows))
 
     def create(self) -> None:
-        """Lay out the arrays; where they exist with another number of samples, give them the new one and keep their chunks."""
-        group = zarr.open_group(self.folder / STORE, mode="a", zarr_format=3)
+        """Lay out the arrays; where they are laid out otherwise (for fewer samples, or damaged), do it again and keep their
+        chunks."""
+        group = self._group()
         (self.folder / LEDGER).mkdir(exist_ok=True)
         for name, spec in self.specs.items():
-            shape = (self.samples, *spec.row_shape)
-            if name not in group:
-                create_array(group, name, spec, self.samples, self.rows)
-            elif group[name].shape != shape:
-                group[name].resize(shape)
+            try:
+                if name in group and is_laid_out(group[name], name, spec, self.samples, self.rows):
+                    continue
+            except Exception:
+                pass
+            remove(self.folder / STORE / name / "zarr.json")
+            create_array(group, name, spec, self.samples, self.rows)
 
-    def sweep(self) -> None:
-        """Remove what a kill may have left half-written; not while another process may be writing."""
-        for pattern in ("*.partial", "*.tmp"):
-            for path in self.folder.rglob(pattern):
-                remove(path)
+    def _group(self) -> zarr.Group:
+        try:
+            return zarr.open_group(self.folder / STORE, mode="a", zarr_format=3)
+        except Exception:
+            # Its description is damaged; the arrays have their own.
+            remove(self.folder / STORE / "zarr.json")
+            return zarr.open_group(self.folder / STORE, mode="a", zarr_format=3)
 
     def chunk_names(self, block: int) -> list[str]:
         """The files of a block, relative to the stage's folder."""
@@ -145,19 +163,17 @@ class DeltaStore:
         return self.folder / LEDGER / f"{block:06d}.json"
 
     def is_done(self, block: int, *, rehash: bool = False) -> bool:
-        """Whether a block's record exists, is of this stage and this range, and its chunks have the sizes (and the hashes) it
-        says."""
+        """Whether a block's record exists, is of this stage and range, and its chunks have the sizes (and hashes) it says."""
         if not self.record_path(block).exists():
             return False
         try:
             record = read_json(self.record_path(block))
             span = self.block_range(block)
-            if record["fingerprint"] != self.fingerprint or record["samples"] != [span.start, span.stop]:
-                return False
-            if set(record["chunks"]) != set(self.chunk_names(block)):
+            wanted = (self.fingerprint, [span.start, span.stop], record_hash(record), set(self.chunk_names(block)))
+            if (record["fingerprint"], record["samples"], record["sha256"], set(record["chunks"])) != wanted:
                 return False
             return not any(damage_of(self.folder, name, entry, rehash) for name, entry in record["chunks"].items())
-        except (ArtifactError, OSError, KeyError, TypeError):
+        except (ArtifactError, OSError, KeyError, TypeError, AttributeError):
             return False
 
     @property
@@ -194,8 +210,14 @@ class DeltaStore:
             if value.shape != (len(span), *spec.row_shape) or value.dtype != np.dtype(spec.dtype):
                 raise ValueError(f"{name} is {value.dtype} {value.shape}, expected {spec.dtype} {(len(span), *spec.row_shape)}")
             chunks[place] = write(self.folder / place, encode(value, self.rows))
-        record = {"fingerprint": self.fingerprint, "block": block, "samples": [span.start, span.stop], "chunks": chunks}
-        write_json(self.record_path(block), record | notes)
+        record = {
+            "fingerprint": self.fingerprint,
+            "block": block,
+            "samples": [span.start, span.stop],
+            "chunks": chunks,
+            **notes,
+        }
+        write_json(self.record_path(block), record | {"sha256": record_hash(record)})
 
     def adopt(self, finished: Path) -> None:
         """Begin from a finished store: its undamaged whole blocks get a second name here; the others are redone."""
@@ -206,7 +228,7 @@ class DeltaStore:
                     link_or_copy(inside(finished, name), inside(self.folder, name))
 
     def totals(self) -> Totals:
-        """The sums over all blocks, and the hash of every chunk.
+        """The sums over all blocks, and the hash of every chunk; their names are made durable.
 
         Raises:
             ArtifactError: blocks that are not done, named.
@@ -214,6 +236,8 @@ class DeltaStore:
         missing = [block for block in range(self.blocks) if not self.is_done(block)]
         if missing:
             raise ArtifactError(f"{self.folder / STORE} lacks blocks {missing[:8]}", "run the same command again")
+        for name in self.specs:
+            sync_folder(self.folder / STORE / name)
         found = Totals()
         for block in range(self.blocks):
             record = read_json(self.record_path(block))
@@ -258,6 +282,8 @@ def ledger_problems(folder: Path, fingerprint: str) -> list[str]:
             record = read_json(path)
             if record["fingerprint"] != fingerprint:
                 problems.append(f"{LEDGER}/{path.name} is of another store")
+            if record["sha256"] != record_hash(record) or path.stem != f"{record['block']:06d}":
+                problems.append(f"content changed: {LEDGER}/{path.name}")
             found = (damage_of(folder, name, entry) for name, entry in record["chunks"].items())
             problems += [f"block {path.stem}: {text}" for text in found if text]
         except (OcdError, OSError, KeyError, TypeError, AttributeError) as error:

@@ -96,6 +96,17 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
+def strays(folder: Path) -> list[Path]:
+    """What a kill may have left half-written in a stage's folder."""
+    return [path for pattern in ("*.partial", "*.tmp") for path in folder.rglob(pattern)]
+
+
+def sweep(folder: Path) -> None:
+    """Remove that; not while another process may be writing."""
+    for path in strays(folder):
+        remove(path)
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -38,6 +38,19 @@ class Part:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
+    @staticmethod
+    def check(part: "Part | None", blocks: int) -> None:
+        """Refuse more parts than blocks.
+
+        Raises:
+            SettingsError: with both numbers.
+        """
+        if part and part.count > blocks:
+            raise SettingsError(
+                f"--part {part}: more parts than blocks, of which there are {blocks}",
+                "use fewer parts, or smaller blocks with --set collect.block_samples=N",
+            )
+
     def has(self, block: int) -> bool:
         """Whether a block is this worker's."""
         return block % self.count == self.number - 1
@@ -65,7 +78,7 @@ def locked(path: Path, what: str) -> Iterator[TextIO]:
         try:
             _take(stream)
         except BlockingIOError as error:
-            holder = _text(stream) or "; ".join(sharing(path)) or "another process"
+            holder = "; ".join(sharing(path)) or _text(stream) or "another process"
             raise TryAgainError(f"{what} is in use by {holder}", WAIT) from error
         stream.truncate(0)
         stream.write(_whoami())
@@ -117,6 +130,8 @@ def shared(path: Path, what: str, part: Part) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TryAgainError(f"{what} is in use by {_text(stream) or 'another process'}", WAIT) from error
+        # Nobody holds it alone: what it says is of a process that was killed.
+        stream.truncate(0)
         with gate(path.with_suffix(".begin")):
             others = [other for other in _held_parts(path) if not other.name.endswith(f"-of-{part.count}.part")]
             if others:

@@ -91,6 +91,7 @@ class StageFolder:
 
     def exchange(self) -> None:
         """Give the finished work its final name: the old folder steps aside until the new one stands."""
+        remove(self.wip / BEGUN)
         sync_folder(self.wip)
         remove(self.old)
         if self.path.exists():

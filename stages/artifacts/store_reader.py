@@ -8,7 +8,7 @@ import numpy as np
 import zarr
 
 from stages.artifacts.background import read_ahead
-from stages.artifacts.delta_store import STORE, chunk_name
+from stages.artifacts.delta_store import STORE, ArraySpec, chunk_name, is_laid_out
 from stages.errors import ArtifactError
 from stages.seeds import seed_of
 
@@ -40,6 +40,9 @@ class StoreReader:
                         f"its manifest says {wanted['dtype']} {tuple(wanted['shape'])}",
                         "redo it with: ocd collect --force",
                     )
+                spec = ArraySpec(wanted["dtype"], tuple(wanted["shape"][1:]))
+                if not is_laid_out(array, name, spec, len(self), self.block_samples):
+                    raise ArtifactError(f"{self.path}/{name}/zarr.json lays the array out in another way", MEND_HINT)
         except (KeyError, ValueError, FileNotFoundError, TypeError) as error:
             raise ArtifactError(f"{self.path} cannot be opened: {error}", "ocd verify names what is damaged") from error
 
