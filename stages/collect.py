@@ -16,7 +16,7 @@ from stages.artifacts.parts import WAIT, Part, gate, holders, lock_path, shared
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.states import progress_of
-from stages.collector import Collector, bad_rows, check_recipe, has_views, is_finite, not_finite, recipe_of, summary_of
+from stages.collector import Collector, bad_rows, check_recipe, has_views, is_finite, not_finite, recipe_of, summary_of, writers
 from stages.errors import SettingsError, TaskError, TryAgainError
 from stages.outcome import Finished, Outcome
 from stages.seeds import generator
@@ -169,7 +169,7 @@ class Collect(Stage):
                 store,
                 self._pending,
                 execution["batch_size"],
-                self.settings.writers,
+                writers(self.settings.writers),
                 self.settings.skip_bad,
                 lambda done, figures: self.report.progress(before + done, rows, "samples", **figures),
             )

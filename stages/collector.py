@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -58,6 +59,11 @@ def check_recipe(settings: CollectTable) -> None:
                 f"collect.store = 'factored' needs deltas that are one outer product: {why}",
                 "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
             )
+
+
+def writers(setting: int | str) -> int:
+    """Threads that compress and write: a second one is in the way of computing where there are two cores."""
+    return setting if isinstance(setting, int) else min(2, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def summary_of(layer: Layer, store: DeltaStore, totals: Totals, engine: Engine) -> dict[str, Any]:

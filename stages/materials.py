@@ -32,6 +32,7 @@ class Materials:
 
     def __init__(self, project: Project) -> None:
         self.project = project
+        self._identities: dict[str, str | None] = {}
 
     @property
     def seed(self) -> int:
@@ -115,7 +116,12 @@ class Materials:
         return checked_file(folder_of(self.project, stage), self.manifest_of(stage), name)
 
     def hash_dataset(self, role: str) -> str | None:
-        """The identity of a dataset that only code can load; None where the task has no such set."""
+        """The identity of a dataset that only code can load, hashed once; None where the task has no such set."""
+        if role not in self._identities:
+            self._identities[role] = self._identity_of(role)
+        return self._identities[role]
+
+    def _identity_of(self, role: str) -> str | None:
         if role == "validation" and not self.validation_is_given:
             return None
         split = self.test_split if role == "test" else self.splits["all" if role == "train" else role]

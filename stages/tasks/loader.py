@@ -63,15 +63,13 @@ def forward(task: Task, model: nn.Module, x: Tree) -> Tree:
     """The task's forward pass; what it raises is the user's.
 
     A model of half precision gets its inputs in its own dtype, unless the task has a forward pass of its own; its outputs are
-    float32 for whatever comes after. The pass gets a copy of x, which it may change in place.
+    float32 for whatever comes after.
     """
     half = next((p.dtype for p in model.parameters() if p.dtype in HALF), None) if uses_default(task, "forward") else None
-
-    def given(leaf: Tensor) -> Tensor:
-        return leaf.to(half) if half is not None and leaf.is_floating_point() and leaf.dtype != half else leaf.clone()
-
+    if half is not None:
+        x = tree_map(lambda leaf: leaf.to(half) if leaf.is_floating_point() else leaf, x)
     with user_code("the model's forward pass"), _recurrent_gradients(model):
-        output = task.forward(model, tree_map(given, x))
+        output = task.forward(model, x)
     require_tensors(output, "the model")
     return tree_map(lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, output)
 
@@ -132,7 +130,8 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
     x, y = (to_device(tree, device) for tree in split.batch(range(min(4, len(split)))))
     model.eval()
     with torch.no_grad():
-        output = forward(task, model, x)
+        # A copy for each pass: the model may work in place on what it is given.
+        output = forward(task, model, tree_map(torch.clone, x))
         if task.kind == CLASSIFICATION and isinstance(split.dataset, ArrayDataset):
             _check_all_labels(split, output)
         with naming_rows(split, range(min(4, len(split)))):
@@ -147,7 +146,7 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
             _check_independent(task, model, x, output)
     if any(parameter.requires_grad for parameter in model.parameters()):
         with torch.enable_grad():
-            if not losses(task, forward(task, model, x), y).requires_grad:
+            if not losses(task, forward(task, model, tree_map(torch.clone, x)), y).requires_grad:
                 raise TaskError(
                     "the loss does not depend on the model's weights",
                     "let it keep its gradient: no detach(), no item(), no numpy",
@@ -170,7 +169,7 @@ def _check_independent(task: Task, model: nn.Module, x: Tree, output: Tree) -> N
     """Compare a batch with its samples one by one; batched and single products differ by rounding, hence 1e-3."""
     for index in range(batch_size(x)):
         try:
-            single = forward(task, model, take(x, slice(index, index + 1)))
+            single = forward(task, model, tree_map(torch.clone, take(x, slice(index, index + 1))))
         except TaskError as error:
             raise TaskError(
                 f"the model mixes samples in eval mode: it takes a batch of {batch_size(x)}, "

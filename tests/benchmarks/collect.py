@@ -1,7 +1,8 @@
 """Collecting against the plain loop over samples, both in one run: `python tests/benchmarks/collect.py [row …]`.
 
 A ratio is the loop's time per sample over ours: from the first sample read to the finalised store, imports left out. The loop
-is the authors' way: a copy of the model, the same optimizer, a batch of one; the faster of one thread and of all cores counts.
+is the authors' way: a copy of the model, the same optimizer, a batch of one; it makes the numbers that the store holds (delta,
+rho, both losses, conditioning) but writes none of them. The faster of one thread and of all cores counts.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
 from stages.collect import Collect, collect
+from stages.collector import writers
 from stages.select_layer import select_layer
 from stages.train_base import train_base
 
@@ -53,12 +55,16 @@ def loop_seconds(stage: Collect, samples: int) -> float:
             )
             with torch.no_grad():
                 seen["base_output"] = model(x)
+                seen["base_loss"] = F.cross_entropy(seen["base_output"], y)
             handle.remove()
             for _ in range(settings.steps):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
-            (weight.detach() - start).norm().item()
+            with torch.no_grad():
+                seen["overfit_loss"] = F.cross_entropy(model(x), y)
+                seen["delta"] = weight - start
+                seen["rho"] = seen["delta"].norm()
 
     threads, found = torch.get_num_threads(), []
     for count in {1, threads}:
@@ -139,12 +145,14 @@ def store_overhead(folder: Path, device: str) -> dict[str, Any]:
     def compute() -> None:
         write, DeltaStore.write_block = DeltaStore.write_block, lambda *_, **__: None
         try:
-            stage._collector.work(store, blocks, stage._batch_size(store.rows), stage.settings.writers, False, lambda *_: None)
+            stage._collector.work(
+                store, blocks, stage._batch_size(store.rows), writers(stage.settings.writers), False, lambda *_: None
+            )
         finally:
             DeltaStore.write_block = write
 
     def write() -> None:
-        with ThreadPoolExecutor(stage.settings.writers) as pool:
+        with ThreadPoolExecutor(writers(stage.settings.writers)) as pool:
             list(pool.map(lambda block: store.write_block(block, arrays, sums={}, skipped=[]), blocks))
 
     compute()
