@@ -1,6 +1,7 @@
 """Reading a finished delta store: whole arrays, rows in order, or batches in a shuffled order for training."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from stages.artifacts.delta_store import STORE, ArraySpec, chunk_name, is_laid_o
 from stages.errors import ArtifactError
 from stages.seeds import seed_of
 
+# Threads that read and decompress blocks for a buffer.
+READERS = 2
 MEND_HINT = "ocd verify names the blocks; ocd collect then redoes them"
 
 
@@ -141,25 +144,37 @@ class StoreReader:
     ) -> Iterator[dict[str, np.ndarray]]:
         draw = np.random.default_rng(seed_of(seed, "shuffle", epoch))
         order = draw.permutation(self.blocks)
-        for start in range(0, len(order), buffer_blocks):
-            chosen = order[start : start + buffer_blocks]
-            spans = [(int(b) * self.block_samples, min(len(self), (int(b) + 1) * self.block_samples)) for b in chosen]
-            rows = np.concatenate([np.arange(*span) for span in spans])
-            places = draw.permutation(len(rows))
-            if usable is not None:
-                places = places[usable[rows[places]]]
-            if len(places) == 0:
-                continue
-            yield {"row": rows[places]} | {name: self._gather(name, spans, places) for name in names}
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(order), buffer_blocks):
+                firsts = order[start : start + buffer_blocks] * self.block_samples
+                spans = [(int(first), min(len(self), int(first) + self.block_samples)) for first in firsts]
+                rows = np.concatenate([np.arange(*span) for span in spans])
+                kept = np.arange(len(rows)) if usable is None else np.flatnonzero(usable[rows])
+                # The place in the buffer of each row of the blocks, one after another; -1: left out.
+                places = np.full(len(rows), -1)
+                places[kept] = draw.permutation(len(kept))
+                if len(kept):
+                    buffer = self._empty(names, len(kept))
+                    buffer["row"][places[kept]] = rows[kept]
+                    list(pool.map(lambda part, buffer=buffer: self._fill(buffer, names, *part), _divided(spans, places)))
+                    yield buffer
 
-    def _gather(self, name: str, spans: list[tuple[int, int]], places: np.ndarray) -> np.ndarray:
-        """The rows `places` of the spans put one after another: each block is read and put in its rows' places at once."""
-        shape = self.description["arrays"][name]["shape"][1:]
-        found = np.empty((len(places), *shape), self.description["arrays"][name]["dtype"])
-        first = 0
-        for start, stop in spans:
-            value = self.read(name, start, stop)
-            here = np.flatnonzero((places >= first) & (places < first + len(value)))
-            found[here] = value[places[here] - first]
-            first += len(value)
-        return found
+    def _empty(self, names: list[str], count: int) -> dict[str, np.ndarray]:
+        arrays = self.description["arrays"]
+        found = {name: np.empty((count, *arrays[name]["shape"][1:]), arrays[name]["dtype"]) for name in names}
+        return {"row": np.empty(count, np.int64), **found}
+
+    def _fill(self, buffer: dict[str, np.ndarray], names: list[str], span: tuple[int, int], places: np.ndarray) -> None:
+        """Read one block and put its rows in their places."""
+        kept = places >= 0
+        for name in names:
+            value = self.read(name, *span)
+            buffer[name][places[kept]] = value if kept.all() else value[kept]
+
+
+def _divided(spans: list[tuple[int, int]], places: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """Each block's span with its rows' places."""
+    first = 0
+    for start, stop in spans:
+        yield (start, stop), places[first : first + stop - start]
+        first += stop - start
