@@ -57,21 +57,8 @@ class Stage(StageHooks):
         self.check()
         prepare_run(self.project)
         with self.hold(), disk_errors(self.project.run_path), threads_restored():
-            with self.gate():
-                self.folder.restore()
-                if (self.folder.wip / MANIFEST).exists():
-                    # A kill came between the manifest and the exchange of the folders: the work is whole.
-                    self.folder.exchange()
-                state = self._state(force)
-                if state.state == DONE and not force:
-                    return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
-                begins = self._begin(state, force)
-                try:
-                    self.prepare(self.folder.wip)
-                except TryAgainError:
-                    if begins:
-                        remove(self.folder.wip)
-                    raise
+            if (outcome := self._take_up(force)) is not None:
+                return outcome
             try:
                 return self._complete()
             except (SettingsError, TaskError, DataError, ComputeError):
@@ -82,6 +69,25 @@ class Stage(StageHooks):
                 raise
             except KeyboardInterrupt as error:
                 raise self._interruption(state, force) from error
+
+    def _take_up(self, force: bool) -> Outcome | None:
+        """Begin the work or go on with it, one process at a time; the outcome, where it has been done meanwhile."""
+        with self.gate():
+            self.folder.restore()
+            if (self.folder.wip / MANIFEST).exists():
+                # A kill came between the manifest and the exchange of the folders: the work is whole.
+                self.folder.exchange()
+            state = self._state(force)
+            if state.state == DONE and not force:
+                return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
+            begins = self._begin(state, force)
+            try:
+                self.prepare(self.folder.wip)
+            except TryAgainError:
+                if begins:
+                    remove(self.folder.wip)
+                raise
+        return None
 
     def _interruption(self, state: StageState, force: bool) -> TryAgainError:
         """What to type after an interruption: a forced redo has no half that a plain command would take up as its own."""

@@ -6,8 +6,6 @@ Zarr reads back what was written is tested.
 """
 
 import hashlib
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 import zarr
 from numcodecs import Zstd
 
-from stages.artifacts.files import TEMPORARY
+from stages.artifacts.files import write_pieces
 
 LEVEL = 1
 
@@ -41,17 +39,8 @@ def encode(rows: np.ndarray, count: int) -> tuple[bytes, bytes]:
 
 def write(path: Path, pieces: tuple[bytes, ...]) -> dict[str, Any]:
     """Write a chunk whole and make it durable; its size and hash, as the ledger has them."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
+    write_pieces(path, *pieces)
     found = hashlib.sha256()
-    try:
-        with temporary.open("wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-                found.update(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    for piece in pieces:
+        found.update(piece)
     return {"bytes": sum(map(len, pieces)), "sha256": found.hexdigest()}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,23 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole: a temporary neighbour, fsync, rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+def write_pieces(path: Path, *pieces: bytes) -> None:
+    """Write a file whole: a temporary neighbour, fsync, rename. The new name itself may not survive a power cut."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            stream.writelines(pieces)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole, and make its name durable, too."""
+    write_pieces(path, data)
     sync_folder(path.parent)
 
 

@@ -127,17 +127,7 @@ class StoreReader:
         Raises:
             ArtifactError: a chunk is damaged.
         """
-        rest: dict[str, np.ndarray] | None = None
-        for buffer in read_ahead(self._buffers(names, seed, epoch, buffer_blocks, usable), ahead=1):
-            if rest is not None:
-                buffer = {name: np.concatenate([rest[name], value]) for name, value in buffer.items()}
-            count = len(buffer["row"])
-            whole = count - count % batch_size
-            for start in range(0, whole, batch_size):
-                yield {name: value[start : start + batch_size] for name, value in buffer.items()}
-            rest = {name: value[whole:].copy() for name, value in buffer.items()} if whole < count else None
-        if rest is not None:
-            yield rest
+        yield from _batches(read_ahead(self._buffers(names, seed, epoch, buffer_blocks, usable), ahead=1), batch_size)
 
     def _buffers(
         self, names: list[str], seed: int, epoch: int, buffer_blocks: int, usable: np.ndarray | None
@@ -178,3 +168,22 @@ def _divided(spans: list[tuple[int, int]], places: np.ndarray) -> Iterator[tuple
     for start, stop in spans:
         yield (start, stop), places[first : first + stop - start]
         first += stop - start
+
+
+def _batches(buffers: Iterator[dict[str, np.ndarray]], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of buffers in batches; what a buffer leaves over begins the next one's first batch."""
+    rest: dict[str, np.ndarray] | None = None
+    for buffer in buffers:
+        start, count = 0, len(buffer["row"])
+        if rest is not None:
+            start = min(count, batch_size - len(rest["row"]))
+            rest = {name: np.concatenate([rest[name], value[:start]]) for name, value in buffer.items()}
+            if len(rest["row"]) < batch_size:
+                continue
+            yield rest
+        for first in range(start, count - batch_size + 1, batch_size):
+            yield {name: value[first : first + batch_size] for name, value in buffer.items()}
+        last = count - (count - start) % batch_size
+        rest = {name: value[last:].copy() for name, value in buffer.items()} if last < count else None
+    if rest is not None:
+        yield rest

@@ -40,10 +40,9 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
         seen[ACTIVATION] = _first_tensor([output])
 
     module = layer.module(model)
-    handles = [
-        module.register_forward_pre_hook(keep_input, with_kwargs=True),
-        module.register_forward_hook(keep_output, prepend=True),
-    ]
+    handles = [module.register_forward_pre_hook(keep_input, with_kwargs=True)]
+    # The layer's own output, before other hooks have it.
+    handles.append(module.register_forward_hook(keep_output, prepend=True))
     try:
         with torch.no_grad():
             output = plain(forward)(model, x)
@@ -55,8 +54,7 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
             f"the module of {layer.name} is not called in the forward pass, so it has no input to condition on",
             "choose another layer with: ocd select-layer --layer NAME",
         )
-    count = batch_size(x)
-    fields = {name: _per_sample(value, count, layer.name) for name, value in seen.items()}
+    fields = {name: _per_sample(value, batch_size(x), layer.name) for name, value in seen.items()}
     whole = list(leaves(output).values())
     return output, fields | {BASE_OUTPUT: whole[0] if len(whole) == 1 and whole[0].dim() > 1 else flat_output(output)}
 

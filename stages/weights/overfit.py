@@ -115,37 +115,17 @@ def overfit(descent: Descent, base_loss: Tensor, recipe: Recipe) -> Overfit:
     Raises:
         TaskError: the loss does not depend on the layer.
     """
-    count, device = len(base_loss), base_loss.device
-    largest = torch.zeros(count, device=device)
-    steps = torch.full((count,), recipe.most_steps, dtype=torch.int32, device=device)
-    # The samples in the batch, and which of them have left since it was last made smaller.
-    rows, gone = torch.arange(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
-    left, first = _Left(count), torch.zeros(0)
+    batch = _Batch(base_loss, recipe)
     for step in range(recipe.most_steps):
         values = descent.gradient(step)
         if step == 0:
             check_losses(descent, values, base_loss)
         peak, norm = descent.gradient_size()
-        largest[rows] = torch.where(gone, largest[rows], torch.maximum(largest[rows], peak.float()))
-        if recipe.until_converged:
-            first = norm if step == 0 else first
-            done = ((norm <= recipe.tolerance * first) | (peak < DEGENERATE_GRADIENT)) & ~gone
-            if done.any():
-                steps[rows[done]] = step
-                left.take(rows[done], [part[done] for part in (*descent.delta(), descent.norm(), values)])
-                gone = gone | done
-                if gone.all():
-                    break
-                if gone.float().mean() >= descent.worth_leaving:
-                    descent.keep(~gone)
-                    rows, first, gone = rows[~gone], first[~gone], gone[~gone]
+        batch.note(peak)
+        if recipe.until_converged and batch.all_leave(descent, step, values, peak, norm):
+            break
         descent.advance(step)
-    if not gone.all():
-        last = (*descent.delta(), descent.norm(), descent.losses())
-        left.take(rows[~gone], [part[~gone] for part in last] if gone.any() else list(last))
-    *delta, rho, overfit_loss = left.whole()
-    found = delta[0] if len(delta) == 1 else tuple(delta)
-    return Overfit(found, rho, largest < DEGENERATE_GRADIENT, base_loss, overfit_loss, steps)
+    return batch.finished(descent)
 
 
 def check_losses(descent: Descent, values: Tensor, base_loss: Tensor) -> None:
@@ -158,20 +138,51 @@ def check_losses(descent: Descent, values: Tensor, base_loss: Tensor) -> None:
         raise PrefixChanged("with what was recorded before the layer the base's losses came out different")
 
 
-class _Left:
-    """What is known of samples that have left the batch, put together again in the batch's order."""
+class _Batch:
+    """Which samples are still in the batch, and what is known of those that have left."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._parts: list[tuple[Tensor, list[Tensor]]] = []
+    def __init__(self, base_loss: Tensor, recipe: Recipe) -> None:
+        count, device = len(base_loss), base_loss.device
+        self._base_loss, self._recipe = base_loss, recipe
+        self._largest = torch.zeros(count, device=device)
+        self._steps = torch.full((count,), recipe.most_steps, dtype=torch.int32, device=device)
+        # The samples the descent works on, and which of them are done since it last went on with fewer.
+        self._rows, self._gone = torch.arange(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
+        self._first_norm = torch.zeros(0, device=device)
+        self._left: list[tuple[Tensor, list[Tensor]]] = []
 
-    def take(self, rows: Tensor, values: list[Tensor]) -> None:
-        """Values (b, …) of the rows (b,)."""
-        self._parts.append((rows, values))
+    def note(self, peak: Tensor) -> None:
+        """The largest entry of each gradient."""
+        before = self._largest[self._rows]
+        self._largest[self._rows] = torch.where(self._gone, before, torch.maximum(before, peak.float()))
 
-    def whole(self) -> list[Tensor]:
-        """The values of all rows, each (B, …)."""
-        if len(self._parts) == 1 and len(self._parts[0][0]) == self._count:
-            return self._parts[0][1]
-        order = torch.cat([rows for rows, _ in self._parts]).argsort()
-        return [torch.cat(parts)[order] for parts in zip(*(values for _, values in self._parts), strict=True)]
+    def all_leave(self, descent: Descent, step: int, values: Tensor, peak: Tensor, norm: Tensor) -> bool:
+        """Let samples go whose gradient has become small; whether none is left."""
+        self._first_norm = norm if step == 0 else self._first_norm
+        done = ((norm <= self._recipe.tolerance * self._first_norm) | (peak < DEGENERATE_GRADIENT)) & ~self._gone
+        if not done.any():
+            return False
+        self._steps[self._rows[done]] = step
+        self._left.append((self._rows[done], [part[done] for part in (*descent.delta(), descent.norm(), values)]))
+        self._gone = self._gone | done
+        if self._gone.all():
+            return True
+        if self._gone.float().mean() >= descent.worth_leaving:
+            here = ~self._gone
+            descent.keep(here)
+            self._rows, self._first_norm, self._gone = self._rows[here], self._first_norm[here], self._gone[here]
+        return False
+
+    def finished(self, descent: Descent) -> Overfit:
+        """What all samples came to, in the batch's order."""
+        if not self._left:
+            parts = [*descent.delta(), descent.norm(), descent.losses()]
+        else:
+            if not self._gone.all():
+                last, here = (*descent.delta(), descent.norm(), descent.losses()), ~self._gone
+                self._left.append((self._rows[here], [part[here] for part in last]))
+            order = torch.cat([rows for rows, _ in self._left]).argsort()
+            parts = [torch.cat(found)[order] for found in zip(*(values for _, values in self._left), strict=True)]
+        *delta, rho, overfit_loss = parts
+        whole = delta[0] if len(delta) == 1 else tuple(delta)
+        return Overfit(whole, rho, self._largest < DEGENERATE_GRADIENT, self._base_loss, overfit_loss, self._steps)
