@@ -143,6 +143,8 @@ def _collect(out: Console, summary: dict[str, Any]) -> None:
         f"mean rho {figure(summary['rho'])}",
         markup=False,
     )
+    if summary["until_converged"]:
+        out.print(f"mean steps: {figure(summary['steps'])}", markup=False)
     for name, how in summary["pooled"].items():
         out.print(f"{name}: {how}", markup=False)
 
@@ -204,7 +206,8 @@ def show_verified(found: dict[str, Any]) -> None:
     out = console()
     for name, entry in found["stages"].items():
         verdict = "whole" if not entry["problems"] else f"{len(entry['problems'])} problems"
-        out.print(f"{name}: {entry['files']:,} files, {bytes_text(entry['bytes'])}, {verdict}", markup=False)
+        shown = f"{name} (unfinished)" if name.endswith(".wip") else name
+        out.print(f"{shown}: {entry['files']:,} files, {bytes_text(entry['bytes'])}, {verdict}", markup=False)
         for line in entry["problems"]:
             out.print(f"  {line}", markup=False)
     if not found["stages"]:

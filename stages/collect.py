@@ -1,9 +1,6 @@
 """collect: overfit every training sample and write deltas and I(x), block by block, into the delta store."""
 
-import contextlib
 import datetime
-import time
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,21 +8,29 @@ from typing import Any
 import torch
 
 from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
-from stages.artifacts.files import available_memory, digest, require_space, strays, sweep
-from stages.artifacts.parts import WAIT, Part, gate, holders, lock_path, shared
+from stages.artifacts.files import available_memory, digest, require_space, sweep
+from stages.artifacts.parts import Part
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
-from stages.artifacts.states import progress_of
-from stages.collector import Collector, bad_rows, check_recipe, has_views, is_finite, not_finite, recipe_of, summary_of, writers
-from stages.errors import SettingsError, TaskError, TryAgainError
+from stages.collector import (
+    Collector,
+    bad_rows,
+    check_recipe,
+    is_finite,
+    make_engine,
+    not_finite,
+    summary_of,
+    writers,
+)
+from stages.errors import SettingsError, TaskError
 from stages.outcome import Finished, Outcome
 from stages.seeds import generator
-from stages.stage import Stage
+from stages.sharing import SharedStage
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
-from stages.tasks.loader import check_task, losses
+from stages.tasks.loader import check_task
 from stages.trees import to_device
-from stages.weights.batch_size import auto_batch_size, auto_threads, forward_operations, sample_bytes
+from stages.weights.batch_size import auto_batch_size, auto_threads, forward_operations, rows_worth_keeping, sample_bytes
 from stages.weights.engine import Engine
 
 # Samples that self-checks are made on.
@@ -51,7 +56,7 @@ def collect(
     return Collect(project, report, part=part).execute(force=force, dry_run=dry_run)
 
 
-class Collect(Stage):
+class Collect(SharedStage):
     """The stage.
 
     Args:
@@ -63,9 +68,7 @@ class Collect(Stage):
     name = "collect"
 
     def __init__(self, project: Project, report: Report | None = None, *, part: str | None = None) -> None:
-        super().__init__(project, report)
-        self._part = Part.parse(part) if part is not None else None
-        self._holding = contextlib.ExitStack()
+        super().__init__(project, report, part=part)
         self._mine: list[int] = []
         self._pending: list[int] = []
 
@@ -87,56 +90,24 @@ class Collect(Stage):
         few = self._tried
         check_task(self.task, self.base_to_overfit, self.rows.select(torch.as_tensor(few)))
         check_condition(self.task, self.base_to_overfit, self.layer, to_device(self.rows.inputs(few), self.device))
+        Part.check(self._part, self._store(Path(), "").blocks)
+        self._collector.confirm(few, self.rows.batch(few))
         if self.settings.store == "factored" and self.engine.why_dense:
             raise SettingsError(
                 f"collect.store = 'factored' needs deltas that are one outer product: {self.engine.why_dense}",
                 "use --set collect.store=dense",
             )
-        Part.check(self._part, self._store(Path(), "").blocks)
-        self._collector.confirm(few, self.rows.batch(few))
         found = self._collector.overfit_batch(few, self.rows.batch(few))
         bad = bad_rows({name: value.cpu().numpy() for name, value in found.items()})
         if bad.any() and not self.settings.skip_bad:
             raise not_finite(int(found["sample_index"][int(bad.argmax())]))
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """The stage for this process alone, or together with other parts."""
-        with self._holding:
-            if self._part is None:
-                self._holding.enter_context(self.folder.lock())
-            else:
-                self._holding.enter_context(shared(lock_path(self.folder.run, self.name), self.name, self._part))
-            yield
-
-    def gate(self) -> contextlib.AbstractContextManager[None]:
-        """Parts begin one after another."""
-        if self._part is None:
-            return contextlib.nullcontext()
-        return gate(lock_path(self.folder.run, f"{self.name}-gate"))
-
-    def tidy(self) -> None:
-        """Temporary files of writers that were killed."""
-        if not strays(self.folder.found):
-            return
-        with contextlib.suppress(TryAgainError), self.folder.lock():
-            sweep(self.folder.found)
-
-    def check_discard(self) -> None:
-        """Refuse to discard what other parts are at."""
-        others = [text for text in holders(self.folder.run, self.name) if not text.endswith(f"(part {self._part})")]
-        if self._part and others:
-            raise TryAgainError(f"collect was begun with other settings, and is in use by {'; '.join(others)}", WAIT)
-
-    @property
-    def joins(self) -> bool:
-        """Parts join work that another part has begun."""
-        return self._part is not None
-
     def auto_threads(self) -> int:
         """By the size of a pass, and by what of the work is compressing and writing."""
         specs = self._store(Path(), "").specs
-        return auto_threads(self._operations, self._batch_size(block_rows(specs)), sum(s.row_bytes for s in specs.values()))
+        return auto_threads(
+            self._operations, self._batch_size(self._block_rows(specs)), sum(s.row_bytes for s in specs.values())
+        )
 
     def prepare(self, wip: Path) -> None:
         """Settle what all parts share, and lay out the arrays."""
@@ -153,12 +124,20 @@ class Collect(Stage):
         if self._part is None:
             store.trim()
         self._mine = [block for block in range(store.blocks) if self._part is None or self._part.has(block)]
-        self._pending = store.pending(self._mine, rehash=True)
+        self._pending = store.pending(self._mine)
+        if (kept := execution["engine"]) != self.engine.name:
+            self.report.message(f"begun by {kept}, it goes on by {self.engine.name}: deltas may differ by rounding")
+        if self.settings.block_samples not in ("auto", store.rows):
+            self.report.message(f"begun with blocks of {store.rows:,} samples, it goes on with them")
 
     def work(self, wip: Path) -> Finished | None:
         """Every block (of the part) that is not done, then what makes the store whole; None while others have some to do."""
         execution = self.keep_execution()
         store = self._store(wip, self.fingerprint, execution["block_samples"])
+        # What was there when this process came is looked at once more, outside the gate, for it may be much.
+        damaged = [block for block in self._mine if block not in set(self._pending) and not store.is_done(block, rehash=True)]
+        with self.gate():
+            self._pending += store.pending(damaged, rehash=True) if wip.exists() else []
         rows, left = (sum(len(store.block_range(block)) for block in blocks) for blocks in (self._mine, self._pending))
         before = rows - left
         if before and left:
@@ -181,14 +160,6 @@ class Collect(Stage):
             return None
         sweep(wip)
         return self._finished(store)
-
-    def waiting(self) -> Outcome:
-        """This part is done; the store is whole already, or waits for other parts."""
-        manifest = self.folder.manifest() if not self.folder.wip.exists() else None
-        if manifest is not None:
-            return Outcome(self.name, manifest["summary"], path=self.folder.path)
-        progress = progress_of(self.folder)
-        return Outcome(self.name, {"stage": self.name, "state": "partial", "part": str(self._part), **progress}, waits=True)
 
     def extend(self, finished: Path, wip: Path) -> None:
         """Keep the whole blocks of a smaller or damaged store."""
@@ -213,16 +184,7 @@ class Collect(Stage):
     @cached_property
     def engine(self) -> Engine:
         """How samples are overfitted."""
-        return Engine(
-            self.base_to_overfit,
-            self.layer,
-            self.forward,
-            lambda output, labels: losses(self.task, output, labels),
-            recipe_of(self.settings),
-            self._probe,
-            views=has_views(self.task),
-            factored=self.settings.store == "factored",
-        )
+        return make_engine(self.task, self.base_to_overfit, self.layer, self.settings, self._probe)
 
     @cached_property
     def _collector(self) -> Collector:
@@ -246,21 +208,21 @@ class Collect(Stage):
     def _operations(self) -> int:
         return forward_operations(self.base_to_overfit, self.forward, self._probe)
 
+    @cached_property
+    def _sample_bytes(self) -> int:
+        given = (self.engine, self.layer, self.base_to_overfit, self.forward, self._probe)
+        return sample_bytes(*given, factored=self.settings.store == "factored")
+
     def _batch_size(self, rows: int) -> int:
         if self.settings.batch_size != "auto" and self.engine.name != "loop":
             return self.settings.batch_size
-        given = (self.engine, self.layer, self.base_to_overfit, self.forward, self._probe)
-        sample = sample_bytes(*given, factored=self.settings.store == "factored")
-        return auto_batch_size(self.engine, sample, min(rows, len(self.rows)), available_memory(), self.device)
+        return auto_batch_size(self.engine, self._sample_bytes, min(rows, len(self.rows)), available_memory(), self.device)
 
     def _tell_way(self, samples: int) -> None:
         """Say which slow way is taken, why, and what it costs."""
         if not self.engine.reason:
             return
-        batch = range(min(self._begun["execution"]["batch_size"], samples, 8))
-        given, start = self.rows.batch(batch), time.perf_counter()
-        self._collector.overfit_batch(batch, given)
-        each = (time.perf_counter() - start) / len(batch)
+        each = self._collector.seconds_per_sample(range(min(self._begun["execution"]["batch_size"], samples, 8)))
         way = (
             "the plain loop, one sample at a time" if self.engine.name == "loop" else f"{self.engine.name}, not by substitution"
         )
@@ -282,19 +244,18 @@ class Collect(Stage):
 
     def _store(self, folder: Path, fingerprint: str, rows: int | None = None) -> DeltaStore:
         specs = result_specs(self.layer.matrix_shape, factored=self.settings.store == "factored") | self._pooled[0]
-        chosen = rows or (block_rows(specs) if self.settings.block_samples == "auto" else self.settings.block_samples)
-        return DeltaStore(folder, specs, len(self.rows), chosen, fingerprint)
+        return DeltaStore(folder, specs, len(self.rows), rows or self._block_rows(specs), fingerprint)
+
+    def _block_rows(self, specs: dict[str, ArraySpec]) -> int:
+        if self.settings.block_samples != "auto":
+            return self.settings.block_samples
+        return block_rows(specs, len(self.rows), rows_worth_keeping(self.engine, self._operations))
 
     def _finished(self, store: DeltaStore) -> Finished:
         description, totals = store.describe(), store.totals()
-        summary = summary_of(self.layer, store, totals, self.engine) | {"pooled": self._pooled[1]}
+        more = {"until_converged": self.settings.until_converged, "pooled": self._pooled[1]}
+        summary = summary_of(self.layer, store, totals, self.engine) | more
         content = digest([description, sorted(totals.hashes.items())])
-        available = len(self.splits[self.settings.split])
-        extents = {
-            "collect.samples": {
-                "value": self.settings.samples,
-                "reached": store.samples,
-                "exhausted": store.samples == available,
-            }
-        }
-        return Finished(summary, content, extents, {"store": description}, totals.hashes)
+        exhausted = store.samples == len(self.splits[self.settings.split])
+        reached = {"value": self.settings.samples, "reached": store.samples, "exhausted": exhausted}
+        return Finished(summary, content, {"collect.samples": reached}, {"store": description}, totals.hashes)

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import os
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.artifacts.background import Workers, read_ahead
 from stages.artifacts.delta_store import DELTA, FACTORS, DeltaStore, Totals
@@ -18,6 +19,7 @@ from stages.errors import ComputeError, SettingsError
 from stages.seeds import generator
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.loader import forward, losses, uses_default
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, leaves, take, to_device
@@ -33,7 +35,7 @@ SUMMED = ("rho", "degenerate", "base_loss", "overfit_loss", "steps")
 
 def has_views(task: Task) -> bool:
     """Whether the task shows another part of a sample at each gradient step."""
-    return type(task).view is not Task.view
+    return not uses_default(task, "view")
 
 
 def recipe_of(settings: CollectTable) -> Recipe:
@@ -51,6 +53,13 @@ def check_recipe(settings: CollectTable) -> None:
         for key in ("momentum", "weight_decay"):
             if value := getattr(settings, key):
                 raise SettingsError(f"collect.{key} = {value} is of sgd, not of adam", "use --set collect.optimizer=sgd")
+    if not settings.until_converged:
+        for key in ("tolerance", "max_steps"):
+            if (value := getattr(settings, key)) != CollectTable.model_fields[key].default:
+                raise SettingsError(
+                    f"collect.{key} = {value} is of until_converged, which is not set",
+                    "use --set collect.until_converged=true, or leave it out",
+                )
     if settings.store == "factored":
         why = "Adam's steps are none" if settings.optimizer == "adam" else ""
         why = "with weight decay they are none" if settings.weight_decay else why
@@ -59,6 +68,20 @@ def check_recipe(settings: CollectTable) -> None:
                 f"collect.store = 'factored' needs deltas that are one outer product: {why}",
                 "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
             )
+
+
+def make_engine(task: Task, model: nn.Module, layer: Layer, settings: CollectTable, x: Tree) -> Engine:
+    """How a task's samples are overfitted; `x` are a few of its inputs."""
+    return Engine(
+        model,
+        layer,
+        lambda net, batch: forward(task, net, batch),
+        lambda output, labels: losses(task, output, labels),
+        recipe_of(settings),
+        x,
+        views=has_views(task),
+        factored=settings.store == "factored",
+    )
 
 
 def writers(setting: int | str) -> int:
@@ -104,6 +127,13 @@ class Collector:
         numbers = self._rows.rows[torch.as_tensor(positions)]
         x, y = (to_device(tree, self._device) for tree in given)
         self._engine.confirm(x, y, (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None)
+
+    def seconds_per_sample(self, positions: range) -> float:
+        """How long overfitting takes, measured on a few rows."""
+        given, start = self._rows.batch(positions), time.perf_counter()
+        # To have the numbers on the CPU is to have waited for them.
+        bad_rows({name: value.cpu().numpy() for name, value in self.overfit_batch(positions, given).items()})
+        return (time.perf_counter() - start) / len(positions)
 
     def overfit_batch(
         self, positions: Sequence[int], given: tuple[Tree, Tree], out: Tensor | None = None, check: bool = True

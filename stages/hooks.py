@@ -53,7 +53,7 @@ class StageHooks(Materials, ABC):
         """Remove from a finished folder what a kill may have left there."""
 
     def check_discard(self) -> None:
-        """Refuse to discard unfinished work that others are at."""
+        """Refuse to discard, or to lay out in another way, unfinished work that others are at."""
 
     def waiting(self) -> Outcome:
         """What is said where others have to finish the work."""

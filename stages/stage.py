@@ -49,7 +49,8 @@ class Stage(StageHooks):
         require_done(self.states, self.spec.reads, self.name)
         state = self._state(force)
         if state.state == DONE and not force:
-            self.tidy()
+            if not dry_run:
+                self.tidy()
             return Outcome(self.name, state.manifest["summary"], up_to_date=True, path=self.folder.found)
         if dry_run:
             return Outcome(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
@@ -57,10 +58,8 @@ class Stage(StageHooks):
         self.check()
         prepare_run(self.project)
         with self.hold(), disk_errors(self.project.run_path), threads_restored():
-            if (outcome := self._take_up(force)) is not None:
-                return outcome
             try:
-                return self._complete()
+                return self._take_up(force) or self._complete()
             except (SettingsError, TaskError, DataError, ComputeError):
                 # Refused before anything was finished: whoever mends the cause begins anew.
                 progress = progress_of(self.folder)
@@ -115,7 +114,7 @@ class Stage(StageHooks):
             return
         raise ArtifactError(
             f"{self.name} is stale: {state.detail}",
-            f"to redo it: {redo_command(state)}; to keep it, set back what changed",
+            f"to redo it: {redo_command(state, self.project.overrides)}; to keep it, set back what changed",
         )
 
     def _begin(self, state: StageState, force: bool) -> bool:
@@ -127,9 +126,9 @@ class Stage(StageHooks):
         identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"][key] == AUTO}
         fingerprint = digest(identity)
         begins = begun is None or begun["fingerprint"] != fingerprint
+        if begun is not None and (begins or begun.get("wanted") != extent_settings(self.project, self.spec)):
+            self.check_discard()
         if begins:
-            if begun is not None:
-                self.check_discard()
             threads = self.project.settings.run.threads
             remove(wip)
             wip.mkdir(parents=True)

@@ -32,6 +32,7 @@ ALLOWED = {
     "outcome": set(),
     "hooks": {"artifacts", "materials", "outcome"},
     "stage": {"artifacts", "hooks", "materials", "outcome"},
+    "sharing": {"artifacts", "outcome", "stage"},
     "predictor": {"artifacts", "tasks", "weights", "diffusion", "materials"},
 }
 

@@ -45,7 +45,7 @@ def second_axis(self, x):
 
 PARAMETRISED = "it is parametrised, or not the weight of a module such as Linear"
 ELSEWHERE = "its module is not called; the weight is used from elsewhere"
-OTHERWISE = "a self-check on two samples found substitution to give other results"
+OTHERWISE = "a self-check on a few samples found substitution to give other results"
 # name: model, parameter, shape of a sample, the way, why not substitution
 NOT_SUBSTITUTABLE = {
     "tied": (Tied, "enter.weight", (3,), "vmap", "it is tied: enter.weight, leave.weight are one"),

@@ -328,6 +328,22 @@ def test_what_is_wrong_is_not_confirmed_and_the_loop_is_taken():
     assert_same(engine.overfit(engine.first_pass(x), x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
 
 
+class NotANumber(Wrong):
+    """A way whose gradients are no numbers, though its losses are."""
+
+    def __call__(self, x, weights, record=None):
+        return self._way(x, weights + (weights - weights.detach()) * float("nan") if weights.requires_grad else weights, record)
+
+
+def test_what_is_no_number_is_not_confirmed():
+    torch.manual_seed(7)
+    model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
+    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    engine.way = NotANumber(engine.way)
+    engine.confirm(x, y)
+    assert engine.name == "loop"
+
+
 def scaled_in_place(self, x):
     x /= 2
     return self.head(self.fc(x).tanh())

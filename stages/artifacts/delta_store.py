@@ -18,7 +18,7 @@ from stages.errors import ArtifactError, OcdError
 
 STORE, LEDGER = "deltas.zarr", "blocks"
 CHUNK_BYTES = 16 << 20
-LARGEST_BLOCK = 4096
+LARGEST_BLOCK, SMALL_BLOCK, FEWEST_BLOCKS = 4096, 64, 16
 DELTA, FACTORS = "delta", ("delta_output", "delta_input")
 RESULT_ARRAYS = ("delta", "rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", *FACTORS)
 
@@ -52,11 +52,12 @@ def result_specs(matrix_shape: tuple[int, int], *, factored: bool = False) -> di
     }
 
 
-def block_rows(specs: dict[str, ArraySpec]) -> int:
-    """Rows to a block so that the widest array's chunk is about 16 MiB, at most 4,096; independent of the number of samples,
-    so that a store can grow."""
+def block_rows(specs: dict[str, ArraySpec], samples: int, most: int = LARGEST_BLOCK) -> int:
+    """Rows to a block so that the widest array's chunk is about 16 MiB; fewer where `most` says that more would take too long
+    to lose, or where a store of `samples` rows would have fewer than sixteen blocks, but not fewer than 64 for that."""
     widest = max(spec.row_bytes for spec in specs.values())
-    return max(1, min(LARGEST_BLOCK, CHUNK_BYTES // widest))
+    by_time = max(SMALL_BLOCK, min(most, -(-samples // FEWEST_BLOCKS)))
+    return max(1, min(LARGEST_BLOCK, by_time, CHUNK_BYTES // widest))
 
 
 def create_array(group: zarr.Group, name: str, spec: ArraySpec, samples: int, rows: int) -> zarr.Array:

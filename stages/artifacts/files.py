@@ -178,7 +178,10 @@ def available_memory() -> int | None:
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        # Files that are only cached give their memory back when it is asked for.
+        cached = [line.split() for line in (group / "memory.stat").read_text().splitlines() if "active_file " in line]
+        free = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        found.append(free + sum(int(count) for _, count in cached))
     return min(found, default=None)
 
 

@@ -18,11 +18,12 @@ CONFIG_NAME = "ocd.toml"
 
 @dataclass(frozen=True)
 class Project:
-    """Checked settings, the file they came from, and the run directory they lead to."""
+    """Checked settings, the file they came from, the run directory they lead to, and the texts that `--set` gave."""
 
     settings: Settings
     config_path: Path
     run_path: Path
+    overrides: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -83,7 +84,7 @@ def load_project(
     raw = overridden(_read_toml(path), overrides, values)
     settings = check_settings(raw, f"{path}, with the flags of this command," if overrides or values else str(path))
     directory = Path(run).absolute() if run is not None else path.parent / Path(settings.run.directory).expanduser()
-    return Project(settings, path, directory)
+    return Project(settings, path, directory, tuple(overrides))
 
 
 def overridden(raw: dict[str, Any], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> dict[str, Any]:

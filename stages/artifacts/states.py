@@ -1,5 +1,6 @@
 """The four states of a stage, missing, partial, stale and done, found by comparing records; imports no torch."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,9 +227,13 @@ def progress_of(folder: StageFolder) -> dict[str, Any] | None:
     return {"done": done, "total": plan["total"], "unit": plan["unit"]}
 
 
-def redo_command(state: StageState) -> str:
-    """The command that redoes a stale stage as it would be made now: changed settings and imported weights are repeated."""
-    flags = "".join(f" --set {change.setting}={change.now}" for change in state.changes if change.is_setting)
+def redo_command(state: StageState, overrides: tuple[str, ...] = ()) -> str:
+    """The command that redoes a stale stage as it would be made now: changed settings, further ones of the stage that were
+    given beside them, and imported weights are repeated."""
+    changed = {change.setting: change.now for change in state.changes if change.is_setting}
+    flags = "".join(f" --set {name}={str(now).lower() if isinstance(now, bool) else now}" for name, now in changed.items())
+    given = [text for text in overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed]
+    flags += "".join(f" --set {shlex.quote(text)}" for text in given)
     if "weights" in state.sources:
         flags += f" --weights {state.sources['weights']['path']}"
     return f"ocd {state.name}{flags} --force"
@@ -245,7 +250,9 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
     if not wrong:
         return
     lines = [f"  {state.name} is {state.state}{': ' + state.detail if state.detail else ''}" for state in wrong]
-    commands = " && ".join(redo_command(state) if state.state == STALE else f"ocd {state.name}" for state in wrong)
+    commands = " && ".join(
+        redo_command(state, states.project.overrides) if state.state == STALE else f"ocd {state.name}" for state in wrong
+    )
     raise ArtifactError(f"{wanting} needs stages that are not done:\n" + "\n".join(lines), f"run: {commands}")
 
 

@@ -10,6 +10,7 @@ import zarr
 
 from stages.artifacts.background import read_ahead
 from stages.artifacts.delta_store import STORE, ArraySpec, chunk_name, is_laid_out
+from stages.artifacts.files import read_json
 from stages.errors import ArtifactError
 from stages.seeds import seed_of
 
@@ -48,6 +49,15 @@ class StoreReader:
                     raise ArtifactError(f"{self.path}/{name}/zarr.json lays the array out in another way", MEND_HINT)
         except (KeyError, ValueError, FileNotFoundError, TypeError) as error:
             raise ArtifactError(f"{self.path} cannot be opened: {error}", "ocd verify names what is damaged") from error
+
+    @classmethod
+    def of(cls, folder: Path | str) -> "StoreReader":
+        """The reader of a finished stage's folder, `run/collect`, described by its manifest.
+
+        Raises:
+            ArtifactError: there is no such store, or it is laid out otherwise than its manifest says.
+        """
+        return cls(Path(folder), read_json(Path(folder) / "manifest.json")["store"])
 
     def __len__(self) -> int:
         return self.description["samples"]

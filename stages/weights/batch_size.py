@@ -19,8 +19,12 @@ SMALLEST, LARGEST = 32, 512
 LARGEST_ON_GPU = 4096
 # Of the memory that is free, what a batch may take.
 MEMORY_SHARE = 0.25
+# Fewer are not worth the name of a batch, however little memory is said to be free.
+LEAST = 8
 # Below this many floating-point operations in a pass over a batch, several threads wait for each other more than they compute.
 SMALL_PASS = 20e6
+# Half a minute of a core's work, and samples that the slow ways take about as long for.
+BLOCK_OPERATIONS, SLOW_BLOCK = 1_500_000_000_000, 256
 # Floating-point operations for each byte of the store, above which compressing and writing are a small part of the work.
 MOSTLY_COMPUTING = 100
 
@@ -75,7 +79,7 @@ def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | Non
     else:
         wanted = min(LARGEST, max(SMALLEST, CACHE_BYTES // sample))
         if available is not None:
-            wanted = min(wanted, int(MEMORY_SHARE * available) // sample)
+            wanted = min(wanted, max(LEAST, int(MEMORY_SHARE * available) // sample))
     wanted = max(1, min(rows, wanted))
     return -(-rows // -(-rows // wanted))
 
@@ -105,6 +109,16 @@ def forward_operations(model: nn.Module, forward: Forward, x: Tree) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward(model, x)
     return counter.get_total_flops() // batch_size(x)
+
+
+def rows_worth_keeping(engine: Engine, operations: int) -> int:
+    """Samples that take about half a minute on one core: what a kill may cost, which is the work of a block.
+
+    Args:
+        engine: how they are overfitted; the slow ways do a few hundred samples in that time.
+        operations: floating-point operations of one sample's forward pass, of which there are about ten.
+    """
+    return BLOCK_OPERATIONS // max(1, 10 * operations) if engine.way.name == "substitution" else SLOW_BLOCK
 
 
 def auto_threads(operations: int, batch: int, row_bytes: int) -> int:

@@ -38,7 +38,7 @@ def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[P
             way = kind(model, layer, forward)
             if equal(outputs_and_gradient(way, x, weights), wanted, SELF_CHECK_TOLERANCE):
                 return way, "; ".join(reasons)
-            reasons.append(f"a self-check on two samples found {kind.name} to give other results")
+            reasons.append(f"a self-check on a few samples found {kind.name} to give other results")
         except NotSubstitutable as reason:
             reasons.append(reason.message)
         except Exception as error:

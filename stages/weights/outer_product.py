@@ -33,6 +33,7 @@ class OuterProductDescent:
         loss: (output, y) to (B,).
         recipe: optimizer and learning rate.
         prefix: what comes before the layer.
+        check: find out whether samples get into each other's rows.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class OuterProductDescent:
         loss: LossFunction,
         recipe: Recipe,
         prefix: Recorded | None = None,
+        check: bool = True,
     ) -> None:
         self._run, self._weight, self._x, self._y, self._loss, self._recipe = run, weight, x, y, loss, recipe
-        self._prefix = prefix or Recorded()
+        self._prefix, self._check = prefix or Recorded(), check
         self._shape = output.shape[1:]
         self._vectors, self._start = vectors.flatten(1), output.flatten(1)
         self._output = self._start
@@ -63,7 +65,7 @@ class OuterProductDescent:
         leaf = self._output.detach().requires_grad_()
         with torch.enable_grad():
             values = self._losses_at(leaf)
-            self._signal = own_gradients(values, leaf, check=step == 0)
+            self._signal = own_gradients(values, leaf, check=step == 0 and self._check)
         return values.detach()
 
     def gradient_size(self) -> tuple[Tensor, Tensor]:

@@ -272,7 +272,7 @@ def test_an_unfinished_store_is_verified(unfinished, ocd):
     found = json.loads(ocd(unfinished, "verify", "--json").stdout)["stages"]["collect.wip"]
     assert found["problems"] == []
     assert found["files"] == 50
-    assert "collect.wip: 50 files" in ocd(unfinished, "verify").stdout
+    assert "collect.wip (unfinished): 50 files" in ocd(unfinished, "verify").stdout
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -1,0 +1,70 @@
+"""A stage that several processes may work on, each at its part of the blocks."""
+
+import contextlib
+from collections.abc import Iterator
+
+from stages.artifacts.files import strays, sweep
+from stages.artifacts.parts import WAIT, Part, gate, holders, lock_path, shared
+from stages.artifacts.progress import Report
+from stages.artifacts.project import Project
+from stages.artifacts.states import progress_of
+from stages.errors import TryAgainError
+from stages.outcome import Outcome
+from stages.stage import Stage
+
+
+class SharedStage(Stage):
+    """A stage of which this process does a part, or the whole.
+
+    Args:
+        project: the project.
+        report: hears of its progress.
+        part: "i/n", or None for the whole.
+    """
+
+    def __init__(self, project: Project, report: Report | None = None, *, part: str | None = None) -> None:
+        super().__init__(project, report)
+        self._part = Part.parse(part) if part is not None else None
+        self._holding = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """The stage for this process alone, or together with other parts."""
+        with self._holding:
+            if self._part is None:
+                self._holding.enter_context(self.folder.lock())
+            else:
+                self._holding.enter_context(shared(lock_path(self.folder.run, self.name), self.name, self._part))
+            yield
+
+    def gate(self) -> contextlib.AbstractContextManager[None]:
+        """Parts begin one after another."""
+        if self._part is None:
+            return contextlib.nullcontext()
+        return gate(lock_path(self.folder.run, f"{self.name}-gate"))
+
+    def tidy(self) -> None:
+        """Temporary files of writers that were killed."""
+        if not strays(self.folder.found):
+            return
+        with contextlib.suppress(TryAgainError), self.folder.lock():
+            sweep(self.folder.found)
+
+    def check_discard(self) -> None:
+        """Refuse to discard, or to lay out in another way, what other parts are at."""
+        others = [text for text in holders(self.folder.run, self.name) if not text.endswith(f"(part {self._part})")]
+        if self._part and others:
+            raise TryAgainError(f"collect was begun with other settings, and is in use by {'; '.join(others)}", WAIT)
+
+    @property
+    def joins(self) -> bool:
+        """Parts join work that another part has begun."""
+        return self._part is not None
+
+    def waiting(self) -> Outcome:
+        """This part is done; the store is whole already, or waits for other parts."""
+        manifest = self.folder.manifest() if not self.folder.wip.exists() else None
+        if manifest is not None:
+            return Outcome(self.name, manifest["summary"], path=self.folder.path)
+        progress = progress_of(self.folder)
+        return Outcome(self.name, {"stage": self.name, "state": "partial", "part": str(self._part), **progress}, waits=True)
