@@ -88,7 +88,9 @@ class Collect(SharedStage):
         settings fit one another."""
         check_recipe(self.settings)
         few = self._tried
-        check_task(self.task, self.base_to_overfit, self.rows.select(torch.as_tensor(few)))
+        # It looks at the first few rows, and at the labels of all.
+        others = [row for row in range(len(self.rows)) if row not in few]
+        check_task(self.task, self.base_to_overfit, self.rows.select(torch.as_tensor([*few, *others])))
         check_condition(self.task, self.base_to_overfit, self.layer, to_device(self.rows.inputs(few), self.device))
         Part.check(self._part, self._store(Path(), "").blocks)
         self._collector.confirm(few, self.rows.batch(few))
@@ -135,7 +137,8 @@ class Collect(SharedStage):
         execution = self.keep_execution()
         store = self._store(wip, self.fingerprint, execution["block_samples"])
         # What was there when this process came is looked at once more, outside the gate, for it may be much.
-        damaged = [block for block in self._mine if block not in set(self._pending) and not store.is_done(block, rehash=True)]
+        found = set(self._mine) - set(self._pending)
+        damaged = [block for block in sorted(found) if not store.is_done(block, rehash=True)]
         with self.gate():
             self._pending += store.pending(damaged, rehash=True) if wip.exists() else []
         rows, left = (sum(len(store.block_range(block)) for block in blocks) for blocks in (self._mine, self._pending))

@@ -13,6 +13,10 @@ from conftest import MODEL, arrays, blocks_of, reader_of, store
 from safetensors.torch import load_file
 from torch import nn
 
+from stages.artifacts.project import load_project
+from stages.collect import Collect
+from stages.errors import DataError
+
 NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
 LATER = ("train-diffusion", "train-scale", "infer")
 
@@ -147,6 +151,10 @@ CONVOLUTION = (
 )
 SEVERAL = """\
 from torch import nn
+
+from stages.artifacts.project import load_project
+from stages.collect import Collect
+from stages.errors import DataError
 
 
 class Net(nn.Module):
@@ -360,6 +368,10 @@ SLOW = {
     "in_proj_weight": """\
 from torch import nn
 
+from stages.artifacts.project import load_project
+from stages.collect import Collect
+from stages.errors import DataError
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -372,6 +384,10 @@ class Net(nn.Module):
 """,
     "weight_hh_l0": """\
 from torch import nn
+
+from stages.artifacts.project import load_project
+from stages.collect import Collect
+from stages.errors import DataError
 
 
 class Net(nn.Module):
@@ -419,3 +435,11 @@ def test_a_fast_way_is_not_worth_a_word(ready, ocd):
     assert found["engine"] == "outer product"
     assert found["engine_reason"] == ""
     assert found["prefix_reused"] is True
+
+
+def test_a_label_that_cannot_be_is_found_beforehand_wherever_it_stands(ready):
+    """Not only among the samples that are tried first."""
+    stage = Collect(load_project(ready.config))
+    stage.splits["all"].dataset.y[int(stage.rows.rows[-1])] = 7
+    with pytest.raises(DataError, match=rf"y\[{int(stage.rows.rows[-1])}\]: label 7 is out of range"):
+        stage.check()
