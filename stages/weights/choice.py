@@ -83,6 +83,7 @@ def outputs_and_gradient(way: PerSampleWeights, x: Tree, weights: Tensor, record
 
 
 def equal(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float) -> bool:
+    """Whether each tensor differs from its twin by at most `tolerance` of that one's norm."""
     return len(found) == len(wanted) and all(
         got.shape == want.shape and bool((got - want).norm() <= tolerance * (want.norm() + 1e-6))
         for got, want in zip(found, wanted, strict=True)

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stages.errors import OcdError, TaskError
 from stages.weights.layer import Layer
+from stages.weights.record import tensors_in, with_tensors
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -75,12 +76,4 @@ def _make_single(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
 
 def _cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
     """`value` with its tensors of some dtypes cast, in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(to) if value.dtype in of else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cast(part, of, to) for part in value))
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return type(value)(_cast(part, of, to) for part in value)
-    if isinstance(value, dict):
-        return type(value)((key, _cast(part, of, to)) for key, part in value.items())
-    return value
+    return with_tensors(value, (tensor.to(to) if tensor.dtype in of else tensor for tensor in tensors_in(value)))
