@@ -14,6 +14,8 @@ from ocd_cli.progress import ShownProgress
 from ocd_cli.render import show_outcome, show_status, show_verified
 
 if TYPE_CHECKING:
+    from stages.artifacts.progress import Report
+    from stages.artifacts.project import Project
     from stages.outcome import Outcome
 
 app = typer.Typer(
@@ -162,7 +164,10 @@ def infer(
     sampler: Annotated[
         Literal["ddim", "ddpm"] | None, typer.Option(help="Deterministic after its first noise, or ancestral.")
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="Factor on the predicted length; 0 is the base.", min=0)] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(help="Factor on the predicted length; 0 is the base, auto what evaluate fitted.", metavar="NUMBER"),
+    ] = None,
     save_deltas: Annotated[bool, typer.Option("--save-deltas", help="Also write every sampled delta.")] = False,
 ) -> None:
     """Sample deltas from the inputs alone, apply them, predict; with labels, print metrics of base, one draw and ensemble."""
@@ -172,11 +177,18 @@ def infer(
         "ensemble": ensemble,
         "sample_steps": sample_steps,
         "sampler": sampler,
-        "strength": strength,
+        "strength": _number_or_word(strength),
         "save_deltas": save_deltas or None,
     }
     project = shared.project({f"infer.{key}": value for key, value in given.items() if value is not None})
     _stage(shared, lambda **options: stage(project, split=split, input_file=input_file, **options))
+
+
+def _number_or_word(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 @command(app, "run", "ocd run --until collect")
@@ -185,10 +197,32 @@ def run(
     start: Annotated[str | None, typer.Option("--from", help="First stage, included.", metavar="STAGE")] = None,
     until: Annotated[str | None, typer.Option(help="Last stage, included.", metavar="STAGE")] = None,
 ) -> None:
-    """Bring train-base, select-layer, collect, train-diffusion, train-scale and infer up to date, in order."""
-    from stages.collect import collect as collect_stage
-    from stages.infer import infer as infer_stage
+    """Bring train-base, select-layer, collect, train-diffusion, train-scale and infer up to date, in order; evaluate, too,
+    where it is named, or infer.strength is auto."""
     from stages.run import run as run_stages
+
+    functions = _stage_functions()
+    project = shared.project()
+    summaries: dict[str, Any] = {}
+    with ShownProgress(shared.quiet) as report:
+        options = {"force": shared.force, "dry_run": shared.dry_run, "report": report}
+        commands = {name: lambda stage=stage: stage(project, **options) for name, stage in functions.items()}
+        for outcome in run_stages(project, commands, start, until, dry_run=shared.dry_run):
+            summaries[outcome.stage] = outcome.summary
+            report.close()
+            if not shared.as_json:
+                show_outcome(outcome)
+            elif outcome.up_to_date and not shared.quiet:
+                print(f"{outcome.stage}: up to date", file=sys.stderr)
+    if shared.as_json:
+        print_json({"stages": summaries})
+
+
+def _stage_functions() -> dict[str, Callable[..., "Outcome"]]:
+    """Every stage's function by its command's name, `f(project, force=, dry_run=, report=)`."""
+    from stages.collect import collect as collect_stage
+    from stages.evaluate import evaluate as evaluate_stage
+    from stages.infer import infer as infer_stage
     from stages.select_layer import select_layer as select_layer_stage
     from stages.train_base import train_base as train_base_stage
     from stages.train_diffusion import train_diffusion as train_diffusion_stage
@@ -202,20 +236,31 @@ def run(
         "train-scale": train_scale_stage,
         "infer": infer_stage,
     }
-    project = shared.project()
-    summaries: dict[str, Any] = {}
-    with ShownProgress(shared.quiet) as report:
-        options = {"force": shared.force, "dry_run": shared.dry_run, "report": report}
-        commands = {name: lambda stage=stage: stage(project, **options) for name, stage in functions.items()}
-        for outcome in run_stages(commands, start, until, dry_run=shared.dry_run):
-            summaries[outcome.stage] = outcome.summary
-            report.close()
-            if not shared.as_json:
-                show_outcome(outcome)
-            elif outcome.up_to_date and not shared.quiet:
-                print(f"{outcome.stage}: up to date", file=sys.stderr)
-    if shared.as_json:
-        print_json({"stages": summaries})
+
+    def evaluate_with_branches(project: "Project", *, report: "Report", **options: bool) -> "Outcome":
+        def branch_command(name: str) -> Callable[["Project", bool], "Outcome"]:
+            return lambda branch, force: functions[name](branch, force=force, report=report)
+
+        commands = {name: branch_command(name) for name in functions}
+        return evaluate_stage(project, commands, report=report, **options)
+
+    functions["evaluate"] = evaluate_with_branches
+    return functions
+
+
+@command(app, "evaluate", "ocd evaluate --seeds 3")
+def evaluate(
+    shared: Shared,
+    seeds: Annotated[int | None, typer.Option(help="Whole trainings with as many seeds, for mean ± SD.", min=1)] = None,
+    add: Annotated[
+        list[str] | None, typer.Option("--add", help="Add a row that costs a training; repeatable.", metavar="ROW")
+    ] = None,
+) -> None:
+    """Compare OCD with the base and with what a sceptic would try, on the labelled test split: table, intervals, verdict."""
+    given = {"evaluate.seeds": seeds, "evaluate.rows": list(add) if add else None}
+    project = shared.project({key: value for key, value in given.items() if value is not None})
+    stage = _stage_functions()["evaluate"]
+    _stage(shared, lambda **options: stage(project, **options))
 
 
 @command(app, "status", "ocd status --json")

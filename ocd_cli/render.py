@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ocd_cli.tables import show_evaluation
+
 if TYPE_CHECKING:
     from stages.outcome import Outcome
 
@@ -68,6 +70,7 @@ def show_outcome(outcome: "Outcome") -> None:
         "train-diffusion": _training,
         "train-scale": _scale,
         "infer": _infer,
+        "evaluate": show_evaluation,
     }
     show[outcome.stage](out, outcome.summary)
     if not outcome.up_to_date:

@@ -132,7 +132,9 @@ class TrainDiffusionTable(Table):
         "auto", "hidden width of the mlp preset, even; auto: about 4·sqrt(out·in)"
     )
     blocks: int = identity(3, "residual blocks of the mlp preset", ge=1)
-    prediction: Literal["auto", "epsilon", "x0"] = identity("auto", "what the denoiser outputs; auto: x0 for mlp")
+    prediction: Literal["auto", "epsilon", "x0", "mean"] = identity(
+        "auto", "what the denoiser outputs; auto: x0 for mlp; mean: no diffusion, one pass regresses the delta (Eq. 1)"
+    )
     schedule: Literal["ddpm", "authors", "paper"] = identity("ddpm", "noise schedule")
     lr: float = identity(5e-4, "learning rate", gt=0)
     lr_schedule: Literal["constant", "cosine"] = identity(
@@ -168,9 +170,32 @@ class InferTable(Table):
     ensemble: int = extent(5, "members: deltas sampled for each input", ge=1)
     sample_steps: int = identity(10, "steps of the sampler", ge=1)
     sampler: Literal["ddim", "ddpm"] = identity("ddim", "ddim is deterministic after its first noise")
-    strength: float = identity(1.0, "factor on the predicted rho; 1 is the paper, 0 is the base", ge=0)
+    strength: Annotated[float, Field(ge=0)] | Auto = identity(
+        1.0, "factor on the predicted rho; 1 is the paper, 0 is the base; auto: the one that evaluate fitted"
+    )
     save_deltas: bool = identity(False, "also write every sampled delta")
     batch_size: Count | Auto = execution("auto", "inputs at once, each with all its members")
+
+
+# Literals, not constants of the module that computes them: settings are read without torch.
+CostlyRow = Literal[
+    "overfitted on test, all layers", "alternative layer", "deterministic hypernetwork", "base trained for as long again"
+]
+
+
+class EvaluateTable(Table):
+    title: ClassVar[str] = "comparing OCD with the base and with what a sceptic would try, on the labelled test split"
+    samples: Count | Literal["all"] = identity("all", "test samples to compare on, in a seeded order")
+    validation_samples: int = identity(2000, "validation samples to fit strengths and temperature on, at most", ge=2)
+    strengths: list[Annotated[float, Field(ge=0)]] = identity(
+        [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0], "strengths to choose from; 0 is the base", min_length=1
+    )
+    resamples: int = identity(2000, "bootstrap resamples for the 95 % intervals", ge=100)
+    neighbours: int = identity(5, "k of the row nearest k blended", ge=1)
+    memorisation_samples: int = identity(256, "test samples whose deltas are compared with all training deltas", ge=1)
+    rows: list[CostlyRow] = identity([], "costly rows to add: each but the first takes a training")
+    seeds: int = identity(1, "whole trainings, with seeds from run.seed on, for mean ± standard deviation", ge=1)
+    batch_size: Count | Auto = execution("auto", "samples at once")
 
 
 class Settings(BaseModel):
@@ -184,6 +209,7 @@ class Settings(BaseModel):
     collect: CollectTable = CollectTable()
     train_diffusion: TrainDiffusionTable = Field(TrainDiffusionTable(), alias="train-diffusion")
     train_scale: TrainScaleTable = Field(TrainScaleTable(), alias="train-scale")
+    evaluate: EvaluateTable = EvaluateTable()
     infer: InferTable = InferTable()
 
     def table(self, name: str) -> Table:

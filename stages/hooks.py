@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from stages.artifacts.files import write_json
-from stages.artifacts.pipeline import STAGES, StageSpec
+from stages.artifacts.pipeline import StageSpec, spec_of
 from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import BEGUN, StageFolder, folder_of
@@ -105,7 +105,7 @@ class StageHooks(Materials, ABC):
     @property
     def spec(self) -> StageSpec:
         """The stage's place in the pipeline."""
-        return STAGES[self.name]
+        return spec_of(self.project, self.name)
 
     @property
     def settings(self) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.artifacts.delta_store import ArraySpec, create_array
 from stages.artifacts.files import digest, link_or_copy, remove, require_space, sha256_file
-from stages.artifacts.pipeline import STAGES
+from stages.artifacts.pipeline import spec_of
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project, load_project
 from stages.artifacts.run_directory import StageFolder, check_run, folder_of
@@ -21,7 +21,7 @@ from stages.artifacts.states import States, require_done
 from stages.errors import SettingsError
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
-from stages.predictor import load_personalised
+from stages.predictor import load_personalised, strength_of
 from stages.stage import Stage
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task, naming_rows
@@ -72,7 +72,7 @@ def open_run(
     project = load_project(config, run=run, overrides=overrides, values=values)
     check_run(project)
     materials = Materials(project)
-    require_done(States(project, materials.hash_dataset), STAGES["infer"].reads, "predicting")
+    require_done(States(project, materials.hash_dataset), spec_of(project, "infer").reads, "predicting")
     return load_personalised(materials)[0]
 
 
@@ -125,6 +125,10 @@ class Infer(Stage):
         if self._input_file is None:
             return {"query": f"{self._split} {digest(self.splits[self._split].rows.tolist())}"}
         return {"query": sha256_file(self._input_file)}
+
+    def resolved(self) -> dict[str, Any]:
+        """What `auto` stands for."""
+        return {"infer.strength": strength_of(self)}
 
     def plan(self) -> dict[str, Any]:
         """Inputs, members and bytes."""
@@ -226,6 +230,7 @@ class Infer(Stage):
             "query": query_name(self._split, self._input_file),
             "inputs": len(self._inputs),
             "ensemble": self.settings.ensemble,
+            "strength": strength_of(self),
             "rho": float(rho.double().mean()),
             "metrics": self._metrics({"base": base_output, "ocd one draw": one, "ocd ensemble": output}),
             "predictions": PREDICTIONS,

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stages.artifacts.files import read_json
+from stages.artifacts.pipeline import AUTO
 from stages.artifacts.tensors import load_tensors
 from stages.diffusion.denoisers import make_denoiser
 from stages.diffusion.generate import DeltaGenerator
@@ -18,6 +19,8 @@ from stages.tasks.user_code import user_code
 from stages.trees import Tree, concatenate, to_device, tree_map
 from stages.weights.choice import choose
 from stages.weights.personalised import PersonalisedModel
+
+STRENGTH_FILE = "strength.json"
 
 
 def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
@@ -48,8 +51,18 @@ def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
     return personalised, f"deltas are applied by {run.name}: {reason}" if reason else ""
 
 
-def load_generator(materials: Materials) -> DeltaGenerator:
-    """The trained denoiser and scale network, as `[infer]` samples from them.
+def strength_of(materials: Materials) -> float:
+    """The strength `[infer]` asks for; `auto` is the one that `evaluate` fitted.
+
+    Raises:
+        ArtifactError: nothing has been fitted.
+    """
+    strength = materials.project.settings.infer.strength
+    return read_json(materials.file_of("evaluate", STRENGTH_FILE))["strength"] if strength == AUTO else strength
+
+
+def load_generator(materials: Materials, strength: float | None = None) -> DeltaGenerator:
+    """The trained denoiser and scale network, as `[infer]` samples from them; `strength` in place of its own.
 
     Raises:
         ArtifactError: one is missing, damaged, or of another layer.
@@ -74,7 +87,7 @@ def load_generator(materials: Materials) -> DeltaGenerator:
         project.seed,
         settings.sampler,
         settings.sample_steps,
-        settings.strength,
+        strength_of(materials) if strength is None else strength,
     )
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from stages.artifacts.pipeline import ORDER
+from stages.artifacts.pipeline import AUTO, ORDER
+from stages.artifacts.project import Project
 from stages.artifacts.states import MISSING
 from stages.errors import ArtifactError, SettingsError
 from stages.outcome import Outcome
@@ -26,12 +27,24 @@ def stages_between(start: str | None, until: str | None) -> tuple[str, ...]:
     return ORDER[first : last + 1]
 
 
+def _asked_for(project: Project, name: str, ends: tuple[str | None, ...]) -> bool:
+    """Whether a stage in between is to be run: an evaluation only where it is named, or where predictions need it."""
+    return name != "evaluate" or name in ends or project.settings.infer.strength == AUTO
+
+
 def run(
-    commands: dict[str, StageCommand], start: str | None = None, until: str | None = None, *, dry_run: bool = False
+    project: Project,
+    commands: dict[str, StageCommand],
+    start: str | None = None,
+    until: str | None = None,
+    *,
+    dry_run: bool = False,
 ) -> Iterator[Outcome]:
-    """Bring the stages from `start` to `until` up to date, in order; the first failure ends it.
+    """Bring the stages from `start` to `until` up to date, in order; the first failure ends it. `evaluate` is left out, unless
+    it is named or `infer.strength = "auto"` needs it.
 
     Args:
+        project: the project.
         commands: each stage's command by name. They are given, not imported: commands do not know one another.
         start: first stage, by default train-base.
         until: last stage, by default infer.
@@ -44,6 +57,8 @@ def run(
         OcdError: the first stage's that fails.
     """
     for name in stages_between(start, until):
+        if not _asked_for(project, name, (start, until)):
+            continue
         try:
             yield commands[name]()
         except ArtifactError as error:

@@ -1,5 +1,6 @@
 """The stages as data: their order, what each reads, and where its folder lies. Imports neither torch nor zarr."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ class StageSpec:
     """One stage: its name, the stages it reads, the data splits it reads, and whether it runs the user's code.
 
     `content` names what later stages take from it, as it appears among their inputs. A stage that `mends` redoes what of its
-    result is damaged, and nothing else.
+    result is damaged, and nothing else. `settings` are those of other tables that its result depends on.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StageSpec:
     task: bool = True
     content: str = ""
     mends: bool = False
+    settings: tuple[str, ...] = ()
 
 
 STAGES = {
@@ -35,10 +37,25 @@ STAGES = {
         StageSpec("collect", ("train-base", "select-layer"), ("train", "validation"), content="deltas", mends=True),
         StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
         StageSpec("train-scale", ("collect",), task=False, content="scale"),
+        StageSpec(
+            "evaluate",
+            ("train-base", "select-layer", "collect", "train-diffusion", "train-scale"),
+            ("train", "validation", "test"),
+            content="strength",
+            settings=("infer.ensemble", "infer.sample_steps", "infer.sampler", "infer.strength"),
+        ),
         StageSpec("infer", ("train-base", "select-layer", "train-diffusion", "train-scale"), ("input",)),
     )
 }
 ORDER = tuple(STAGES)
+
+
+def spec_of(project: Project, name: str) -> StageSpec:
+    """A stage's place in the pipeline; predictions at the strength that `evaluate` fitted come after it."""
+    spec = STAGES[name]
+    if name == "infer" and project.settings.infer.strength == AUTO:
+        return dataclasses.replace(spec, reads=(*spec.reads, "evaluate"))
+    return spec
 
 
 def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -46,6 +63,9 @@ def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any
     settings = project.settings
     tables = [(spec.name, settings.table(spec.name))] + ([("task", settings.task)] if spec.task else [])
     found = {f"{name}.{key}": value for name, table in tables for key, value in table.of_kind(IDENTITY).items()}
+    for name in spec.settings:
+        table, _, key = name.partition(".")
+        found[name] = getattr(settings.table(table), key)
     found["run.seed"] = project.seed
     if settings.table(spec.name).of_kind(IDENTITY).get("lr_schedule") == "cosine":
         found[f"{spec.name}.max_steps"] = settings.table(spec.name).max_steps

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.artifacts.files import digest
 from stages.artifacts.inputs import task_sources
-from stages.artifacts.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings
+from stages.artifacts.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings, spec_of
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import StageFolder, damaged_files, folder_of, manifest_hash
 from stages.config import FORMAT_VERSION
@@ -123,7 +123,7 @@ class States:
         if name not in self._found:
             folder = folder_of(self.project, name)
             try:
-                self._found[name] = self.find_in(STAGES[name], folder, *TEST_QUERY if name == "infer" else ({},))
+                self._found[name] = self.find_in(spec_of(self.project, name), folder, *TEST_QUERY if name == "infer" else ({},))
             except OcdError as error:
                 state = STALE if folder.path.exists() or folder.wip.exists() else MISSING
                 self._found[name] = StageState(name, state, error.message)

@@ -16,7 +16,7 @@ class Denoiser(nn.Module):
 
     Attributes:
         encoder: the conditioning's encoder, whose statistics are fitted before training.
-        prediction: what `forward` returns, "x0" or "epsilon".
+        prediction: what `forward` returns, "x0", "epsilon", or "mean" (a clean unit delta from the conditioning alone).
     """
 
     encoder: ConditioningEncoder

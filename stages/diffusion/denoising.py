@@ -8,7 +8,7 @@ from stages.diffusion.conditioning import Fields
 from stages.diffusion.dataset import Rows
 from stages.diffusion.denoisers import Denoiser
 from stages.diffusion.sampler import DDIM, Noise, sample
-from stages.diffusion.schedule import X0, NoiseSchedule, add_noise, to_x0
+from stages.diffusion.schedule import EPSILON, MEAN, NoiseSchedule, add_noise, to_x0
 from stages.seeds import generator
 
 JUDGED_SAMPLES, JUDGED_STEPS = 64, 10
@@ -18,15 +18,23 @@ def denoising_loss(denoiser: Denoiser, schedule: NoiseSchedule, rows: Rows, t: T
     """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers and samples (Eq. 9, Alg. 1 lines 7 to 10).
 
     Args:
-        denoiser: predicts x0 or epsilon.
+        denoiser: predicts x0, epsilon or the mean.
         schedule: the noise schedule.
         rows: B samples with unit deltas.
         t: steps from 0, (B,) int.
         noise: ε, (B, out, in).
     """
-    noisy = add_noise(rows.deltas, noise, t, schedule.alpha_bar)
+    noisy, t = noised(denoiser, schedule, rows.deltas, t, noise)
     output = denoiser(noisy, t, denoiser.encode(rows.fields))
-    return F.mse_loss(output, rows.deltas if denoiser.prediction == X0 else noise)
+    return F.mse_loss(output, noise if denoiser.prediction == EPSILON else rows.deltas)
+
+
+def noised(denoiser: Denoiser, schedule: NoiseSchedule, clean: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What a denoiser is shown of clean unit deltas (B, out, in): Ω_t and t. One that predicts the mean is shown zeros, always
+    at step T − 1: all it has to go by is the conditioning, g_u(x, I(x)) of Eq. 1."""
+    if denoiser.prediction == MEAN:
+        return torch.zeros_like(clean), torch.full_like(t, schedule.steps - 1)
+    return add_noise(clean, noise, t, schedule.alpha_bar), t
 
 
 def step_draws(count: int, shape: tuple[int, ...], steps: int, *seed: str | int) -> tuple[Tensor, Tensor]:
@@ -52,9 +60,9 @@ def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int
     for part in torch.arange(count, device=device).split(128):
         rows = held_out.take(part)
         noise = Noise([generator(seed, "train-diffusion", "held-out", i) for i in part.tolist()], shape, device).draw()
-        noisy = add_noise(rows.deltas, noise, t[part], schedule.alpha_bar)
-        output = denoiser(noisy, t[part], denoiser.encode(rows.fields))
-        error = to_x0(output, noisy, t[part], schedule.alpha_bar, denoiser.prediction) - rows.deltas
+        noisy, steps = noised(denoiser, schedule, rows.deltas, t[part], noise)
+        output = denoiser(noisy, steps, denoiser.encode(rows.fields))
+        error = to_x0(output, noisy, steps, schedule.alpha_bar, denoiser.prediction) - rows.deltas
         # A noise predicted badly at the noisiest steps stands for any x0; no error counts for more than predicting zero.
         total += float(error.flatten(1).square().mean(1).clamp_max(1.0).double().sum())
     few = held_out.take(torch.arange(min(count, JUDGED_SAMPLES), device=device))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stages.diffusion.schedule import NoiseSchedule, to_epsilon, to_x0
+from stages.diffusion.schedule import MEAN, NoiseSchedule, to_epsilon, to_x0
 
 DDIM, DDPM = "ddim", "ddpm"
 
@@ -68,7 +68,7 @@ def sample(
         denoise: the denoiser with its conditioning.
         schedule: the noise schedule it was trained with.
         noise: the source of the first noise, and of that of each ancestral step.
-        prediction: what the denoiser outputs, "x0" or "epsilon".
+        prediction: what the denoiser outputs, "x0" or "epsilon"; or "mean": one pass, no noise.
         sampler: "ddim" (deterministic after the first noise) or "ddpm" (ancestral).
         sample_steps: steps to take.
 
@@ -76,6 +76,9 @@ def sample(
         (B, …).
     """
     alpha_bar = schedule.alpha_bar
+    if prediction == MEAN:
+        nothing = torch.zeros_like(noise.draw())
+        return denoise(nothing, torch.full((len(nothing),), schedule.steps - 1, device=nothing.device))
     visited = schedule.visited(sample_steps)
     noisy = noise.draw()
     for index, step in enumerate(visited):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stages.errors import SettingsError
 
-EPSILON, X0 = "epsilon", "x0"
+EPSILON, X0, MEAN = "epsilon", "x0", "mean"
 TRAILING, LEADING = "trailing", "leading"
 
 # Up to about this many numbers, the signal left at the last step, d·ᾱ_T, stays below 1 with the ddpm schedule.
@@ -139,9 +139,9 @@ def to_x0(output: Tensor, noisy: Tensor, t: Tensor, alpha_bar: Tensor, predictio
         noisy: Ω_t, (B, …).
         t: (B,) int.
         alpha_bar: (T,).
-        prediction: what `output` is, "x0" or "epsilon".
+        prediction: what `output` is, "x0", "mean" (a clean unit delta, too) or "epsilon".
     """
-    if prediction == X0:
+    if prediction != EPSILON:
         return output
     signal = _at(alpha_bar, t, noisy)
     return (noisy - (1 - signal).sqrt() * output) / signal.sqrt()

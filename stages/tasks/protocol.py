@@ -1,5 +1,6 @@
 """The Task: everything `ocd` asks of a problem. Only the first four methods have no default."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +79,14 @@ class Task:
         """A form (B, …) of your own for a conditioning field, or None: it is kept, or pooled by its mean where it is wider
         than 4,096 numbers."""
         return None
+
+    def extra_rows(self, model: nn.Module, train: Any, validation: Any, **options: Any) -> dict[str, Callable[[Tree], Tree]]:
+        """Further rows for `evaluate`: a name to a function from inputs (B, …) to outputs (B, …).
+
+        `model` is the base, in eval mode; `train` and `validation` are splits: `split.batch(positions)` is (x, y). `options`
+        holds `seed` and `device`, where inputs are and outputs must be.
+        """
+        return {}
 
     def train_base(self, model: nn.Module, train: Any, validation: Any, **options: Any) -> None:
         """Train `model` in place; when a task defines this, the default trainer is not used.

@@ -142,6 +142,25 @@ class Engine:
             (output, captured), record = self.prefix.record(run, x)
         return FirstPass(output, captured, record)
 
+    def apply(self, first: FirstPass, x: Tree, deltas: Tensor) -> Tree:
+        """Outputs with θ + delta for each sample; what comes before the layer is not computed again.
+
+        Args:
+            first: the base's own pass over x.
+            x: inputs (B, …).
+            deltas: (B, out, in).
+
+        Returns:
+            (B, …).
+        """
+        weight = self._layer.weight(self._model)
+        weights = weight + deltas.reshape(len(deltas), *self._layer.shape).to(weight)
+        with torch.no_grad():
+            try:
+                return self.way(x, weights, first.record)
+            except PrefixChanged:
+                return self.way(x, weights)
+
     def overfit(
         self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None, check: bool = True
     ) -> Overfit:

@@ -1,0 +1,145 @@
+"""Rows of `evaluate` that cost a training, each made in a branch of the run that shares what it can."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from stages.artifacts.pipeline import ORDER
+from stages.artifacts.project import Project
+from stages.artifacts.tensors import load_model
+from stages.branches import Command, branch_of, bring_up
+from stages.evaluation import rows as row
+from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
+from stages.evaluation.subject import Batch, Subject
+from stages.examination import make_subject, with_denoiser
+from stages.materials import BASE_FILE, Materials
+from stages.tasks.loader import losses
+from stages.trees import Tree, concatenate, take, to_device
+from stages.weights.overfit import Recipe
+from stages.weights.whole import overfit_whole
+
+# Overfitting all layers goes sample by sample: what would take longer has to be asked for.
+LONGEST_S = 180.0
+TRIED = 3
+
+LeftOut = dict[str, str]
+
+
+def costly_rows(
+    materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]
+) -> tuple[list[Row], LeftOut]:
+    """The rows that `[evaluate] rows` asks for and that need a training, and those left out, with the reason.
+
+    Args:
+        materials: of the run.
+        subject: what is examined.
+        commands: the stages' commands, for branches.
+        tell: hears of each branch that is begun.
+
+    Raises:
+        OcdError: a stage of a branch fails; it goes on where it was when asked for again.
+    """
+    makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.LONGER: _longer}
+    asked, found, left_out = materials.project.settings.evaluate.rows, [], {}
+    for name, make in makers.items():
+        made = make(materials, subject, commands, tell) if name in asked else "not asked for: it takes a training"
+        if isinstance(made, str):
+            hint = "" if name in asked else f"; ask with --add '{name}'"
+            left_out[name] = made + hint
+        else:
+            found.append(made)
+    return found, left_out
+
+
+def _branch(
+    materials: Materials,
+    name: str,
+    values: dict[str, Any],
+    stages: Iterable[str],
+    commands: Mapping[str, Command],
+    tell: Callable[[str], None],
+) -> Materials:
+    project = branch_of(materials.project, name, values)
+    tell(f"{name}: {', '.join(f'{key} = {value}' for key, value in values.items())}, in {project.run_path}")
+    bring_up(materials.project, project, stages, commands)
+    return Materials(project)
+
+
+def _learned() -> tuple[str, ...]:
+    return ORDER[: ORDER.index("train-scale") + 1]
+
+
+def _alternative(
+    materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]
+) -> Row | str:
+    """OCD on the layer with the second highest score; on that with the highest, where the second is the one chosen."""
+    candidates = materials.manifest_of("select-layer")["summary"]["candidates"]
+    scored = sorted((c for c in candidates if c["score"] is not None), key=lambda c: -c["score"])
+    others = [c["name"] for c in scored[:2] if c["name"] != subject.layer.name]
+    if not others:
+        return "select-layer has no scores of other layers"
+    values = {"select-layer.layer": others[-1], "select-layer.draws": 0}
+    branch = _branch(materials, "alternative-layer", values, _learned(), commands, tell)
+    other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
+    return ElsewhereRow(row.ALTERNATIVE, lambda batch: Batch(other, batch.examined, batch.positions))
+
+
+def _regression(
+    materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]
+) -> Row | str:
+    """The same network regressing the unit delta from the conditioning (Eq. 1)."""
+    values = {"train-diffusion.prediction": "mean"}
+    branch = _branch(materials, "deterministic-hypernetwork", values, _learned(), commands, tell)
+    other = with_denoiser(subject, branch, None, 1)
+    return ElsewhereRow(row.REGRESSION_ROW, lambda batch: Batch(other, batch.examined, batch.positions))
+
+
+def _longer(materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]) -> Row | str:
+    """The base after twice its epochs."""
+    reached = materials.manifest_of("train-base")["extents"]["train-base.epochs"]["reached"]
+    if not reached:
+        return "the base was imported, or trained by the task: its training cannot be continued"
+    values = {"train-base.epochs": 2 * reached, "train-base.patience": 0}
+    branch = _branch(materials, "base-trained-longer", values, ("train-base",), commands, tell)
+    model = branch.new_model()
+    load_model(branch.file_of("train-base", BASE_FILE), model)
+    model.to(materials.device).eval().requires_grad_(False)
+    return OutputRow(row.LONGER, lambda batch: materials.forward(model, batch.x))
+
+
+def whole_network_row(materials: Materials, recipe: Recipe, samples: int) -> Row | str:
+    """Every layer overfitted on test, sample by sample; or why not."""
+    model = materials.new_model()
+    load_model(materials.file_of("train-base", BASE_FILE), model)
+    model.to(materials.device).eval().requires_grad_(False).float()
+
+    def one(x: Tree, y: Tree) -> Tree:
+        return overfit_whole(
+            model, materials.forward, lambda output, labels: losses(materials.task, output, labels), recipe, x, y
+        )
+
+    def each(batch: Batch) -> Tree:
+        spans = [slice(i, i + 1) for i in range(len(batch))]
+        return concatenate([one(take(batch.x, span), take(batch.y, span)) for span in spans])
+
+    split = materials.test_split
+    start = time.perf_counter()
+    for position in range(min(TRIED, len(split))):
+        x, y = split.batch([position])
+        one(to_device(x, materials.device), to_device(y, materials.device))
+    seconds = (time.perf_counter() - start) / min(TRIED, len(split)) * samples
+    if seconds > LONGEST_S and row.ORACLE_ALL not in materials.project.settings.evaluate.rows:
+        return f"sample by sample it would take about {seconds / 60:.0f} minutes; ask with --add '{row.ORACLE_ALL}'"
+    return OutputRow(row.ORACLE_ALL, each)
+
+
+def seed_branches(
+    project: Project, commands: Mapping[str, Command], tell: Callable[[str], None]
+) -> Iterable[tuple[int, Project]]:
+    """Whole trainings with the seeds after the run's own, each evaluated: seed and branch."""
+    for seed in range(project.seed + 1, project.seed + project.settings.evaluate.seeds):
+        values = {"run.seed": seed, "evaluate.seeds": 1, "evaluate.rows": []}
+        branch = branch_of(project, f"seed-{seed}", values)
+        tell(f"seed {seed}: all stages, in {branch.run_path}")
+        bring_up(project, branch, ORDER[: ORDER.index("evaluate") + 1], commands)
+        yield seed, branch

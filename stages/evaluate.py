@@ -1,0 +1,300 @@
+"""evaluate: OCD beside the base and what a sceptic would try, on labelled test samples, with intervals and a verdict."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from stages.artifacts.files import digest, read_json, write_json
+from stages.artifacts.pipeline import AUTO
+from stages.artifacts.progress import Report
+from stages.artifacts.project import Project
+from stages.artifacts.run_directory import folder_of
+from stages.artifacts.store_reader import StoreReader
+from stages.branches import Command
+from stages.collector import recipe_of
+from stages.cost import cost
+from stages.costly import LeftOut, costly_rows, seed_branches, whole_network_row
+from stages.evaluation import rows as row
+from stages.evaluation.comparison import (
+    Compared,
+    Fitted,
+    compare,
+    fit_strengths,
+    fit_temperature,
+    fit_variances,
+    seeded_order,
+)
+from stages.evaluation.memorisation import memorisation
+from stages.evaluation.results import estimate_all, over_seeds, row_records
+from stages.evaluation.rows import Row
+from stages.evaluation.subject import Examined, Subject
+from stages.evaluation.verdict import as_json, compared_with, verdict
+from stages.examination import (
+    class_numbers,
+    extra_rows,
+    make_subject,
+    mean_delta,
+    samples_at_once,
+    training_rows,
+    unseen,
+    with_denoiser,
+    with_neighbours,
+)
+from stages.outcome import Finished, Outcome
+from stages.predictor import STRENGTH_FILE
+from stages.seeds import seed_of
+from stages.stage import Stage
+from stages.tasks.loader import check_task
+from stages.tasks.losses import CLASSIFICATION
+from stages.training_deltas import StoredDeltas
+
+RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"
+# With fewer validation samples a strength would be noise.
+FEWEST_VALIDATION = 8
+NO_VALIDATION = "there are no validation samples that neither base nor denoiser was trained on"
+IMPORTED = "the base's weights were imported: nobody can know whether it was trained on the validation samples"
+TABLE = (
+    row.BASE,
+    row.ORACLE,
+    row.ORACLE_ALL,
+    row.NEAREST,
+    row.NO_SCALING,
+    row.ALTERNATIVE,
+    row.ONE_DRAW,
+    row.ENSEMBLE,
+    row.VALIDATED,
+    row.MEAN_NETWORK,
+    row.TEMPERATURE,
+    row.RANDOM_DIRECTION,
+    row.RANDOM_TRAINING,
+    row.MEAN_DELTA,
+    row.CLASS_MEAN,
+    row.NEAREST_INPUT,
+    row.BLENDED,
+    row.SHUFFLED,
+    row.REGRESSION_ROW,
+    row.LONGER,
+)
+
+
+def evaluate(
+    project: Project,
+    commands: Mapping[str, Command],
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    report: Report | None = None,
+) -> Outcome:
+    """Bring the evaluation up to date; asked with other settings it is made again.
+
+    Args:
+        commands: every stage's command, for rows and seeds that need trainings of their own.
+
+    Raises:
+        OcdError: as `Stage.execute`; faults of the task; a stage of a branch that fails.
+    """
+    return Evaluate(project, commands, report).execute(force=force, dry_run=dry_run)
+
+
+class Evaluate(Stage):
+    """The stage.
+
+    Args:
+        project: the project.
+        commands: every stage's command.
+        report: hears of its progress.
+    """
+
+    name = "evaluate"
+    redoes_stale = True
+
+    def __init__(self, project: Project, commands: Mapping[str, Command], report: Report | None = None) -> None:
+        super().__init__(project, report)
+        self._commands = commands
+
+    def plan(self) -> dict[str, Any]:
+        """Samples and strengths."""
+        settings = self.settings
+        extra = f", {settings.seeds} seeds" if settings.seeds > 1 else ""
+        what = f"{len(self._test.order):,} test samples, {len(settings.strengths)} strengths{extra}"
+        return {"what": what, "bytes": 200 * len(self._test.order)}
+
+    def check(self) -> None:
+        """Labels of the splits it reads are in range."""
+        for split in (self.test_split, self.splits["validation"]):
+            check_task(self.task, self.base, split)
+
+    def work(self, wip: Path) -> Finished:
+        """Branches first, each of which keeps what it has done; then the comparison."""
+        others = {
+            seed: read_json(folder_of(branch, self.name).path / RESULTS_FILE)
+            for seed, branch in seed_branches(self.project, self._commands, self.report.message)
+        }
+        rows, left_out = self._rows()
+        fitted, temperature = self._fit(rows, left_out)
+        strengths = {name: found.strength for name, found in fitted.items()}
+        configured = self.project.settings.infer.strength
+        if configured == AUTO:
+            configured = strengths.get(row.VALIDATED, 1.0)
+        strengths |= dict.fromkeys((row.ONE_DRAW, row.ENSEMBLE, row.NO_SCALING, row.MEAN_NETWORK), configured)
+        compared = self._compare(rows, strengths, temperature)
+        rng = np.random.default_rng(seed_of(self.seed, "evaluate", "bootstrap"))
+        heard = self._heard("resamples", self.settings.resamples)
+        found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, heard)
+        losses = {name: metrics[primary] for name, metrics in found.items()}
+        comparisons = compared_with(losses)
+        results = {
+            "verdict": verdict(comparisons, losses, primary),
+            "metric": primary,
+            "rows": row_records(compared, found, fitted, strengths),
+            "left_out": [{"name": name, "reason": reason} for name, reason in left_out.items()],
+            "comparisons": as_json(comparisons),
+            **self._facts(temperature),
+            "memorisation": self._memorisation(),
+            "cost": cost(self, self.subject.ensemble),
+        }
+        if others:
+            results["seeds"] = over_seeds({self.seed: results, **others})
+        _save_samples(wip / SAMPLES_FILE, self.test_split.rows[compared.order], compared)
+        return self._finished(wip, results, fitted)
+
+    def _finished(self, wip: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> Finished:
+        write_json(wip / RESULTS_FILE, results)
+        ours = fitted.get(row.VALIDATED)
+        strength = {
+            "strength": ours.strength if ours else 1.0,
+            "losses": {str(key): value for key, value in ours.losses.items()} if ours else {},
+            "ensemble": self.subject.ensemble,
+            "samples": len(self._validation.order) if self._validation else 0,
+        }
+        write_json(wip / STRENGTH_FILE, strength)
+        return Finished({"results": results}, digest(strength), {})
+
+    # What is compared.
+
+    @cached_property
+    def training(self) -> StoredDeltas:
+        """The delta store."""
+        return StoredDeltas(StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"]))
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The finished run."""
+        bare = make_subject(self, self.layer)
+        return with_denoiser(bare, self, self.training, self.project.settings.infer.ensemble)
+
+    @cached_property
+    def _size(self) -> int:
+        return self.keep_execution(batch_size=samples_at_once(self, self.subject))["batch_size"]
+
+    @cached_property
+    def _test(self) -> Examined:
+        most = None if self.settings.samples == "all" else self.settings.samples
+        return Examined(self.test_split, seeded_order(len(self.test_split), self.seed, "test", most))
+
+    @cached_property
+    def _validation(self) -> Examined | None:
+        """Validation samples that neither the base nor the denoiser has learned from; None where they are too few."""
+        split = self.splits["validation"]
+        order = seeded_order(len(split), self.seed, "validation")
+        order = order[unseen(self, self.training)[order]][: self.settings.validation_samples]
+        return Examined(split, order) if len(order) >= FEWEST_VALIDATION else None
+
+    def _rows(self) -> tuple[list[Row], LeftOut]:
+        """Every row that applies, in the table's order, and the others with the reason."""
+        subject, training = self.subject, self.training
+        missing = self._find_neighbours()
+        rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
+        more, left_out = training_rows(subject, training, missing, self._heard("deltas", len(training)))
+        rows += more
+        whole = whole_network_row(self, recipe_of(self.project.settings.collect), len(self._test.order))
+        if isinstance(whole, str):
+            left_out[row.ORACLE_ALL] = whole
+        else:
+            rows.append(whole)
+        costly, without = costly_rows(self, subject, self._commands, self.report.message)
+        rows += [*costly, *extra_rows(self, {one.name for one in rows})]
+        return row.in_order(rows, TABLE), left_out | without
+
+    def _find_neighbours(self) -> dict[str, str]:
+        """Nearest training samples of test and validation samples; what they cannot be found in, with the reason."""
+        known = self.training.field("layer_input")
+        given = (self.splits["all"], self.training.sample_index, known, self.settings.neighbours)
+        missing: dict[str, str] = {}
+        for examined in filter(None, (self._test, self._validation)):
+            missing |= with_neighbours(self.subject, examined, *given, self._heard("neighbours", len(self.training)))
+        return missing
+
+    def _fit(self, rows: list[Row], left_out: LeftOut) -> tuple[dict[str, Fitted], float | None]:
+        """Strengths and the temperature; rows that need them and cannot have them are taken out of `rows`."""
+        classification, validation = self.task.kind == CLASSIFICATION, self._validation
+        if not classification:
+            left_out[row.TEMPERATURE] = "the task has no classes"
+        wanting = [one for one in rows if one.validated]
+        if validation is None:
+            rows[:] = [one for one in rows if not one.validated]
+            left_out |= {one.name: NO_VALIDATION for one in wanting}
+            left_out.setdefault(row.TEMPERATURE, NO_VALIDATION)
+            return {}, None
+        strengths, size = self.settings.strengths, self._size
+        heard = self._heard("validation samples × rows", len(validation.order) * len(wanting))
+        fitted = fit_strengths(self.subject, validation, wanting, strengths, size, heard)
+        if not classification:
+            return fitted, None
+        temperature = fit_temperature(self.subject, validation, size)
+        rows[:] = row.in_order([*rows, row.temperature_row(temperature)], TABLE)
+        return fitted, temperature
+
+    def _compare(self, rows: list[Row], strengths: dict[str, float], temperature: float | None) -> Compared:
+        """Every row on the test samples."""
+        subject, size, variances = self.subject, self._size, {}
+        if self._validation is not None:
+            heard = self._heard("validation samples × rows", len(self._validation.order) * len(rows))
+            variances = fit_variances(subject, self._validation, rows, strengths, size, heard)
+        heard = self._heard("test samples × rows", len(self._test.order) * len(rows))
+        return compare(subject, self._test, rows, strengths, variances, size, heard)
+
+    def _heard(self, unit: str, total: int) -> Callable[[int], None]:
+        return lambda done: self.report.progress(done, total, unit)
+
+    # What is told beside the rows.
+
+    def _facts(self, temperature: float | None) -> dict[str, Any]:
+        """What the figures were made with."""
+        warnings = [IMPORTED] if "weights" in self.manifest_of("train-base")["sources"] else []
+        for text in warnings:
+            self.report.message(text)
+        return {
+            "samples": len(self._test.order),
+            "validation_samples": len(self._validation.order) if self._validation else 0,
+            "ensemble": self.subject.ensemble,
+            "temperature": temperature,
+            "seed": self.seed,
+            "warnings": warnings,
+        }
+
+    def _memorisation(self) -> dict[str, Any]:
+        outputs = self.training.field("base_output", vectors=True)
+        classes = None if outputs is None else class_numbers(self.subject, outputs)
+        means = None if classes is None else self.training.means(classes, max(2, outputs.shape[1]))
+        return memorisation(
+            self.subject,
+            self._test,
+            self._size,
+            self.settings.memorisation_samples,
+            mean_delta(self.training),
+            means,
+            lambda output: class_numbers(self.subject, output.flatten(1)).cpu(),
+            self.training.nearest_cosines,
+        )
+
+
+def _save_samples(path: Path, numbers: Tensor, compared: Compared) -> None:
+    """Each row's loss on each test sample, for plots and tests of one's own."""
+    arrays = {name: gathered.values("loss") for name, gathered in compared.gathered.items()}
+    with path.open("wb") as stream:
+        np.savez(stream, sample_index=numbers.numpy(), **arrays)

@@ -1,0 +1,169 @@
+"""Comparing rows: strengths fitted on validation samples, then every row's metrics on the test samples."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.evaluation.metrics import Gathered, Residuals
+from stages.evaluation.rows import Row
+from stages.evaluation.statistics import minimum
+from stages.evaluation.subject import Batch, Examined, Subject
+from stages.seeds import generator
+from stages.tasks.loader import losses, naming_rows
+from stages.tasks.losses import REGRESSION
+from stages.trees import Tree, leaves, take, tree_map
+
+# Told of the samples times rows done so far.
+Heard = Callable[[int], None]
+COLDEST, HOTTEST = 0.05, 20.0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A row's strength.
+
+    Attributes:
+        strength: the one with the lowest mean loss on validation samples; of equal ones the smallest.
+        losses: every strength tried, and its mean loss.
+    """
+
+    strength: float
+    losses: dict[float, float]
+
+
+def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> Tensor:
+    """Positions 0 … count − 1 in a seeded order, at most `most` of them."""
+    return torch.randperm(count, generator=generator(seed, "evaluate", "order", what))[:most]
+
+
+@torch.no_grad()
+def fit_strengths(
+    subject: Subject, examined: Examined, rows: Sequence[Row], grid: Sequence[float], size: int, heard: Heard
+) -> dict[str, Fitted]:
+    """The strength of the lowest mean loss for each row, by name.
+
+    Args:
+        subject: what is examined.
+        examined: validation samples.
+        rows: those to fit.
+        grid: strengths to try; 0 is the base.
+        size: samples at once.
+        heard: of progress.
+    """
+    sums = {row.name: dict.fromkeys(sorted(grid), 0.0) for row in rows}
+    done = 0
+    for positions in examined.parts(size):
+        batch = Batch(subject, examined, positions)
+        for row in rows:
+            prepared = row.prepare(batch)
+            for strength in sums[row.name]:
+                output = _combined(subject, row.members(batch, prepared, strength))
+                values = losses(subject.task, output, batch.y).double()
+                # Weights thrown far enough give no numbers: no strength to choose.
+                sums[row.name][strength] += float(torch.nan_to_num(values, nan=torch.inf).sum())
+            done += len(positions)
+            heard(done)
+    found = {}
+    for name, by_strength in sums.items():
+        means = {strength: total / len(examined.order) for strength, total in by_strength.items()}
+        found[name] = Fitted(min(means, key=means.get), means)
+    return found
+
+
+@torch.no_grad()
+def fit_temperature(subject: Subject, examined: Examined, size: int) -> float:
+    """The T that the base's logits are divided by for the lowest mean loss on validation samples (Guo et al., 2017, 4.2)."""
+    outputs, labels = [], []
+    for positions in examined.parts(size):
+        batch = Batch(subject, examined, positions)
+        outputs.append(batch.first.output)
+        labels.append(batch.y)
+    output, y = (tree_map(lambda *parts: torch.cat(parts), *trees) for trees in (outputs, labels))
+
+    def loss(logarithm: float) -> float:
+        factor = torch.tensor(logarithm).exp().item()
+        return float(losses(subject.task, tree_map(lambda leaf: leaf / factor, output), y).double().mean())
+
+    low, high = (float(torch.tensor(bound).log()) for bound in (COLDEST, HOTTEST))
+    return float(torch.tensor(minimum(loss, low, high)).exp())
+
+
+@torch.no_grad()
+def fit_variances(
+    subject: Subject, examined: Examined, rows: Sequence[Row], strengths: dict[str, float], size: int, heard: Heard
+) -> dict[str, float | None]:
+    """The variance of each row's residual on validation samples, by name; nothing unless the task is a regression."""
+    if subject.task.kind != REGRESSION:
+        return {}
+    found = {row.name: Residuals() for row in rows}
+    done = 0
+    for positions in examined.parts(size):
+        batch = Batch(subject, examined, positions)
+        for row in rows:
+            members = row.members(batch, row.prepare(batch), strengths.get(row.name, 1.0))
+            found[row.name].add(members, _combined(subject, members), batch.y)
+            done += len(positions)
+            heard(done)
+    return {name: residuals.variance() for name, residuals in found.items()}
+
+
+@dataclass
+class Compared:
+    """Rows on the same samples.
+
+    Attributes:
+        gathered: what the samples contribute to each row's metrics, by the row's name.
+        members: of each row.
+        order: the samples' positions in the split, (N,).
+    """
+
+    gathered: dict[str, Gathered]
+    members: dict[str, int]
+    order: Tensor
+
+
+@torch.no_grad()
+def compare(
+    subject: Subject,
+    examined: Examined,
+    rows: Sequence[Row],
+    strengths: dict[str, float],
+    variances: dict[str, float | None],
+    size: int,
+    heard: Heard,
+) -> Compared:
+    """Every row's metrics on labelled samples.
+
+    Args:
+        subject: what is examined.
+        examined: test samples.
+        rows: what to compare.
+        strengths: by name, 1 where there is none.
+        variances: of a regression's residuals, by name.
+        size: samples at once.
+        heard: of progress.
+
+    Raises:
+        DataError: a label is out of range; the row is named.
+    """
+    gathered = {row.name: Gathered(subject.task, variances.get(row.name)) for row in rows}
+    members: dict[str, int] = {}
+    done = 0
+    for positions in examined.parts(size):
+        batch = Batch(subject, examined, positions)
+        for row in rows:
+            outputs = row.members(batch, row.prepare(batch), strengths.get(row.name, 1.0))
+            with naming_rows(examined.split, positions):
+                gathered[row.name].add(outputs, _combined(subject, outputs), batch.y)
+            members[row.name] = len(next(iter(leaves(outputs).values())))
+            done += len(positions)
+            heard(done)
+    return Compared(gathered, members, examined.order)
+
+
+def _combined(subject: Subject, members: Tree) -> Tree:
+    """The members' combination; a lone member's own output, as the base's is."""
+    count = len(next(iter(leaves(members).values())))
+    return take(members, 0) if count == 1 else subject.combine(members)

@@ -1,0 +1,82 @@
+"""Are generated deltas copies of training ones? Cosines with the truth, and with what could have been copied."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.evaluation.subject import Batch, Examined, Subject
+from stages.seeds import generator
+
+# deltas (Q, out, in) and rows not to compare them with (Q,) -> the largest cosine with a training delta (Q,)
+NearestCosine = Callable[[Tensor, Tensor], Tensor]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ / (‖a‖ ‖b‖): (Q, out, in) twice to (Q,); 0 where one is zero."""
+    return F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1)
+
+
+@torch.no_grad()
+def memorisation(
+    subject: Subject,
+    examined: Examined,
+    size: int,
+    count: int,
+    mean: Tensor,
+    class_means: Tensor | None,
+    classes: Callable[[Tensor], Tensor],
+    nearest_cosine: NearestCosine,
+) -> dict[str, Any]:
+    """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble.
+
+    Args:
+        subject: what is examined.
+        examined: test samples.
+        size: samples at once.
+        count: samples to look at.
+        mean: of all training deltas, (out, in).
+        class_means: of those of each class, (classes, out, in), or None.
+        classes: outputs to class numbers.
+        nearest_cosine: looks through the training deltas.
+
+    Returns:
+        generated_true: of the generated delta with the one that the sample's own label gives; generated_nearest: with the
+        nearest training delta; true_nearest: of the sample's own delta with its nearest training delta; training_nearest: of a
+        training delta with its nearest other one; generated_class_mean, generated_mean; copies: the share of samples whose
+        generated delta is nearer to a training delta than 95 % of the training deltas are to each other. Degenerate samples,
+        whose true delta is rounding noise, are not left out.
+    """
+    parts: dict[str, list[Tensor]] = {"generated": [], "true": [], "class": []}
+    for positions in examined.order[:count].split(size):
+        batch = Batch(subject, examined, positions)
+        parts["generated"].append(batch.generated[0][:, 0].cpu())
+        parts["true"].append(batch.overfitted.cpu())
+        if class_means is not None:
+            parts["class"].append(class_means[classes(batch.first.output)].cpu())
+    generated, true = torch.cat(parts["generated"]), torch.cat(parts["true"])
+    usable, training = subject.training.usable, subject.training
+    picked = usable[
+        torch.randperm(len(usable), generator=generator(subject.seed, "evaluate", "memorisation"))[: len(generated)]
+    ]
+    nowhere = torch.full((len(generated),), -1)
+    queries = torch.cat([generated, true, training.take(picked)])
+    found = nearest_cosine(queries, torch.cat([nowhere, nowhere, picked]))
+    of_generated, of_true, of_training = found.split([len(generated), len(true), len(picked)])
+    cosines = {
+        "generated_true": cosine(generated, true),
+        "generated_nearest": of_generated,
+        "true_nearest": of_true,
+        "training_nearest": of_training,
+        "generated_mean": cosine(generated, mean.cpu().expand_as(generated)),
+    }
+    if class_means is not None:
+        cosines["generated_class_mean"] = cosine(generated, torch.cat(parts["class"]))
+    copies = (of_generated > of_training.double().quantile(0.95)).double().mean()
+    return {
+        "samples": len(generated),
+        **{name: float(value.double().mean()) for name, value in cosines.items()},
+        "copies": float(copies),
+    }

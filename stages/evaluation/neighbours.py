@@ -1,0 +1,69 @@
+"""The nearest training samples, by Euclidean distance."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.tasks.data import Split
+from stages.trees import Tree, leaves
+
+QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 2048, 4096
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest of some candidates for each of N queries, nearest first.
+
+    Attributes:
+        distance: Euclidean, (N, k).
+        row: the candidates' numbers, (N, k).
+    """
+
+    distance: Tensor
+    row: Tensor
+
+
+def nearest(
+    queries: Tensor, candidates: Iterable[tuple[int, Tensor]], k: int, heard: Callable[[int], None] = lambda done: None
+) -> Neighbours:
+    """argmin_j ‖q − c_j‖ and its successors.
+
+    Args:
+        queries: (N, d).
+        candidates: (number of the first, (n, d)), block by block.
+        k: how many; fewer where there are fewer candidates.
+        heard: told of the candidates seen so far.
+    """
+    distance = torch.empty(len(queries), 0, device=queries.device)
+    row = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start, block in candidates:
+        numbers = torch.arange(start, start + len(block), device=queries.device)
+        found = [_squared(part, block) for part in queries.split(QUERIES_AT_ONCE)]
+        joined = torch.cat([distance, torch.cat(found)], dim=1)
+        distance, picked = joined.topk(min(k, joined.shape[1]), dim=1, largest=False)
+        row = torch.cat([row, numbers.expand(len(queries), -1)], dim=1).gather(1, picked)
+        heard(start + len(block))
+    return Neighbours(distance.clamp_min(0).sqrt(), row)
+
+
+def _squared(queries: Tensor, block: Tensor) -> Tensor:
+    """‖q‖² − 2 q·c + ‖c‖², both seen from the block's mean so that little is lost in the difference: (N, n)."""
+    centre = block.mean(0)
+    queries, block = queries - centre, block - centre
+    return queries.square().sum(1, keepdim=True) - 2 * queries @ block.T + block.square().sum(1)
+
+
+def flat_inputs(x: Tree) -> Tensor | None:
+    """The numbers of each input side by side, (B, d) float32; None where they hold integers, whose distance means nothing."""
+    parts = list(leaves(x).values())
+    if any(not part.is_floating_point() for part in parts):
+        return None
+    return torch.cat([part.float().reshape(len(part), -1) for part in parts], dim=1)
+
+
+def input_blocks(split: Split, positions: Tensor, device: torch.device) -> Iterable[tuple[int, Tensor]]:
+    """The flat inputs of some samples, block by block, with the number of the first."""
+    for start in range(0, len(positions), CANDIDATES_AT_ONCE):
+        yield start, flat_inputs(split.inputs(positions[start : start + CANDIDATES_AT_ONCE])).to(device)

@@ -1,0 +1,97 @@
+"""`results.json`: every row with mean, standard error and the paired difference to the base."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from stages.evaluation.comparison import Compared, Fitted
+from stages.evaluation.metrics import LOSS, Gathered
+from stages.evaluation.rows import BASE
+from stages.evaluation.statistics import Estimate, estimates
+
+Estimates = dict[str, dict[str, Estimate]]
+
+
+def primary_metric(base: Gathered) -> str:
+    """The name of the loss: that of a metric which is the loss, or `loss`."""
+    loss = base.values(LOSS)
+    others = (name for name, parts in base.parts.items() if name != LOSS and not name.endswith("*"))
+    return next((name for name in others if np.array_equal(base.values(name), loss)), LOSS)
+
+
+def estimate_all(
+    gathered: Mapping[str, Gathered], resamples: int, rng: np.random.Generator, heard: Callable[[int], None]
+) -> tuple[Estimates, str]:
+    """Every metric of every row, all over the same resamples, and the name of the loss among them."""
+    primary = primary_metric(gathered[BASE])
+    statistics = {
+        (row, name): statistic
+        for row, contributions in gathered.items()
+        for name, statistic in contributions.statistics().items()
+        if name != LOSS or primary == LOSS
+    }
+    samples = len(gathered[BASE].values(LOSS))
+    found: Estimates = {row: {} for row in gathered}
+    for (row, name), estimate in estimates(statistics, samples, resamples, rng, heard).items():
+        found[row][name] = estimate
+    return found, primary
+
+
+def row_records(
+    compared: Compared, found: Estimates, fitted: Mapping[str, Fitted], strengths: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The rows of `results.json`; a metric without a value is null, with the reason."""
+    return [
+        {
+            "name": row,
+            "members": compared.members[row],
+            "strength": strengths.get(row),
+            "validated": row in fitted,
+            "metrics": _metrics(found, row, compared.gathered[row].missing),
+        }
+        for row in found
+    ]
+
+
+def _metrics(found: Estimates, row: str, missing: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    records = {}
+    for name, estimate in found[row].items():
+        base = found[BASE].get(name)
+        difference, interval = estimate.minus(base) if base is not None else (math.nan, (math.nan, math.nan))
+        records[name] = {
+            "mean": finite(estimate.value),
+            "standard_error": finite(estimate.standard_error),
+            "difference": finite(difference),
+            "interval": None if math.isnan(interval[0]) else list(interval),
+        }
+    empty = {"mean": None, "standard_error": None, "difference": None, "interval": None}
+    return records | {name: {**empty, "reason": reason} for name, reason in missing.items()}
+
+
+def finite(value: float) -> float | None:
+    """A figure as JSON can hold it."""
+    return float(value) if math.isfinite(value) else None
+
+
+def over_seeds(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean ± standard deviation over whole trainings of every row that all of them have; `results` by seed.
+
+    Returns:
+        {"seeds", "verdicts", "rows": [{"name", "metrics": {name: {"mean", "standard_deviation", "values"}}}]}.
+    """
+    by_name = [{row["name"]: row["metrics"] for row in result["rows"]} for result in results.values()]
+    rows = []
+    for name in by_name[0]:
+        if all(name in other for other in by_name):
+            metrics = {metric: _spread([other[name].get(metric) for other in by_name]) for metric in by_name[0][name]}
+            rows.append({"name": name, "metrics": {metric: entry for metric, entry in metrics.items() if entry is not None}})
+    return {"seeds": list(results), "verdicts": [result["verdict"] for result in results.values()], "rows": rows}
+
+
+def _spread(entries: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    values = [entry["mean"] for entry in entries if entry is not None and entry["mean"] is not None]
+    if len(values) < len(entries):
+        return None
+    return {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values, ddof=1)), "values": values}

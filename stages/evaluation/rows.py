@@ -1,0 +1,212 @@
+"""The rows of the comparison: where each takes its deltas, or its outputs, from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stages.evaluation.subject import Batch, as_member
+from stages.seeds import generator, seed_of
+from stages.trees import Tree, tree_map
+
+BASE, ENSEMBLE, ONE_DRAW, VALIDATED = "base", "ocd ensemble", "ocd one draw", "ocd validated strength"
+TEMPERATURE, RANDOM_TRAINING, SHUFFLED = "temperature-scaled base", "random training deltas", "shuffled conditioning"
+NEAREST, NEAREST_INPUT, BLENDED = "nearest neighbour", "nearest neighbour in layer input", "nearest k blended"
+ORACLE, ORACLE_ALL = "overfitted on test", "overfitted on test, all layers"
+ALTERNATIVE, REGRESSION_ROW, LONGER = "alternative layer", "deterministic hypernetwork", "base trained for as long again"
+RANDOM_DIRECTION, MEAN_DELTA, CLASS_MEAN = "random direction", "mean delta", "mean delta of class"
+NO_SCALING, MEAN_NETWORK = "no scaling", "mean network"
+IN_X, IN_LAYER_INPUT = "x", "layer_input"
+
+
+class Row(Protocol):
+    """One row.
+
+    Attributes:
+        name: what the table calls it.
+        validated: whether its strength is fitted on validation samples.
+    """
+
+    name: str
+    validated: bool
+
+    def prepare(self, batch: Batch) -> Any:
+        """What all strengths of a batch share."""
+
+    def members(self, batch: Batch, prepared: Any, strength: float) -> Tree:
+        """Outputs (E, B, …)."""
+
+
+@dataclass(frozen=True)
+class DeltaRow:
+    """A row that adds deltas to the layer.
+
+    Attributes:
+        name: its name.
+        source: batch to deltas (B, E, out, in).
+        validated: whether its strength is fitted.
+    """
+
+    name: str
+    source: Callable[[Batch], Tensor]
+    validated: bool = False
+
+    def prepare(self, batch: Batch) -> Tensor:
+        """The deltas."""
+        return self.source(batch)
+
+    def members(self, batch: Batch, prepared: Tensor, strength: float) -> Tree:
+        """As the interface says."""
+        return batch.apply(prepared, strength)
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """A row that has no deltas of this layer.
+
+    Attributes:
+        name: its name.
+        predict: batch to one output (B, …).
+    """
+
+    name: str
+    predict: Callable[[Batch], Tree]
+    validated: bool = False
+
+    def prepare(self, batch: Batch) -> Tree:
+        """The output."""
+        return self.predict(batch)
+
+    def members(self, batch: Batch, prepared: Tree, strength: float) -> Tree:
+        """As the interface says; the strength means nothing."""
+        return as_member(prepared)
+
+
+@dataclass(frozen=True)
+class ElsewhereRow:
+    """A row whose deltas belong to another layer or another denoiser.
+
+    Attributes:
+        name: its name.
+        elsewhere: the same samples as another subject sees them.
+    """
+
+    name: str
+    elsewhere: Callable[[Batch], Batch]
+    validated: bool = True
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The other subject's batch, its deltas generated."""
+        other = self.elsewhere(batch)
+        other.generated  # noqa: B018 (made once for all strengths)
+        return other
+
+    def members(self, batch: Batch, prepared: Batch, strength: float) -> Tree:
+        """As the interface says."""
+        return prepared.apply(prepared.generated[0], strength)
+
+
+def base_row() -> Row:
+    """The base itself."""
+    return OutputRow(BASE, lambda batch: batch.first.output)
+
+
+def temperature_row(temperature: float) -> Row:
+    """The base's logits divided by a temperature."""
+    return OutputRow(TEMPERATURE, lambda batch: tree_map(lambda leaf: leaf / temperature, batch.first.output))
+
+
+def oracle_row() -> Row:
+    """The deltas of the samples' own labels: a bound that no prediction reaches fairly."""
+    return DeltaRow(ORACLE, lambda batch: batch.overfitted.unsqueeze(1))
+
+
+def generated_rows(mean_rho: float) -> list[Row]:
+    """OCD, and what is made of the same draws."""
+
+    def unscaled(batch: Batch) -> Tensor:
+        deltas, rho = batch.generated
+        return deltas * (mean_rho / rho.clamp_min(torch.finfo(rho.dtype).tiny)).view(-1, 1, 1, 1)
+
+    return [
+        DeltaRow(NO_SCALING, unscaled),
+        DeltaRow(ONE_DRAW, lambda batch: batch.generated[0][:, :1]),
+        DeltaRow(ENSEMBLE, lambda batch: batch.generated[0]),
+        DeltaRow(VALIDATED, lambda batch: batch.generated[0], validated=True),
+        DeltaRow(MEAN_NETWORK, lambda batch: batch.generated[0].mean(1, keepdim=True)),
+        # Samples come in a random order: the next one's deltas are those of a conditioning drawn from all others.
+        DeltaRow(SHUFFLED, lambda batch: batch.generated[0].roll(1, 0), validated=True),
+        random_direction_row(lambda batch: batch.generated[1]),
+    ]
+
+
+def random_direction_row(rho_of: Callable[[Batch], Tensor], *, validated: bool = True) -> Row:
+    """Directions that nothing has chosen, of the same ρ, (B,)."""
+
+    def directions(batch: Batch) -> Tensor:
+        subject, shape = batch.subject, batch.subject.layer.matrix_shape
+        draws = [
+            torch.randn(subject.ensemble, *shape, generator=generator(subject.seed, "evaluate", RANDOM_DIRECTION, row))
+            for row in batch.rows
+        ]
+        deltas = torch.stack(draws).to(subject.device)
+        return deltas * (rho_of(batch).view(-1, 1) / deltas.flatten(2).norm(dim=2)).view(len(batch), -1, 1, 1)
+
+    return DeltaRow(RANDOM_DIRECTION, directions, validated)
+
+
+def random_training_row() -> Row:
+    """For each member the delta of a training sample drawn at random."""
+
+    def deltas(batch: Batch) -> Tensor:
+        subject, usable = batch.subject, batch.subject.training.usable
+        picked = [
+            seed_of(subject.seed, "evaluate", RANDOM_TRAINING, row, member) % len(usable)
+            for row in batch.rows
+            for member in range(subject.ensemble)
+        ]
+        found = subject.training.take(usable[torch.tensor(picked)]).to(subject.device)
+        return found.view(len(batch), subject.ensemble, *subject.layer.matrix_shape)
+
+    return DeltaRow(RANDOM_TRAINING, deltas, validated=True)
+
+
+def mean_row(mean: Tensor, *, validated: bool = True) -> Row:
+    """One delta for all samples, the training samples' mean, (out, in)."""
+    return DeltaRow(MEAN_DELTA, lambda batch: mean.expand(len(batch), 1, *mean.shape), validated)
+
+
+def class_mean_row(means: Tensor, classes: Callable[[Tree], Tensor]) -> Row:
+    """The mean delta (classes, out, in) of the training samples that the base takes for the class it takes the sample for."""
+    return DeltaRow(CLASS_MEAN, lambda batch: means[classes(batch.first.output)].unsqueeze(1), validated=True)
+
+
+def neighbour_row(name: str, kind: str) -> Row:
+    """The delta of the nearest training sample: in x (the paper's ablation), at strength 1; or in what the layer sees."""
+
+    def deltas(batch: Batch) -> Tensor:
+        return batch.subject.training.take(batch.neighbours(kind).row[:, 0]).to(batch.subject.device).unsqueeze(1)
+
+    return DeltaRow(name, deltas, validated=kind != IN_X)
+
+
+def blended_row() -> Row:
+    """The deltas of the k nearest training samples in x, weighted by 1/distance."""
+
+    def deltas(batch: Batch) -> Tensor:
+        found, subject = batch.neighbours(IN_X), batch.subject
+        weights = 1 / found.distance.clamp_min(1e-6)
+        weights = (weights / weights.sum(1, keepdim=True)).to(subject.device)
+        taken = subject.training.take(found.row.reshape(-1)).to(subject.device)
+        taken = taken.view(*found.row.shape, *subject.layer.matrix_shape)
+        return torch.einsum("bk,bkoi->boi", weights, taken).unsqueeze(1)
+
+    return DeltaRow(BLENDED, deltas, validated=True)
+
+
+def in_order(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Rows as the table shows them; those that `names` does not know come last."""
+    place = {name: number for number, name in enumerate(names)}
+    return sorted(rows, key=lambda row: place.get(row.name, len(place)))

@@ -1,0 +1,203 @@
+"""Figures over samples, and their bootstrap: every figure is a function of how often each sample counts."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+RESAMPLES_AT_ONCE = 64
+INTERVAL = (2.5, 97.5)
+
+
+class Statistic(Protocol):
+    """A figure over N samples."""
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """Its value where sample i counts `weights[r, i]`: (R, N), each row with sum 1, to (R,); NaN where it has none."""
+
+    def standard_error(self, draws: np.ndarray) -> float:
+        """Of the value over all samples; `draws` are bootstrap values, (R,)."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Σ w_i v_i.
+
+    Attributes:
+        values: (N,).
+    """
+
+    values: np.ndarray
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """As the interface says."""
+        return weights @ self.values
+
+    def standard_error(self, draws: np.ndarray) -> float:
+        """s / sqrt(N), s with N − 1."""
+        count = len(self.values)
+        return float(self.values.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class RootMean:
+    """sqrt(Σ w_i v_i).
+
+    Attributes:
+        values: (N,), none negative.
+    """
+
+    values: np.ndarray
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """As the interface says."""
+        return np.sqrt(weights @ self.values)
+
+    def standard_error(self, draws: np.ndarray) -> float:
+        """The draws' standard deviation."""
+        return _spread(draws)
+
+
+@dataclass(frozen=True)
+class CalibrationError:
+    """Expected calibration error, Σ_b |Σ_{i in b} w_i (confidence_i − correct_i)|, equal bins (Guo et al., 2017, Eq. 3).
+
+    Attributes:
+        gaps: confidence minus correctness in the sample's bin, 0 in all others, (N, bins).
+    """
+
+    gaps: np.ndarray
+
+    @classmethod
+    def of(cls, confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> "CalibrationError":
+        """From the confidence and correctness of each prediction: (N, P), P predictions a sample."""
+        gaps = np.zeros((len(confidence), bins))
+        place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+        rows = np.broadcast_to(np.arange(len(confidence))[:, None], place.shape)
+        np.add.at(gaps, (rows, place), (confidence - correct) / confidence.shape[1])
+        return cls(gaps)
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """As the interface says."""
+        return np.abs(weights @ self.gaps).sum(1)
+
+    def standard_error(self, draws: np.ndarray) -> float:
+        """The draws' standard deviation."""
+        return _spread(draws)
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """Probability that a positive sample's score is above a negative one's, ties counting half.
+
+    Attributes:
+        scores: (N,).
+        positive: (N,) bool.
+    """
+
+    scores: np.ndarray
+    positive: np.ndarray
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """As the interface says."""
+        order = np.argsort(self.scores, kind="stable")
+        _, group = np.unique(self.scores[order], return_inverse=True)
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        mine = weights[:, order] * self.positive[order]
+        others = weights[:, order] - mine
+        mine, others = np.add.reduceat(mine, starts, axis=1), np.add.reduceat(others, starts, axis=1)
+        below = np.cumsum(others, axis=1) - others / 2
+        pairs = mine.sum(1) * others.sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(pairs > 0, (mine * below).sum(1) / pairs, np.nan)
+
+    def standard_error(self, draws: np.ndarray) -> float:
+        """The draws' standard deviation."""
+        return _spread(draws)
+
+
+def _spread(draws: np.ndarray) -> float:
+    finite = draws[np.isfinite(draws)]
+    return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan")
+
+
+def resample_weights(samples: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each sample counts in bootstrap resamples, some at a time: (r, N), each row with sum 1."""
+    for start in range(0, resamples, RESAMPLES_AT_ONCE):
+        count = min(RESAMPLES_AT_ONCE, resamples - start)
+        picked = rng.integers(0, samples, (count, samples)) + samples * np.arange(count)[:, None]
+        yield np.bincount(picked.ravel(), minlength=count * samples).reshape(count, samples) / samples
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over all samples, and over each bootstrap resample.
+
+    Attributes:
+        value: over all samples.
+        standard_error: of it.
+        draws: (R,); draw r of every figure is of the same resample, so that differences of draws are paired.
+    """
+
+    value: float
+    standard_error: float
+    draws: np.ndarray
+
+    def minus(self, other: "Estimate") -> tuple[float, tuple[float, float]]:
+        """The paired difference, and its 95 % interval (percentiles of the resamples')."""
+        return self.value - other.value, interval_of(self.draws - other.draws)
+
+
+def interval_of(draws: np.ndarray) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of the finite draws, (R,); NaN where there is none."""
+    finite = draws[np.isfinite(draws)]
+    return tuple(map(float, np.percentile(finite, INTERVAL))) if len(finite) else (float("nan"), float("nan"))
+
+
+def estimates(
+    statistics: Mapping[Any, Statistic],
+    samples: int,
+    resamples: int,
+    rng: np.random.Generator,
+    heard: Callable[[int], None] = lambda done: None,
+) -> dict[Any, Estimate]:
+    """Every figure over all samples and over the same bootstrap resamples.
+
+    Args:
+        statistics: of the same N samples, by any key.
+        samples: N.
+        resamples: R.
+        rng: source of the resamples.
+        heard: told of the resamples done so far.
+    """
+    whole = np.full((1, samples), 1 / samples)
+    parts: dict[Any, list[np.ndarray]] = {key: [] for key in statistics}
+    done = 0
+    for weights in resample_weights(samples, resamples, rng):
+        for key, statistic in statistics.items():
+            parts[key].append(statistic(weights))
+        done += len(weights)
+        heard(done)
+    found = {}
+    for key, statistic in statistics.items():
+        draws = np.concatenate(parts[key])
+        found[key] = Estimate(float(statistic(whole)[0]), statistic.standard_error(draws), draws)
+    return found
+
+
+def minimum(function: Callable[[float], float], low: float, high: float, steps: int = 60) -> float:
+    """Where a function of one minimum between `low` and `high` has it (golden-section search)."""
+    ratio = (5**0.5 - 1) / 2
+    inner = [high - ratio * (high - low), low + ratio * (high - low)]
+    values = [function(place) for place in inner]
+    for _ in range(steps):
+        if values[0] < values[1]:
+            high, inner[1], values[1] = inner[1], inner[0], values[0]
+            inner[0] = high - ratio * (high - low)
+            values[0] = function(inner[0])
+        else:
+            low, inner[0], values[0] = inner[0], inner[1], values[1]
+            inner[1] = low + ratio * (high - low)
+            values[1] = function(inner[1])
+    return (low + high) / 2

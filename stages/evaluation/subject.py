@@ -1,0 +1,156 @@
+"""What is examined: a model with one layer, the deltas it was taught by and those it generates, and batches of samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stages.evaluation.neighbours import Neighbours
+from stages.tasks.conditioning import fields_of
+from stages.tasks.data import Split
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import user_code
+from stages.trees import Tree, leaves, to_device, tree_map
+from stages.weights.engine import Engine, FirstPass
+from stages.weights.layer import Layer
+
+# conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) of strength 1 and predicted rho (B,)
+Generate = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]
+# split, positions (B,), their (x, y) -> deltas (B, out, in), overfitted on the labels
+Overfit = Callable[[Split, Tensor, tuple[Tree, Tree]], Tensor]
+
+
+class TrainingDeltas(Protocol):
+    """The deltas of the training samples; a degenerate one is zero: nothing was to change.
+
+    Attributes:
+        usable: rows that are not degenerate, (n,).
+    """
+
+    usable: Tensor
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Deltas of some rows, (n,) to (n, out, in)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with a layer whose weight may be another for each sample.
+
+    Attributes:
+        task: the task.
+        base: the base, in eval mode.
+        layer: the layer.
+        engine: runs the base with a weight for each sample, and reuses what comes before the layer.
+        overfit: the deltas that labels give.
+        device: where to compute.
+        seed: the run's.
+        generate: the deltas that the conditioning gives; None before there is a denoiser.
+        ensemble: members E.
+        training: the training samples' deltas.
+    """
+
+    task: Task
+    base: nn.Module
+    layer: Layer
+    engine: Engine
+    overfit: Overfit
+    device: torch.device
+    seed: int
+    generate: Generate | None = None
+    ensemble: int = 1
+    training: TrainingDeltas | None = None
+
+    def combine(self, members: Tree) -> Tree:
+        """The members' combination: (E, B, …) to (B, …)."""
+        with user_code("combine()"):
+            return self.task.combine(members)
+
+
+@dataclass
+class Examined:
+    """Labelled samples that rows are compared on.
+
+    Attributes:
+        split: the samples.
+        order: their positions, (N,), in a seeded order: whoever is next to a sample is any other one.
+        neighbours: nearest training samples of all positions of the split, by what distance is taken in.
+    """
+
+    split: Split
+    order: Tensor
+    neighbours: dict[str, Neighbours] = field(default_factory=dict)
+
+    def parts(self, size: int) -> tuple[Tensor, ...]:
+        """The order in parts of about the same length, at most `size`, or 3: each sample has another one beside it."""
+        return self.order.tensor_split(max(1, -(-len(self.order) // max(3, size))))
+
+
+class Batch:
+    """Some samples, and what of them is computed once, whoever asks for it.
+
+    Args:
+        subject: what is examined.
+        examined: where the samples come from.
+        positions: theirs in the split, (B,).
+    """
+
+    def __init__(self, subject: Subject, examined: Examined, positions: Tensor) -> None:
+        self.subject, self.examined, self.positions = subject, examined, positions
+        self.given = examined.split.batch(positions)
+        self.x, self.y = (to_device(tree, subject.device) for tree in self.given)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def rows(self) -> list[int]:
+        """What seeds the draws of each sample: as `infer` on the same split."""
+        return self.positions.tolist()
+
+    @cached_property
+    def first(self) -> FirstPass:
+        """The base's own pass."""
+        return self.subject.engine.first_pass(self.x)
+
+    @cached_property
+    def fields(self) -> dict[str, Tensor]:
+        """The conditioning, each (B, …)."""
+        subject = self.subject
+        kind = type(subject.layer.module(subject.base))
+        return fields_of(subject.task, kind, self.x, self.first.output, self.first.captured)[0]
+
+    @cached_property
+    def generated(self) -> tuple[Tensor, Tensor]:
+        """Generated deltas of strength 1, (B, E, out, in), and their predicted ρ, (B,)."""
+        return self.subject.generate(self.fields, self.rows, range(self.subject.ensemble))
+
+    @cached_property
+    def overfitted(self) -> Tensor:
+        """The deltas that the samples' own labels give, (B, out, in)."""
+        return self.subject.overfit(self.examined.split, self.positions, self.given)
+
+    def apply(self, deltas: Tensor, strength: float = 1.0) -> Tree:
+        """Outputs with θ + strength · delta: deltas (B, E, out, in) to (E, B, …)."""
+        outputs = [
+            self.subject.engine.apply(self.first, self.x, strength * deltas[:, member]) for member in range(deltas.shape[1])
+        ]
+        return tree_map(lambda *parts: torch.stack(parts), *outputs)
+
+    def neighbours(self, kind: str) -> Neighbours:
+        """The samples' nearest training samples."""
+        found = self.examined.neighbours[kind]
+        return Neighbours(found.distance[self.positions], found.row[self.positions])
+
+
+def as_member(output: Tree) -> Tree:
+    """A single output (B, …) as the only member (1, B, …)."""
+    return tree_map(lambda leaf: leaf.unsqueeze(0), output)
+
+
+def is_finite(output: Tree) -> bool:
+    """Whether every number of an output is finite."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(output).values())

@@ -1,0 +1,102 @@
+"""The verdict: does OCD's ensemble help, and is the gain its own?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stages.evaluation.rows import BASE, ENSEMBLE, NEAREST, NEAREST_INPUT, RANDOM_TRAINING, SHUFFLED, TEMPERATURE
+from stages.evaluation.statistics import Estimate
+
+# What a gain has to be a gain over, beside the base.
+RIVALS = (TEMPERATURE, RANDOM_TRAINING, SHUFFLED)
+NEIGHBOURS = (NEAREST, NEAREST_INPUT)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The loss of OCD's ensemble minus that of another row.
+
+    Attributes:
+        difference: over all samples.
+        interval: its paired 95 % interval.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+
+    @classmethod
+    def of(cls, ensemble: Estimate, other: Estimate) -> "Comparison":
+        """From two estimates over the same resamples."""
+        return cls(*ensemble.minus(other))
+
+    @property
+    def favours(self) -> bool:
+        """Whether the whole interval is on the ensemble's side."""
+        return self.interval[1] < 0
+
+    @property
+    def against(self) -> bool:
+        """Whether the whole interval is on the other row's side."""
+        return self.interval[0] > 0
+
+
+def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
+    """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
+    return {
+        name: Comparison.of(estimates[ENSEMBLE], estimates[name])
+        for name in (BASE, *RIVALS, *NEIGHBOURS)
+        if name in estimates and ENSEMBLE in estimates
+    }
+
+
+def verdict(comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate], metric: str) -> str:
+    """One sentence: OCD `helps`, `does not help` or `harms`, with the figures it is said from.
+
+    It helps only if the paired interval of the loss favours the ensemble over each of base, temperature-scaled base, random
+    training deltas and shuffled conditioning. The nearest neighbour is named beside it, whoever wins.
+
+    Args:
+        comparisons: as `compared_with`.
+        estimates: of the loss, by row.
+        metric: what the loss is called.
+    """
+    base, rivals = comparisons[BASE], [name for name in RIVALS if name in comparisons]
+    equals = [name for name in rivals if not comparisons[name].favours]
+    figures = f"{metric} {estimates[BASE].value:.4f} → {estimates[ENSEMBLE].value:.4f}"
+    if base.against:
+        said = f"OCD harms: {figures}, {_interval(base)}"
+    elif not base.favours:
+        said = f"OCD does not help: {figures}, {_interval(base)}, is no difference"
+    elif equals:
+        # The one that comes closest to OCD's own loss explains the most of it.
+        name = min(equals, key=lambda other: estimates[other].value)
+        said = f"OCD does not help: the gain is that of {name} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
+    else:
+        said = f"OCD helps: {figures}, {_interval(base)}, and no other row has that gain"
+        if rivals:
+            said = f"OCD helps: {figures}, {_interval(base)}; {_listed(rivals)} do{'' if len(rivals) > 1 else 'es'} less"
+    return said + _beside_neighbour(comparisons, estimates)
+
+
+def _interval(comparison: Comparison) -> str:
+    low, high = comparison.interval
+    return f"{comparison.difference:+.4f} with a 95 % interval of [{low:+.4f}, {high:+.4f}]"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _beside_neighbour(comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate]) -> str:
+    known = [name for name in NEIGHBOURS if name in comparisons]
+    if not known:
+        return ""
+    name = min(known, key=lambda other: estimates[other].value)
+    comparison = comparisons[name]
+    how = "is better" if comparison.against else "is worse" if comparison.favours else "does as well"
+    return f"; the {name} {how} ({estimates[name].value:.4f})"
+
+
+def as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+    """For `results.json`."""
+    return {name: {"difference": c.difference, "interval": list(c.interval)} for name, c in comparisons.items()}

@@ -1,0 +1,205 @@
+"""From a run's materials to what rows are compared on: the subject, the samples, the neighbours, the rows themselves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.artifacts.files import available_memory
+from stages.artifacts.pipeline import AUTO
+from stages.collector import Collector, make_engine
+from stages.diffusion.dataset import usable_split
+from stages.errors import TaskError
+from stages.evaluation import rows as row
+from stages.evaluation.neighbours import flat_inputs, input_blocks, nearest
+from stages.evaluation.rows import Row
+from stages.evaluation.subject import Batch, Examined, Subject
+from stages.materials import Materials
+from stages.predictor import load_generator
+from stages.seeds import generator, global_seed
+from stages.tasks.data import Split
+from stages.tasks.losses import CLASSIFICATION
+from stages.tasks.user_code import user_code
+from stages.training_deltas import StoredDeltas
+from stages.trees import Tree, to_device
+from stages.weights.batch_size import sample_bytes
+from stages.weights.layer import Layer
+
+PROBE = 4
+# Deltas of a batch, all members of it, with what is computed from them.
+BATCH_BYTES = 192 << 20
+FEWEST, LARGEST = 4, 256
+MEMORY_SHARE = 0.25
+MOST_CLASSES = 1000
+LAYER_INPUT = "layer_input"
+Heard = Callable[[int], None]
+
+
+def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject:
+    """A model whose `layer` is overfitted as `[collect]` says, `settings` of it changed; without a denoiser.
+
+    Raises:
+        TaskError, DataError: faults of the task.
+    """
+    collect = materials.project.settings.collect.model_copy(update={"store": "dense", **settings})
+    rows, task, base = materials.splits["train"], materials.task, materials.base_to_overfit
+    engine = make_engine(task, base, layer, collect, probe_of(materials))
+
+    def collector(split: Split) -> Collector:
+        return Collector(task, engine, type(layer.module(base)), split, materials.device, materials.seed)
+
+    few = list(range(min(PROBE, len(rows))))
+    collector(rows).confirm(few, rows.batch(few))
+
+    def overfit(split: Split, positions: Tensor, given: tuple[Tree, Tree]) -> Tensor:
+        return collector(split).overfit_batch(positions, given, check=False)["delta"]
+
+    return Subject(task, base, layer, engine, overfit, materials.device, materials.seed)
+
+
+def with_denoiser(subject: Subject, materials: Materials, training: StoredDeltas | None, members: int) -> Subject:
+    """The same model with the denoiser and the scale network of a finished run."""
+    generate = load_generator(materials, strength=1.0)
+    return Subject(**{**vars(subject), "generate": generate, "ensemble": members, "training": training})
+
+
+def samples_at_once(materials: Materials, subject: Subject) -> int:
+    """Samples of a batch: as `[evaluate] batch_size` says, or as many as memory holds with all their members."""
+    setting = materials.project.settings.evaluate.batch_size
+    if setting != AUTO:
+        return setting
+    members = 3 * 4 * subject.layer.numel * subject.ensemble
+    each = members + sample_bytes(
+        subject.engine, subject.layer, subject.base, materials.forward, probe_of(materials), factored=False
+    )
+    return max(FEWEST, min(LARGEST, BATCH_BYTES // members, int(MEMORY_SHARE * (available_memory() or BATCH_BYTES)) // each))
+
+
+def probe_of(materials: Materials) -> Tree:
+    """A few inputs to try things on."""
+    rows = materials.splits["train"]
+    return to_device(rows.inputs([i % len(rows) for i in range(PROBE)]), materials.device)
+
+
+def with_neighbours(
+    subject: Subject, examined: Examined, split: Split, numbers: Tensor, known: Tensor | None, k: int, heard: Heard
+) -> dict[str, str]:
+    """Find the nearest training samples of every position of the examined samples, in x and in what the layer sees.
+
+    Args:
+        subject: what is examined.
+        examined: gets the neighbours.
+        split: all training samples.
+        numbers: those that have a delta, (N,); neighbours are counted in this order.
+        known: what the layer sees of each of them, (N, d), or None.
+        k: how many.
+        heard: of progress.
+
+    Returns:
+        what neighbours could not be found in, with the reason.
+    """
+    missing = {}
+    every = range(len(examined.split))
+    queries = flat_inputs(examined.split.inputs(every))
+    if queries is None:
+        missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
+    else:
+        blocks = input_blocks(split, numbers, subject.device)
+        examined.neighbours[row.IN_X] = nearest(queries.to(subject.device), blocks, k, heard)
+    if known is None:
+        missing[row.IN_LAYER_INPUT] = "the store has no field layer_input"
+        return missing
+    parts = [Batch(subject, examined, part).fields[LAYER_INPUT].flatten(1) for part in torch.arange(len(every)).split(256)]
+    candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
+    examined.neighbours[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, 1)
+    return missing
+
+
+def training_rows(
+    subject: Subject, training: StoredDeltas, missing: dict[str, str], heard: Heard
+) -> tuple[list[Row], dict[str, str]]:
+    """The rows that are made of training samples' deltas, and those that cannot be, with the reason.
+
+    Args:
+        subject: what is examined.
+        training: the store.
+        missing: as `with_neighbours`.
+        heard: of progress.
+    """
+    left_out = {}
+    found = [row.random_training_row(), row.mean_row(mean_delta(training).to(subject.device))]
+    outputs = training.field("base_output", vectors=True)
+    classes = None if outputs is None else class_numbers(subject, outputs)
+    if classes is None:
+        classification = subject.task.kind == CLASSIFICATION
+        left_out[row.CLASS_MEAN] = (
+            "the store has no logits of one class number a sample" if classification else "the task has no classes"
+        )
+    elif classes.max() >= MOST_CLASSES:
+        left_out[row.CLASS_MEAN] = f"there are {int(classes.max()) + 1:,} classes, more than memory is spent on"
+    else:
+        count = outputs.shape[1] if outputs.shape[1] > 1 else 2
+        means = training.means(classes, count).to(subject.device)
+        found.append(row.class_mean_row(means, lambda output: class_numbers(subject, output.flatten(1))))
+    kinds = {row.NEAREST: row.IN_X, row.BLENDED: row.IN_X, row.NEAREST_INPUT: row.IN_LAYER_INPUT}
+    for name, kind in kinds.items():
+        if kind in missing:
+            left_out[name] = missing[kind]
+        else:
+            found.append(row.blended_row() if name == row.BLENDED else row.neighbour_row(name, kind))
+    return found, left_out
+
+
+def mean_delta(training: StoredDeltas) -> Tensor:
+    """The mean of the usable training deltas, (out, in)."""
+    return training.means(torch.zeros(len(training), dtype=torch.long), 1)[0]
+
+
+def class_numbers(subject: Subject, outputs: Tensor) -> Tensor | None:
+    """The class that each output (B, C) or (B, 1) is for, (B,); None unless the task tells classes apart."""
+    if subject.task.kind != CLASSIFICATION or outputs.dim() != 2:
+        return None
+    return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
+
+
+def unseen(materials: Materials, training: StoredDeltas) -> Tensor:
+    """Which validation samples no training of OCD has drawn, (N,) bool.
+
+    Of a store that holds validation samples those are kept that both trainings held out, and as large a part of the degenerate
+    ones, which no training draws: a fair sample.
+    """
+    split, settings = materials.splits["validation"], materials.project.settings
+    if materials.validation_is_given:
+        return torch.ones(len(split), dtype=torch.bool)
+    allowed = torch.zeros(len(training), dtype=torch.bool)
+    share = min(settings.train_diffusion.held_out, settings.train_scale.held_out)
+    held_out = usable_split(training.degenerate, training.rho, share, materials.seed)[1]
+    allowed[held_out] = True
+    others = torch.nonzero(training.degenerate).squeeze(1)
+    part = round(len(others) * len(held_out) / len(training.usable))
+    allowed[others[torch.randperm(len(others), generator=generator(materials.seed, "evaluate", "degenerate"))[:part]]] = True
+    in_store, free = (torch.isin(split.rows, index) for index in (training.sample_index, training.sample_index[allowed]))
+    return ~in_store | free
+
+
+def extra_rows(materials: Materials, taken: set[str]) -> list[Row]:
+    """The task's own rows.
+
+    Raises:
+        TaskError: the task raises, or names a row as one in `taken`.
+    """
+    splits = (materials.splits["train"], materials.splits["validation"])
+    with user_code("extra_rows()"), global_seed(materials.seed, "evaluate", "extra_rows"):
+        found = materials.task.extra_rows(materials.base, *splits, seed=materials.seed, device=materials.device)
+    if clash := sorted(taken & found.keys()):
+        raise TaskError(f"extra_rows() gave a row named {clash[0]!r}, which ocd has itself", "give it another name")
+    return [row.OutputRow(name, _guarded(name, predict)) for name, predict in found.items()]
+
+
+def _guarded(name: str, predict: Callable[[Tree], Tree]) -> Callable[[Batch], Tree]:
+    def output(batch: Batch) -> Tree:
+        with user_code(f"extra_rows()[{name!r}]"):
+            return predict(batch.x)
+
+    return output

@@ -1,0 +1,109 @@
+"""The delta store as `evaluate` and `probe` read it: single rows, means by group, nearest directions."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.artifacts.files import available_memory
+from stages.artifacts.store_reader import StoreReader
+
+# Of the memory that is free, the part that blocks are kept in; a fixed amount where the system does not tell.
+MEMORY_SHARE, MEMORY_UNKNOWN = 0.25, 1 << 30
+
+
+class StoredDeltas:
+    """The deltas of a finished store; those of degenerate rows read as zero.
+
+    Args:
+        reader: the store.
+    """
+
+    def __init__(self, reader: StoreReader) -> None:
+        self._reader = reader
+        self.degenerate, self.rho = (torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho"))
+        self.sample_index = torch.from_numpy(reader.read("sample_index"))
+        self.usable = torch.nonzero(~self.degenerate & (self.rho > 0)).squeeze(1)
+        self._blocks: OrderedDict[int, Tensor] = OrderedDict()
+        block = reader.block_samples * 4 * int(torch.tensor(self.shape).prod())
+        self._most = max(1, int((available_memory() or MEMORY_UNKNOWN / MEMORY_SHARE) * MEMORY_SHARE) // block)
+
+    def __len__(self) -> int:
+        return len(self.rho)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return tuple(self._reader.description["arrays"]["delta"]["shape"][1:])
+
+    @property
+    def mean_rho(self) -> float:
+        """ρ̄ = E(ρ_s), what the paper's ablation scales all deltas by."""
+        return float(self.rho[self.usable].double().mean())
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Deltas of some rows, (n,) to (n, out, in); blocks are kept in memory as far as it reaches."""
+        found = torch.empty(len(rows), *self.shape)
+        blocks = rows // self._reader.block_samples
+        for block in blocks.unique().tolist():
+            here = blocks == block
+            found[here] = self._block(block)[rows[here] - block * self._reader.block_samples]
+        return found
+
+    def _block(self, block: int) -> Tensor:
+        if block in self._blocks:
+            self._blocks.move_to_end(block)
+            return self._blocks[block]
+        start = block * self._reader.block_samples
+        stop = min(len(self), start + self._reader.block_samples)
+        deltas = torch.from_numpy(self._reader.read("delta", start, stop))
+        deltas[self.degenerate[start:stop]] = 0
+        if len(self._blocks) >= self._most:
+            self._blocks.popitem(last=False)
+        self._blocks[block] = deltas
+        return deltas
+
+    def blocks(self, heard: Callable[[int], None] = lambda done: None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every block: its row numbers (n,) and deltas (n, out, in)."""
+        for block in range(self._reader.blocks):
+            deltas = self._block(block)
+            start = block * self._reader.block_samples
+            yield torch.arange(start, start + len(deltas)), deltas
+            heard(start + len(deltas))
+
+    def means(self, groups: Tensor, count: int) -> Tensor:
+        """The mean delta of the usable rows of each group: groups (N,) in [0, count) to (count, out, in); zero where a group
+        has none."""
+        sums, sizes = torch.zeros(count, *self.shape, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        keep = torch.zeros(len(self), dtype=torch.bool)
+        keep[self.usable] = True
+        for rows, deltas in self.blocks():
+            here = keep[rows]
+            sums.index_add_(0, groups[rows][here], deltas[here].double())
+            sizes.index_add_(0, groups[rows][here], torch.ones(int(here.sum()), dtype=torch.float64))
+        return (sums / sizes.clamp_min(1).view(-1, 1, 1)).float()
+
+    def nearest_cosines(self, queries: Tensor, own: Tensor) -> Tensor:
+        """The largest cosine of each query with a training delta: (Q, out, in) to (Q,).
+
+        Args:
+            queries: deltas.
+            own: rows that a query is not compared with, its own, (Q,); −1 for none.
+        """
+        queries = F.normalize(queries.flatten(1).cpu(), dim=1)
+        best = torch.full((len(queries),), -1.0)
+        for rows, deltas in self.blocks():
+            cosines = queries @ F.normalize(deltas.flatten(1), dim=1).T
+            cosines[own.view(-1, 1) == rows] = -1.0
+            best = torch.maximum(best, cosines.max(1).values)
+        return best
+
+    def field(self, name: str, *, vectors: bool = False) -> Tensor | None:
+        """A conditioning field of all rows, (N, width), or None where the store does not have it; if `vectors`, also where it
+        has more than one axis beside the sample's."""
+        axes = self._reader.description["arrays"].get(name, {"shape": ()})["shape"]
+        if name not in self._reader.field_names() or (vectors and len(axes) > 2):
+            return None
+        return torch.from_numpy(self._reader.read(name)).flatten(1)
