@@ -11,7 +11,7 @@ import typer
 
 from ocd_cli.options import Shared, command, print_json
 from ocd_cli.progress import ShownProgress
-from ocd_cli.render import show_outcome, show_status, show_verified
+from ocd_cli.render import console, show_outcome, show_status, show_verified
 
 if TYPE_CHECKING:
     from stages.artifacts.progress import Report
@@ -261,6 +261,26 @@ def evaluate(
     project = shared.project({key: value for key, value in given.items() if value is not None})
     stage = _stage_functions()["evaluate"]
     _stage(shared, lambda **options: stage(project, **options))
+
+
+@command(app, "probe", "ocd probe --layer fc1.weight")
+def probe(
+    shared: Shared,
+    layer: Annotated[list[str] | None, typer.Option(help="Try this parameter only; repeatable.", metavar="NAME")] = None,
+    samples: Annotated[int, typer.Option(help="Held-out samples to look at.", min=8)] = 256,
+) -> None:
+    """Before anything costly: is there something to gain? Tries layers and settings on held-out samples; needs the base."""
+    from ocd_cli.tables import show_probe
+    from stages.probe import probe as try_layers
+
+    project = shared.project()
+    with ShownProgress(shared.quiet) as report:
+        report.start("probe")
+        found = try_layers(project, layers=layer or (), samples=samples, report=report)
+    if shared.as_json:
+        print_json(found)
+    else:
+        show_probe(console(), found)
 
 
 @command(app, "status", "ocd status --json")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ocd_cli.tables import show_evaluation
+from ocd_cli.text import bytes_text, figure
 
 if TYPE_CHECKING:
     from stages.outcome import Outcome
@@ -25,23 +26,6 @@ def console() -> Console:
     """Stdout; where it is no terminal, wide enough that nothing is cut."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
     return Console(width=width, highlight=False)
-
-
-def figure(value: Any) -> str:
-    """A number as people read it: four significant digits, thousands apart."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def bytes_text(count: int) -> str:
-    """A number of bytes with its unit."""
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
 
 
 def show_outcome(outcome: "Outcome") -> None:

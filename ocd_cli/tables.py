@@ -1,9 +1,15 @@
 """The tables of `evaluate` and `probe`, on stdout."""
 
+import json
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from ocd_cli.text import bytes_text, duration
+
+# Columns that a table always has take about so many characters, and each further metric so many.
+FIXED_WIDTH, METRIC_WIDTH = 100, 14
 
 
 def show_evaluation(out: Console, summary: dict[str, Any]) -> None:
@@ -11,21 +17,26 @@ def show_evaluation(out: Console, summary: dict[str, Any]) -> None:
     found = summary["results"]
     metric = found["metric"]
     others = list(dict.fromkeys(name for row in found["rows"] for name in row["metrics"] if name != metric))
-    table = Table("", "E", "strength", metric, "minus base [95 %]", *others)
+    shown = others[: max(1, (out.width - FIXED_WIDTH) // METRIC_WIDTH)]
+    table = Table("", "E", "strength", metric, "minus base [95 %]", *(name.replace("_", " ") for name in shown))
     for column in table.columns[1:]:
         column.justify = "right"
+    table.columns[0].no_wrap = table.columns[4].no_wrap = out.width >= FIXED_WIDTH
     for row in found["rows"]:
         figures = row["metrics"]
         strength = "" if row["strength"] is None else f"{row['strength']:g}{' ✓' if row['validated'] else ''}"
-        cells = [_mean(figures.get(name)) for name in others]
+        cells = [_mean(figures.get(name)) for name in shown]
         name = row["name"].replace("[", "\\[")
-        table.add_row(name, str(row["members"]), strength, _with_error(figures[metric]), _interval(figures[metric]), *cells)
+        difference = "" if name == "base" else _interval(figures[metric])
+        table.add_row(name, str(row["members"]), strength, _with_error(figures[metric]), difference, *cells)
     out.print(table)
     out.print(
         f"{found['samples']:,} test samples; ✓: strength fitted on {found['validation_samples']:,} validation samples; "
         f"{metric}: mean ± standard error",
         markup=False,
     )
+    if len(shown) < len(others):
+        out.print(f"not shown for want of width: {', '.join(others[len(shown) :])}; results.json has them", markup=False)
     for entry in found["left_out"]:
         out.print(f"left out: {entry['name']}: {entry['reason']}", markup=False)
     _memorisation(out, found["memorisation"])
@@ -73,6 +84,43 @@ def _cost(out: Console, found: dict[str, Any]) -> None:
         f"{found['parameters']['denoiser']:,}; seconds: {stages}",
         markup=False,
     )
+
+
+def show_probe(out: Console, found: dict[str, Any]) -> None:
+    """What was tried, what a full run would cost, and the verdict last."""
+    names = list(dict.fromkeys(row["name"] for entry in found["tried"] for row in entry["rows"]))
+    table = Table("layer", "settings", *names, "collect", "denoiser")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for entry in found["tried"]:
+        rows = {row["name"]: row["metrics"][found["metric"]]["mean"] for row in entry["rows"]}
+        values = ["" if rows.get(name) is None else f"{rows[name]:.4f}" for name in names]
+        settings, cost = entry["settings"], entry["cost"]
+        how = f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
+        training = cost["train_diffusion_seconds"]
+        collecting = f"{duration(cost['collect_seconds'])}, {bytes_text(cost['collect_bytes'])}"
+        table.add_row(entry["layer"], how, *values, collecting, "too large" if training is None else f"≤ {duration(training)}")
+    out.print(table)
+    out.print(
+        f"{found['metric']} of {found['samples']:,} held-out samples; neighbours among {found['searched']:,} training samples",
+        markup=False,
+    )
+    for entry in found["left_out"]:
+        out.print(f"left out: {entry['name']}: {entry['reason']}", markup=False)
+    out.print(found["verdict"] + (":" if found["start_with"] and found["headroom"] == "x" else ""), markup=False)
+    if found["headroom"] == "x":
+        out.print(settings_text(found["start_with"]), markup=False)
+
+
+def settings_text(values: dict[str, Any]) -> str:
+    """Settings as they are pasted into `ocd.toml`."""
+    lines: list[str] = []
+    for name, value in values.items():
+        table, _, key = name.partition(".")
+        if f"[{table}]" not in lines:
+            lines += ([""] if lines else []) + [f"[{table}]"]
+        lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines)
 
 
 def show_seeds(out: Console, found: dict[str, Any]) -> None:

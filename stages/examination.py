@@ -85,7 +85,7 @@ def probe_of(materials: Materials) -> Tree:
 def with_neighbours(
     subject: Subject, examined: Examined, split: Split, numbers: Tensor, known: Tensor | None, k: int, heard: Heard
 ) -> dict[str, str]:
-    """Find the nearest training samples of every position of the examined samples, in x and in what the layer sees.
+    """Find the nearest training samples of the examined samples, in x and in what the layer sees.
 
     Args:
         subject: what is examined.
@@ -100,19 +100,20 @@ def with_neighbours(
         what neighbours could not be found in, with the reason.
     """
     missing = {}
-    every = range(len(examined.split))
-    queries = flat_inputs(examined.split.inputs(every))
+    asked = examined.order.sort().values
+    queries = flat_inputs(examined.split.inputs(asked))
     if queries is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
         blocks = input_blocks(split, numbers, subject.device)
-        examined.neighbours[row.IN_X] = nearest(queries.to(subject.device), blocks, k, heard)
+        examined.neighbours[row.IN_X] = nearest(queries.to(subject.device), blocks, k, heard).spread(asked, len(examined.split))
     if known is None:
         missing[row.IN_LAYER_INPUT] = "the store has no field layer_input"
         return missing
-    parts = [Batch(subject, examined, part).fields[LAYER_INPUT].flatten(1) for part in torch.arange(len(every)).split(256)]
+    parts = [Batch(subject, examined, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(LARGEST)]
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
-    examined.neighbours[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, 1)
+    found = nearest(torch.cat(parts), candidates, 1)
+    examined.neighbours[row.IN_LAYER_INPUT] = found.spread(asked, len(examined.split))
     return missing
 
 

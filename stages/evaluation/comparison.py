@@ -57,9 +57,9 @@ def fit_strengths(
     for positions in examined.parts(size):
         batch = Batch(subject, examined, positions)
         for row in rows:
-            prepared = row.prepare(batch)
+            members = row.members(batch)
             for strength in sums[row.name]:
-                output = _combined(subject, row.members(batch, prepared, strength))
+                output = _combined(subject, members(strength))
                 values = losses(subject.task, output, batch.y).double()
                 # Weights thrown far enough give no numbers: no strength to choose.
                 sums[row.name][strength] += float(torch.nan_to_num(values, nan=torch.inf).sum())
@@ -102,7 +102,7 @@ def fit_variances(
     for positions in examined.parts(size):
         batch = Batch(subject, examined, positions)
         for row in rows:
-            members = row.members(batch, row.prepare(batch), strengths.get(row.name, 1.0))
+            members = row.members(batch)(strengths.get(row.name, 1.0))
             found[row.name].add(members, _combined(subject, members), batch.y)
             done += len(positions)
             heard(done)
@@ -154,7 +154,7 @@ def compare(
     for positions in examined.parts(size):
         batch = Batch(subject, examined, positions)
         for row in rows:
-            outputs = row.members(batch, row.prepare(batch), strengths.get(row.name, 1.0))
+            outputs = row.members(batch)(strengths.get(row.name, 1.0))
             with naming_rows(examined.split, positions):
                 gathered[row.name].add(outputs, _combined(subject, outputs), batch.y)
             members[row.name] = len(next(iter(leaves(outputs).values())))

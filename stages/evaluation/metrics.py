@@ -19,6 +19,8 @@ LOSS = "loss"
 # Half the width of a Gaussian's 95 % interval, in standard deviations.
 NORMAL_95 = 1.959964
 SMALLEST_VARIANCE = 1e-12
+# Mutual information below this is rounding.
+ROUNDING = 1e-12
 ONE_MEMBER = "its prediction has one member"
 
 
@@ -144,6 +146,9 @@ class Gathered:
                 self.missing[name] = "there are no errors to find" if not wrong.any() else "every prediction is an error"
             elif source in self.parts:
                 scores = self.values(source)
+                if scores.ndim == 1 and scores.max() < ROUNDING:
+                    self.missing[name] = "its members agree"
+                    continue
                 found[name] = Auroc(scores if scores.ndim == 1 else -scores[:, 0], wrong)
         return found
 

@@ -24,6 +24,12 @@ class Neighbours:
     distance: Tensor
     row: Tensor
 
+    def spread(self, positions: Tensor, count: int) -> "Neighbours":
+        """The same by position in a split of `count` samples; those that were not asked for have row −1."""
+        distance, row = (torch.full((count, part.shape[1]), -1, dtype=part.dtype) for part in (self.distance, self.row))
+        distance[positions], row[positions] = self.distance.cpu(), self.row.cpu()
+        return Neighbours(distance, row)
+
 
 def nearest(
     queries: Tensor, candidates: Iterable[tuple[int, Tensor]], k: int, heard: Callable[[int], None] = lambda done: None

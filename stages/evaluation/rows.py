@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ RANDOM_DIRECTION, MEAN_DELTA, CLASS_MEAN = "random direction", "mean delta", "me
 NO_SCALING, MEAN_NETWORK = "no scaling", "mean network"
 IN_X, IN_LAYER_INPUT = "x", "layer_input"
 
+# A strength to outputs (E, B, …).
+Members = Callable[[float], Tree]
+
 
 class Row(Protocol):
     """One row.
@@ -32,11 +35,8 @@ class Row(Protocol):
     name: str
     validated: bool
 
-    def prepare(self, batch: Batch) -> Any:
-        """What all strengths of a batch share."""
-
-    def members(self, batch: Batch, prepared: Any, strength: float) -> Tree:
-        """Outputs (E, B, …)."""
+    def members(self, batch: Batch) -> Members:
+        """Outputs (E, B, …) as a function of the strength."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,9 @@ class DeltaRow:
     source: Callable[[Batch], Tensor]
     validated: bool = False
 
-    def prepare(self, batch: Batch) -> Tensor:
-        """The deltas."""
-        return self.source(batch)
-
-    def members(self, batch: Batch, prepared: Tensor, strength: float) -> Tree:
+    def members(self, batch: Batch) -> Members:
         """As the interface says."""
-        return batch.apply(prepared, strength)
+        return batch.along(self.source(batch))
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,10 @@ class OutputRow:
     predict: Callable[[Batch], Tree]
     validated: bool = False
 
-    def prepare(self, batch: Batch) -> Tree:
-        """The output."""
-        return self.predict(batch)
-
-    def members(self, batch: Batch, prepared: Tree, strength: float) -> Tree:
+    def members(self, batch: Batch) -> Members:
         """As the interface says; the strength means nothing."""
-        return as_member(prepared)
+        output = as_member(self.predict(batch))
+        return lambda strength: output
 
 
 @dataclass(frozen=True)
@@ -97,15 +90,10 @@ class ElsewhereRow:
     elsewhere: Callable[[Batch], Batch]
     validated: bool = True
 
-    def prepare(self, batch: Batch) -> Batch:
-        """The other subject's batch, its deltas generated."""
-        other = self.elsewhere(batch)
-        other.generated  # noqa: B018 (made once for all strengths)
-        return other
-
-    def members(self, batch: Batch, prepared: Batch, strength: float) -> Tree:
+    def members(self, batch: Batch) -> Members:
         """As the interface says."""
-        return prepared.apply(prepared.generated[0], strength)
+        other = self.elsewhere(batch)
+        return other.along(other.generated[0])
 
 
 def base_row() -> Row:

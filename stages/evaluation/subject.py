@@ -77,7 +77,7 @@ class Examined:
     Attributes:
         split: the samples.
         order: their positions, (N,), in a seeded order: whoever is next to a sample is any other one.
-        neighbours: nearest training samples of all positions of the split, by what distance is taken in.
+        neighbours: nearest training samples by position in the split, and by what distance is taken in.
     """
 
     split: Split
@@ -133,12 +133,10 @@ class Batch:
         """The deltas that the samples' own labels give, (B, out, in)."""
         return self.subject.overfit(self.examined.split, self.positions, self.given)
 
-    def apply(self, deltas: Tensor, strength: float = 1.0) -> Tree:
-        """Outputs with θ + strength · delta: deltas (B, E, out, in) to (E, B, …)."""
-        outputs = [
-            self.subject.engine.apply(self.first, self.x, strength * deltas[:, member]) for member in range(deltas.shape[1])
-        ]
-        return tree_map(lambda *parts: torch.stack(parts), *outputs)
+    def along(self, deltas: Tensor) -> Callable[[float], Tree]:
+        """Outputs with θ + strength · delta as a function of the strength: deltas (B, E, out, in) to (E, B, …)."""
+        lines = [self.subject.engine.along(self.first, self.x, deltas[:, member]) for member in range(deltas.shape[1])]
+        return lambda strength: tree_map(lambda *parts: torch.stack(parts), *(line(strength) for line in lines))
 
     def neighbours(self, kind: str) -> Neighbours:
         """The samples' nearest training samples."""

@@ -70,7 +70,9 @@ def verdict(comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estim
     elif equals:
         # The one that comes closest to OCD's own loss explains the most of it.
         name = min(equals, key=lambda other: estimates[other].value)
-        said = f"OCD does not help: the gain is that of {name} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
+        gains = estimates[name].value < estimates[BASE].value
+        why = f"the gain is that of {name}" if gains else f"too few samples to tell it from {name}"
+        said = f"OCD does not help: {why} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
     else:
         said = f"OCD helps: {figures}, {_interval(base)}, and no other row has that gain"
         if rivals:

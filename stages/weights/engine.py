@@ -1,6 +1,7 @@
 """How one layer of one model is overfitted: the fastest way that a self-check finds right, and what of it is reused."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -142,8 +143,9 @@ class Engine:
             (output, captured), record = self.prefix.record(run, x)
         return FirstPass(output, captured, record)
 
-    def apply(self, first: FirstPass, x: Tree, deltas: Tensor) -> Tree:
-        """Outputs with θ + delta for each sample; what comes before the layer is not computed again.
+    def along(self, first: FirstPass, x: Tree, deltas: Tensor) -> Callable[[float], Tree]:
+        """Outputs with θ + s · delta for each sample, as a function of s; what comes before the layer is not computed again,
+        nor, where the layer is substituted, the product with the deltas.
 
         Args:
             first: the base's own pass over x.
@@ -151,15 +153,26 @@ class Engine:
             deltas: (B, out, in).
 
         Returns:
-            (B, …).
+            s to (B, …).
         """
         weight = self._layer.weight(self._model)
-        weights = weight + deltas.reshape(len(deltas), *self._layer.shape).to(weight)
-        with torch.no_grad():
-            try:
-                return self.way(x, weights, first.record)
-            except PrefixChanged:
-                return self.way(x, weights)
+        deltas = deltas.reshape(len(deltas), *self._layer.shape).to(weight)
+
+        def line(record: Record | None) -> Callable[[float], Tree]:
+            if isinstance(self.way, Substitution):
+                return self.way.along(x, deltas, record)
+            return lambda strength: self.way(x, weight + strength * deltas, record)
+
+        recorded, anew = line(first.record), line(None)
+
+        def at(strength: float) -> Tree:
+            with torch.no_grad():
+                try:
+                    return recorded(strength)
+                except PrefixChanged:
+                    return anew(strength)
+
+        return at
 
     def overfit(
         self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None, check: bool = True

@@ -179,6 +179,28 @@ class Substitution:
 
         return self.replaced(x, product, record)
 
+    def along(self, x: Tree, deltas: Tensor, record: Record | None = None) -> Callable[[float], Tree]:
+        """The outputs with weights θ + s · delta as a function of s: a layer's output is linear in its weight, so that one
+        product with the deltas (B, *layer.shape) serves every s."""
+        kept: list[Tensor] = []
+
+        def at(strength: float) -> Tree:
+            def compute(input: Tensor) -> Tensor:
+                if not kept:
+                    if input.shape[0] % len(deltas):
+                        raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {len(deltas)}")
+                    own, moved = type(self.module).forward(self.module, input), self._product(input, deltas)
+                    if (bias := self.module.bias) is not None:
+                        # A convolution's channels come before its axes of space.
+                        space = 0 if isinstance(self.module, nn.Linear) else self.module.weight.dim() - 2
+                        moved = moved - bias.view(-1, *[1] * space)
+                    kept[:] = own, moved
+                return kept[0] + strength * kept[1]
+
+            return self.replaced(x, compute, record)
+
+        return at
+
     def replaced(self, x: Tree, compute: Callable[[Tensor], Tensor], record: Record | None = None) -> Tree:
         """Run the model on x with `compute` in place of the layer.
 

@@ -1,0 +1,80 @@
+"""What a probe's trials say: is there headroom, and does x tell anything about it?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.evaluation.rows import BASE, MEAN_DELTA, NEAREST, NEAREST_INPUT, ORACLE
+from stages.evaluation.statistics import Estimate
+
+NONE, LABELS, X = "none", "labels", "x"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layer with one recipe on held-out samples.
+
+    Attributes:
+        layer: its parameter name.
+        settings: of `[collect]`.
+        metric: what the loss is called.
+        losses: each row's, over the same resamples.
+    """
+
+    layer: str
+    settings: Mapping[str, Any]
+    metric: str
+    losses: Mapping[str, Estimate]
+
+    def gains(self, name: str, over: str) -> bool:
+        """Whether the whole paired 95 % interval of a row's loss is below another row's."""
+        return self.losses[name].minus(self.losses[over])[1][1] < 0
+
+    @property
+    def neighbour(self) -> str:
+        """The better one of the neighbours' rows."""
+        return min((name for name in (NEAREST, NEAREST_INPUT) if name in self.losses), key=lambda name: self.losses[name].value)
+
+    @property
+    def gains_by_x(self) -> bool:
+        """Whether a neighbour's delta gains over the base, and over what all samples could be given."""
+        return self.gains(self.neighbour, BASE) and self.gains(self.neighbour, MEAN_DELTA)
+
+    def value(self, name: str) -> float:
+        """A row's loss."""
+        return self.losses[name].value
+
+
+def headroom(trials: Sequence[Trial]) -> dict[str, Any]:
+    """The verdict over all trials: no headroom; headroom that only labels reach; or headroom for x, and where to start.
+
+    Headroom: overfitting held-out samples on their own labels lowers their loss (paired 95 % interval). For x: so does the
+    delta of the nearest training sample, and by more than the mean delta.
+
+    Returns:
+        {"verdict", "headroom", "start_with"}.
+    """
+    with_x = [trial for trial in trials if trial.gains_by_x]
+    with_labels = [trial for trial in trials if trial.gains(ORACLE, BASE)]
+    if with_x:
+        best = min(with_x, key=lambda trial: trial.value(trial.neighbour))
+        text = (
+            f"headroom for x: on {best.layer} the delta of the {best.neighbour} takes {best.metric} from "
+            f"{best.value(BASE):.4f} to {best.value(best.neighbour):.4f}, the true label's to {best.value(ORACLE):.4f}; "
+            "start with this layer and these settings"
+        )
+        return {"verdict": text, "headroom": X, "start_with": _start(best)}
+    best = min(with_labels or trials, key=lambda trial: trial.value(ORACLE))
+    figures = f"{best.metric} {best.value(BASE):.4f}, {best.value(ORACLE):.4f} with the deltas of the true labels"
+    if not with_labels:
+        text = f"no headroom: {figures}; a larger collect.lr or more collect.steps may show some"
+        return {"verdict": text, "headroom": NONE, "start_with": {}}
+    text = (
+        f"no headroom for x in sight: {figures}, but {best.value(best.neighbour):.4f} with those of the {best.neighbour}; "
+        "what is missing is the label, and x does not tell it"
+    )
+    return {"verdict": text, "headroom": LABELS, "start_with": _start(best)}
+
+
+def _start(trial: Trial) -> dict[str, Any]:
+    return {"select-layer.layer": trial.layer, **{f"collect.{key}": value for key, value in trial.settings.items()}}

@@ -1,0 +1,237 @@
+"""probe: before anything costly, is there something to gain? Tries layers and settings on a few held-out samples."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artifacts.delta_store import result_specs
+from stages.artifacts.pipeline import AUTO
+from stages.artifacts.progress import Report, Silent
+from stages.artifacts.project import Project
+from stages.artifacts.run_directory import check_run
+from stages.artifacts.states import States, require_done
+from stages.diffusion.denoisers import make_denoiser, resolve_width
+from stages.errors import OcdError
+from stages.evaluation import rows as row
+from stages.evaluation.comparison import compare, seeded_order
+from stages.evaluation.headroom import Trial, headroom
+from stages.evaluation.neighbours import Neighbours, flat_inputs, input_blocks, nearest
+from stages.evaluation.results import estimate_all, row_records
+from stages.evaluation.rows import DeltaRow, Row
+from stages.evaluation.subject import Batch, Examined, Subject
+from stages.examination import LAYER_INPUT, make_subject
+from stages.materials import Materials
+from stages.seeds import seed_of
+from stages.tasks.data import Split
+from stages.tasks.loader import check_task
+from stages.trees import to_device
+from stages.weights.layer import Layer, candidates, find_layer
+
+# What is tried beside the settings of `[collect]`.
+GRID: tuple[dict[str, Any], ...] = (
+    {"optimizer": "adam", "lr": 5e-4, "steps": 3},
+    {"optimizer": "sgd", "lr": 5e-3, "steps": 3},
+    {"optimizer": "adam", "lr": 2e-3, "steps": 3},
+    {"optimizer": "sgd", "lr": 5e-2, "steps": 3},
+)
+SAMPLES, BUDGET_S = 256, 60.0
+# Training samples that neighbours are looked for among: as many as the base sees in so many seconds.
+SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 4096, 256
+RESAMPLES = 1000
+BATCH_BYTES, LARGEST_BATCH = 128 << 20, 64
+# Chunks compress to about two thirds at best; what is said is what they take uncompressed.
+FLOAT_BYTES = 4
+
+
+def probe(
+    project: Project, *, layers: Sequence[str] = (), samples: int = SAMPLES, report: Report | None = None
+) -> dict[str, Any]:
+    """Try layers and settings on held-out samples; nothing is written.
+
+    Args:
+        project: the project; only its base has to be there.
+        layers: parameter names, by default every candidate.
+        samples: held-out samples to look at.
+        report: hears of its progress.
+
+    Returns:
+        {"verdict", "headroom": "none" | "labels" | "x", "start_with": {setting: value}, "metric", "samples", "searched",
+        "tried": [{"layer", "settings", "rows", "cost"}], "left_out": [{"name", "reason"}]}.
+
+    Raises:
+        OcdError: the base is not there, a layer does not exist, faults of the task.
+    """
+    check_run(project)
+    materials = Materials(project)
+    require_done(States(project, materials.hash_dataset), ("train-base",), "probing")
+    return Probe(materials, layers, samples, report or Silent()).run()
+
+
+class Probe:
+    """One call of `probe`."""
+
+    def __init__(self, materials: Materials, layers: Sequence[str], samples: int, report: Report) -> None:
+        self._materials, self._report = materials, report
+        base = materials.base
+        self._layers = [find_layer(base, name) for name in layers] or candidates(base)
+        check_task(materials.task, base, materials.splits["validation"])
+        validation = materials.splits["validation"]
+        self._examined = Examined(validation, seeded_order(len(validation), materials.seed, "probe", samples))
+        self._searched = self._rows_to_search()
+        self._began = time.monotonic()
+        self._in_x: Neighbours | None = None
+        self._seen: dict[str, Neighbours] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Settings in the order of the grid, each with every layer, until the time is over."""
+        tried, left_out, refused = [], [], set()
+        combinations = [(settings, layer) for settings in self._grid() for layer in self._layers]
+        for number, (settings, layer) in enumerate(combinations):
+            name = f"{layer.name}, {_text(settings)}"
+            if layer.name in refused:
+                continue
+            if tried and time.monotonic() - self._began > BUDGET_S:
+                left_out.append({"name": name, "reason": "the time was over; try it alone with --layer, or --set collect.…"})
+                continue
+            try:
+                tried.append(self._try(layer, settings))
+            except OcdError as error:
+                refused.add(layer.name)
+                left_out.append({"name": layer.name, "reason": error.message.splitlines()[0]})
+            self._report.progress(number + 1, len(combinations), "layers × settings")
+        if not tried:
+            raise OcdError(f"no layer can be tried: {left_out[0]['reason']}", "name another with --layer")
+        found = headroom([trial for trial, _ in tried])
+        return {
+            **found,
+            "metric": tried[0][0].metric,
+            "samples": len(self._examined.order),
+            "searched": len(self._searched),
+            "tried": [record for _, record in tried],
+            "left_out": left_out,
+        }
+
+    def _grid(self) -> list[dict[str, Any]]:
+        """The settings of `[collect]` first."""
+        mine = {key: getattr(self._materials.project.settings.collect, key) for key in ("optimizer", "lr", "steps")}
+        return [mine, *(settings for settings in GRID if settings != mine)]
+
+    def _rows_to_search(self) -> Tensor:
+        train, materials = self._materials.splits["train"], self._materials
+        few = train.inputs(range(min(32, len(train))))
+        start = time.perf_counter()
+        with torch.no_grad():
+            materials.forward(materials.base, to_device(few, materials.device))
+        each = (time.perf_counter() - start) / min(32, len(train))
+        count = max(FEWEST_SEARCHED, min(MOST_SEARCHED, int(SEARCH_S / max(each, 1e-9))))
+        return seeded_order(len(train), materials.seed, "probe searched", count)
+
+    def _try(self, layer: Layer, settings: dict[str, Any]) -> tuple[Trial, dict[str, Any]]:
+        """One layer with one recipe: every row on the held-out samples, and what a full run would cost."""
+        others = {} if settings["optimizer"] == "sgd" else {"momentum": 0.0, "weight_decay": 0.0}
+        subject = make_subject(self._materials, layer, **others, **settings)
+        examined = Examined(self._examined.split, self._examined.order, self._neighbours(subject))
+        size = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * 5 * layer.numel)))
+        start = time.perf_counter()
+        mean = self._mean_delta(subject, size)
+        each = (time.perf_counter() - start) / min(len(self._examined.order), len(self._searched))
+        compared = compare(subject, examined, self._rows(mean, examined), {}, {}, size, lambda done: None)
+        rng = np.random.default_rng(seed_of(self._materials.seed, "probe"))
+        found, metric = estimate_all(compared.gathered, RESAMPLES, rng, lambda done: None)
+        trial = Trial(layer.name, settings, metric, {name: metrics[metric] for name, metrics in found.items()})
+        record = {
+            "layer": layer.name,
+            "settings": settings,
+            "rows": row_records(compared, found, {}, {}),
+            "cost": self._cost(subject, each),
+        }
+        return trial, record
+
+    def _neighbours(self, subject: Subject) -> dict[str, Neighbours]:
+        """In x, found once, and in what the layer sees, found once a layer."""
+        train, searched, examined = self._materials.splits["train"], self._searched, self._examined
+        order, count = examined.order, len(examined.split)
+        if self._in_x is None and (queries := flat_inputs(examined.split.inputs(order))) is not None:
+            found = nearest(queries.to(subject.device), input_blocks(train, searched, subject.device), 1)
+            self._in_x = found.spread(order, count)
+        name = subject.layer.name
+        if name not in self._seen:
+            queries = self._layer_inputs(subject, examined.split, order)
+            found = nearest(queries, [(0, self._layer_inputs(subject, train, searched))], 1)
+            self._seen[name] = found.spread(order, count)
+        return {row.IN_LAYER_INPUT: self._seen[name]} | ({} if self._in_x is None else {row.IN_X: self._in_x})
+
+    def _layer_inputs(self, subject: Subject, split: Split, positions: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [Batch(subject, Examined(split, positions), part) for part in positions.split(LARGEST_BATCH)]
+            return torch.cat([subject.engine.first_pass(part.x).captured[LAYER_INPUT].float().flatten(1) for part in parts])
+
+    def _mean_delta(self, subject: Subject, size: int) -> Tensor:
+        """Of as many training samples as there are held-out ones, (out, in)."""
+        train, positions = self._materials.splits["train"], self._searched[: len(self._examined.order)]
+        total = torch.zeros(subject.layer.matrix_shape, device=subject.device)
+        for part in positions.split(size):
+            total += subject.overfit(train, part, train.batch(part)).sum(0)
+        return total / len(positions)
+
+    def _rows(self, mean: Tensor, examined: Examined) -> list[Row]:
+        train, searched = self._materials.splits["train"], self._searched
+
+        def of_neighbour(kind: str) -> Callable[[Batch], Tensor]:
+            def deltas(batch: Batch) -> Tensor:
+                positions = searched[batch.neighbours(kind).row[:, 0].cpu()]
+                return batch.subject.overfit(train, positions, train.batch(positions)).unsqueeze(1)
+
+            return deltas
+
+        names = {row.IN_X: row.NEAREST, row.IN_LAYER_INPUT: row.NEAREST_INPUT}
+        return [
+            row.base_row(),
+            row.oracle_row(),
+            *(DeltaRow(name, of_neighbour(kind)) for kind, name in names.items() if kind in examined.neighbours),
+            row.random_direction_row(lambda batch: batch.overfitted.flatten(1).norm(dim=1), validated=False),
+            row.mean_row(mean, validated=False),
+        ]
+
+    def _cost(self, subject: Subject, each: float) -> dict[str, Any]:
+        """What a full run would take: seconds of collecting and (at most) of training the denoiser, bytes of the store."""
+        settings, layer = self._materials.project.settings, subject.layer
+        samples = len(self._materials.splits[settings.collect.split])
+        if settings.collect.samples != "all":
+            samples = min(samples, settings.collect.samples)
+        few = Batch(subject, self._examined, self._examined.order[:1])
+        specs = result_specs(layer.matrix_shape)
+        fields = {name: value[0].numel() for name, value in few.fields.items()}
+        size = samples * (sum(spec.row_bytes for spec in specs.values()) + FLOAT_BYTES * sum(fields.values()))
+        step = self._training_step(layer, fields)
+        return {
+            "samples": samples,
+            "collect_seconds": each * samples,
+            "collect_bytes": size,
+            "train_diffusion_seconds": None if step is None else step * settings.train_diffusion.max_steps,
+        }
+
+    def _training_step(self, layer: Layer, fields: dict[str, int]) -> float | None:
+        """Seconds of one step of the denoiser's training; None where it is too large to try."""
+        table = self._materials.project.settings.train_diffusion
+        width = resolve_width(layer.numel) if table.width == AUTO else table.width
+        description = {"preset": "mlp", "shape": layer.matrix_shape, "fields": fields, "width": width, "prediction": "x0"}
+        if layer.numel * width > 1 << 28:
+            return None
+        denoiser = make_denoiser(description | {"blocks": table.blocks}).to(self._materials.device)
+        given = {name: torch.zeros(table.batch_size, count, device=self._materials.device) for name, count in fields.items()}
+        noisy = torch.zeros(table.batch_size, *layer.matrix_shape, device=self._materials.device)
+        t = torch.zeros(table.batch_size, dtype=torch.long, device=self._materials.device)
+        start = 0.0
+        for _ in range(2):
+            start = time.perf_counter()
+            denoiser(noisy, t, denoiser.encode(given)).square().mean().backward()
+        return time.perf_counter() - start
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
