@@ -75,6 +75,7 @@ TABLE = (
     row.CLASS_MEAN,
     row.NEAREST_INPUT,
     row.BLENDED,
+    row.BLENDED_INPUT,
     row.SHUFFLED,
     row.REGRESSION_ROW,
     row.LONGER,

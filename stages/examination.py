@@ -112,7 +112,7 @@ def with_neighbours(
         return missing
     parts = [Batch(subject, examined, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(LARGEST)]
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
-    found = nearest(torch.cat(parts), candidates, 1)
+    found = nearest(torch.cat(parts), candidates, k)
     examined.neighbours[row.IN_LAYER_INPUT] = found.spread(asked, len(examined.split))
     return missing
 
@@ -143,13 +143,9 @@ def training_rows(
         count = outputs.shape[1] if outputs.shape[1] > 1 else 2
         means = training.means(classes, count).to(subject.device)
         found.append(row.class_mean_row(means, lambda output: class_numbers(subject, output.flatten(1))))
-    kinds = {row.NEAREST: row.IN_X, row.BLENDED: row.IN_X, row.NEAREST_INPUT: row.IN_LAYER_INPUT}
-    for name, kind in kinds.items():
-        if kind in missing:
-            left_out[name] = missing[kind]
-        else:
-            found.append(row.blended_row() if name == row.BLENDED else row.neighbour_row(name, kind))
-    return found, left_out
+    kinds = {row.IN_X: (row.NEAREST, row.BLENDED), row.IN_LAYER_INPUT: (row.NEAREST_INPUT, row.BLENDED_INPUT)}
+    left_out |= {name: reason for kind, reason in missing.items() for name in kinds[kind]}
+    return [*found, *row.neighbour_rows(missing)], left_out
 
 
 def mean_delta(training: StoredDeltas) -> Tensor:

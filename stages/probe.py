@@ -1,7 +1,8 @@
 """probe: before anything costly, is there something to gain? Tries layers and settings on a few held-out samples."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from stages.artifacts.states import States, require_done
 from stages.diffusion.denoisers import make_denoiser, resolve_width
 from stages.errors import OcdError
 from stages.evaluation import rows as row
-from stages.evaluation.comparison import compare, seeded_order
+from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.headroom import Trial, headroom
 from stages.evaluation.neighbours import Neighbours, flat_inputs, input_blocks, nearest
 from stages.evaluation.results import estimate_all, row_records
-from stages.evaluation.rows import DeltaRow, Row
+from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
+from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
 from stages.examination import LAYER_INPUT, make_subject
 from stages.materials import Materials
 from stages.seeds import seed_of
@@ -38,9 +40,10 @@ GRID: tuple[dict[str, Any], ...] = (
     {"optimizer": "adam", "lr": 2e-3, "steps": 3},
     {"optimizer": "sgd", "lr": 5e-2, "steps": 3},
 )
-SAMPLES, BUDGET_S = 256, 60.0
+SAMPLES, BUDGET_S = 400, 60.0
 # Training samples that neighbours are looked for among: as many as the base sees in so many seconds.
-SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 4096, 256
+SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 20_000, 256
+NEIGHBOURS, STRENGTHS = 5, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 RESAMPLES = 1000
 BATCH_BYTES, LARGEST_BATCH = 128 << 20, 64
 # Chunks compress to about two thirds at best; what is said is what they take uncompressed.
@@ -60,7 +63,7 @@ def probe(
 
     Returns:
         {"verdict", "headroom": "none" | "labels" | "x", "start_with": {setting: value}, "metric", "samples", "searched",
-        "tried": [{"layer", "settings", "rows", "cost"}], "left_out": [{"name", "reason"}]}.
+        "tried": [{"layer", "settings", "rows", "strengths", "cost"}], "left_out": [{"name", "reason"}]}.
 
     Raises:
         OcdError: the base is not there, a layer does not exist, faults of the task.
@@ -69,6 +72,25 @@ def probe(
     materials = Materials(project)
     require_done(States(project, materials.hash_dataset), ("train-base",), "probing")
     return Probe(materials, layers, samples, report or Silent()).run()
+
+
+class OverfittedOnDemand:
+    """The deltas of training samples, each overfitted when it is asked for.
+
+    Args:
+        subject: overfits.
+        split: the training samples.
+        positions: theirs, in the order that rows are counted in.
+    """
+
+    def __init__(self, subject: Subject, split: Split, positions: Tensor) -> None:
+        self._subject, self._split, self._positions = subject, split, positions
+        self.usable = torch.arange(len(positions))
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Deltas of some rows, (n,) to (n, out, in)."""
+        positions = self._positions[rows.cpu()]
+        return self._subject.overfit(self._split, positions, self._split.batch(positions))
 
 
 class Probe:
@@ -134,19 +156,23 @@ class Probe:
         """One layer with one recipe: every row on the held-out samples, and what a full run would cost."""
         others = {} if settings["optimizer"] == "sgd" else {"momentum": 0.0, "weight_decay": 0.0}
         subject = make_subject(self._materials, layer, **others, **settings)
+        subject = dataclasses.replace(
+            subject, training=OverfittedOnDemand(subject, self._materials.splits["train"], self._searched)
+        )
         examined = Examined(self._examined.split, self._examined.order, self._neighbours(subject))
         size = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * 5 * layer.numel)))
         start = time.perf_counter()
         mean = self._mean_delta(subject, size)
         each = (time.perf_counter() - start) / min(len(self._examined.order), len(self._searched))
-        compared = compare(subject, examined, self._rows(mean, examined), {}, {}, size, lambda done: None)
+        compared, strengths = cross_fitted(subject, examined, self._rows(mean, examined), STRENGTHS, size)
         rng = np.random.default_rng(seed_of(self._materials.seed, "probe"))
         found, metric = estimate_all(compared.gathered, RESAMPLES, rng, lambda done: None)
         trial = Trial(layer.name, settings, metric, {name: metrics[metric] for name, metrics in found.items()})
         record = {
             "layer": layer.name,
             "settings": settings,
-            "rows": row_records(compared, found, {}, {}),
+            "rows": row_records(compared, found),
+            "strengths": strengths,
             "cost": self._cost(subject, each),
         }
         return trial, record
@@ -156,12 +182,12 @@ class Probe:
         train, searched, examined = self._materials.splits["train"], self._searched, self._examined
         order, count = examined.order, len(examined.split)
         if self._in_x is None and (queries := flat_inputs(examined.split.inputs(order))) is not None:
-            found = nearest(queries.to(subject.device), input_blocks(train, searched, subject.device), 1)
+            found = nearest(queries.to(subject.device), input_blocks(train, searched, subject.device), NEIGHBOURS)
             self._in_x = found.spread(order, count)
         name = subject.layer.name
         if name not in self._seen:
             queries = self._layer_inputs(subject, examined.split, order)
-            found = nearest(queries, [(0, self._layer_inputs(subject, train, searched))], 1)
+            found = nearest(queries, [(0, self._layer_inputs(subject, train, searched))], NEIGHBOURS)
             self._seen[name] = found.spread(order, count)
         return {row.IN_LAYER_INPUT: self._seen[name]} | ({} if self._in_x is None else {row.IN_X: self._in_x})
 
@@ -179,22 +205,13 @@ class Probe:
         return total / len(positions)
 
     def _rows(self, mean: Tensor, examined: Examined) -> list[Row]:
-        train, searched = self._materials.splits["train"], self._searched
-
-        def of_neighbour(kind: str) -> Callable[[Batch], Tensor]:
-            def deltas(batch: Batch) -> Tensor:
-                positions = searched[batch.neighbours(kind).row[:, 0].cpu()]
-                return batch.subject.overfit(train, positions, train.batch(positions)).unsqueeze(1)
-
-            return deltas
-
-        names = {row.IN_X: row.NEAREST, row.IN_LAYER_INPUT: row.NEAREST_INPUT}
+        missing = {kind: "" for kind in (row.IN_X, row.IN_LAYER_INPUT) if kind not in examined.neighbours}
         return [
             row.base_row(),
             row.oracle_row(),
-            *(DeltaRow(name, of_neighbour(kind)) for kind, name in names.items() if kind in examined.neighbours),
-            row.random_direction_row(lambda batch: batch.overfitted.flatten(1).norm(dim=1), validated=False),
-            row.mean_row(mean, validated=False),
+            *row.neighbour_rows(missing, validated=NEIGHBOUR_ROWS),
+            row.random_direction_row(lambda batch: batch.overfitted.flatten(1).norm(dim=1)),
+            row.mean_row(mean),
         ]
 
     def _cost(self, subject: Subject, each: float) -> dict[str, Any]:

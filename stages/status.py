@@ -5,11 +5,11 @@ from typing import Any
 from stages.artifacts.parts import holders
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import check_run, folder_of
-from stages.artifacts.states import StageState, States
+from stages.artifacts.states import MISSING, StageState, States
 
 
 def status(project: Project) -> dict[str, Any]:
-    """The state of each stage, and of answers to other queries than the test split.
+    """The state of each stage (`evaluate` once it has been asked for), and of answers to other queries than the test split.
 
     Returns:
         {"run", "stages": {name: {"state", "detail", "progress", "changed": [{"setting", "was", "now"}], "in_use_by": [text]}},
@@ -19,7 +19,9 @@ def status(project: Project) -> dict[str, Any]:
         ArtifactError: the run directory is another task's or format version's.
     """
     check_run(project)
-    stages = {state.name: _describe(state) | {"in_use_by": _users(project, state.name)} for state in States(project).all()}
+    # An evaluation is made on request: before, it is not missing.
+    found = [state for state in States(project).all() if state.name != "evaluate" or state.state != MISSING]
+    stages = {state.name: _describe(state) | {"in_use_by": _users(project, state.name)} for state in found}
     folder = project.run_path / "infer"
     queries = sorted(path.parent.name for path in folder.glob("*/manifest.json") if path.parent.suffix == "")
     return {"run": str(project.run_path), "stages": stages, "queries": [name for name in queries if name != "test"]}

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stages.evaluation.metrics import Gathered, Residuals
+from stages.evaluation.metrics import LOSS, Gathered, Residuals
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import minimum
 from stages.evaluation.subject import Batch, Examined, Subject
@@ -161,6 +162,54 @@ def compare(
             done += len(positions)
             heard(done)
     return Compared(gathered, members, examined.order)
+
+
+@torch.no_grad()
+def cross_fitted(
+    subject: Subject, examined: Examined, rows: Sequence[Row], grid: Sequence[float], size: int
+) -> tuple[Compared, dict[str, list[float]]]:
+    """Every row's metrics where few samples have to serve for both: each half at the strengths of the lowest loss on the other.
+
+    Args:
+        subject: what is examined.
+        examined: labelled samples.
+        rows: what to compare; those not validated have strength 1.
+        grid: strengths to try.
+        size: samples at once.
+
+    Returns:
+        the comparison, and both strengths of every validated row.
+    """
+    halves = [Examined(examined.split, part, examined.neighbours) for part in examined.order.tensor_split(2)]
+    tried = {
+        row.name: [
+            {s: Gathered(subject.task) for s in sorted(grid) if row.validated} or {1.0: Gathered(subject.task)} for _ in halves
+        ]
+        for row in rows
+    }
+    members: dict[str, int] = {}
+    for number, half in enumerate(halves):
+        for positions in half.parts(size):
+            batch = Batch(subject, half, positions)
+            for row in rows:
+                at = row.members(batch)
+                for strength, gathered in tried[row.name][number].items():
+                    outputs = at(strength)
+                    gathered.add(outputs, _combined(subject, outputs), batch.y)
+                members[row.name] = len(next(iter(leaves(outputs).values())))
+    found, strengths = {}, {}
+    for name, (first, second) in tried.items():
+        best = [
+            min(one, key=lambda s, one=one: np.nan_to_num(one[s].values(LOSS).mean(), nan=np.inf)) for one in (second, first)
+        ]
+        found[name] = first[best[0]].joined(second[best[1]])
+        if len(first) > 1:
+            strengths[name] = best
+    return Compared(found, members, examined.order), strengths
+
+
+def _mean_loss(gathered: Gathered) -> float:
+    return float(np.nan_to_num(gathered.values(LOSS).mean(), nan=np.inf))
 
 
 def _combined(subject: Subject, members: Tree) -> Tree:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.evaluation.rows import BASE, MEAN_DELTA, NEAREST, NEAREST_INPUT, ORACLE
+from stages.evaluation.rows import BASE, MEAN_DELTA, ORACLE
 from stages.evaluation.statistics import Estimate
+from stages.evaluation.verdict import NEIGHBOURS
 
 NONE, LABELS, X = "none", "labels", "x"
 
@@ -32,13 +33,13 @@ class Trial:
 
     @property
     def neighbour(self) -> str:
-        """The better one of the neighbours' rows."""
-        return min((name for name in (NEAREST, NEAREST_INPUT) if name in self.losses), key=lambda name: self.losses[name].value)
+        """The best of the neighbours' rows."""
+        return min((name for name in NEIGHBOURS if name in self.losses), key=lambda name: self.losses[name].value)
 
     @property
     def gains_by_x(self) -> bool:
-        """Whether a neighbour's delta gains over the base, and over what all samples could be given."""
-        return self.gains(self.neighbour, BASE) and self.gains(self.neighbour, MEAN_DELTA)
+        """Whether neighbours' deltas gain over the base, and more than the one delta that all samples could be given."""
+        return self.gains(self.neighbour, BASE) and self.value(self.neighbour) < self.value(MEAN_DELTA)
 
     def value(self, name: str) -> float:
         """A row's loss."""
@@ -49,7 +50,7 @@ def headroom(trials: Sequence[Trial]) -> dict[str, Any]:
     """The verdict over all trials: no headroom; headroom that only labels reach; or headroom for x, and where to start.
 
     Headroom: overfitting held-out samples on their own labels lowers their loss (paired 95 % interval). For x: so does the
-    delta of the nearest training sample, and by more than the mean delta.
+    delta of the nearest training samples, and by more than the mean delta.
 
     Returns:
         {"verdict", "headroom", "start_with"}.

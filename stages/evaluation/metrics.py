@@ -78,6 +78,11 @@ class Gathered:
         elif self.task.kind == REGRESSION:
             self._regression(members, output, y)
 
+    def joined(self, other: "Gathered") -> "Gathered":
+        """The same row on these samples and on others."""
+        parts = {name: [*mine, *other.parts[name]] for name, mine in self.parts.items()}
+        return Gathered(self.task, self.variance, parts, self.missing | other.missing)
+
     def _keep(self, name: str, values: Tensor) -> None:
         self.parts.setdefault(name, []).append(values.detach().double().cpu().numpy())
 

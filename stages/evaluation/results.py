@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,10 @@ def estimate_all(
 
 
 def row_records(
-    compared: Compared, found: Estimates, fitted: Mapping[str, Fitted], strengths: Mapping[str, float]
+    compared: Compared,
+    found: Estimates,
+    fitted: Mapping[str, Fitted] = MappingProxyType({}),
+    strengths: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """The rows of `results.json`; a metric without a value is null, with the reason."""
     return [

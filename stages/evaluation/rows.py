@@ -1,6 +1,7 @@
 """The rows of the comparison: where each takes its deltas, or its outputs, from."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,8 @@ from stages.trees import Tree, tree_map
 
 BASE, ENSEMBLE, ONE_DRAW, VALIDATED = "base", "ocd ensemble", "ocd one draw", "ocd validated strength"
 TEMPERATURE, RANDOM_TRAINING, SHUFFLED = "temperature-scaled base", "random training deltas", "shuffled conditioning"
-NEAREST, NEAREST_INPUT, BLENDED = "nearest neighbour", "nearest neighbour in layer input", "nearest k blended"
+NEAREST, NEAREST_INPUT = "nearest neighbour", "nearest neighbour in layer input"
+BLENDED, BLENDED_INPUT = "nearest k blended", "nearest k blended in layer input"
 ORACLE, ORACLE_ALL = "overfitted on test", "overfitted on test, all layers"
 ALTERNATIVE, REGRESSION_ROW, LONGER = "alternative layer", "deterministic hypernetwork", "base trained for as long again"
 RANDOM_DIRECTION, MEAN_DELTA, CLASS_MEAN = "random direction", "mean delta", "mean delta of class"
@@ -171,27 +173,40 @@ def class_mean_row(means: Tensor, classes: Callable[[Tree], Tensor]) -> Row:
     return DeltaRow(CLASS_MEAN, lambda batch: means[classes(batch.first.output)].unsqueeze(1), validated=True)
 
 
-def neighbour_row(name: str, kind: str) -> Row:
-    """The delta of the nearest training sample: in x (the paper's ablation), at strength 1; or in what the layer sees."""
+def neighbour_rows(
+    missing: Mapping[str, str], *, validated: Sequence[str] = (NEAREST_INPUT, BLENDED, BLENDED_INPUT)
+) -> list[Row]:
+    """The delta of the nearest training sample, and those of the k nearest blended: in x (the first is the paper's ablation),
+    and in what the layer sees.
 
-    def deltas(batch: Batch) -> Tensor:
-        return batch.subject.training.take(batch.neighbours(kind).row[:, 0]).to(batch.subject.device).unsqueeze(1)
+    Args:
+        missing: what neighbours could not be found in.
+        validated: the rows whose strength is fitted.
+    """
+    sources = {
+        NEAREST: (IN_X, nearest_delta),
+        NEAREST_INPUT: (IN_LAYER_INPUT, nearest_delta),
+        BLENDED: (IN_X, blended_deltas),
+        BLENDED_INPUT: (IN_LAYER_INPUT, blended_deltas),
+    }
+    return [
+        DeltaRow(name, functools.partial(source, kind=kind), name in validated)
+        for name, (kind, source) in sources.items()
+        if kind not in missing
+    ]
 
-    return DeltaRow(name, deltas, validated=kind != IN_X)
+
+def nearest_delta(batch: Batch, kind: str) -> Tensor:
+    """The delta of each sample's nearest training sample, (B, 1, out, in)."""
+    return batch.neighbour_deltas(kind)[:, :1]
 
 
-def blended_row() -> Row:
-    """The deltas of the k nearest training samples in x, weighted by 1/distance."""
-
-    def deltas(batch: Batch) -> Tensor:
-        found, subject = batch.neighbours(IN_X), batch.subject
-        weights = 1 / found.distance.clamp_min(1e-6)
-        weights = (weights / weights.sum(1, keepdim=True)).to(subject.device)
-        taken = subject.training.take(found.row.reshape(-1)).to(subject.device)
-        taken = taken.view(*found.row.shape, *subject.layer.matrix_shape)
-        return torch.einsum("bk,bkoi->boi", weights, taken).unsqueeze(1)
-
-    return DeltaRow(BLENDED, deltas, validated=True)
+def blended_deltas(batch: Batch, kind: str) -> Tensor:
+    """The deltas of the k nearest training samples, weighted by 1/distance, (B, 1, out, in)."""
+    deltas = batch.neighbour_deltas(kind)
+    weights = 1 / batch.neighbours(kind).distance.clamp_min(1e-6).to(deltas)
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.einsum("bk,bkoi->boi", weights, deltas).unsqueeze(1)
 
 
 def in_order(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

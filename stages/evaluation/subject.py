@@ -102,6 +102,7 @@ class Batch:
         self.subject, self.examined, self.positions = subject, examined, positions
         self.given = examined.split.batch(positions)
         self.x, self.y = (to_device(tree, subject.device) for tree in self.given)
+        self._of_neighbours: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -142,6 +143,14 @@ class Batch:
         """The samples' nearest training samples."""
         found = self.examined.neighbours[kind]
         return Neighbours(found.distance[self.positions], found.row[self.positions])
+
+    def neighbour_deltas(self, kind: str) -> Tensor:
+        """Their deltas, (B, k, out, in)."""
+        if kind not in self._of_neighbours:
+            row = self.neighbours(kind).row
+            taken = self.subject.training.take(row.reshape(-1)).to(self.subject.device)
+            self._of_neighbours[kind] = taken.view(*row.shape, *self.subject.layer.matrix_shape)
+        return self._of_neighbours[kind]
 
 
 def as_member(output: Tree) -> Tree:

@@ -4,12 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.evaluation.rows import BASE, ENSEMBLE, NEAREST, NEAREST_INPUT, RANDOM_TRAINING, SHUFFLED, TEMPERATURE
+from stages.evaluation.rows import (
+    BASE,
+    BLENDED,
+    BLENDED_INPUT,
+    ENSEMBLE,
+    NEAREST,
+    NEAREST_INPUT,
+    RANDOM_TRAINING,
+    SHUFFLED,
+    TEMPERATURE,
+)
 from stages.evaluation.statistics import Estimate
 
 # What a gain has to be a gain over, beside the base.
 RIVALS = (TEMPERATURE, RANDOM_TRAINING, SHUFFLED)
-NEIGHBOURS = (NEAREST, NEAREST_INPUT)
+NEIGHBOURS = (NEAREST, NEAREST_INPUT, BLENDED, BLENDED_INPUT)
 
 
 @dataclass(frozen=True)
