@@ -116,6 +116,7 @@ class CollectTable(Table):
         "train", "rows of train to overfit: those the base was trained on, those held out from it, or both"
     )
     samples: Count | Literal["all"] = extent("all", "how many of them, in a seeded order")
+    condition_on_x: bool = identity(False, "also condition on x itself, which the paper does not: a further field, x")
     store: Literal["dense", "factored"] = identity(
         "dense", "factored: two factors in place of each delta, where sgd makes it one outer product"
     )
@@ -179,7 +180,11 @@ class InferTable(Table):
 
 # Literals, not constants of the module that computes them: settings are read without torch.
 CostlyRow = Literal[
-    "overfitted on test, all layers", "alternative layer", "deterministic hypernetwork", "base trained for as long again"
+    "overfitted on test, all layers",
+    "alternative layer",
+    "deterministic hypernetwork",
+    "ocd conditioned on x",
+    "base trained for as long again",
 ]
 
 

@@ -39,7 +39,7 @@ def costly_rows(
     Raises:
         OcdError: a stage of a branch fails; it goes on where it was when asked for again.
     """
-    makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.LONGER: _longer}
+    makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.WITH_X: _with_x, row.LONGER: _longer}
     asked, found, left_out = materials.project.settings.evaluate.rows, [], {}
     for name, make in makers.items():
         made = make(materials, subject, commands, tell) if name in asked else "not asked for: it takes a training"
@@ -92,6 +92,15 @@ def _regression(
     branch = _branch(materials, "deterministic-hypernetwork", values, _learned(), commands, tell)
     other = with_denoiser(subject, branch, None, 1)
     return ElsewhereRow(row.REGRESSION_ROW, lambda batch: Batch(other, batch.examined, batch.positions))
+
+
+def _with_x(materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]) -> Row | str:
+    """OCD whose networks see x beside the paper's three fields."""
+    if materials.project.settings.collect.condition_on_x:
+        return "collect.condition_on_x is set: all of OCD's rows are conditioned on x"
+    branch = _branch(materials, "conditioned-on-x", {"collect.condition_on_x": True}, _learned(), commands, tell)
+    other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
+    return ElsewhereRow(row.WITH_X, lambda batch: Batch(other, batch.examined, batch.positions))
 
 
 def _longer(materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]) -> Row | str:

@@ -68,6 +68,7 @@ TABLE = (
     row.ENSEMBLE,
     row.VALIDATED,
     row.MEAN_NETWORK,
+    row.WITH_X,
     row.TEMPERATURE,
     row.RANDOM_DIRECTION,
     row.RANDOM_TRAINING,

@@ -51,7 +51,9 @@ class Materials:
     @cached_property
     def task(self) -> Task:
         """The user's task."""
-        return load_task(self.project.settings.task, self.project.root)
+        task = load_task(self.project.settings.task, self.project.root)
+        task.condition_on_x = self.project.settings.collect.condition_on_x
+        return task
 
     @cached_property
     def splits(self) -> dict[str, Split]:

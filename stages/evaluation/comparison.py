@@ -199,9 +199,7 @@ def cross_fitted(
                 members[row.name] = len(next(iter(leaves(outputs).values())))
     found, strengths = {}, {}
     for name, (first, second) in tried.items():
-        best = [
-            min(one, key=lambda s, one=one: np.nan_to_num(one[s].values(LOSS).mean(), nan=np.inf)) for one in (second, first)
-        ]
+        best = [min(one, key=lambda strength, one=one: _mean_loss(one[strength])) for one in (second, first)]
         found[name] = first[best[0]].joined(second[best[1]])
         if len(first) > 1:
             strengths[name] = best

@@ -2,15 +2,19 @@
 
 import re
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.errors import TaskError
+from stages.errors import SettingsError, TaskError
 from stages.tasks.loader import forward
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, batch_size, take
-from stages.weights.capture import capture, reduce_fields
+from stages.trees import Tree, batch_size, flat_output, leaves, take
+from stages.weights.capture import WIDEST, capture, reduce_fields
 from stages.weights.layer import Layer
+
+# The field that `condition_on_x` adds.
+INPUT = "x"
 
 
 def condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> tuple[Tree, dict[str, Tensor], dict[str, str]]:
@@ -50,6 +54,8 @@ def fields_of(
     Raises:
         TaskError: the task's fields are no tensors of B rows.
     """
+    if task.condition_on_x:
+        captured = captured | {INPUT: _numbers(x)}
     with user_code("reduce()"):
         fields, notes = reduce_fields(captured, layer_kind, task.reduce)
     with user_code("conditioning()"):
@@ -66,6 +72,27 @@ def fields_of(
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise TaskError(f"conditioning() gave a field named {name!r}", "names are letters, digits and underscores")
     return {name: _rows(value.detach().float()) for name, value in own.items()}, {}
+
+
+def _numbers(x: Tree) -> Tensor:
+    """What a network can see of inputs: one tensor as it is, several side by side; pictures (B, C, H, W) of more numbers than a
+    field may have are averaged over squares until they fit.
+
+    Raises:
+        SettingsError: they hold integers.
+    """
+    parts = leaves(x)
+    if any(not part.is_floating_point() for part in parts.values()):
+        raise SettingsError(
+            "collect.condition_on_x = true: x holds integers, which say nothing as numbers",
+            "leave it out, or give conditioning()",
+        )
+    if len(parts) > 1:
+        return flat_output(x)
+    value = next(iter(parts.values()))
+    if value.dim() == 4 and value[0].numel() > WIDEST:
+        return F.adaptive_avg_pool2d(value, max(1, int((WIDEST / value.shape[1]) ** 0.5)))
+    return value
 
 
 def _rows(value: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class Task:
     """
 
     kind: str = OTHER
+    # Whether x is a field of the conditioning, too: set from `[collect] condition_on_x`.
+    condition_on_x: bool = False
 
     def model(self) -> nn.Module:
         """The base network, freshly made."""
