@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.artifacts.project import Project
-from stages.config import EXTENT, IDENTITY
+from stages.config import EXTENT, IDENTITY, Table
 
 # `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that
 # `ocd select-layer --layer fc1.weight` followed by a plain `ocd collect` is no contradiction.
@@ -59,10 +59,12 @@ def spec_of(project: Project, name: str) -> StageSpec:
 
 
 def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The identity settings of a stage by their dotted names, `auto` as `recorded` resolves it."""
+    """The identity settings of a stage by their dotted names, `auto` as `recorded` resolves it. One that `recorded` does not
+    know, for it was made before there was such a setting, is left out at its default, which is what was done then."""
     settings = project.settings
     tables = [(spec.name, settings.table(spec.name))] + ([("task", settings.task)] if spec.task else [])
     found = {f"{name}.{key}": value for name, table in tables for key, value in table.of_kind(IDENTITY).items()}
+    defaults = {key: value for name, table in tables for key, value in _defaults(name, table).items()}
     for name in spec.settings:
         table, _, key = name.partition(".")
         found[name] = getattr(settings.table(table), key)
@@ -75,7 +77,13 @@ def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any
     return {
         key: known.get(key, value) if value == AUTO or (known.get(key) == AUTO and chosen.get(key) == value) else value
         for key, value in found.items()
+        if not known or key in known or key not in defaults or value != defaults[key]
     }
+
+
+def _defaults(name: str, table: Table) -> dict[str, Any]:
+    """The defaults of a table's identity settings by their dotted names."""
+    return {f"{name}.{key}": value for key, value in type(table)().of_kind(IDENTITY).items()}
 
 
 def extent_settings(project: Project, spec: StageSpec) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Nearest training samples against brute force over all distances, however the candidates come in."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.evaluation import neighbours
+from stages.evaluation.neighbours import CANDIDATES_AT_ONCE, Neighbours, flat_inputs, input_blocks, nearest
+from stages.tasks.data import ArrayDataset, Split
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+CPU = torch.device("cpu")
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def blocks_of(candidates, size):
+    return [(start, candidates[start : start + size]) for start in range(0, len(candidates), size)]
+
+
+def brute_force(queries, candidates, k):
+    """Every distance, each as the norm of a difference, sorted."""
+    distance, row = torch.cdist(queries, candidates, compute_mode="donot_use_mm_for_euclid_dist").sort(dim=1, stable=True)
+    return distance[:, :k], row[:, :k]
+
+
+@given(
+    queries=st.integers(1, 9),
+    candidates=st.integers(1, 30),
+    width=st.integers(1, 6),
+    k=st.integers(1, 35),
+    size=st.integers(1, 31),
+    shift=st.sampled_from([0.0, 100.0]),
+)
+@PROPERTY
+def test_nearest_equals_brute_force(queries, candidates, width, k, size, shift):
+    """Over blocks of every size, and with k above the number of candidates."""
+    asked, known = random(queries, width) + shift, random(candidates, width, seed=1) + shift
+    found = nearest(asked, blocks_of(known, size), k)
+    distance, row = brute_force(asked, known, k)
+    assert found.row.shape == (queries, min(k, candidates))
+    # Squares of numbers below 100 differ by rounding of 1e-12, of which the root near zero is 1e-6.
+    torch.testing.assert_close(found.distance, distance, rtol=0, atol=1e-6)
+    assert torch.equal(found.row, row)
+
+
+def test_nearest_in_single_precision():
+    asked, known = random(50, 20, dtype=torch.float32) + 1e3, random(500, 20, seed=1, dtype=torch.float32) + 1e3
+    found = nearest(asked, blocks_of(known, 128), 3)
+    distance, _ = brute_force(asked.double(), known.double(), 3)
+    assert found.distance.dtype == torch.float32
+    # What is common to all, the thousand, is taken off before squares of 20 numbers near 1 are.
+    torch.testing.assert_close(found.distance.double(), distance, rtol=1e-5, atol=0)
+
+
+def test_more_queries_than_go_at_once(monkeypatch):
+    asked, known = random(23, 4), random(40, 4, seed=1)
+    wanted = nearest(asked, [(0, known)], 5)
+    monkeypatch.setattr(neighbours, "QUERIES_AT_ONCE", 5)
+    found = nearest(asked, [(0, known)], 5)
+    assert torch.equal(found.row, wanted.row)
+    # Products of other shapes may be summed in another order.
+    torch.testing.assert_close(found.distance, wanted.distance, rtol=1e-12, atol=1e-12)
+
+
+def test_the_nearest_come_first_each_once():
+    found = nearest(random(7, 3), blocks_of(random(20, 3, seed=1), 6), 20)
+    assert (found.distance.diff(dim=1) >= 0).all()
+    assert torch.equal(found.row.sort(dim=1).values, torch.arange(20).expand(7, -1))
+
+
+def test_a_sample_is_its_own_neighbour():
+    known = random(30, 5)
+    found = nearest(known, blocks_of(known, 7), 1)
+    assert torch.equal(found.row[:, 0], torch.arange(30))
+    # The root of a rounded zero, 1e-15.
+    assert float(found.distance.max()) < 1e-6
+
+
+def test_the_numbers_of_candidates_are_those_their_blocks_say():
+    known = random(10, 3, seed=1)
+    found = nearest(random(4, 3), [(100, known[:4]), (7, known[4:])], 2)
+    _, row = brute_force(random(4, 3), known, 2)
+    assert torch.equal(found.row, torch.where(row < 4, row + 100, row + 3))
+
+
+def test_progress_is_of_the_candidates_seen():
+    heard = []
+    nearest(random(2, 3), blocks_of(random(10, 3), 4), 1, heard.append)
+    assert heard == [4, 8, 10]
+
+
+def test_distances_are_roots_of_nothing_negative():
+    known = torch.full((6, 4), 1.1)
+    found = nearest(known, blocks_of(known, 4), 6)
+    assert torch.isfinite(found.distance).all()
+    assert (found.distance >= 0).all()
+
+
+def test_spread_puts_queries_in_their_places():
+    found = nearest(random(3, 2), [(0, random(8, 2, seed=1))], 2)
+    spread = found.spread(torch.tensor([4, 0, 2]), 6)
+    assert torch.equal(spread.row[[4, 0, 2]], found.row)
+    assert torch.equal(spread.distance[[4, 0, 2]], found.distance)
+    assert (spread.row[[1, 3, 5]] == -1).all()
+    assert (spread.row.shape, spread.row.dtype) == ((6, 2), torch.long)
+
+
+def test_spread_leaves_the_first_as_it_was():
+    found = Neighbours(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long))
+    found.spread(torch.tensor([1]), 3)
+    assert found.row.tolist() == [[0]]
+
+
+def test_flat_inputs():
+    x = {"a": random(3, 2, 2), "b": random(3, seed=1)}
+    found = flat_inputs(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.cat([x["a"].flatten(1), x["b"].unsqueeze(1)], dim=1).float(), rtol=0, atol=0)
+    assert torch.equal(flat_inputs((x["a"], x["b"])), found)
+    assert flat_inputs(random(3, 2, 5)).shape == (3, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_integers_have_no_distance(dtype):
+    assert flat_inputs(torch.zeros(3, 2, dtype=dtype)) is None
+    assert flat_inputs({"a": random(3, 2), "b": torch.zeros(3, dtype=dtype)}) is None
+
+
+class Pairs:
+    """A dataset read one item at a time."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index].numpy(), 0
+
+
+@pytest.mark.parametrize("make", [lambda x: ArrayDataset(x, None), Pairs])
+def test_blocks_are_of_the_positions_in_their_order(make, monkeypatch):
+    """Numbers count the positions that were asked for, not rows of the dataset."""
+    x, rows, positions = random(30, 2, 2, dtype=torch.float32), torch.arange(29, -1, -1), torch.tensor([3, 20, 4, 11, 7])
+    monkeypatch.setattr(neighbours, "CANDIDATES_AT_ONCE", 2)
+    found = list(input_blocks(Split(make(x), rows), positions, CPU))
+    assert [start for start, _ in found] == [0, 2, 4]
+    assert torch.equal(torch.cat([block for _, block in found]), x[29 - positions].flatten(1))
+
+
+def test_neighbours_by_blocks_of_a_split_larger_than_one_block():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(CANDIDATES_AT_ONCE + 900, 3)).astype(np.float32))
+    split, positions, asked = Split(ArrayDataset(x, None)), torch.arange(0, len(x)), random(20, 3, dtype=torch.float32)
+    found = nearest(asked, input_blocks(split, positions, CPU), 1)
+    assert torch.equal(found.row, brute_force(asked.double(), x.double(), 1)[1])
+    assert (found.row >= CANDIDATES_AT_ONCE).any()

@@ -1,0 +1,32 @@
+"""A setting that a later version adds leaves what is there as it is, at its default; otherwise it counts like any other."""
+
+import json
+
+from conftest import states
+
+from stages.artifacts.files import digest
+from stages.artifacts.run_directory import manifest_hash
+
+
+def forget(folder, stage, setting):
+    """Rewrite a manifest as a version would have that did not know the setting."""
+    path = folder.run / stage / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["identity"]["settings"][setting]
+    manifest["fingerprint"] = digest(manifest["identity"])
+    manifest["sha256"] = manifest_hash({key: value for key, value in manifest.items() if key != "sha256"})
+    path.write_text(json.dumps(manifest))
+
+
+def test_results_from_before_a_setting_stay(ocd, finished):
+    forget(finished, "collect", "collect.condition_on_x")
+    assert set(states(ocd, finished).values()) == {"done"}
+    assert "up to date" in ocd(finished, "collect").stdout
+
+
+def test_such_a_setting_counts_where_it_is_not_at_its_default(ocd, finished):
+    forget(finished, "collect", "collect.condition_on_x")
+    found = states(ocd, finished, "collect.condition_on_x=true")
+    assert {name for name, state in found.items() if state == "stale"} >= {"collect", "train-diffusion", "infer"}
+    shown = ocd(finished, "collect", "--set", "collect.condition_on_x=true", code=3)
+    assert "collect.condition_on_x was not there, is now True" in shown.stderr
