@@ -12,9 +12,8 @@ from ocd_cli.text import bytes_text, duration
 FIXED_WIDTH, METRIC_WIDTH = 100, 14
 
 
-def show_evaluation(out: Console, summary: dict[str, Any]) -> None:
+def show_evaluation(out: Console, found: dict[str, Any]) -> None:
     """Rows, what is told beside them, and the verdict last."""
-    found = summary["results"]
     metric = found["metric"]
     others = list(dict.fromkeys(name for row in found["rows"] for name in row["metrics"] if name != metric))
     shown = others[: max(1, (out.width - FIXED_WIDTH) // METRIC_WIDTH)]

@@ -59,11 +59,14 @@ def bring_up(project: Project, branch: Project, names: Iterable[str], commands: 
     """
     prepare_run(branch)
     for name in names:
+        if States(branch).of(name).state == DONE:
+            continue
         if _is_shared(project, branch, name):
             _link(project, branch, name)
-        state = States(branch).of(name)
-        if state.state != DONE:
-            commands[name](branch, state.state not in (MISSING, PARTIAL))
+        state = States(branch).of(name).state
+        if state != DONE:
+            # What was linked may only be the beginning: a longer training goes on from it.
+            commands[name](branch, state not in (MISSING, PARTIAL))
 
 
 def _is_shared(project: Project, branch: Project, name: str) -> bool:
@@ -84,9 +87,6 @@ def _is_shared(project: Project, branch: Project, name: str) -> bool:
 def _link(project: Project, branch: Project, name: str) -> None:
     """Put the project's finished folder into the branch, in place of another result."""
     source, target = folder_of(project, name), folder_of(branch, name)
-    mine = target.manifest()
-    if mine is not None and mine["sha256"] == source.manifest()["sha256"]:
-        return
     with target.lock():
         remove(target.wip)
         paths = [path for path in source.found.rglob("*") if path.is_file()]

@@ -22,7 +22,7 @@ def cost(materials: Materials, members: int) -> dict[str, Any]:
         materials: of a finished run.
         members: of the ensemble.
     """
-    personalised = load_personalised(materials)[0]
+    personalised = load_personalised(materials, strength=1.0)[0]
     x = materials.test_split.inputs(range(min(TIMED_SAMPLES, len(materials.test_split))))
     on_device, count = to_device(x, materials.device), batch_size(x)
 

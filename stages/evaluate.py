@@ -55,7 +55,7 @@ from stages.training_deltas import StoredDeltas
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"
 # With fewer validation samples a strength would be noise.
 FEWEST_VALIDATION = 8
-NO_VALIDATION = "there are no validation samples that neither base nor denoiser was trained on"
+NO_VALIDATION = f"there are not {FEWEST_VALIDATION} validation samples that neither base nor denoiser was trained on"
 IMPORTED = "the base's weights were imported: nobody can know whether it was trained on the validation samples"
 TABLE = (
     row.BASE,
@@ -165,7 +165,7 @@ class Evaluate(Stage):
         return self._finished(wip, results, fitted)
 
     def _finished(self, wip: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> Finished:
-        write_json(wip / RESULTS_FILE, results)
+        write_json(wip / RESULTS_FILE, {"stage": self.name, **results})
         ours = fitted.get(row.VALIDATED)
         strength = {
             "strength": ours.strength if ours else 1.0,
@@ -174,7 +174,7 @@ class Evaluate(Stage):
             "samples": len(self._validation.order) if self._validation else 0,
         }
         write_json(wip / STRENGTH_FILE, strength)
-        return Finished({"results": results}, digest(strength), {})
+        return Finished(results, digest(strength), {})
 
     # What is compared.
 

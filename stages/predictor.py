@@ -23,8 +23,9 @@ from stages.weights.personalised import PersonalisedModel
 STRENGTH_FILE = "strength.json"
 
 
-def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
-    """The base with input-dependent weights, as `[infer]` asks, and by which slower way it has to run ("" if it does not).
+def load_personalised(materials: Materials, strength: float | None = None) -> tuple[PersonalisedModel, str]:
+    """The base with input-dependent weights, as `[infer]` asks (`strength` in place of its own), and by which slower way it has
+    to run ("" if it does not).
 
     Raises:
         ArtifactError: networks that are missing, damaged, or of another layer.
@@ -46,7 +47,7 @@ def load_personalised(materials: Materials) -> tuple[PersonalisedModel, str]:
             return task.combine(outputs)
 
     ensemble = materials.project.settings.infer.ensemble
-    generate = load_generator(materials)
+    generate = load_generator(materials, strength)
     personalised = PersonalisedModel(base, layer, run, materials.forward, conditioned, generate, combined, prepared, ensemble)
     return personalised, f"deltas are applied by {run.name}: {reason}" if reason else ""
 

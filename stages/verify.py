@@ -9,6 +9,7 @@ from stages.artifacts.pipeline import ORDER
 from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import StageFolder, check_run, damaged_files, folder_of, manifest_hash
+from stages.branches import BRANCHES
 from stages.errors import ArtifactError, OcdError
 
 
@@ -25,16 +26,23 @@ def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:
     check_run(project)
     if not project.run_path.is_dir():
         raise ArtifactError(f"there is no run directory at {project.run_path}", "make one with: ocd run")
-    folders = [folder_of(project, name) for name in ORDER if name != "infer"]
-    answers = sorted((project.run_path / "infer").glob("*"))
-    folders += [StageFolder(project.run_path, f"infer/{path.name}") for path in answers if path.is_dir() and path.suffix == ""]
+    folders = {folder.name: folder for folder in _folders(project.run_path)}
+    for branch in sorted((project.run_path / BRANCHES).glob("*")):
+        folders |= {f"{BRANCHES}/{branch.name}/{folder.name}": folder for folder in _folders(branch)}
     found = {}
-    for number, folder in enumerate(folders):
-        found[folder.name] = _check(folder)
+    for number, (name, folder) in enumerate(folders.items()):
+        found[name] = _check(folder)
         report.progress(number + 1, len(folders), "folders")
     found["collect.wip"] = _check_unfinished(folder_of(project, "collect"))
     found = {name: entry for name, entry in found.items() if entry is not None}
     return {"stages": found, "whole": not any(entry["problems"] for entry in found.values())}
+
+
+def _folders(run: Path) -> list[StageFolder]:
+    """Where the stages of a run or a branch leave their results, one for each answer of `infer`."""
+    answers = [path for path in sorted((run / "infer").glob("*")) if path.is_dir() and path.suffix == ""]
+    names = [name for name in ORDER if name != "infer"] + [f"infer/{path.name}" for path in answers]
+    return [StageFolder(run, name) for name in names]
 
 
 def _check(folder: StageFolder) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from engines import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,10 +13,6 @@ from stages.tasks.data import ArrayDataset, Split
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def blocks_of(candidates, size):

@@ -1,0 +1,335 @@
+"""evaluate: planted tasks get the verdict they must get; what it writes; what it shares with infer; branches and seeds."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import states
+from planted import helping, hopeless
+
+ROWS = [
+    "base",
+    "overfitted on test",
+    "overfitted on test, all layers",
+    "nearest neighbour",
+    "no scaling",
+    "ocd one draw",
+    "ocd ensemble",
+    "ocd validated strength",
+    "mean network",
+    "temperature-scaled base",
+    "random direction",
+    "random training deltas",
+    "mean delta",
+    "mean delta of class",
+    "nearest neighbour in layer input",
+    "nearest k blended",
+    "nearest k blended in layer input",
+    "shuffled conditioning",
+]
+COSTLY = ["alternative layer", "deterministic hypernetwork", "ocd conditioned on x", "base trained for as long again"]
+
+
+def evaluated(ocd, folder, *args):
+    """The results of `ocd evaluate`, which must be those of the file."""
+    found = json.loads(ocd(folder, "evaluate", "--json", "--quiet", *args).stdout)
+    same = found == json.loads((folder.run / "evaluate" / "results.json").read_text())
+    assert same  # on its own: pytest would take minutes to explain a difference
+    return found
+
+
+def rows_of(results):
+    return {row["name"]: row for row in results["rows"]}
+
+
+@pytest.fixture(scope="module")
+def helped(ocd, tmp_path_factory):
+    folder = helping(tmp_path_factory.mktemp("helped") / "project")
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    return folder, evaluated(ocd, folder)
+
+
+@pytest.fixture(scope="module")
+def hopeless_run(ocd, tmp_path_factory):
+    folder = hopeless(tmp_path_factory.mktemp("hopeless") / "project")
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    return folder, evaluated(ocd, folder)
+
+
+def test_ocd_helps_where_the_layers_input_tells_the_residual(helped):
+    _, results = helped
+    assert results["verdict"].startswith("OCD helps: mse ")
+    for name in ("base", "random training deltas", "shuffled conditioning"):
+        assert results["comparisons"][name]["interval"][1] < 0, name
+    rows = rows_of(results)
+    assert rows["overfitted on test"]["metrics"]["mse"]["mean"] < rows["ocd ensemble"]["metrics"]["mse"]["mean"]
+
+
+def test_ocd_does_not_help_where_labels_know_nothing_of_x(hopeless_run):
+    _, results = hopeless_run
+    assert "does not help" in results["verdict"] or "harms" in results["verdict"]
+    # Averaging cures over-confidence, and so does a temperature, which is named before anything else may count as a gain.
+    rows = rows_of(results)
+    assert results["temperature"] > 1.2
+    assert rows["temperature-scaled base"]["metrics"]["cross_entropy"]["interval"][1] < 0
+
+
+def test_ocd_harms_at_a_strength_that_is_forced(ocd, hopeless_run):
+    folder, _ = hopeless_run
+    results = evaluated(ocd, folder, "--set", "infer.strength=8")
+    assert results["verdict"].startswith("OCD harms: cross_entropy ")
+    assert rows_of(results)["ocd ensemble"]["strength"] == 8
+    # The strength that validation chooses does not do that harm.
+    chosen = rows_of(results)["ocd validated strength"]
+    assert chosen["strength"] < 8
+    assert chosen["metrics"]["cross_entropy"]["mean"] < rows_of(results)["ocd ensemble"]["metrics"]["cross_entropy"]["mean"]
+
+
+def test_every_row_has_its_figures(hopeless_run):
+    _, results = hopeless_run
+    assert [row["name"] for row in results["rows"]] == ROWS
+    assert [entry["name"] for entry in results["left_out"]] == COSTLY
+    names = {"cross_entropy", "accuracy", "brier_score", "calibration_error", "auroc_of_confidence", "auroc_of_disagreement"}
+    for row in results["rows"]:
+        assert set(row["metrics"]) == names, row["name"]
+        for name, figures in row["metrics"].items():
+            if figures["mean"] is None:
+                assert name == "auroc_of_disagreement"
+                assert figures["reason"] in ("its prediction has one member", "its members agree")
+            elif name != "auroc_of_disagreement":
+                low, high = figures["interval"]
+                assert low <= figures["difference"] <= high
+                assert figures["standard_error"] > 0
+    assert rows_of(results)["base"]["metrics"]["accuracy"]["interval"] == [0, 0]
+    assert rows_of(results)["overfitted on test"]["metrics"]["accuracy"]["difference"] > 0
+    assert results["metric"] == "cross_entropy"
+    assert results["samples"] == 300
+    assert results["validation_samples"] == 200
+
+
+def test_a_regression_has_likelihood_and_coverage(helped):
+    _, results = helped
+    left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
+    assert left_out["temperature-scaled base"] == "the task has no classes"
+    assert left_out["mean delta of class"] == "the task has no classes"
+    for row in results["rows"]:
+        metrics = row["metrics"]
+        assert set(metrics) == {"mse", "mae", "rmse", "log_likelihood", "coverage"}
+        assert metrics["rmse"]["mean"] == pytest.approx(metrics["mse"]["mean"] ** 0.5)
+        # The variance is fitted on validation samples: intervals for 95 % of the numbers must hold about as many.
+        assert 0.85 < metrics["coverage"]["mean"] <= 1, row["name"]
+
+
+def test_its_rows_of_ocd_are_what_infer_predicts(ocd, helped):
+    folder, results = helped
+    ocd(folder, "infer", "--quiet")
+    metrics = json.loads((folder.run / "infer" / "test" / "manifest.json").read_text())["summary"]["metrics"]
+    rows = rows_of(results)
+    for name in ("base", "ocd one draw", "ocd ensemble"):
+        # Rounding: infer adds deltas to the weight, evaluate to the layer's output.
+        assert rows[name]["metrics"]["mse"]["mean"] == pytest.approx(metrics[name]["mse"], rel=1e-4)
+
+
+def test_infer_at_the_fitted_strength(ocd, hopeless_run):
+    folder, results = hopeless_run
+    evaluated(ocd, folder)
+    fitted = json.loads((folder.run / "evaluate" / "strength.json").read_text())
+    assert fitted["strength"] == rows_of(results)["ocd validated strength"]["strength"]
+    assert min(fitted["losses"], key=fitted["losses"].get) == f"{fitted['strength']}"
+    summary = json.loads(ocd(folder, "infer", "--strength", "auto", "--json", "--quiet").stdout)
+    assert summary["strength"] == fitted["strength"]
+    shown = rows_of(results)["ocd validated strength"]["metrics"]["cross_entropy"]["mean"]
+    assert summary["metrics"]["ocd ensemble"]["cross_entropy"] == pytest.approx(shown, rel=1e-4)
+    assert "up to date" in ocd(folder, "infer", "--strength", "auto").stdout
+    # Evaluated otherwise, there is another strength; the answer made with the old one is no answer any more.
+    forced = ("--set", "infer.strength=auto", "--set", "evaluate.strengths=[0.125]")
+    evaluated(ocd, folder, *forced)
+    assert states(ocd, folder, *forced[1::2])["infer"] == "stale"
+    assert json.loads(ocd(folder, "infer", *forced, "--json", "--quiet").stdout)["strength"] == 0.125
+
+
+def test_infer_at_a_strength_nobody_fitted(ocd, finished):
+    shown = ocd(finished, "infer", "--strength", "auto", code=3)
+    assert "evaluate is missing" in shown.stderr
+    assert "run: ocd evaluate" in shown.stderr
+    shown = ocd(finished, "infer", "--strength", "strong", code=2)
+    assert "infer.strength = 'strong'" in shown.stderr
+    assert "'auto'" in shown.stderr
+
+
+def test_run_evaluates_where_predictions_need_it(ocd, finished):
+    ocd(finished, "run", "--quiet", "--set", "infer.strength=auto", "--set", "evaluate.validation_samples=4", code=0)
+    assert states(ocd, finished)["evaluate"] == "stale"
+    assert (finished.run / "evaluate" / "results.json").exists()
+
+
+def test_an_evaluation_is_redone_when_asked_otherwise(ocd, finished):
+    first = ocd(finished, "evaluate")
+    assert "OCD does not help: cross_entropy " in first.stdout
+    before = finished.files()
+    again = ocd(finished, "evaluate")
+    assert again.stdout.startswith("evaluate: up to date")
+    assert finished.files() == before
+    other = ocd(finished, "evaluate", "--set", "evaluate.samples=10")
+    assert "evaluate is redone: evaluate.samples was 'all', is now 10" in other.stderr
+    assert json.loads((finished.run / "evaluate" / "results.json").read_text())["samples"] == 10
+    ocd(finished, "verify")
+
+
+@pytest.fixture
+def roomy(ocd, project):
+    """A run with enough validation samples to fit strengths on."""
+    folder = project(rows=120)
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    return folder
+
+
+def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
+    finished = roomy
+    words = [word for name in COSTLY for word in ("--add", name)]
+    results = evaluated(ocd, finished, *words)
+    rows = rows_of(results)
+    assert set(COSTLY) <= set(rows)
+    assert not results["left_out"] or {entry["name"] for entry in results["left_out"]}.isdisjoint(COSTLY)
+    branches = finished.run / "branches"
+    shared = {
+        "alternative-layer": ["train-base"],
+        "deterministic-hypernetwork": ["train-base", "select-layer", "collect"],
+        "conditioned-on-x": ["train-base", "select-layer"],
+        "base-trained-longer": [],
+    }
+    assert {path.name for path in branches.iterdir()} == set(shared)
+    for name, stages in shared.items():
+        for stage in stages:
+            same = [(run / stage / "manifest.json").read_bytes() for run in (finished.run, branches / name)]
+            assert same[0] == same[1], (name, stage)
+    assert rows["deterministic hypernetwork"]["members"] == 1
+    layers = [
+        json.loads((run / "select-layer" / "layer.json").read_text())["layer"]
+        for run in (finished.run, branches / "alternative-layer")
+    ]
+    assert layers[0] != layers[1]
+    ocd(finished, "verify")
+    # Nothing of a branch is made twice.
+    times = {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")}
+    ocd(finished, "evaluate", "--quiet", "--force", *words)
+    assert {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")} == times
+
+
+def test_a_branch_follows_its_run(ocd, finished):
+    words = ("--add", "deterministic hypernetwork", "--quiet")
+    ocd(finished, "evaluate", *words)
+    branch = finished.run / "branches" / "deterministic-hypernetwork"
+    was = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
+    changed = ("--set", "collect.lr=0.02")
+    ocd(finished, "run", "--force", "--from", "collect", "--until", "train-scale", "--quiet", *changed)
+    ocd(finished, "evaluate", *words, *changed)
+    now = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
+    assert now != was
+    assert now == json.loads((finished.run / "collect" / "manifest.json").read_text())["content"]
+
+
+def test_seeds_are_whole_trainings(ocd, finished):
+    results = evaluated(ocd, finished, "--seeds", "3")
+    found = results["seeds"]
+    assert found["seeds"] == [1, 2, 3]
+    assert found["verdicts"][0] == results["verdict"]
+    others = [
+        json.loads((finished.run / "branches" / f"seed-{seed}" / "evaluate" / "results.json").read_text()) for seed in (2, 3)
+    ]
+    for row in found["rows"]:
+        values = [rows_of(result)[row["name"]]["metrics"]["cross_entropy"]["mean"] for result in (results, *others)]
+        entry = row["metrics"]["cross_entropy"]
+        assert entry["values"] == values
+        assert entry["mean"] == pytest.approx(np.mean(values))
+        assert entry["standard_deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert len({row["metrics"]["cross_entropy"]["mean"] for result in (results, *others) for row in result["rows"][:1]}) == 3
+
+
+EXTRA = """
+from stages.tasks.toy import Spirals
+
+class Mine(Spirals):
+    def extra_rows(self, model, train, validation, seed, device):
+        x, y = validation.batch(range(8))
+        assert x.shape == (8, 2) and y.shape == (8,)
+        return {%s: lambda x: 2 * model(x)}
+"""
+
+
+def task_of(project, source):
+    folder = project(
+        {"task": {"class": "mytask:Mine", "args": {"samples": 90}, **dict.fromkeys(("model", "loss", "train", "test"))}}
+    )
+    (folder.root / "mytask.py").write_text(source)
+    return folder
+
+
+def test_a_task_adds_rows(ocd, project):
+    folder = task_of(project, EXTRA % "'twice as sure'")
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    rows = rows_of(evaluated(ocd, folder))
+    assert rows["twice as sure"]["metrics"]["accuracy"]["difference"] == 0
+    assert rows["twice as sure"]["metrics"]["cross_entropy"]["difference"] != 0
+
+
+def test_faults_of_extra_rows(ocd, project):
+    folder = task_of(project, EXTRA % "'base'")
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    shown = ocd(folder, "evaluate", code=2)
+    assert "extra_rows() gave a row named 'base', which ocd has itself" in shown.stderr
+    assert not (folder.run / "evaluate").exists()
+
+
+def test_an_unknown_row(ocd, finished):
+    shown = ocd(finished, "evaluate", "--add", "miracle", code=2)
+    assert "evaluate.rows = 'miracle'" in shown.stderr or "evaluate.rows" in shown.stderr
+    assert "alternative layer" in shown.stderr
+
+
+def test_before_its_stages(ocd, project):
+    shown = ocd(project(), "evaluate", code=3)
+    assert "evaluate needs stages that are not done" in shown.stderr
+    assert "ocd train-base && ocd select-layer && ocd collect && ocd train-diffusion && ocd train-scale" in shown.stderr
+
+
+def test_rows_without_validation_samples_are_left_out(ocd, project):
+    # A store of all rows: of the four validation samples the trainings have held out one at most.
+    folder = project({"collect": {"split": "all"}})
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    results = evaluated(ocd, folder)
+    left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
+    for name in ("ocd validated strength", "temperature-scaled base", "random training deltas", "shuffled conditioning"):
+        assert left_out[name] == "there are not 8 validation samples that neither base nor denoiser was trained on"
+    assert results["validation_samples"] == 0
+    assert rows_of(results)["ocd ensemble"]["strength"] == 1
+
+
+def test_imported_weights_come_with_a_warning(ocd, finished, project):
+    folder = project()
+    ocd(folder, "train-base", "--weights", finished.run / "train-base" / "base.safetensors")
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    shown = ocd(folder, "evaluate")
+    assert "the base's weights were imported: nobody can know" in shown.stdout
+    results = json.loads((folder.run / "evaluate" / "results.json").read_text())
+    assert len(results["warnings"]) == 1
+    left_out = {
+        entry["name"]: entry["reason"]
+        for entry in evaluated(ocd, folder, "--add", "base trained for as long again")["left_out"]
+    }
+    assert left_out["base trained for as long again"].startswith("the base was imported")
+
+
+def test_no_label_reaches_a_prediction(ocd, finished):
+    """Other test labels change what a row is worth, never what OCD or a neighbour predicts: only the oracles differ."""
+    first = rows_of(evaluated(ocd, finished))
+    arrays = dict(np.load(finished.root / "test.npz"))
+    finished.save("test.npz", arrays["x"], (arrays["y"] + 1) % 3)
+    strengths = {name: row["strength"] for name, row in first.items()}
+    ocd(finished, "train-base", "--quiet")
+    second = rows_of(evaluated(ocd, finished))
+    assert {name: row["strength"] for name, row in second.items()} == strengths
+    for name, row in second.items():
+        confidence = [entry[name]["metrics"]["calibration_error"]["mean"] for entry in (first, second)]
+        assert confidence[0] != confidence[1] or name.startswith("overfitted")
+        assert row["members"] == first[name]["members"]
