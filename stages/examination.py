@@ -43,7 +43,7 @@ def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject
         TaskError, DataError: faults of the task.
     """
     collect = materials.project.settings.collect.model_copy(update={"store": "dense", **settings})
-    rows, task, base = materials.splits["train"], materials.task, materials.base_to_overfit
+    rows, task, base = materials.splits["train"], materials.task, materials.base_with(layer)
     engine = make_engine(task, base, layer, collect, probe_of(materials))
 
     def collector(split: Split) -> Collector:

@@ -90,8 +90,12 @@ class Materials:
     @cached_property
     def base_to_overfit(self) -> nn.Module:
         """The base, its selected layer computing in float32 whatever the rest does."""
+        return self.base_with(self.layer)
+
+    def base_with(self, layer: Layer) -> nn.Module:
+        """The base, a layer computing in float32 whatever the rest does."""
         x = to_device(self.splits["all"].inputs([0, 0]), self.device)
-        in_single_precision(self.base, self.layer, lambda: self.forward(self.base, x))
+        in_single_precision(self.base, layer, lambda: self.forward(self.base, x))
         return self.base
 
     def forward(self, model: nn.Module, x: Tree) -> Tree:

@@ -1,0 +1,143 @@
+"""probe: tells headroom from none before anything is trained, and writes nothing."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+from conftest import toml
+from planted import helping, hopeless
+
+from stages.artifacts.project import check_settings
+from stages.config import tables
+
+ROWS = {
+    "base",
+    "overfitted on test",
+    "nearest neighbour",
+    "nearest neighbour in layer input",
+    "nearest k blended",
+    "nearest k blended in layer input",
+    "random direction",
+    "mean delta",
+}
+
+
+def probed(ocd, folder, *args):
+    return json.loads(ocd(folder, "probe", "--json", "--quiet", *args).stdout)
+
+
+@pytest.fixture(scope="module")
+def with_headroom(ocd, tmp_path_factory):
+    folder = helping(tmp_path_factory.mktemp("helping") / "project")
+    ocd(folder, "train-base", "--quiet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without(ocd, tmp_path_factory):
+    folder = hopeless(tmp_path_factory.mktemp("hopeless") / "project")
+    ocd(folder, "train-base", "--quiet")
+    return folder
+
+
+def test_headroom_for_x(ocd, with_headroom):
+    before = with_headroom.files()
+    shown = ocd(with_headroom, "probe")
+    assert with_headroom.files() == before
+    assert "headroom for x: on 0.weight" in shown.stdout
+    # What it ends with can be pasted: it is a table of settings that every command accepts.
+    pasted = tomllib.loads(shown.stdout[shown.stdout.index("\n[select-layer]") :])
+    assert pasted["select-layer"] == {"layer": "0.weight"}
+    assert set(pasted["collect"]) == {"optimizer", "lr", "steps"}
+    check_settings({"task": {"class": "mytask:Planted"}, **pasted}, "pasted")
+
+
+def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
+    found = probed(ocd, without)
+    assert found["headroom"] == "labels"
+    assert found["verdict"].startswith("no headroom for x in sight: cross_entropy ")
+    assert {entry["layer"] for entry in found["tried"]} == {"0.weight", "2.weight"}
+
+
+def test_no_headroom_at_all(ocd, without):
+    found = probed(ocd, without, "--set", "collect.lr=1e-12", "--layer", "2.weight")
+    mine = found["tried"][0]
+    assert mine["settings"] == {"optimizer": "adam", "lr": 1e-12, "steps": 3}
+    figures = {row["name"]: row["metrics"]["cross_entropy"]["mean"] for row in mine["rows"]}
+    assert figures["overfitted on test"] == pytest.approx(figures["base"], abs=1e-6)
+
+
+def test_what_it_finds_is_what_the_stages_do(ocd, without):
+    """The oracle's loss is that of collecting the same samples with the same settings."""
+    found = probed(ocd, without, "--layer", "2.weight", "--samples", 1000)
+    assert found["samples"] == 200
+    (mine, *others) = found["tried"]
+    assert mine["settings"] == {"optimizer": "adam", "lr": 0.005, "steps": 3}
+    assert len(others) == 4
+    for entry in found["tried"]:
+        assert {row["name"] for row in entry["rows"]} == ROWS
+        assert set(entry["strengths"]) == ROWS - {"base", "overfitted on test"}
+        assert entry["cost"]["samples"] == 300
+        assert entry["cost"]["collect_bytes"] > 300 * 4 * 3 * 24
+        assert entry["cost"]["collect_seconds"] > 0
+    ocd(without, "select-layer", "--quiet")
+    ocd(without, "collect", "--quiet")
+    manifest = json.loads((without.run / "collect" / "manifest.json").read_text())
+    stored = sum(entry["size"] for name, entry in manifest["files"].items() if name.startswith("deltas.zarr"))
+    assert stored < 1.2 * mine["cost"]["collect_bytes"]
+
+
+def test_named_layers_alone(ocd, without):
+    found = probed(ocd, without, "--layer", "0.weight", "--samples", 20)
+    assert {entry["layer"] for entry in found["tried"]} == {"0.weight"}
+    assert found["samples"] == 20
+    shown = ocd(without, "probe", "--layer", "2.wieght", code=2)
+    assert "layer '2.wieght' does not exist (did you mean 2.weight?)" in shown.stderr
+
+
+def test_before_there_is_a_base(ocd, project):
+    shown = ocd(project(), "probe", code=3)
+    assert "probing needs stages that are not done" in shown.stderr
+    assert "run: ocd train-base" in shown.stderr
+
+
+MODEL = """\
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(20, 6)
+        self.body = nn.LSTM(6, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.words(x))[0][:, -1])
+
+
+def net():
+    return Net()
+"""
+
+
+def test_layers_of_every_kind_and_inputs_without_a_distance(ocd, project):
+    folder = project(model=MODEL)
+    draw = np.random.default_rng(0)
+    for name in ("train", "test"):
+        folder.save(f"{name}.npz", draw.integers(0, 20, (60, 7)), draw.integers(0, 3, 60))
+    ocd(folder, "train-base", "--quiet")
+    found = probed(ocd, folder, "--samples", 12)
+    assert {entry["layer"] for entry in found["tried"]} >= {"words.weight", "body.weight_ih_l0", "head.weight"}
+    for entry in found["tried"]:
+        names = {row["name"] for row in entry["rows"]}
+        assert {"nearest neighbour in layer input", "nearest k blended in layer input"} <= names
+        assert not {"nearest neighbour", "nearest k blended"} & names
+
+
+def test_its_own_settings_come_first(ocd, without):
+    found = probed(ocd, without, "--layer", "2.weight", "--samples", 8, "--set", "collect.steps=1")
+    assert [entry["settings"]["steps"] for entry in found["tried"]] == [1, 3, 3, 3, 3]
+    assert set(tables()["collect"].model_fields) >= set(found["tried"][0]["settings"])
+    assert toml(found["tried"][0]["settings"]["lr"]) == "0.005"
