@@ -15,11 +15,20 @@ if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ] || [ "$root/cons
 fi
 PATH="$root/.venv/bin:$PATH"
 
-# All stages of the example in this folder with one seed, or its table over several: `--seeds N`. Other arguments go to `ocd run`.
+# All stages of the example in this folder, then its evaluation. `--seeds N` and `--add ROW` are for the evaluation alone, other
+# arguments for both.
 run_example() {
-    if [ "${1:-}" = "--seeds" ]; then
-        python ../table.py "$2" "${@:3}"
-    else
-        ocd run "$@"
-    fi
+    local both=() own=()
+    while [ $# -gt 0 ]; do
+        case "$1" in
+        --seeds | --add)
+            own+=("$1" "$2")
+            shift
+            ;;
+        *) both+=("$1") ;;
+        esac
+        shift
+    done
+    ocd run "${both[@]}"
+    ocd evaluate "${both[@]}" "${own[@]}"
 }

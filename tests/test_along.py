@@ -277,6 +277,26 @@ def test_lines_of_one_batch_do_not_disturb_each_other():
             torch.testing.assert_close(at(strength), along_the_loop(model, "2.weight", x, delta, strength), **EXACT)
 
 
+def test_neither_what_comes_before_the_layer_nor_the_product_is_computed_again(monkeypatch):
+    torch.manual_seed(4)
+    called = []
+
+    def noted(self, x):
+        called.append("enter")
+        return self.fc(x)
+
+    model, x = frozen(nn.Sequential(Custom(noted, fc=nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2), nn.Tanh())), random(6, 3)
+    engine, deltas = engine_of(model, "2.weight", x), deltas_of(model, "2.weight", 6)
+    first = engine.first_pass(x)
+    product = engine.way._product
+    monkeypatch.setattr(engine.way, "_product", lambda *given: called.append("product") or product(*given))
+    called.clear()
+    at = engine.along(first, x, deltas)
+    for strength in STRENGTHS:
+        at(strength)
+    assert called == ["product"]
+
+
 def test_outputs_are_the_callers_to_change():
     torch.manual_seed(4)
     model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), random(6, 3)
