@@ -25,7 +25,7 @@ class ShownProgress:
         self._quiet = quiet
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bars: Progress | None = None
-        self._stage, self._began, self._first, self._last = "", 0.0, 0, 0.0
+        self._stage, self._unit, self._began, self._first, self._last = "", "", 0.0, 0, 0.0
 
     def __enter__(self) -> "ShownProgress":
         return self
@@ -60,9 +60,9 @@ class ShownProgress:
         if self._quiet:
             return
         now = time.monotonic()
-        if self._first < 0:
+        if self._first < 0 or unit != self._unit:
             # What an earlier process had finished says nothing about the rate.
-            self._first, self._began, self._last = done, now, now
+            self._first, self._began, self._last, self._unit = done, now, now, unit
         elapsed = now - self._began
         rate = (done - self._first) / elapsed if elapsed > 0.5 and done > self._first else None
         shown = f"{rate:,.0f}/s" if rate and rate >= 10 else f"{rate:.2g}/s" if rate else ""

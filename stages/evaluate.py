@@ -18,6 +18,7 @@ from stages.branches import Command
 from stages.collector import recipe_of
 from stages.cost import cost
 from stages.costly import LeftOut, costly_rows, seed_branches, whole_network_row
+from stages.diffusion.training import threads_for
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import (
     Compared,
@@ -34,6 +35,8 @@ from stages.evaluation.rows import Row
 from stages.evaluation.subject import Examined, Subject
 from stages.evaluation.verdict import as_json, compared_with, verdict
 from stages.examination import (
+    LARGEST,
+    class_means,
     class_numbers,
     extra_rows,
     make_subject,
@@ -57,30 +60,6 @@ RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"
 FEWEST_VALIDATION = 8
 NO_VALIDATION = f"there are not {FEWEST_VALIDATION} validation samples that neither base nor denoiser was trained on"
 IMPORTED = "the base's weights were imported: nobody can know whether it was trained on the validation samples"
-TABLE = (
-    row.BASE,
-    row.ORACLE,
-    row.ORACLE_ALL,
-    row.NEAREST,
-    row.NO_SCALING,
-    row.ALTERNATIVE,
-    row.ONE_DRAW,
-    row.ENSEMBLE,
-    row.VALIDATED,
-    row.MEAN_NETWORK,
-    row.WITH_X,
-    row.TEMPERATURE,
-    row.RANDOM_DIRECTION,
-    row.RANDOM_TRAINING,
-    row.MEAN_DELTA,
-    row.CLASS_MEAN,
-    row.NEAREST_INPUT,
-    row.BLENDED,
-    row.BLENDED_INPUT,
-    row.SHUFFLED,
-    row.REGRESSION_ROW,
-    row.LONGER,
-)
 
 
 def evaluate(
@@ -130,6 +109,10 @@ class Evaluate(Stage):
         for split in (self.test_split, self.splits["validation"]):
             check_task(self.task, self.base, split)
 
+    def auto_threads(self) -> int:
+        """By the size of a pass of the denoiser, where most of the time goes."""
+        return threads_for(self.manifest_of("train-diffusion")["summary"]["parameters"], LARGEST)
+
     def work(self, wip: Path) -> Finished:
         """Branches first, each of which keeps what it has done; then the comparison."""
         others = {
@@ -137,20 +120,18 @@ class Evaluate(Stage):
             for seed, branch in seed_branches(self.project, self._commands, self.report.message)
         }
         rows, left_out = self._rows()
+        # Stages of branches have had their names shown meanwhile.
+        self.report.start(self.name)
         fitted, temperature = self._fit(rows, left_out)
-        strengths = {name: found.strength for name, found in fitted.items()}
-        configured = self.project.settings.infer.strength
-        if configured == AUTO:
-            configured = strengths.get(row.VALIDATED, 1.0)
-        strengths |= dict.fromkeys((row.ONE_DRAW, row.ENSEMBLE, row.NO_SCALING, row.MEAN_NETWORK), configured)
-        compared = self._compare(rows, strengths, temperature)
+        strengths = self._strengths(rows, fitted)
+        compared = self._compare(rows, strengths)
         rng = np.random.default_rng(seed_of(self.seed, "evaluate", "bootstrap"))
         heard = self._heard("resamples", self.settings.resamples)
         found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, heard)
         losses = {name: metrics[primary] for name, metrics in found.items()}
         comparisons = compared_with(losses)
         results = {
-            "verdict": verdict(comparisons, losses, primary),
+            "verdict": verdict(comparisons, losses, primary, classes=self.task.kind == CLASSIFICATION),
             "metric": primary,
             "rows": row_records(compared, found, fitted, strengths),
             "left_out": [{"name": name, "reason": reason} for name, reason in left_out.items()],
@@ -190,6 +171,10 @@ class Evaluate(Stage):
         return with_denoiser(bare, self, self.training, self.project.settings.infer.ensemble)
 
     @cached_property
+    def _class_means(self) -> Tensor | str:
+        return class_means(self.subject, self.training)
+
+    @cached_property
     def _size(self) -> int:
         return self.keep_execution(batch_size=samples_at_once(self, self.subject))["batch_size"]
 
@@ -211,7 +196,7 @@ class Evaluate(Stage):
         subject, training = self.subject, self.training
         missing = self._find_neighbours()
         rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
-        more, left_out = training_rows(subject, training, missing, self._heard("deltas", len(training)))
+        more, left_out = training_rows(subject, training, self._class_means, missing)
         rows += more
         whole = whole_network_row(self, recipe_of(self.project.settings.collect), len(self._test.order))
         if isinstance(whole, str):
@@ -220,7 +205,7 @@ class Evaluate(Stage):
             rows.append(whole)
         costly, without = costly_rows(self, subject, self._commands, self.report.message)
         rows += [*costly, *extra_rows(self, {one.name for one in rows})]
-        return row.in_order(rows, TABLE), left_out | without
+        return row.in_order(rows), left_out | without
 
     def _find_neighbours(self) -> dict[str, str]:
         """Nearest training samples of test and validation samples; what they cannot be found in, with the reason."""
@@ -232,14 +217,14 @@ class Evaluate(Stage):
         return missing
 
     def _fit(self, rows: list[Row], left_out: LeftOut) -> tuple[dict[str, Fitted], float | None]:
-        """Strengths and the temperature; rows that need them and cannot have them are taken out of `rows`."""
+        """Strengths and the temperature; rows that are nothing without them are taken out of `rows`."""
         classification, validation = self.task.kind == CLASSIFICATION, self._validation
         if not classification:
             left_out[row.TEMPERATURE] = "the task has no classes"
         wanting = [one for one in rows if one.validated]
         if validation is None:
-            rows[:] = [one for one in rows if not one.validated]
-            left_out |= {one.name: NO_VALIDATION for one in wanting}
+            rows[:] = [one for one in rows if one.name != row.VALIDATED]
+            left_out[row.VALIDATED] = NO_VALIDATION
             left_out.setdefault(row.TEMPERATURE, NO_VALIDATION)
             return {}, None
         strengths, size = self.settings.strengths, self._size
@@ -248,10 +233,20 @@ class Evaluate(Stage):
         if not classification:
             return fitted, None
         temperature = fit_temperature(self.subject, validation, size)
-        rows[:] = row.in_order([*rows, row.temperature_row(temperature)], TABLE)
+        rows[:] = row.in_order([*rows, row.temperature_row(temperature)])
         return fitted, temperature
 
-    def _compare(self, rows: list[Row], strengths: dict[str, float], temperature: float | None) -> Compared:
+    def _strengths(self, rows: list[Row], fitted: Mapping[str, Fitted]) -> dict[str, float]:
+        """Every row's strength: as fitted; of OCD's own rows, and where nothing could be fitted, as `[infer]` has it."""
+        found = {name: one.strength for name, one in fitted.items()}
+        configured = self.project.settings.infer.strength
+        if configured == AUTO:
+            configured = found.get(row.VALIDATED, 1.0)
+        found |= dict.fromkeys((row.ONE_DRAW, row.ENSEMBLE, row.NO_SCALING, row.MEAN_NETWORK), configured)
+        found |= {one.name: configured for one in rows if one.validated and one.name not in found}
+        return found | {row.NEAREST: 1.0, row.ORACLE: 1.0}
+
+    def _compare(self, rows: list[Row], strengths: dict[str, float]) -> Compared:
         """Every row on the test samples."""
         subject, size, variances = self.subject, self._size, {}
         if self._validation is not None:
@@ -280,17 +275,14 @@ class Evaluate(Stage):
         }
 
     def _memorisation(self) -> dict[str, Any]:
-        outputs = self.training.field("base_output", vectors=True)
-        classes = None if outputs is None else class_numbers(self.subject, outputs)
-        means = None if classes is None else self.training.means(classes, max(2, outputs.shape[1]))
         return memorisation(
             self.subject,
             self._test,
             self._size,
             self.settings.memorisation_samples,
             mean_delta(self.training),
-            means,
-            lambda output: class_numbers(self.subject, output.flatten(1)).cpu(),
+            None if isinstance(self._class_means, str) else self._class_means,
+            lambda output: class_numbers(self.subject, output.flatten(1)),
             self.training.nearest_cosines,
         )
 

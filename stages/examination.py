@@ -118,34 +118,38 @@ def with_neighbours(
 
 
 def training_rows(
-    subject: Subject, training: StoredDeltas, missing: dict[str, str], heard: Heard
+    subject: Subject, training: StoredDeltas, means: Tensor | str, missing: dict[str, str]
 ) -> tuple[list[Row], dict[str, str]]:
     """The rows that are made of training samples' deltas, and those that cannot be, with the reason.
 
     Args:
         subject: what is examined.
         training: the store.
+        means: as `class_means`.
         missing: as `with_neighbours`.
-        heard: of progress.
     """
     left_out = {}
     found = [row.random_training_row(), row.mean_row(mean_delta(training).to(subject.device))]
-    outputs = training.field("base_output", vectors=True)
-    classes = None if outputs is None else class_numbers(subject, outputs)
-    if classes is None:
-        classification = subject.task.kind == CLASSIFICATION
-        left_out[row.CLASS_MEAN] = (
-            "the store has no logits of one class number a sample" if classification else "the task has no classes"
-        )
-    elif classes.max() >= MOST_CLASSES:
-        left_out[row.CLASS_MEAN] = f"there are {int(classes.max()) + 1:,} classes, more than memory is spent on"
+    if isinstance(means, str):
+        left_out[row.CLASS_MEAN] = means
     else:
-        count = outputs.shape[1] if outputs.shape[1] > 1 else 2
-        means = training.means(classes, count).to(subject.device)
         found.append(row.class_mean_row(means, lambda output: class_numbers(subject, output.flatten(1))))
     kinds = {row.IN_X: (row.NEAREST, row.BLENDED), row.IN_LAYER_INPUT: (row.NEAREST_INPUT, row.BLENDED_INPUT)}
     left_out |= {name: reason for kind, reason in missing.items() for name in kinds[kind]}
     return [*found, *row.neighbour_rows(missing)], left_out
+
+
+def class_means(subject: Subject, training: StoredDeltas) -> Tensor | str:
+    """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none."""
+    if subject.task.kind != CLASSIFICATION:
+        return "the task has no classes"
+    outputs = training.field("base_output", vectors=True)
+    if outputs is None:
+        return "the store has no logits of one class number a sample"
+    count = max(2, outputs.shape[1])
+    if count > MOST_CLASSES:
+        return f"there are {count:,} classes, more than memory is spent on"
+    return training.means(class_numbers(subject, outputs), count).to(subject.device)
 
 
 def mean_delta(training: StoredDeltas) -> Tensor:
@@ -153,10 +157,8 @@ def mean_delta(training: StoredDeltas) -> Tensor:
     return training.means(torch.zeros(len(training), dtype=torch.long), 1)[0]
 
 
-def class_numbers(subject: Subject, outputs: Tensor) -> Tensor | None:
-    """The class that each output (B, C) or (B, 1) is for, (B,); None unless the task tells classes apart."""
-    if subject.task.kind != CLASSIFICATION or outputs.dim() != 2:
-        return None
+def class_numbers(subject: Subject, outputs: Tensor) -> Tensor:
+    """The class that each output (B, C) or (B, 1) is for, (B,)."""
     return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
 
 

@@ -6,6 +6,7 @@ import pytest
 from stages.evaluation.headroom import Trial, headroom
 from stages.evaluation.rows import (
     BASE,
+    BLENDED,
     ENSEMBLE,
     MEAN_DELTA,
     NEAREST,
@@ -17,7 +18,7 @@ from stages.evaluation.rows import (
     VALIDATED,
 )
 from stages.evaluation.statistics import Estimate
-from stages.evaluation.verdict import Comparison, as_json, compared_with, verdict
+from stages.evaluation.verdict import NEIGHBOURS, Comparison, as_json, compared_with, verdict
 
 WORDS = ("helps", "does not help", "harms")
 # Of the difference to a row of no width itself: 95 % lie within ± 0.01.
@@ -30,10 +31,10 @@ def estimate(value, width=0.0):
     return Estimate(value, width / 2, value + width * np.linspace(-1, 1, 4001) / 0.95)
 
 
-def said(ensemble, others, width=NARROW, metric="cross-entropy"):
+def said(ensemble, others, width=NARROW, **options):
     """The verdict on the ensemble's loss beside other rows' losses, which must hold just one of the words."""
     losses = {ENSEMBLE: estimate(ensemble, width)} | {name: estimate(value) for name, value in others.items()}
-    found = verdict(compared_with(losses), losses, metric)
+    found = verdict(compared_with(losses), losses, "cross-entropy", **options)
     held = [word for word in WORDS if word in found]
     assert len(held) == 1, found
     assert "\n" not in found
@@ -79,10 +80,19 @@ def test_it_helps():
     )
 
 
-def test_it_helps_beside_one_rival_or_none():
-    assert said(0.4, {BASE: 0.5, SHUFFLED: 0.49})[1].endswith(f"; {SHUFFLED} does less")
-    word, found = said(0.4, {BASE: 0.5})
-    assert (word, found.endswith(", and no other row has that gain")) == ("helps", True)
+@pytest.mark.parametrize("absent", [(TEMPERATURE,), (RANDOM_TRAINING,), (SHUFFLED,), (RANDOM_TRAINING, SHUFFLED)])
+def test_a_gain_over_fewer_rows_than_needed_is_in_doubt(absent):
+    word, found = said(0.4, {name: loss for name, loss in CLEAR.items() if name not in absent})
+    assert word == "does not help"
+    assert f"there is no {' and '.join(absent)} to compare with; cross-entropy 0.5000 → 0.4000" in found
+
+
+def test_without_classes_there_is_no_temperature_to_miss():
+    others = {name: loss for name, loss in CLEAR.items() if name != TEMPERATURE}
+    word, found = said(0.4, others, classes=False)
+    assert word == "helps"
+    assert found.endswith(f"; {RANDOM_TRAINING} and {SHUFFLED} do less")
+    assert said(0.4, {BASE: 0.5, SHUFFLED: 0.49}, classes=False)[0] == "does not help"
 
 
 @pytest.mark.parametrize("others", [CLEAR, {**CLEAR, TEMPERATURE: 0.3}, {BASE: 0.5}])
@@ -135,7 +145,7 @@ def test_a_rival_that_gains_nothing_is_not_said_to_have_the_gain(loss):
 
 
 @pytest.mark.parametrize(("loss", "how"), [(0.3, "is better"), (0.395, "does as well"), (0.45, "is worse")])
-@pytest.mark.parametrize("neighbour", [NEAREST, NEAREST_INPUT])
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
 @pytest.mark.parametrize("others", [CLEAR, {**CLEAR, SHUFFLED: 0.4}, {BASE: 0.4}, {BASE: 0.2}])
 def test_the_neighbour_is_named_whoever_wins(loss, how, neighbour, others):
     _, found = said(0.4, {**others, neighbour: loss})
@@ -161,12 +171,13 @@ def test_comparisons_as_json():
 
 
 def trial(layer="fc.weight", *, lr=0.1, width=NARROW, **losses):
-    """Losses of base, oracle, mean delta, nearest and nearest_input; every difference to the base is ± `width` wide."""
-    names = {"base": BASE, "oracle": ORACLE, "mean": MEAN_DELTA, "nearest": NEAREST, "nearest_input": NEAREST_INPUT}
+    """Losses of base, oracle, mean delta and neighbours; every difference to the base is ± `width` wide."""
+    names = {"base": BASE, "oracle": ORACLE, "mean": MEAN_DELTA}
+    names |= {"nearest": NEAREST, "nearest_input": NEAREST_INPUT, "blended": BLENDED}
     rows = {"base": 0.5, "oracle": 0.1, "mean": 0.49, "nearest": 0.5, **losses}
-    # The rows' doubts go against one another's, so that none cancels.
-    wide = {"oracle": 0, "nearest": 0, "nearest_input": 0, "base": width, "mean": width}
-    return Trial(layer, {"lr": lr, "steps": 3}, "mse", {names[key]: estimate(rows[key], wide[key]) for key in rows})
+    # The others have none of their own, so that no doubt cancels another.
+    losses = {names[key]: estimate(value, width if key == "base" else 0) for key, value in rows.items()}
+    return Trial(layer, {"lr": lr, "steps": 3}, "mse", losses)
 
 
 def test_gains_are_told_by_the_paired_interval():
@@ -181,6 +192,7 @@ def test_the_better_neighbour_of_a_trial():
     assert trial(nearest=0.4, nearest_input=0.3).neighbour == NEAREST_INPUT
     assert trial(nearest=0.2, nearest_input=0.3).neighbour == NEAREST
     assert trial(nearest=0.2).neighbour == NEAREST
+    assert trial(nearest=0.4, nearest_input=0.3, blended=0.2).neighbour == BLENDED
 
 
 @pytest.mark.parametrize(
@@ -188,6 +200,7 @@ def test_the_better_neighbour_of_a_trial():
     [
         ({"nearest": 0.3}, True),
         ({"nearest": 0.6, "nearest_input": 0.3}, True),
+        ({"nearest": 0.3, "mean": 0.301}, True),
         ({"nearest": 0.5}, False),
         # No better than what all samples could be given.
         ({"nearest": 0.3, "mean": 0.3}, False),

@@ -59,7 +59,9 @@ def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     }
 
 
-def verdict(comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate], metric: str) -> str:
+def verdict(
+    comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate], metric: str, *, classes: bool = True
+) -> str:
     """One sentence: OCD `helps`, `does not help` or `harms`, with the figures it is said from.
 
     It helps only if the paired interval of the loss favours the ensemble over each of base, temperature-scaled base, random
@@ -69,8 +71,11 @@ def verdict(comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estim
         comparisons: as `compared_with`.
         estimates: of the loss, by row.
         metric: what the loss is called.
+        classes: whether the task has classes; without, there is no temperature to scale by.
     """
-    base, rivals = comparisons[BASE], [name for name in RIVALS if name in comparisons]
+    needed = [name for name in RIVALS if classes or name != TEMPERATURE]
+    base, rivals = comparisons[BASE], [name for name in needed if name in comparisons]
+    absent = [name for name in needed if name not in comparisons]
     equals = [name for name in rivals if not comparisons[name].favours]
     figures = f"{metric} {estimates[BASE].value:.4f} → {estimates[ENSEMBLE].value:.4f}"
     if base.against:
@@ -83,10 +88,11 @@ def verdict(comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estim
         gains = estimates[name].value < estimates[BASE].value
         why = f"the gain is that of {name}" if gains else f"too few samples to tell it from {name}"
         said = f"OCD does not help: {why} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
+    elif absent:
+        why = f"there is no {_listed(absent)} to compare with"
+        said = f"OCD does not help beyond doubt: {why}; {figures}, {_interval(base)}"
     else:
-        said = f"OCD helps: {figures}, {_interval(base)}, and no other row has that gain"
-        if rivals:
-            said = f"OCD helps: {figures}, {_interval(base)}; {_listed(rivals)} do{'' if len(rivals) > 1 else 'es'} less"
+        said = f"OCD helps: {figures}, {_interval(base)}; {_listed(rivals)} do less"
     return said + _beside_neighbour(comparisons, estimates)
 
 
