@@ -24,7 +24,7 @@ _MARKS = {
 
 def console() -> Console:
     """Stdout; where it is no terminal, wide enough that nothing is cut."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 180
     return Console(width=width, highlight=False)
 
 

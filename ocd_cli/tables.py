@@ -88,17 +88,18 @@ def _cost(out: Console, found: dict[str, Any]) -> None:
 def show_probe(out: Console, found: dict[str, Any]) -> None:
     """What was tried, what a full run would cost, and the verdict last."""
     names = list(dict.fromkeys(row["name"] for entry in found["tried"] for row in entry["rows"]))
-    table = Table("layer", "settings", *names, "collect", "denoiser")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table("layer", "settings", *names, "collect", "writes", "denoiser")
+    for number, column in enumerate(table.columns):
+        column.justify = "left" if number < 2 else "right"
+        column.no_wrap = not 1 < number < 2 + len(names)
     for entry in found["tried"]:
         rows = {row["name"]: row["metrics"][found["metric"]]["mean"] for row in entry["rows"]}
         values = ["" if rows.get(name) is None else f"{rows[name]:.4f}" for name in names]
         settings, cost = entry["settings"], entry["cost"]
         how = f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
         training = cost["train_diffusion_seconds"]
-        collecting = f"{duration(cost['collect_seconds'])}, {bytes_text(cost['collect_bytes'])}"
-        table.add_row(entry["layer"], how, *values, collecting, "too large" if training is None else f"≤ {duration(training)}")
+        costs = duration(cost["collect_seconds"]), bytes_text(cost["collect_bytes"])
+        table.add_row(entry["layer"], how, *values, *costs, "too large" if training is None else f"≤ {duration(training)}")
     out.print(table)
     out.print(
         f"{found['metric']} of {found['samples']:,} held-out samples; neighbours among {found['searched']:,} training samples",

@@ -288,8 +288,8 @@ def test_neither_what_comes_before_the_layer_nor_the_product_is_computed_again(m
     model, x = frozen(nn.Sequential(Custom(noted, fc=nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2), nn.Tanh())), random(6, 3)
     engine, deltas = engine_of(model, "2.weight", x), deltas_of(model, "2.weight", 6)
     first = engine.first_pass(x)
-    product = engine.way._product
-    monkeypatch.setattr(engine.way, "_product", lambda *given: called.append("product") or product(*given))
+    product = engine.way._change
+    monkeypatch.setattr(engine.way, "_change", lambda *given: called.append("product") or product(*given))
     called.clear()
     at = engine.along(first, x, deltas)
     for strength in STRENGTHS:
@@ -402,3 +402,24 @@ def test_substitution_refuses_a_layer_that_is_not_called():
     way = Substitution(model, find_layer(model, "fc.weight"), forward)
     with pytest.raises(NotSubstitutable, match="not called"):
         way.along(random(4, 3), random(4, 3, 3, seed=1))(1.0)
+
+
+def test_a_linear_followed_at_once_by_what_works_in_place():
+    """As in the heads of AlexNet and VGG; the closed form must neither fail nor have its own numbers overwritten."""
+    torch.manual_seed(5)
+    model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))), random(6, 3)
+    assert engine_of(model, "0.weight", x).name == "outer product"
+    equal_along(model, "0.weight", x)
+
+
+def test_a_small_change_beside_a_large_bias_is_not_rounded_away():
+    torch.manual_seed(6)
+    model, x = frozen(nn.Sequential(nn.Linear(3, 4))).float(), random(6, 3).float()
+    with torch.no_grad():
+        model[0].bias.fill_(1e4)
+    engine = engine_of(model, "0.weight", x)
+    deltas = 1e-4 * deltas_of(model, "0.weight", 6).float()
+    change = engine.along(engine.first_pass(x), x, deltas)(1000.0) - model(x)
+    wanted = 1000 * torch.einsum("boi,bi->bo", deltas, x)
+    # The outputs themselves are rounded to 1e4 · 2^-24, about 1e-3.
+    torch.testing.assert_close(change, wanted, rtol=0, atol=3e-3)

@@ -58,7 +58,7 @@ def headroom(trials: Sequence[Trial]) -> dict[str, Any]:
     with_x = [trial for trial in trials if trial.gains_by_x]
     with_labels = [trial for trial in trials if trial.gains(ORACLE, BASE)]
     if with_x:
-        best = min(with_x, key=lambda trial: trial.value(trial.neighbour))
+        best = _gentlest(min(with_x, key=lambda trial: trial.value(trial.neighbour)), with_x)
         text = (
             f"headroom for x: on {best.layer} the delta of the {best.neighbour} takes {best.metric} from "
             f"{best.value(BASE):.4f} to {best.value(best.neighbour):.4f}, the true label's to {best.value(ORACLE):.4f}; "
@@ -75,6 +75,17 @@ def headroom(trials: Sequence[Trial]) -> dict[str, Any]:
         "what is missing is the label, and x does not tell it"
     )
     return {"verdict": text, "headroom": LABELS, "start_with": _start(best)}
+
+
+def _gentlest(best: Trial, others: Sequence[Trial]) -> Trial:
+    """Of the settings that do as well on the same layer (paired 95 % interval), those that overfit least: a strength can make
+    more of a small delta, but few samples do not show how wrong a large one may go."""
+
+    def does_as_well(trial: Trial) -> bool:
+        return trial.losses[trial.neighbour].minus(best.losses[best.neighbour])[1][0] <= 0
+
+    same = [trial for trial in others if trial.layer == best.layer and does_as_well(trial)]
+    return max(same, key=lambda trial: trial.value(ORACLE), default=best)
 
 
 def _start(trial: Trial) -> dict[str, Any]:

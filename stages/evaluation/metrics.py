@@ -18,7 +18,7 @@ from stages.trees import Tree, batch_size, take
 LOSS = "loss"
 # Half the width of a Gaussian's 95 % interval, in standard deviations.
 NORMAL_95 = 1.959964
-SMALLEST_VARIANCE = 1e-12
+SMALLEST_VARIANCE, GRID_STEPS = 1e-12, 50
 # Mutual information below this is rounding.
 ROUNDING = 1e-12
 ONE_MEMBER = "its prediction has one member"
@@ -88,9 +88,14 @@ class Gathered:
 
     def _classification(self, members: Tree, output: Tree, y: Tree) -> None:
         found = probabilities(output, y)
-        if found is None:
+        if found is None or bool(((found[1] < 0) | (found[1] >= found[0].shape[1])).any()):
             for name in ("brier_score", "calibration_error", "auroc_of_disagreement", "auroc_of_confidence"):
                 self.missing[name] = "outputs and labels are not logits and class numbers"
+            # What earlier batches gave would be of other samples than the rest.
+            for name in [name for name in self.parts if name in self.missing or name.endswith("*")]:
+                del self.parts[name]
+            return
+        if "brier_score" in self.missing:
             return
         p, labels = found
         true = F.one_hot(labels, p.shape[1]).transpose(1, 2)
@@ -193,4 +198,8 @@ class Residuals:
             total = math.exp(logarithm) + spread
             return float((total.log() + squared / total).mean())
 
-        return math.exp(minimum(loss, math.log(most) - 12, math.log(most) + 1))
+        # There may be several minima where members' variances differ much: the best of a coarse grid, then the place beside it.
+        low, high = math.log(most) - 12, math.log(max(float(squared.max()), SMALLEST_VARIANCE))
+        step = (high - low) / GRID_STEPS
+        best = min((low + step * i for i in range(GRID_STEPS + 1)), key=loss)
+        return math.exp(minimum(loss, best - step, best + step))

@@ -42,7 +42,7 @@ def nearest(
         k: how many; fewer where there are fewer candidates.
         heard: told of the candidates seen so far.
     """
-    distance = torch.empty(len(queries), 0, device=queries.device)
+    distance = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
     row = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start, block in candidates:
         numbers = torch.arange(start, start + len(block), device=queries.device)
@@ -51,13 +51,14 @@ def nearest(
         distance, picked = joined.topk(min(k, joined.shape[1]), dim=1, largest=False)
         row = torch.cat([row, numbers.expand(len(queries), -1)], dim=1).gather(1, picked)
         heard(start + len(block))
-    return Neighbours(distance.clamp_min(0).sqrt(), row)
+    return Neighbours(distance.clamp_min(0).sqrt().to(queries.dtype), row)
 
 
 def _squared(queries: Tensor, block: Tensor) -> Tensor:
-    """‖q‖² − 2 q·c + ‖c‖², both seen from the block's mean so that little is lost in the difference: (N, n)."""
-    centre = block.mean(0)
-    queries, block = queries - centre, block - centre
+    """‖q‖² − 2 q·c + ‖c‖², (N, n). In float64 and seen from the block's mean: where one feature is much wider than the others,
+    the difference would lose these."""
+    centre = block.double().mean(0)
+    queries, block = queries.double() - centre, block.double() - centre
     return queries.square().sum(1, keepdim=True) - 2 * queries @ block.T + block.square().sum(1)
 
 

@@ -57,7 +57,8 @@ class OuterProductDescent:
         self._signal = torch.empty(0)
 
     def _losses_at(self, z: Tensor) -> Tensor:
-        output = self._run.replaced(self._x, lambda _: z.reshape(-1, *self._shape), self._prefix.record)
+        # A copy: what comes after the layer may work in place.
+        output = self._run.replaced(self._x, lambda _: z.reshape(-1, *self._shape).clone(), self._prefix.record)
         return self._loss(output, self._y)
 
     def gradient(self, step: int) -> Tensor:

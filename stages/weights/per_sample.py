@@ -163,6 +163,7 @@ class Substitution:
         self._model, self._forward = model, plain(forward)
         self.module = layer.module(model)
         self._product = _substitutable(model, layer, self.module)
+        self._change = product_of(self.module, bias=False)
 
     def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
         """As the interface says.
@@ -189,12 +190,7 @@ class Substitution:
                 if not kept:
                     if input.shape[0] % len(deltas):
                         raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {len(deltas)}")
-                    own, moved = type(self.module).forward(self.module, input), self._product(input, deltas)
-                    if (bias := self.module.bias) is not None:
-                        # A convolution's channels come before its axes of space.
-                        space = 0 if isinstance(self.module, nn.Linear) else self.module.weight.dim() - 2
-                        moved = moved - bias.view(-1, *[1] * space)
-                    kept[:] = own, moved
+                    kept[:] = type(self.module).forward(self.module, input), self._change(input, deltas)
                 return kept[0] + strength * kept[1]
 
             return self.replaced(x, compute, record)

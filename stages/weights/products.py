@@ -9,13 +9,14 @@ from torch import Tensor, nn
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def product_of(module: nn.Module) -> Product | None:
-    """The product (value (G·R, …), weights (G, *weight.shape)) -> (G·R, …) that does what `module` does, or None where its
-    kind is not known."""
+def product_of(module: nn.Module, *, bias: bool = True) -> Product | None:
+    """The product (value (G·R, …), weights (G, *weight.shape)) -> (G·R, …) that does what `module` does (unless `bias`, without
+    adding it), or None where its kind is not known."""
+    added = module.bias if bias and hasattr(module, "bias") else None
     if type(module).forward is nn.Linear.forward:
-        return lambda value, weights: linear(value, weights, module.bias)
+        return lambda value, weights: linear(value, weights, added)
     if type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward):
-        return lambda value, weights: convolution(value, weights, module)
+        return lambda value, weights: convolution(value, weights, module, added)
     return None
 
 
@@ -36,13 +37,14 @@ def linear(value: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias
 
 
-def convolution(value: Tensor, weights: Tensor, module: nn.Conv1d | nn.Conv2d) -> Tensor:
+def convolution(value: Tensor, weights: Tensor, module: nn.Conv1d | nn.Conv2d, bias: Tensor | None) -> Tensor:
     """`module`'s convolution with weight g for the rows of group g, as one grouped convolution.
 
     Args:
         value: (G·R, C, *space), one or two axes of space.
         weights: (G, out, C / module.groups, *kernel).
-        module: gives bias, stride, padding, dilation and groups.
+        module: gives stride, padding, dilation and groups.
+        bias: (out,) or None.
 
     Returns:
         (G·R, out, *space').
@@ -57,7 +59,7 @@ def convolution(value: Tensor, weights: Tensor, module: nn.Conv1d | nn.Conv2d) -
     convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
     result = convolve(stacked, weights.flatten(0, 1), None, module.stride, padding, module.dilation, groups * module.groups)
     result = result.reshape(size, groups, out, *result.shape[2:]).transpose(0, 1).reshape(groups * size, out, *result.shape[2:])
-    return result if module.bias is None else result + module.bias.view(-1, *[1] * (result.dim() - 2))
+    return result if bias is None else result + bias.view(-1, *[1] * (result.dim() - 2))
 
 
 def _border(module: nn.Conv1d | nn.Conv2d) -> list[int]:
