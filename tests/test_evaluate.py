@@ -338,3 +338,24 @@ def test_no_label_reaches_a_prediction(ocd, finished):
         confidence = [entry[name]["metrics"]["calibration_error"]["mean"] for entry in (first, second)]
         assert confidence[0] != confidence[1] or name.startswith("overfitted")
         assert row["members"] == first[name]["members"]
+
+
+def test_interrupted_it_begins_again_and_keeps_its_branches(ocd, finished, monkeypatch):
+    words = ("--add", "deterministic hypernetwork")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.evaluate.compare", interrupted)
+        shown = ocd(finished, "evaluate", *words, code=4)
+    assert "evaluate was interrupted" in shown.stderr
+    assert "run the same command again" in shown.stderr
+    assert not (finished.run / "evaluate").exists()
+    branch = finished.run / "branches" / "deterministic-hypernetwork" / "train-diffusion" / "denoiser.safetensors"
+    made = branch.stat().st_mtime_ns
+    assert states(ocd, finished, 'evaluate.rows=["deterministic hypernetwork"]')["evaluate"] == "partial"
+    results = evaluated(ocd, finished, *words)
+    assert branch.stat().st_mtime_ns == made
+    assert "deterministic hypernetwork" in rows_of(results)
+    ocd(finished, "verify")

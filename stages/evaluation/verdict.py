@@ -85,7 +85,8 @@ def verdict(
     elif equals:
         # The one that comes closest to OCD's own loss explains the most of it.
         name = min(equals, key=lambda other: estimates[other].value)
-        gains = Comparison.of(estimates[name], estimates[BASE]).favours
+        does_as_well = estimates[name].value <= estimates[ENSEMBLE].value
+        gains = does_as_well or Comparison.of(estimates[name], estimates[BASE]).favours
         why = f"the gain is that of {name}" if gains else f"too few samples to tell it from {name}"
         said = f"OCD does not help: {why} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
     elif absent:
