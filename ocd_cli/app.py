@@ -267,7 +267,7 @@ def evaluate(
 def probe(
     shared: Shared,
     layer: Annotated[list[str] | None, typer.Option(help="Try this parameter only; repeatable.", metavar="NAME")] = None,
-    samples: Annotated[int, typer.Option(help="Held-out samples to look at.", min=8)] = 256,
+    samples: Annotated[int | None, typer.Option(help="Held-out samples to look at (default: 400).", min=8)] = None,
 ) -> None:
     """Before anything costly: is there something to gain? Tries layers and settings on held-out samples; needs the base."""
     from ocd_cli.tables import show_probe
@@ -276,9 +276,11 @@ def probe(
     project = shared.project()
     with ShownProgress(shared.quiet) as report:
         report.start("probe")
-        found = try_layers(project, layers=layer or (), samples=samples, report=report)
+        found = try_layers(project, layers=layer or (), samples=samples, dry_run=shared.dry_run, report=report)
     if shared.as_json:
         print_json(found)
+    elif shared.dry_run:
+        print(f"probe: {found['what']}")
     else:
         show_probe(console(), found)
 

@@ -51,17 +51,24 @@ FLOAT_BYTES = 4
 
 
 def probe(
-    project: Project, *, layers: Sequence[str] = (), samples: int = SAMPLES, report: Report | None = None
+    project: Project,
+    *,
+    layers: Sequence[str] = (),
+    samples: int | None = None,
+    dry_run: bool = False,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Try layers and settings on held-out samples; nothing is written.
 
     Args:
         project: the project; only its base has to be there.
         layers: parameter names, by default every candidate.
-        samples: held-out samples to look at.
+        samples: held-out samples to look at, by default 400.
+        dry_run: only say what would be tried.
         report: hears of its progress.
 
     Returns:
+        of a dry run {"what"}; else
         {"verdict", "headroom": "none" | "labels" | "x", "start_with": {setting: value}, "metric", "samples", "searched",
         "tried": [{"layer", "settings", "rows", "strengths", "cost"}], "left_out": [{"name", "reason"}]}.
 
@@ -71,7 +78,8 @@ def probe(
     check_run(project)
     materials = Materials(project)
     require_done(States(project, materials.hash_dataset), ("train-base",), "probing")
-    return Probe(materials, layers, samples, report or Silent()).run()
+    found = Probe(materials, layers, samples or SAMPLES, report or Silent())
+    return {"what": found.plan()} if dry_run else found.run()
 
 
 class OverfittedOnDemand:
@@ -107,6 +115,12 @@ class Probe:
         self._began = time.monotonic()
         self._in_x: Neighbours | None = None
         self._seen: dict[str, Neighbours] = {}
+
+    def plan(self) -> str:
+        """What would be tried."""
+        names = ", ".join(layer.name for layer in self._layers)
+        settings = ", ".join(map(_text, self._grid()))
+        return f"try {settings} on {names}, with {len(self._examined.order):,} held-out samples; nothing is written"
 
     def run(self) -> dict[str, Any]:
         """Settings in the order of the grid, each with every layer, until the time is over."""

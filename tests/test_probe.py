@@ -141,3 +141,10 @@ def test_its_own_settings_come_first(ocd, without):
     assert [entry["settings"]["steps"] for entry in found["tried"]] == [1, 3, 3, 3, 3]
     assert set(tables()["collect"].model_fields) >= set(found["tried"][0]["settings"])
     assert toml(found["tried"][0]["settings"]["lr"]) == "0.005"
+
+
+def test_a_dry_run_tries_nothing(ocd, without):
+    shown = ocd(without, "probe", "--dry-run", "--layer", "2.weight")
+    assert shown.stdout.startswith(
+        "probe: try adam 0.005 × 3, adam 0.0005 × 3, sgd 0.005 × 3, adam 0.002 × 3, sgd 0.05 × 3 on 2.weight"
+    )
