@@ -25,9 +25,10 @@ from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
 from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
-from stages.examination import LAYER_INPUT, make_subject
+from stages.examination import LAYER_INPUT, make_subject, probe_of
 from stages.materials import Materials
 from stages.seeds import seed_of
+from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task
 from stages.trees import to_device
@@ -135,9 +136,11 @@ class Probe:
                 continue
             try:
                 tried.append(self._try(layer, settings))
-            except OcdError as error:
+            except Exception as error:
+                # Whatever it is that cannot be done with this layer: another one may do.
                 refused.add(layer.name)
-                left_out.append({"name": layer.name, "reason": error.message.splitlines()[0]})
+                message = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
+                left_out.append({"name": layer.name, "reason": message.splitlines()[0]})
             self._report.progress(number + 1, len(combinations), "layers × settings")
         if not tried:
             raise OcdError(f"no layer can be tried: {left_out[0]['reason']}", "name another with --layer")
@@ -170,6 +173,7 @@ class Probe:
         """One layer with one recipe: every row on the held-out samples, and what a full run would cost."""
         others = {} if settings["optimizer"] == "sgd" else {"momentum": 0.0, "weight_decay": 0.0}
         subject = make_subject(self._materials, layer, **others, **settings)
+        check_condition(subject.task, subject.base, layer, probe_of(self._materials))
         subject = dataclasses.replace(
             subject, training=OverfittedOnDemand(subject, self._materials.splits["train"], self._searched)
         )

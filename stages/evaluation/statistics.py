@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-RESAMPLES_AT_ONCE = 64
+# Resamples at once, and samples times resamples.
+RESAMPLES_AT_ONCE, WEIGHTS_AT_ONCE = 64, 1 << 22
 INTERVAL = (2.5, 97.5)
 
 
@@ -124,8 +125,9 @@ def _spread(draws: np.ndarray) -> float:
 
 def resample_weights(samples: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """How often each sample counts in bootstrap resamples, some at a time: (r, N), each row with sum 1."""
-    for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        count = min(RESAMPLES_AT_ONCE, resamples - start)
+    at_once = max(1, min(RESAMPLES_AT_ONCE, WEIGHTS_AT_ONCE // samples))
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
         picked = rng.integers(0, samples, (count, samples)) + samples * np.arange(count)[:, None]
         yield np.bincount(picked.ravel(), minlength=count * samples).reshape(count, samples) / samples
 

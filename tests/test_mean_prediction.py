@@ -1,0 +1,68 @@
+"""`prediction = "mean"`: the same network without diffusion, one pass from the conditioning to the unit delta (Eq. 1)."""
+
+import json
+
+import numpy as np
+import torch
+
+from stages.diffusion.dataset import Rows
+from stages.diffusion.denoisers import MlpDenoiser, unit
+from stages.diffusion.denoising import denoising_loss, judge
+from stages.diffusion.sampler import Noise, sample
+from stages.diffusion.schedule import make_schedule
+from stages.seeds import generator
+
+SCHEDULE = make_schedule("ddpm", 6, "mean")
+
+
+def test_its_sample_is_one_pass_on_nothing():
+    seen = []
+
+    def denoise(noisy, t):
+        seen.append((noisy, t))
+        return torch.full_like(noisy, 7.0)
+
+    noise = Noise([generator("mean", i) for i in range(2)], (2, 3), torch.device("cpu"))
+    made = sample(denoise, SCHEDULE, noise, prediction="mean", sampler="ddim", sample_steps=10)
+    assert torch.equal(made, torch.full((2, 2, 3), 7.0))
+    ((noisy, t),) = seen
+    assert not noisy.any()
+    assert t.tolist() == [999, 999]
+
+
+def test_its_loss_is_regression():
+    """Whatever t and noise are drawn, the loss is that of the output on nothing against the unit delta."""
+    torch.manual_seed(0)
+    denoiser = MlpDenoiser((2, 3), {"layer_input": 3}, 16, 1, "mean")
+    torch.nn.init.normal_(denoiser.leave[-1].weight)
+    rows = Rows({"layer_input": torch.randn(5, 3)}, torch.ones(5), unit(torch.randn(5, 2, 3)))
+    last = torch.full((5,), 999)
+    wanted = (denoiser(torch.zeros(5, 2, 3), last, denoiser.encode(rows.fields)) - rows.deltas).square().mean()
+    for t, noise in ((torch.arange(5), torch.randn(5, 2, 3)), (last, torch.zeros(5, 2, 3))):
+        torch.testing.assert_close(denoising_loss(denoiser, SCHEDULE, rows, t, noise), wanted, rtol=0, atol=0)
+
+
+def test_it_learns_a_function_of_the_conditioning():
+    torch.manual_seed(1)
+    denoiser = MlpDenoiser((2, 3), {"layer_input": 2}, 32, 1, "mean")
+    fields = torch.randn(256, 2)
+    rows = Rows({"layer_input": fields}, torch.ones(256), unit(torch.einsum("bo,i->boi", fields.tanh(), torch.ones(3))))
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        denoising_loss(denoiser, SCHEDULE, rows, torch.zeros(256, dtype=torch.long), torch.zeros(256, 2, 3)).backward()
+        optimizer.step()
+    found = judge(denoiser, SCHEDULE, rows, seed=0)
+    assert found["score"] < 0.1
+    assert found["cosine"] > 0.95
+    assert found["cosine_shuffled"] < 0.5
+
+
+def test_its_members_are_one(ocd, finished):
+    mean = ("--set", "train-diffusion.prediction=mean")
+    ocd(finished, "train-diffusion", "--force", "--quiet", *mean)
+    summary = json.loads((finished.run / "train-diffusion" / "manifest.json").read_text())["summary"]
+    assert summary["prediction"] == "mean"
+    ocd(finished, "infer", "--quiet", *mean)
+    members = np.load(finished.run / "infer" / "test" / "predictions.npz")["member_output"]
+    assert np.array_equal(members[:, 0], members[:, 1])
