@@ -38,6 +38,11 @@ def test_digits_end_to_end(ocd, tmp_path):
     assert stages["collect"]["overfit_loss"] < stages["collect"]["base_loss"]
     found = dict(np.load(example.run / "infer" / "test" / "predictions.npz"))
     assert found["member_output"].shape == (600, 5, 10)
+    results = json.loads(ocd(example, "evaluate", "--json", "--quiet").stdout)
+    rows = {row["name"]: row["metrics"]["cross_entropy"] for row in results["rows"]}
+    assert rows["ocd ensemble"]["mean"] == pytest.approx(metrics["ocd ensemble"]["cross_entropy"], rel=1e-4)
+    assert rows["shuffled conditioning"]["mean"] > rows["ocd ensemble"]["mean"]
+    assert json.loads(ocd(example, "probe", "--json", "--quiet", "--layer", "fc2.weight").stdout)["headroom"] == "x"
     ocd(example, "verify")
 
 
@@ -46,6 +51,8 @@ def test_bring_your_own_goes_from_two_files_to_predictions_in_one_command(ocd, t
     fast = ("--set", "train-diffusion.max_steps=100", "--set", "train-scale.max_steps=100")
     stages = json.loads(ocd(example, "run", "--json", *fast).stdout)["stages"]
     assert stages["infer"]["inputs"] == 169
+    assert len(json.loads(ocd(example, "evaluate", "--json", "--quiet", *fast).stdout)["rows"]) == 18
+    assert ocd(example, "probe", "--layer", "head.weight").stdout
     assert np.isfinite(np.load(example.run / "infer" / "test" / "predictions.npz")["output"]).all()
 
 
@@ -64,9 +71,13 @@ def test_mnist_reads_the_real_data(ocd, tmp_path, monkeypatch):
     if not (OCD_DATA and (Path(OCD_DATA) / MNIST_FILE).is_file()) and not (cache_folder() / MNIST_FILE).is_file():
         pytest.skip("MNIST is neither in OCD_DATA nor downloaded")
     example = Example("mnist_lenet5", tmp_path)
-    few = ("--set", "collect.samples=200", "--set", "train-diffusion.max_steps=20", "--set", "train-scale.max_steps=50")
-    ocd(example, "run", "--until", "train-scale", "--set", "select-layer.draws=20", *few)
+    few = ("collect.samples=200", "train-diffusion.max_steps=20", "train-scale.max_steps=50", "select-layer.draws=20")
+    few += ("task.args.classifier_epochs=1", "evaluate.samples=40", "evaluate.validation_samples=20")
+    words = [word for setting in few for word in ("--set", setting)]
+    ocd(example, "run", "--until", "train-scale", *words)
     summary = json.loads((example.run / "collect" / "manifest.json").read_text())["summary"]
     assert summary["shape"] == [84, 120]
     base = json.loads((example.run / "train-base" / "manifest.json").read_text())["summary"]
     assert base["test"]["accuracy"] > 0.95
+    results = json.loads(ocd(example, "evaluate", "--json", "--quiet", *words).stdout)
+    assert {"classifier on I(x)", "classifier on I(x) and x"} <= {row["name"] for row in results["rows"]}

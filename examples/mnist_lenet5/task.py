@@ -42,7 +42,7 @@ class LeNet5(nn.Module):
 
 
 def trained_classifier(
-    seen: Callable[[Tensor], Tensor], train: Any, validation: Any, device: torch.device, epochs: int = 10
+    seen: Callable[[Tensor], Tensor], train: Any, validation: Any, device: torch.device, epochs: int
 ) -> Callable[[Tensor], Tensor]:
     """A perceptron with two hidden layers on what `seen` makes of x, as after the epoch of the lowest validation loss."""
 
@@ -76,9 +76,16 @@ def read_idx(name: str, header_bytes: int) -> np.ndarray:
 
 
 class Mnist(Task):
-    """60,000 training and 10,000 test pictures, from OCD_DATA/mnist or downloaded."""
+    """60,000 training and 10,000 test pictures, from OCD_DATA/mnist or downloaded.
+
+    Args:
+        classifier_epochs: of the classifiers that stand beside OCD in its evaluation.
+    """
 
     kind = CLASSIFICATION
+
+    def __init__(self, classifier_epochs: int = 10) -> None:
+        self.classifier_epochs = classifier_epochs
 
     def model(self) -> nn.Module:
         """LeNet5."""
@@ -110,7 +117,8 @@ class Mnist(Task):
             return torch.cat([seen(x), x.flatten(1)], dim=1)
 
         sources = {"classifier on I(x)": seen, "classifier on I(x) and x": both}
-        return {name: trained_classifier(source, train, validation, device) for name, source in sources.items()}
+        given = (train, validation, device, self.classifier_epochs)
+        return {name: trained_classifier(source, *given) for name, source in sources.items()}
 
     def _read(self, part: str) -> ArrayDataset:
         pictures = read_idx(f"{part}-images-idx3", 16).reshape(-1, 1, 28, 28)
