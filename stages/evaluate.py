@@ -194,6 +194,8 @@ class Evaluate(Stage):
     def _rows(self) -> tuple[list[Row], LeftOut]:
         """Every row that applies, in the table's order, and the others with the reason."""
         subject, training = self.subject, self.training
+        # First, while no deltas are kept in memory: a training needs much of it.
+        costly, without = costly_rows(self, subject, self._commands, self.report.message)
         missing = self._find_neighbours()
         rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
         more, left_out = training_rows(subject, training, self._class_means, missing)
@@ -203,7 +205,6 @@ class Evaluate(Stage):
             left_out[row.ORACLE_ALL] = whole
         else:
             rows.append(whole)
-        costly, without = costly_rows(self, subject, self._commands, self.report.message)
         rows += [*costly, *extra_rows(self, {one.name for one in rows})]
         return row.in_order(rows), left_out | without
 
