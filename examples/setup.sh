@@ -29,6 +29,7 @@ run_example() {
         esac
         shift
     done
-    ocd run "${both[@]}"
-    ocd evaluate "${both[@]}" "${own[@]}"
+    # An empty array counts as unset in older shells.
+    ocd run ${both[@]+"${both[@]}"}
+    ocd evaluate ${both[@]+"${both[@]}"} ${own[@]+"${own[@]}"}
 }

@@ -80,7 +80,7 @@ def _cost(out: Console, found: dict[str, Any]) -> None:
     out.print(
         f"ms a sample: base {found['base_ms']:.3g}, one draw {found['ocd_one_draw_ms']:.3g}, ensemble "
         f"{found['ocd_ensemble_ms']:.3g}; parameters: base {found['parameters']['base']:,}, denoiser "
-        f"{found['parameters']['denoiser']:,}; seconds: {stages}",
+        f"{found['parameters']['denoiser']:,}; seconds (of the process that finished each): {stages}",
         markup=False,
     )
 
@@ -132,7 +132,7 @@ def show_seeds(out: Console, found: dict[str, Any]) -> None:
     for row in found["rows"]:
         cells = [row["metrics"].get(name) for name in names]
         texts = ["" if cell is None else f"{cell['mean']:.4f} ± {cell['standard_deviation']:.4f}" for cell in cells]
-        table.add_row(row["name"], *texts)
+        table.add_row(row["name"].replace("[", "\\["), *texts)
     out.print(table)
     for seed, text in zip(found["seeds"], found["verdicts"], strict=True):
         out.print(f"seed {seed}: {text}", markup=False)

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stages.artifacts.files import link_or_copy, remove
-from stages.artifacts.pipeline import STAGES, identity_settings
+from stages.artifacts.pipeline import STAGES, extent_settings, identity_settings
 from stages.artifacts.project import Project, check_settings
 from stages.artifacts.run_directory import MANIFEST, folder_of, prepare_run
 from stages.artifacts.states import DONE, MISSING, PARTIAL, States
+from stages.materials import Materials
 from stages.outcome import Outcome
 
 BRANCHES = "branches"
@@ -25,24 +26,14 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
         table: {key: value for key, value in entries.items() if value is not None}
         for table, entries in project.settings.model_dump(by_alias=True).items()
     }
-    _take_over(raw, project)
+    if (layer := folder_of(project, "select-layer").manifest()) is not None:
+        # A flag of an earlier command may have decided it, and later ones need not repeat it.
+        raw["select-layer"]["layer"] = layer["identity"]["settings"]["select-layer.layer"]
     for key, value in values.items():
         table, _, setting = key.partition(".")
         raw[table][setting] = value
     settings = check_settings(raw, f"branch {name} of {project.config_path}")
     return Project(settings, project.config_path, project.run_path / BRANCHES / name, project.overrides)
-
-
-def _take_over(raw: dict[str, dict[str, Any]], project: Project) -> None:
-    """What flags of earlier commands have decided, and later ones need not repeat: the layer, and weights to import."""
-    for name, table, key in (("select-layer", "select-layer", "layer"), ("train-base", "task", "weights")):
-        manifest = folder_of(project, name).manifest()
-        if manifest is None:
-            continue
-        if key == "layer":
-            raw[table][key] = manifest["identity"]["settings"]["select-layer.layer"]
-        elif key in manifest["sources"]:
-            raw[table][key] = manifest["sources"][key]["path"]
 
 
 def bring_up(project: Project, branch: Project, names: Iterable[str], commands: Mapping[str, Command]) -> None:
@@ -59,14 +50,29 @@ def bring_up(project: Project, branch: Project, names: Iterable[str], commands: 
     """
     prepare_run(branch)
     for name in names:
-        if States(branch).of(name).state == DONE:
-            continue
-        if _is_shared(project, branch, name):
+        if _to_link(project, branch, name):
             _link(project, branch, name)
-        state = States(branch).of(name).state
+        state = _state(branch, name)
         if state != DONE:
             # What was linked may only be the beginning: a longer training goes on from it.
             commands[name](branch, state not in (MISSING, PARTIAL))
+
+
+def _state(branch: Project, name: str) -> str:
+    """A stage's state in the branch, by the data as they are now."""
+    return States(branch, Materials(branch).hash_dataset).of(name).state
+
+
+def _to_link(project: Project, branch: Project, name: str) -> bool:
+    """Whether the branch is to take the project's own result: it would be the same, and the branch has not got it (or what goes
+    on from it)."""
+    if not _is_shared(project, branch, name):
+        return False
+    if _state(branch, name) != DONE:
+        return True
+    as_far = extent_settings(branch, STAGES[name]) == extent_settings(project, STAGES[name])
+    mine, its = folder_of(branch, name).manifest(), folder_of(project, name).manifest()
+    return as_far and mine["content"] != its["content"]
 
 
 def _is_shared(project: Project, branch: Project, name: str) -> bool:

@@ -15,29 +15,40 @@ from stages.trees import batch_size, to_device
 TIMED_SAMPLES = 64
 
 
-def cost(materials: Materials, members: int) -> dict[str, Any]:
+def cost(materials: Materials, members: int, samples: int) -> dict[str, Any]:
     """Parameters, milliseconds a sample of the base, one draw and an ensemble, and the seconds each stage took.
 
     Args:
         materials: of a finished run.
         members: of the ensemble.
+        samples: to measure with, at most 64.
     """
     personalised = load_personalised(materials, strength=1.0)[0]
-    x = materials.test_split.inputs(range(min(TIMED_SAMPLES, len(materials.test_split))))
+    x = materials.test_split.inputs(range(min(TIMED_SAMPLES, samples, len(materials.test_split))))
     on_device, count = to_device(x, materials.device), batch_size(x)
 
     def base() -> None:
         with torch.no_grad():
             materials.forward(materials.base, on_device)
 
+    def milliseconds(call: Callable[[], Any]) -> float:
+        """A sample's part of the faster of two runs."""
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            call()
+            materials.wait()
+            times.append(time.perf_counter() - start)
+        return 1e3 * min(times) / count
+
     parameters = {"base": sum(p.numel() for p in materials.base.parameters())}
     for stage, name in (("train-diffusion", "denoiser"), ("train-scale", "scale")):
         parameters[name] = materials.manifest_of(stage)["summary"].get("parameters")
     return {
         "parameters": parameters,
-        "base_ms": 1e3 * _seconds(base) / count,
-        "ocd_one_draw_ms": 1e3 * _seconds(lambda: personalised.predict(x, 1)) / count,
-        "ocd_ensemble_ms": 1e3 * _seconds(lambda: personalised.predict(x, members)) / count,
+        "base_ms": milliseconds(base),
+        "ocd_one_draw_ms": milliseconds(lambda: personalised.predict(x, 1)),
+        "ocd_ensemble_ms": milliseconds(lambda: personalised.predict(x, members)),
         "stage_seconds": {name: _duration(materials, name) for name in ORDER[: ORDER.index("train-scale") + 1]},
     }
 
@@ -46,13 +57,3 @@ def _duration(materials: Materials, stage: str) -> float:
     """From beginning to end of the process that finished a stage, in seconds."""
     made = materials.manifest_of(stage)["made"]
     return (datetime.fromisoformat(made["ended"]) - datetime.fromisoformat(made["started"])).total_seconds()
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """The faster of two runs."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)

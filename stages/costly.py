@@ -6,8 +6,10 @@ from typing import Any
 
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.project import Project
+from stages.artifacts.run_directory import folder_of
 from stages.artifacts.tensors import load_model
 from stages.branches import Command, branch_of, bring_up
+from stages.errors import ComputeError, SettingsError, TaskError
 from stages.evaluation import rows as row
 from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
 from stages.evaluation.subject import Batch, Subject
@@ -37,18 +39,25 @@ def costly_rows(
         tell: hears of each branch that is begun.
 
     Raises:
-        OcdError: a stage of a branch fails; it goes on where it was when asked for again.
+        ArtifactError, TryAgainError: a stage of a branch fails; it goes on where it was when asked for again.
     """
     makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.WITH_X: _with_x, row.LONGER: _longer}
     asked, found, left_out = materials.project.settings.evaluate.rows, [], {}
     for name, make in makers.items():
-        made = make(materials, subject, commands, tell) if name in asked else "not asked for: it takes a training"
+        made = _made(make, materials, subject, commands, tell) if name in asked else ""
         if isinstance(made, str):
-            hint = "" if name in asked else f"; ask with --add '{name}'"
-            left_out[name] = made + hint
+            left_out[name] = made or f"not asked for: it takes a training; ask with --add '{name}'"
         else:
             found.append(made)
     return found, left_out
+
+
+def _made(make: Callable[..., Row | str], *given: Any) -> Row | str:
+    """A costly row, or why it cannot be: that another layer or network will not do is no fault of the run."""
+    try:
+        return make(*given)
+    except (SettingsError, TaskError, ComputeError) as error:
+        return error.message.splitlines()[0]
 
 
 def _branch(
@@ -146,8 +155,11 @@ def seed_branches(
     project: Project, commands: Mapping[str, Command], tell: Callable[[str], None]
 ) -> Iterable[tuple[int, Project]]:
     """Whole trainings with the seeds after the run's own, each evaluated: seed and branch."""
+    base = folder_of(project, "train-base")
+    imported = "weights" in base.manifest()["sources"] and project.settings.task.weights is None
+    weights = {"task.weights": str(base.path / BASE_FILE)} if imported else {}
     for seed in range(project.seed + 1, project.seed + project.settings.evaluate.seeds):
-        values = {"run.seed": seed, "evaluate.seeds": 1, "evaluate.rows": []}
+        values = {"run.seed": seed, "evaluate.seeds": 1, "evaluate.rows": [], **weights}
         branch = branch_of(project, f"seed-{seed}", values)
         tell(f"seed {seed}: all stages, in {branch.run_path}")
         bring_up(project, branch, ORDER[: ORDER.index("evaluate") + 1], commands)

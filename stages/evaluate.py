@@ -27,12 +27,13 @@ from stages.evaluation.comparison import (
     fit_strengths,
     fit_temperature,
     fit_variances,
+    scaled,
     seeded_order,
 )
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
-from stages.evaluation.subject import Examined, Subject
+from stages.evaluation.subject import Batch, Examined, Subject
 from stages.evaluation.verdict import as_json, compared_with, verdict
 from stages.examination import (
     LARGEST,
@@ -53,6 +54,7 @@ from stages.seeds import seed_of
 from stages.stage import Stage
 from stages.tasks.loader import check_task
 from stages.tasks.losses import CLASSIFICATION
+from stages.tasks.scoring import finite
 from stages.training_deltas import StoredDeltas
 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"
@@ -138,7 +140,7 @@ class Evaluate(Stage):
             "comparisons": as_json(comparisons),
             **self._facts(temperature),
             "memorisation": self._memorisation(),
-            "cost": cost(self, self.subject.ensemble),
+            "cost": cost(self, self.subject.ensemble, self._size),
         }
         if others:
             results["seeds"] = over_seeds({self.seed: results, **others})
@@ -149,8 +151,8 @@ class Evaluate(Stage):
         write_json(wip / RESULTS_FILE, {"stage": self.name, **results})
         ours = fitted.get(row.VALIDATED)
         strength = {
-            "strength": ours.strength if ours else 1.0,
-            "losses": {str(key): value for key, value in ours.losses.items()} if ours else {},
+            "strength": ours.strength if ours else None,
+            "losses": {str(key): finite(value) for key, value in ours.losses.items()} if ours else {},
             "ensemble": self.subject.ensemble,
             "samples": len(self._validation.order) if self._validation else 0,
         }
@@ -172,7 +174,7 @@ class Evaluate(Stage):
 
     @cached_property
     def _class_means(self) -> Tensor | str:
-        return class_means(self.subject, self.training)
+        return class_means(self.subject, self.training, Batch(self.subject, self._test, self._test.order[:2]))
 
     @cached_property
     def _size(self) -> int:
@@ -211,7 +213,7 @@ class Evaluate(Stage):
     def _find_neighbours(self) -> dict[str, str]:
         """Nearest training samples of test and validation samples; what they cannot be found in, with the reason."""
         known = self.training.field("layer_input")
-        given = (self.splits["all"], self.training.sample_index, known, self.settings.neighbours)
+        given = (self.splits["all"], self.training.sample_index, known, self.settings.neighbours, self._size)
         missing: dict[str, str] = {}
         for examined in filter(None, (self._test, self._validation)):
             missing |= with_neighbours(self.subject, examined, *given, self._heard("neighbours", len(self.training)))
@@ -233,8 +235,12 @@ class Evaluate(Stage):
         fitted = fit_strengths(self.subject, validation, wanting, strengths, size, heard)
         if not classification:
             return fitted, None
-        temperature = fit_temperature(self.subject, validation, size)
-        rows[:] = row.in_order([*rows, row.temperature_row(temperature)])
+        if (found := fit_temperature(self.subject, validation, size)) is None:
+            left_out[row.TEMPERATURE] = "outputs and labels are not logits and class numbers"
+            return fitted, None
+        temperature, normalised = found
+        one = row.temperature_row(lambda output: scaled(output, temperature, normalised=normalised))
+        rows[:] = row.in_order([*rows, one])
         return fitted, temperature
 
     def _strengths(self, rows: list[Row], fitted: Mapping[str, Fitted]) -> dict[str, float]:
@@ -283,13 +289,14 @@ class Evaluate(Stage):
             self.settings.memorisation_samples,
             mean_delta(self.training),
             None if isinstance(self._class_means, str) else self._class_means,
-            lambda output: class_numbers(self.subject, output.flatten(1)),
+            class_numbers,
             self.training.nearest_cosines,
         )
 
 
 def _save_samples(path: Path, numbers: Tensor, compared: Compared) -> None:
-    """Each row's loss on each test sample, for plots and tests of one's own."""
-    arrays = {name: gathered.values("loss") for name, gathered in compared.gathered.items()}
+    """Each row's loss on each test sample, (rows, N), for plots and tests of one's own."""
+    names = list(compared.gathered)
+    losses = np.stack([gathered.values("loss") for gathered in compared.gathered.values()])
     with path.open("wb") as stream:
-        np.savez(stream, sample_index=numbers.numpy(), **arrays)
+        np.savez(stream, sample_index=numbers.numpy(), row=np.array(names), loss=losses)

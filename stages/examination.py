@@ -1,5 +1,6 @@
 """From a run's materials to what rows are compared on: the subject, the samples, the neighbours, the rows themselves."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from stages.collector import Collector, make_engine
 from stages.diffusion.dataset import usable_split
 from stages.errors import TaskError
 from stages.evaluation import rows as row
+from stages.evaluation.metrics import probabilities
 from stages.evaluation.neighbours import flat_inputs, input_blocks, nearest
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
@@ -31,7 +33,9 @@ PROBE = 4
 BATCH_BYTES = 192 << 20
 FEWEST, LARGEST = 4, 256
 MEMORY_SHARE = 0.25
-MOST_CLASSES = 1000
+QUERY_NUMBERS = 1 << 27
+# Numbers that the classes' mean deltas may have, in float64.
+MOST_CLASSES, MOST_CLASS_NUMBERS = 1000, 1 << 27
 LAYER_INPUT = "layer_input"
 Heard = Callable[[int], None]
 
@@ -52,8 +56,9 @@ def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject
     few = list(range(min(PROBE, len(rows))))
     collector(rows).confirm(few, rows.batch(few))
 
-    def overfit(split: Split, positions: Tensor, given: tuple[Tree, Tree]) -> Tensor:
-        return collector(split).overfit_batch(positions, given, check=False)["delta"]
+    def overfit(split: Split, positions: Tensor, given: tuple[Tree, Tree]) -> tuple[Tensor, Tensor]:
+        found = collector(split).overfit_batch(positions, given, check=False)
+        return found["delta"], found["degenerate"]
 
     return Subject(task, base, layer, engine, overfit, materials.device, materials.seed)
 
@@ -61,7 +66,7 @@ def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject
 def with_denoiser(subject: Subject, materials: Materials, training: StoredDeltas | None, members: int) -> Subject:
     """The same model with the denoiser and the scale network of a finished run."""
     generate = load_generator(materials, strength=1.0)
-    return Subject(**{**vars(subject), "generate": generate, "ensemble": members, "training": training})
+    return dataclasses.replace(subject, generate=generate, ensemble=members, training=training)
 
 
 def samples_at_once(materials: Materials, subject: Subject) -> int:
@@ -83,7 +88,14 @@ def probe_of(materials: Materials) -> Tree:
 
 
 def with_neighbours(
-    subject: Subject, examined: Examined, split: Split, numbers: Tensor, known: Tensor | None, k: int, heard: Heard
+    subject: Subject,
+    examined: Examined,
+    split: Split,
+    numbers: Tensor,
+    known: Tensor | None,
+    k: int,
+    size: int,
+    heard: Heard,
 ) -> dict[str, str]:
     """Find the nearest training samples of the examined samples, in x and in what the layer sees.
 
@@ -94,6 +106,7 @@ def with_neighbours(
         numbers: those that have a delta, (N,); neighbours are counted in this order.
         known: what the layer sees of each of them, (N, d), or None.
         k: how many.
+        size: samples at once.
         heard: of progress.
 
     Returns:
@@ -101,20 +114,34 @@ def with_neighbours(
     """
     missing = {}
     asked = examined.order.sort().values
-    queries = flat_inputs(examined.split.inputs(asked))
-    if queries is None:
+    count, own = len(examined.split), own_rows(examined.split, split, asked, numbers)
+    few = flat_inputs(examined.split.inputs(asked[:1]))
+    if few is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
-        blocks = input_blocks(split, numbers, subject.device)
-        examined.neighbours[row.IN_X] = nearest(queries.to(subject.device), blocks, k, heard).spread(asked, len(examined.split))
+        parts = []
+        # Of large inputs only as many as memory holds are compared with all training samples at a time.
+        for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // few.shape[1])):
+            queries = flat_inputs(examined.split.inputs(asked[part])).to(subject.device)
+            blocks = input_blocks(split, numbers, subject.device)
+            parts.append(nearest(queries, blocks, k, heard, None if own is None else own[part]).spread(asked[part], count))
+        examined.neighbours[row.IN_X] = parts[0].joined(parts[1:])
     if known is None:
         missing[row.IN_LAYER_INPUT] = "the store has no field layer_input"
         return missing
-    parts = [Batch(subject, examined, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(LARGEST)]
+    parts = [Batch(subject, examined, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
-    found = nearest(torch.cat(parts), candidates, k)
-    examined.neighbours[row.IN_LAYER_INPUT] = found.spread(asked, len(examined.split))
+    examined.neighbours[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
     return missing
+
+
+def own_rows(examined: Split, training: Split, positions: Tensor, numbers: Tensor) -> Tensor | None:
+    """The place among `numbers` of each examined sample that is a training sample itself, −1 for the others, (N,); None where
+    the samples are of another data set."""
+    if examined.dataset is not training.dataset:
+        return None
+    places = {number: place for place, number in enumerate(numbers.tolist())}
+    return torch.tensor([places.get(number, -1) for number in examined.rows[positions].tolist()])
 
 
 def training_rows(
@@ -133,33 +160,45 @@ def training_rows(
     if isinstance(means, str):
         left_out[row.CLASS_MEAN] = means
     else:
-        found.append(row.class_mean_row(means, lambda output: class_numbers(subject, output.flatten(1))))
+        found.append(row.class_mean_row(means, class_numbers))
     kinds = {row.IN_X: (row.NEAREST, row.BLENDED), row.IN_LAYER_INPUT: (row.NEAREST_INPUT, row.BLENDED_INPUT)}
     left_out |= {name: reason for kind, reason in missing.items() for name in kinds[kind]}
     return [*found, *row.neighbour_rows(missing)], left_out
 
 
-def class_means(subject: Subject, training: StoredDeltas) -> Tensor | str:
-    """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none."""
+def class_means(subject: Subject, training: StoredDeltas, example: Batch) -> Tensor | str:
+    """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none.
+
+    Args:
+        subject: what is examined.
+        training: the store.
+        example: some samples with labels.
+    """
     if subject.task.kind != CLASSIFICATION:
         return "the task has no classes"
-    outputs = training.field("base_output", vectors=True)
-    if outputs is None:
+    outputs, output = training.field("base_output", vectors=True), example.first.output
+    found = probabilities(output, example.y)
+    if outputs is None or found is None or found[1].shape[1] > 1 or outputs.shape[1] != output[0].numel():
         return "the store has no logits of one class number a sample"
     count = max(2, outputs.shape[1])
-    if count > MOST_CLASSES:
-        return f"there are {count:,} classes, more than memory is spent on"
-    return training.means(class_numbers(subject, outputs), count).to(subject.device)
+    if count > MOST_CLASSES or count * subject.layer.numel > MOST_CLASS_NUMBERS:
+        return f"the mean deltas of {count:,} classes take more memory than is spent on them"
+    return training.means(_class_numbers(outputs), count).to(subject.device)
+
+
+def class_numbers(batch: Batch) -> Tensor:
+    """The class that the base takes each sample for, (B,), found as for the training samples: from the conditioning."""
+    return _class_numbers(batch.fields["base_output"].flatten(1))
+
+
+def _class_numbers(outputs: Tensor) -> Tensor:
+    """(B, C) or (B, 1) to (B,)."""
+    return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
 
 
 def mean_delta(training: StoredDeltas) -> Tensor:
     """The mean of the usable training deltas, (out, in)."""
     return training.means(torch.zeros(len(training), dtype=torch.long), 1)[0]
-
-
-def class_numbers(subject: Subject, outputs: Tensor) -> Tensor:
-    """The class that each output (B, C) or (B, 1) is for, (B,)."""
-    return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
 
 
 def unseen(materials: Materials, training: StoredDeltas) -> Tensor:
@@ -191,7 +230,9 @@ def extra_rows(materials: Materials, taken: set[str]) -> list[Row]:
     splits = (materials.splits["train"], materials.splits["validation"])
     with user_code("extra_rows()"), global_seed(materials.seed, "evaluate", "extra_rows"):
         found = materials.task.extra_rows(materials.base, *splits, seed=materials.seed, device=materials.device)
-    if clash := sorted(taken & found.keys()):
+    if not isinstance(found, dict) or not all(callable(predict) for predict in found.values()):
+        raise TaskError("extra_rows() gave no dict of functions", 'return {"a name": lambda x: outputs}, or {} for no rows')
+    if clash := sorted((taken | set(row.TABLE)) & found.keys()):
         raise TaskError(f"extra_rows() gave a row named {clash[0]!r}, which ocd has itself", "give it another name")
     return [row.OutputRow(name, _guarded(name, predict)) for name, predict in found.items()]
 

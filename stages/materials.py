@@ -48,6 +48,11 @@ class Materials:
         """
         return resolve_device(self.project.settings.run.device)
 
+    def wait(self) -> None:
+        """Until the device has done what it was told to: before a clock is looked at."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @cached_property
     def task(self) -> Task:
         """The user's task."""

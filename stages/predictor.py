@@ -58,8 +58,15 @@ def strength_of(materials: Materials) -> float:
     Raises:
         ArtifactError: nothing has been fitted.
     """
-    strength = materials.project.settings.infer.strength
-    return read_json(materials.file_of("evaluate", STRENGTH_FILE))["strength"] if strength == AUTO else strength
+    if (strength := materials.project.settings.infer.strength) != AUTO:
+        return strength
+    found = read_json(materials.file_of("evaluate", STRENGTH_FILE))["strength"]
+    if found is None:
+        raise ArtifactError(
+            "infer.strength = 'auto': evaluate had too few validation samples to fit a strength on",
+            "name one with --strength NUMBER, or give more validation samples",
+        )
+    return found
 
 
 def load_generator(materials: Materials, strength: float | None = None) -> DeltaGenerator:

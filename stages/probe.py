@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from stages.artifacts.project import Project
 from stages.artifacts.run_directory import check_run
 from stages.artifacts.states import States, require_done
 from stages.diffusion.denoisers import make_denoiser, resolve_width
-from stages.errors import OcdError
+from stages.errors import DataError, OcdError
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.headroom import Trial, headroom
@@ -41,7 +41,7 @@ GRID: tuple[dict[str, Any], ...] = (
     {"optimizer": "adam", "lr": 2e-3, "steps": 3},
     {"optimizer": "sgd", "lr": 5e-2, "steps": 3},
 )
-SAMPLES, BUDGET_S = 400, 60.0
+SAMPLES, FEWEST, BUDGET_S = 400, 8, 60.0
 # Training samples that neighbours are looked for among: as many as the base sees in so many seconds.
 SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 20_000, 256
 NEIGHBOURS, STRENGTHS = 5, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -99,7 +99,8 @@ class OverfittedOnDemand:
     def take(self, rows: Tensor) -> Tensor:
         """Deltas of some rows, (n,) to (n, out, in)."""
         positions = self._positions[rows.cpu()]
-        return self._subject.overfit(self._split, positions, self._split.batch(positions))
+        deltas, degenerate = self._subject.overfit(self._split, positions, self._split.batch(positions))
+        return deltas * ~degenerate.view(-1, 1, 1)
 
 
 class Probe:
@@ -109,8 +110,13 @@ class Probe:
         self._materials, self._report = materials, report
         base = materials.base
         self._layers = [find_layer(base, name) for name in layers] or candidates(base)
-        check_task(materials.task, base, materials.splits["validation"])
         validation = materials.splits["validation"]
+        check_task(materials.task, base, validation)
+        if len(validation) < FEWEST:
+            raise DataError(
+                f"there are {len(validation)} validation samples, too few to tell anything from: {FEWEST} are needed at least",
+                "give more, or hold a larger part of train out with task.validation_fraction",
+            )
         self._examined = Examined(validation, seeded_order(len(validation), materials.seed, "probe", samples))
         self._searched = self._rows_to_search()
         self._began = time.monotonic()
@@ -136,8 +142,8 @@ class Probe:
                 continue
             try:
                 tried.append(self._try(layer, settings))
-            except Exception as error:
-                # Whatever it is that cannot be done with this layer: another one may do.
+            except (OcdError, RuntimeError) as error:
+                # Whatever it is that torch or this layer cannot do: another one may do.
                 refused.add(layer.name)
                 message = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
                 left_out.append({"name": layer.name, "reason": message.splitlines()[0]})
@@ -165,6 +171,7 @@ class Probe:
         start = time.perf_counter()
         with torch.no_grad():
             materials.forward(materials.base, to_device(few, materials.device))
+        materials.wait()
         each = (time.perf_counter() - start) / min(32, len(train))
         count = max(FEWEST_SEARCHED, min(MOST_SEARCHED, int(SEARCH_S / max(each, 1e-9))))
         return seeded_order(len(train), materials.seed, "probe searched", count)
@@ -205,22 +212,35 @@ class Probe:
         name = subject.layer.name
         if name not in self._seen:
             queries = self._layer_inputs(subject, examined.split, order)
-            found = nearest(queries, [(0, self._layer_inputs(subject, train, searched))], NEIGHBOURS)
+            found = nearest(torch.cat(list(queries)), self._numbered(subject, train, searched), NEIGHBOURS)
             self._seen[name] = found.spread(order, count)
         return {row.IN_LAYER_INPUT: self._seen[name]} | ({} if self._in_x is None else {row.IN_X: self._in_x})
 
-    def _layer_inputs(self, subject: Subject, split: Split, positions: Tensor) -> Tensor:
-        with torch.no_grad():
-            parts = [Batch(subject, Examined(split, positions), part) for part in positions.split(LARGEST_BATCH)]
-            return torch.cat([subject.engine.first_pass(part.x).captured[LAYER_INPUT].float().flatten(1) for part in parts])
+    @torch.no_grad()
+    def _layer_inputs(self, subject: Subject, split: Split, positions: Tensor) -> Iterator[Tensor]:
+        """What the layer sees of some samples, part by part, (n, d); as the store would have it."""
+        for part in positions.split(LARGEST_BATCH):
+            batch = Batch(subject, Examined(split, positions), part)
+            fields = batch.fields
+            seen = fields.get(LAYER_INPUT)
+            yield (subject.engine.first_pass(batch.x).captured[LAYER_INPUT].float() if seen is None else seen).flatten(1)
+
+    def _numbered(self, subject: Subject, split: Split, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
+        start = 0
+        for part in self._layer_inputs(subject, split, positions):
+            yield start, part
+            start += len(part)
 
     def _mean_delta(self, subject: Subject, size: int) -> Tensor:
         """Of as many training samples as there are held-out ones, (out, in)."""
         train, positions = self._materials.splits["train"], self._searched[: len(self._examined.order)]
-        total = torch.zeros(subject.layer.matrix_shape, device=subject.device)
+        total, count = torch.zeros(subject.layer.matrix_shape, device=subject.device), 0
         for part in positions.split(size):
-            total += subject.overfit(train, part, train.batch(part)).sum(0)
-        return total / len(positions)
+            deltas, degenerate = subject.overfit(train, part, train.batch(part))
+            self._materials.wait()
+            total += deltas[~degenerate].sum(0)
+            count += int((~degenerate).sum())
+        return total / max(1, count)
 
     def _rows(self, mean: Tensor, examined: Examined) -> list[Row]:
         missing = {kind: "" for kind in (row.IN_X, row.IN_LAYER_INPUT) if kind not in examined.neighbours}
@@ -265,6 +285,7 @@ class Probe:
         for _ in range(2):
             start = time.perf_counter()
             denoiser(noisy, t, denoiser.encode(given)).square().mean().backward()
+            self._materials.wait()
         return time.perf_counter() - start
 
 

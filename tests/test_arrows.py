@@ -33,7 +33,7 @@ ALLOWED = {
     "materials": {"artifacts", "tasks", "weights"},
     "collector": {"artifacts", "tasks", "weights"},
     "outcome": set(),
-    "branches": {"artifacts", "outcome"},
+    "branches": {"artifacts", "materials", "outcome"},
     "training_deltas": {"artifacts"},
     "hooks": {"artifacts", "materials", "outcome"},
     "stage": {"artifacts", "hooks", "materials", "outcome"},

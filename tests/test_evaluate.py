@@ -157,10 +157,21 @@ def test_infer_at_a_strength_nobody_fitted(ocd, finished):
     assert "'auto'" in shown.stderr
 
 
-def test_run_evaluates_where_predictions_need_it(ocd, finished):
-    ocd(finished, "run", "--quiet", "--set", "infer.strength=auto", "--set", "evaluate.validation_samples=4", code=0)
-    assert states(ocd, finished)["evaluate"] == "stale"
-    assert (finished.run / "evaluate" / "results.json").exists()
+def test_run_evaluates_where_predictions_need_it(ocd, project):
+    auto = ("--set", "infer.strength=auto")
+    folder = project(rows=120)
+    stages = json.loads(ocd(folder, "run", "--json", "--quiet", *auto).stdout)["stages"]
+    assert list(stages)[-2:] == ["evaluate", "infer"]
+    assert stages["infer"]["strength"] == rows_of(stages["evaluate"])["ocd validated strength"]["strength"]
+    assert set(states(ocd, folder, auto[1]).values()) == {"done"}
+
+
+def test_no_strength_where_nothing_could_be_fitted(ocd, finished):
+    ocd(finished, "evaluate", "--quiet")
+    fitted = json.loads((finished.run / "evaluate" / "strength.json").read_text())
+    assert fitted["strength"] is None
+    shown = ocd(finished, "infer", "--strength", "auto", code=3)
+    assert "evaluate had too few validation samples to fit a strength on" in shown.stderr
 
 
 def test_an_evaluation_is_redone_when_asked_otherwise(ocd, finished):

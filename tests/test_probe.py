@@ -126,7 +126,7 @@ def test_layers_of_every_kind_and_inputs_without_a_distance(ocd, project):
     folder = project(model=MODEL)
     draw = np.random.default_rng(0)
     for name in ("train", "test"):
-        folder.save(f"{name}.npz", draw.integers(0, 20, (60, 7)), draw.integers(0, 3, 60))
+        folder.save(f"{name}.npz", draw.integers(0, 20, (120, 7)), draw.integers(0, 3, 120))
     ocd(folder, "train-base", "--quiet")
     found = probed(ocd, folder, "--samples", 12)
     assert {entry["layer"] for entry in found["tried"]} >= {"words.weight", "body.weight_ih_l0", "head.weight"}

@@ -10,6 +10,8 @@ from stages.config import EXTENT, IDENTITY, Table
 # `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that
 # `ocd select-layer --layer fc1.weight` followed by a plain `ocd collect` is no contradiction.
 AUTO = "auto"
+# Of these, what was made holds what is asked for where it was asked for more.
+MORE_IS_FINE = ("evaluate.rows", "evaluate.seeds")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,12 @@ def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any
         key: known.get(key, value) if value == AUTO or (known.get(key) == AUTO and chosen.get(key) == value) else value
         for key, value in found.items()
         if not known or key in known or key not in defaults or value != defaults[key]
-    }
+    } | {key: known[key] for key in MORE_IS_FINE if key in known and key in found and _covers(known[key], found[key])}
+
+
+def _covers(made: Any, wanted: Any) -> bool:
+    """Whether what was made is as much as what is wanted, or more."""
+    return set(made) >= set(wanted) if isinstance(made, list) else made >= wanted
 
 
 def _defaults(name: str, table: Table) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Comparing rows: strengths fitted on validation samples, then every row's metrics on the test samples."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stages.evaluation.metrics import LOSS, Gathered, Residuals
+from stages.evaluation.metrics import LOSS, Gathered, Residuals, probabilities
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import minimum
 from stages.evaluation.subject import Batch, Examined, Subject
@@ -73,22 +75,36 @@ def fit_strengths(
     return found
 
 
+def scaled(output: Tensor, temperature: float, *, normalised: bool) -> Tensor:
+    """Logits divided by a temperature; log-probabilities (B, C, …), where `normalised`, stay such."""
+    return F.log_softmax(output / temperature, dim=1) if normalised else output / temperature
+
+
 @torch.no_grad()
-def fit_temperature(subject: Subject, examined: Examined, size: int) -> float:
-    """The T that the base's logits are divided by for the lowest mean loss on validation samples (Guo et al., 2017, 4.2)."""
+def fit_temperature(subject: Subject, examined: Examined, size: int) -> tuple[float, bool] | None:
+    """The T that the base's logits are divided by for the lowest mean loss on validation samples (Guo et al., 2017, 4.2).
+
+    Returns:
+        T, and whether the outputs are log-probabilities, which a shift of all classes makes something else; None where outputs
+        and labels are neither logits nor such.
+    """
     outputs, labels = [], []
     for positions in examined.parts(size):
         batch = Batch(subject, examined, positions)
         outputs.append(batch.first.output)
         labels.append(batch.y)
     output, y = (tree_map(lambda *parts: torch.cat(parts), *trees) for trees in (outputs, labels))
+    if probabilities(output, y) is None:
+        return None
+    own, shifted = (losses(subject.task, values, y).double() for values in (output, output + 1))
+    several = output.dim() > 1 and output.shape[1] > 1 and output.numel() > y.numel()
+    normalised = several and not torch.allclose(own, shifted, rtol=1e-3, atol=1e-3)
 
     def loss(logarithm: float) -> float:
-        factor = torch.tensor(logarithm).exp().item()
-        return float(losses(subject.task, tree_map(lambda leaf: leaf / factor, output), y).double().mean())
+        values = losses(subject.task, scaled(output, math.exp(logarithm), normalised=normalised), y)
+        return float(values.double().mean())
 
-    low, high = (float(torch.tensor(bound).log()) for bound in (COLDEST, HOTTEST))
-    return float(torch.tensor(minimum(loss, low, high)).exp())
+    return math.exp(minimum(loss, math.log(COLDEST), math.log(HOTTEST))), normalised
 
 
 @torch.no_grad()

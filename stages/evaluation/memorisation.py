@@ -27,7 +27,7 @@ def memorisation(
     count: int,
     mean: Tensor,
     class_means: Tensor | None,
-    classes: Callable[[Tensor], Tensor],
+    classes: Callable[[Batch], Tensor],
     nearest_cosine: NearestCosine,
 ) -> dict[str, Any]:
     """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble.
@@ -39,7 +39,7 @@ def memorisation(
         count: samples to look at.
         mean: of all training deltas, (out, in).
         class_means: of those of each class, (classes, out, in), or None.
-        classes: outputs to class numbers.
+        classes: a batch to class numbers, (B,).
         nearest_cosine: looks through the training deltas.
 
     Returns:
@@ -55,28 +55,27 @@ def memorisation(
         parts["generated"].append(batch.generated[0][:, 0].cpu())
         parts["true"].append(batch.overfitted.cpu())
         if class_means is not None:
-            parts["class"].append(class_means[classes(batch.first.output)].cpu())
+            parts["class"].append(class_means[classes(batch)].cpu())
     generated, true = torch.cat(parts["generated"]), torch.cat(parts["true"])
-    usable, training = subject.training.usable, subject.training
-    picked = usable[
-        torch.randperm(len(usable), generator=generator(subject.seed, "evaluate", "memorisation"))[: len(generated)]
-    ]
-    nowhere = torch.full((len(generated),), -1)
-    queries = torch.cat([generated, true, training.take(picked)])
-    found = nearest_cosine(queries, torch.cat([nowhere, nowhere, picked]))
-    of_generated, of_true, of_training = found.split([len(generated), len(true), len(picked)])
+    nearest = _nearest(subject, generated, true, nearest_cosine)
     cosines = {
         "generated_true": cosine(generated, true),
-        "generated_nearest": of_generated,
-        "true_nearest": of_true,
-        "training_nearest": of_training,
+        **nearest,
         "generated_mean": cosine(generated, mean.cpu().expand_as(generated)),
     }
     if class_means is not None:
         cosines["generated_class_mean"] = cosine(generated, torch.cat(parts["class"]))
-    copies = (of_generated > of_training.double().quantile(0.95)).double().mean()
-    return {
-        "samples": len(generated),
-        **{name: float(value.double().mean()) for name, value in cosines.items()},
-        "copies": float(copies),
-    }
+    # As near to each other as a twentieth of the training deltas are.
+    close = nearest["training_nearest"].double().quantile(0.95)
+    figures = {name: float(value.double().mean()) for name, value in cosines.items()}
+    return {"samples": len(generated), **figures, "copies": float((nearest["generated_nearest"] > close).double().mean())}
+
+
+def _nearest(subject: Subject, generated: Tensor, true: Tensor, nearest_cosine: NearestCosine) -> dict[str, Tensor]:
+    """The cosines of generated and true deltas, and of as many training deltas, with their nearest (other) training delta."""
+    usable, training = subject.training.usable, subject.training
+    order = torch.randperm(len(usable), generator=generator(subject.seed, "evaluate", "memorisation"))
+    picked, nowhere = usable[order[: len(generated)]], torch.full((len(generated),), -1)
+    queries = torch.cat([generated, true, training.take(picked)])
+    found = nearest_cosine(queries, torch.cat([nowhere, nowhere, picked])).split([len(generated), len(true), len(picked)])
+    return dict(zip(("generated_nearest", "true_nearest", "training_nearest"), found, strict=True))

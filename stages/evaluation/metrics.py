@@ -18,9 +18,11 @@ from stages.trees import Tree, batch_size, take
 LOSS = "loss"
 # Half the width of a Gaussian's 95 % interval, in standard deviations.
 NORMAL_95 = 1.959964
-SMALLEST_VARIANCE, GRID_STEPS = 1e-12, 50
+SMALLEST_VARIANCE, GRID_STEPS = 1e-30, 50
 # Mutual information below this is rounding.
 ROUNDING = 1e-12
+OURS = ("brier_score", "calibration_error", "auroc_of_confidence", "auroc_of_disagreement")
+FINDERS, OF_VARIANCE = OURS[2:], ("log_likelihood", "coverage")
 ONE_MEMBER = "its prediction has one member"
 
 
@@ -29,7 +31,7 @@ def probabilities(output: Tree, y: Tree) -> tuple[Tensor, Tensor] | None:
 
     Args:
         output: logits (B, C, …) beside class numbers (B, …); or logits of a binary classifier beside 0/1 labels of as many
-            numbers.
+            numbers. Probabilities as labels, and class numbers that there are no logits of, are another form.
         y: the labels.
 
     Returns:
@@ -38,8 +40,12 @@ def probabilities(output: Tree, y: Tree) -> tuple[Tensor, Tensor] | None:
     if not isinstance(output, Tensor) or not isinstance(y, Tensor):
         return None
     if not y.is_floating_point() and output.dim() == y.dim() + 1 and output.shape[1] > 1:
-        return F.softmax(output.double(), dim=1).reshape(*output.shape[:2], -1), y.reshape(len(y), -1).long()
-    if output.numel() == y.numel():
+        known = bool(((y >= 0) & (y < output.shape[1])).all())
+        return (
+            (F.softmax(output.double(), dim=1).reshape(*output.shape[:2], -1), y.reshape(len(y), -1).long()) if known else None
+        )
+    soft = y.is_floating_point() and y.dim() > 1 and y.shape[1] > 1 and bool(((y.sum(1) - 1).abs() < 1e-4).all())
+    if output.numel() == y.numel() and not soft:
         positive = torch.sigmoid(output.double()).reshape(len(y), 1, -1)
         return torch.cat([1 - positive, positive], dim=1), (y.reshape(len(y), -1) > 0.5).long()
     return None
@@ -69,9 +75,11 @@ class Gathered:
     missing: dict[str, str] = field(default_factory=dict)
 
     def add(self, members: Tree, output: Tree, y: Tree) -> None:
-        """A batch: members (E, B, …), their combination (B, …) and the labels (B, …)."""
+        """A batch: members (E, B, …), their combination (B, …) and the labels (B, …). A metric of the task comes before one of
+        ours of the same name, but for `loss`, which is the task's loss."""
         for name, values in metrics_of(self.task, output, y).items():
-            self._keep(name, values)
+            if name != LOSS:
+                self._keep(name, values)
         self._keep(LOSS, losses(self.task, output, y))
         if self.task.kind == CLASSIFICATION:
             self._classification(members, output, y)
@@ -79,23 +87,19 @@ class Gathered:
             self._regression(members, output, y)
 
     def joined(self, other: "Gathered") -> "Gathered":
-        """The same row on these samples and on others."""
-        parts = {name: [*mine, *other.parts[name]] for name, mine in self.parts.items()}
+        """The same row on these samples and on others; what one of them has no value for has none."""
+        parts = {name: [*mine, *other.parts[name]] for name, mine in self.parts.items() if name in other.parts}
         return Gathered(self.task, self.variance, parts, self.missing | other.missing)
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.parts.setdefault(name, []).append(values.detach().double().cpu().numpy())
 
     def _classification(self, members: Tree, output: Tree, y: Tree) -> None:
-        found = probabilities(output, y)
-        if found is None or bool(((found[1] < 0) | (found[1] >= found[0].shape[1])).any()):
-            for name in ("brier_score", "calibration_error", "auroc_of_disagreement", "auroc_of_confidence"):
-                self.missing[name] = "outputs and labels are not logits and class numbers"
+        found = None if OURS[0] in self.missing else probabilities(output, y)
+        if found is None:
+            self.missing |= dict.fromkeys(OURS, "outputs and labels are not logits and class numbers")
             # What earlier batches gave would be of other samples than the rest.
-            for name in [name for name in self.parts if name in self.missing or name.endswith("*")]:
-                del self.parts[name]
-            return
-        if "brier_score" in self.missing:
+            self.parts = {name: parts for name, parts in self.parts.items() if not name.endswith("*")}
             return
         p, labels = found
         true = F.one_hot(labels, p.shape[1]).transpose(1, 2)
@@ -103,29 +107,35 @@ class Gathered:
         correct = (guess == labels).double()
         self._keep("accuracy*", correct.mean(1))
         self._keep("cross_entropy*", -(p * true).sum(1).clamp_min(1e-300).log().mean(1))
-        self._keep("brier_score", (p - true).square().sum(1).mean(1))
-        self._keep("confidence*", confidence)
-        self._keep("correct*", correct)
+        self._keep("brier_score*", (p - true).square().sum(1).mean(1))
+        self._keep(
+            "gaps*",
+            torch.from_numpy(CalibrationError.of(*(part.detach().cpu().numpy() for part in (confidence, correct))).gaps),
+        )
+        if p.shape[2] > 1:
+            self.missing |= dict.fromkeys(FINDERS, "a sample has several predictions")
+            return
+        self._keep("wrong*", 1 - correct[:, 0])
+        self._keep("auroc_of_confidence*", -confidence[:, 0])
         if (count := batch_size(members)) == 1:
             self.missing["auroc_of_disagreement"] = ONE_MEMBER
             return
         of_members = [probabilities(take(members, member), y) for member in range(count)]
-        self._keep("disagreement*", disagreement(torch.stack([one[0] for one in of_members])))
+        self._keep("auroc_of_disagreement*", disagreement(torch.stack([one[0] for one in of_members])))
 
     def _regression(self, members: Tree, output: Tree, y: Tree) -> None:
         residual, variance = _residuals(members, output, y)
         if residual is None:
-            for name in ("rmse", "mae", "log_likelihood", "coverage"):
-                self.missing[name] = "outputs and labels have different forms"
+            self.missing |= dict.fromkeys(("rmse", "mae", *OF_VARIANCE), "outputs and labels have different forms")
             return
         self._keep("squared*", residual.square().mean(1))
-        self._keep("absolute*", residual.abs().mean(1))
+        self._keep("mae*", residual.abs().mean(1))
         if self.variance is None:
-            self.missing |= dict.fromkeys(("log_likelihood", "coverage"), "there are no validation rows to fit a variance on")
+            self.missing |= dict.fromkeys(OF_VARIANCE, "there are no validation rows to fit a variance on")
             return
         total = variance + self.variance
-        self._keep("log_likelihood", -(0.5 * (2 * math.pi * total).log() + residual.square() / (2 * total)).mean(1))
-        self._keep("coverage", (residual.abs() <= NORMAL_95 * total.sqrt()).double().mean(1))
+        self._keep("log_likelihood*", -(0.5 * (2 * math.pi * total).log() + residual.square() / (2 * total)).mean(1))
+        self._keep("coverage*", (residual.abs() <= NORMAL_95 * total.sqrt()).double().mean(1))
 
     def values(self, name: str) -> np.ndarray:
         """What the samples contribute to a metric, (N, …)."""
@@ -134,33 +144,28 @@ class Gathered:
     def statistics(self) -> dict[str, Statistic]:
         """The row's figures by name: the task's metrics and the loss, then those of its kind."""
         found: dict[str, Statistic] = {name: Mean(self.values(name)) for name in self.parts if not name.endswith("*")}
-        for name in ("accuracy", "cross_entropy"):
+        for name in ("accuracy", "cross_entropy", "brier_score", "mae", *OF_VARIANCE):
             if f"{name}*" in self.parts and name not in found:
                 found[name] = Mean(self.values(f"{name}*"))
         if "squared*" in self.parts:
-            found["rmse"] = RootMean(self.values("squared*"))
-            found.setdefault("mae", Mean(self.values("absolute*")))
-        if "confidence*" in self.parts:
-            found |= self._of_errors()
+            found.setdefault("rmse", RootMean(self.values("squared*")))
+        if "gaps*" in self.parts:
+            found.setdefault("calibration_error", CalibrationError(self.values("gaps*")))
+        for name in FINDERS:
+            if f"{name}*" in self.parts and (statistic := self._finder(name)) is not None:
+                found.setdefault(name, statistic)
         return {name: statistic for name, statistic in found.items() if name not in self.missing}
 
-    def _of_errors(self) -> dict[str, Statistic]:
-        confidence, correct = self.values("confidence*"), self.values("correct*")
-        found: dict[str, Statistic] = {"calibration_error": CalibrationError.of(confidence, correct)}
-        finders = {"auroc_of_disagreement": "disagreement*", "auroc_of_confidence": "confidence*"}
-        wrong = correct[:, 0] == 0
-        for name, source in finders.items():
-            if correct.shape[1] > 1:
-                self.missing[name] = "a sample has several predictions"
-            elif not wrong.any() or wrong.all():
-                self.missing[name] = "there are no errors to find" if not wrong.any() else "every prediction is an error"
-            elif source in self.parts:
-                scores = self.values(source)
-                if scores.ndim == 1 and scores.max() < ROUNDING:
-                    self.missing[name] = "its members agree"
-                    continue
-                found[name] = Auroc(scores if scores.ndim == 1 else -scores[:, 0], wrong)
-        return found
+    def _finder(self, name: str) -> Statistic | None:
+        """How well a score finds errors; None, with the reason in `missing`, where there is nothing to find, or to find by."""
+        wrong, scores = self.values("wrong*") > 0, self.values(f"{name}*")
+        if not wrong.any() or wrong.all():
+            self.missing[name] = "there are no errors to find" if not wrong.any() else "every prediction is an error"
+        elif name == "auroc_of_disagreement" and scores.max() < ROUNDING:
+            self.missing[name] = "its members agree"
+        else:
+            return Auroc(scores, wrong)
+        return None
 
 
 def _residuals(members: Tree, output: Tree, y: Tree) -> tuple[Tensor | None, Tensor | None]:

@@ -10,6 +10,8 @@ from stages.tasks.data import Split
 from stages.trees import Tree, leaves
 
 QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 2048, 4096
+# Numbers of a block of candidates: large inputs come in smaller blocks.
+BLOCK_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,21 @@ class Neighbours:
         distance[positions], row[positions] = self.distance.cpu(), self.row.cpu()
         return Neighbours(distance, row)
 
+    def joined(self, others: Iterable["Neighbours"]) -> "Neighbours":
+        """With those that others, spread alike, have found for other positions."""
+        distance, row = self.distance, self.row
+        for other in others:
+            here = other.row[:, :1] >= 0
+            distance, row = torch.where(here, other.distance, distance), torch.where(here, other.row, row)
+        return Neighbours(distance, row)
+
 
 def nearest(
-    queries: Tensor, candidates: Iterable[tuple[int, Tensor]], k: int, heard: Callable[[int], None] = lambda done: None
+    queries: Tensor,
+    candidates: Iterable[tuple[int, Tensor]],
+    k: int,
+    heard: Callable[[int], None] = lambda done: None,
+    own: Tensor | None = None,
 ) -> Neighbours:
     """argmin_j ‖q − c_j‖ and its successors.
 
@@ -41,13 +55,16 @@ def nearest(
         candidates: (number of the first, (n, d)), block by block.
         k: how many; fewer where there are fewer candidates.
         heard: told of the candidates seen so far.
+        own: the candidate that is the query itself and does not count, (N,); −1 for none.
     """
     distance = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
     row = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start, block in candidates:
         numbers = torch.arange(start, start + len(block), device=queries.device)
-        found = [_squared(part, block) for part in queries.split(QUERIES_AT_ONCE)]
-        joined = torch.cat([distance, torch.cat(found)], dim=1)
+        found = torch.cat([_squared(part, block) for part in queries.split(QUERIES_AT_ONCE)])
+        if own is not None:
+            found[own.to(found.device).view(-1, 1) == numbers] = torch.inf
+        joined = torch.cat([distance, found], dim=1)
         distance, picked = joined.topk(min(k, joined.shape[1]), dim=1, largest=False)
         row = torch.cat([row, numbers.expand(len(queries), -1)], dim=1).gather(1, picked)
         heard(start + len(block))
@@ -72,5 +89,7 @@ def flat_inputs(x: Tree) -> Tensor | None:
 
 def input_blocks(split: Split, positions: Tensor, device: torch.device) -> Iterable[tuple[int, Tensor]]:
     """The flat inputs of some samples, block by block, with the number of the first."""
-    for start in range(0, len(positions), CANDIDATES_AT_ONCE):
-        yield start, flat_inputs(split.inputs(positions[start : start + CANDIDATES_AT_ONCE])).to(device)
+    width = flat_inputs(split.inputs(positions[:1])).shape[1]
+    size = max(1, min(CANDIDATES_AT_ONCE, BLOCK_NUMBERS // width))
+    for start in range(0, len(positions), size):
+        yield start, flat_inputs(split.inputs(positions[start : start + size])).to(device)

@@ -11,6 +11,7 @@ from stages.evaluation.comparison import Compared, Fitted
 from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.rows import BASE
 from stages.evaluation.statistics import Estimate, estimates
+from stages.tasks.scoring import finite
 
 Estimates = dict[str, dict[str, Estimate]]
 
@@ -72,11 +73,6 @@ def _metrics(found: Estimates, row: str, missing: Mapping[str, str]) -> dict[str
         }
     empty = {"mean": None, "standard_error": None, "difference": None, "interval": None}
     return records | {name: {**empty, "reason": reason} for name, reason in missing.items()}
-
-
-def finite(value: float) -> float | None:
-    """A figure as JSON can hold it."""
-    return float(value) if math.isfinite(value) else None
 
 
 def over_seeds(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.evaluation.subject import Batch, as_member
 from stages.seeds import generator, seed_of
-from stages.trees import Tree, tree_map
+from stages.trees import Tree
 
 BASE, ENSEMBLE, ONE_DRAW, VALIDATED = "base", "ocd ensemble", "ocd one draw", "ocd validated strength"
 TEMPERATURE, RANDOM_TRAINING, SHUFFLED = "temperature-scaled base", "random training deltas", "shuffled conditioning"
@@ -129,9 +129,9 @@ def base_row() -> Row:
     return OutputRow(BASE, lambda batch: batch.first.output)
 
 
-def temperature_row(temperature: float) -> Row:
+def temperature_row(scale: Callable[[Tree], Tree]) -> Row:
     """The base's logits divided by a temperature."""
-    return OutputRow(TEMPERATURE, lambda batch: tree_map(lambda leaf: leaf / temperature, batch.first.output))
+    return OutputRow(TEMPERATURE, lambda batch: scale(batch.first.output))
 
 
 def oracle_row() -> Row:
@@ -152,8 +152,8 @@ def generated_rows(mean_rho: float) -> list[Row]:
         DeltaRow(ENSEMBLE, lambda batch: batch.generated[0]),
         DeltaRow(VALIDATED, lambda batch: batch.generated[0], validated=True),
         DeltaRow(MEAN_NETWORK, lambda batch: batch.generated[0].mean(1, keepdim=True)),
-        # Samples come in a random order: the next one's deltas are those of a conditioning drawn from all others.
-        DeltaRow(SHUFFLED, lambda batch: batch.generated[0].roll(1, 0), validated=True),
+        # Samples come in a random order: a partner's deltas are those of a conditioning drawn from all others.
+        DeltaRow(SHUFFLED, lambda batch: batch.generated[0][batch.partners.to(batch.subject.device)], validated=True),
         random_direction_row(lambda batch: batch.generated[1]),
     ]
 
@@ -194,9 +194,9 @@ def mean_row(mean: Tensor, *, validated: bool = True) -> Row:
     return DeltaRow(MEAN_DELTA, lambda batch: mean.expand(len(batch), 1, *mean.shape), validated)
 
 
-def class_mean_row(means: Tensor, classes: Callable[[Tree], Tensor]) -> Row:
+def class_mean_row(means: Tensor, classes: Callable[[Batch], Tensor]) -> Row:
     """The mean delta (classes, out, in) of the training samples that the base takes for the class it takes the sample for."""
-    return DeltaRow(CLASS_MEAN, lambda batch: means[classes(batch.first.output)].unsqueeze(1), validated=True)
+    return DeltaRow(CLASS_MEAN, lambda batch: means[classes(batch)].unsqueeze(1), validated=True)
 
 
 def neighbour_rows(

@@ -185,7 +185,7 @@ def estimates(
     for key, statistic in statistics.items():
         draws = np.concatenate(parts[key])
         # The sum of N times 1/N is 1 but for rounding; a perfect accuracy is 1.
-        found[key] = Estimate(round(float(statistic(whole)[0]), 14), statistic.standard_error(draws), draws)
+        found[key] = Estimate(float(f"{float(statistic(whole)[0]):.14g}"), statistic.standard_error(draws), draws)
     return found
 
 

@@ -13,14 +13,14 @@ from stages.tasks.conditioning import fields_of
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, leaves, to_device, tree_map
+from stages.trees import Tree, to_device, tree_map
 from stages.weights.engine import Engine, FirstPass
 from stages.weights.layer import Layer
 
 # conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) of strength 1 and predicted rho (B,)
 Generate = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]
-# split, positions (B,), their (x, y) -> deltas (B, out, in), overfitted on the labels
-Overfit = Callable[[Split, Tensor, tuple[Tree, Tree]], Tensor]
+# split, positions (B,), their (x, y) -> deltas (B, out, in), overfitted on the labels, and which are degenerate (B,) bool
+Overfit = Callable[[Split, Tensor, tuple[Tree, Tree]], tuple[Tensor, Tensor]]
 
 
 class TrainingDeltas(Protocol):
@@ -85,8 +85,12 @@ class Examined:
     neighbours: dict[str, Neighbours] = field(default_factory=dict)
 
     def parts(self, size: int) -> tuple[Tensor, ...]:
-        """The order in parts of about the same length, at most `size`, or 3: each sample has another one beside it."""
-        return self.order.tensor_split(max(1, -(-len(self.order) // max(3, size))))
+        """The order in parts of at most `size` samples (and one): of an even number, but for the last, and never a lone one, so
+        that partners stay together whatever the size."""
+        parts = list(self.order.split(max(2, size // 2 * 2)))
+        if len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        return tuple(parts)
 
 
 class Batch:
@@ -129,10 +133,20 @@ class Batch:
         """Generated deltas of strength 1, (B, E, out, in), and their predicted ρ, (B,)."""
         return self.subject.generate(self.fields, self.rows, range(self.subject.ensemble))
 
+    @property
+    def partners(self) -> Tensor:
+        """The place in the batch of each sample's partner: of two that follow each other in the order, the other one; of an odd
+        number the last three go round."""
+        count = len(self.positions)
+        place = torch.arange(count) ^ 1
+        if count % 2 and count > 1:
+            place[-3:] = torch.tensor([count - 2, count - 1, count - 3])
+        return place.clamp_max(count - 1)
+
     @cached_property
     def overfitted(self) -> Tensor:
         """The deltas that the samples' own labels give, (B, out, in)."""
-        return self.subject.overfit(self.examined.split, self.positions, self.given)
+        return self.subject.overfit(self.examined.split, self.positions, self.given)[0]
 
     def along(self, deltas: Tensor) -> Callable[[float], Tree]:
         """Outputs with θ + strength · delta as a function of the strength: deltas (B, E, out, in) to (E, B, …)."""
@@ -156,8 +170,3 @@ class Batch:
 def as_member(output: Tree) -> Tree:
     """A single output (B, …) as the only member (1, B, …)."""
     return tree_map(lambda leaf: leaf.unsqueeze(0), output)
-
-
-def is_finite(output: Tree) -> bool:
-    """Whether every number of an output is finite."""
-    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(output).values())

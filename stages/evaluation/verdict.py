@@ -16,6 +16,7 @@ from stages.evaluation.rows import (
     TEMPERATURE,
 )
 from stages.evaluation.statistics import Estimate
+from stages.tasks.scoring import finite
 
 # What a gain has to be a gain over, beside the base.
 RIVALS = (TEMPERATURE, RANDOM_TRAINING, SHUFFLED)
@@ -118,4 +119,6 @@ def _beside_neighbour(comparisons: Mapping[str, Comparison], estimates: Mapping[
 
 def as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
     """For `results.json`."""
-    return {name: {"difference": c.difference, "interval": list(c.interval)} for name, c in comparisons.items()}
+    return {
+        name: {"difference": finite(c.difference), "interval": [*map(finite, c.interval)]} for name, c in comparisons.items()
+    }

@@ -62,6 +62,11 @@ def fields_of(
         own = task.conditioning(x, output, fields)
     if own is None:
         return {name: _rows(value) for name, value in fields.items()}, notes
+    if task.condition_on_x:
+        raise SettingsError(
+            "collect.condition_on_x = true beside a conditioning() of the task's own, which has the last word",
+            "leave it out, and let conditioning() give x itself",
+        )
     count = batch_size(x)
     for name, value in own.items():
         if not isinstance(value, Tensor) or value.shape[:1] != (count,):

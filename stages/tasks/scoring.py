@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stages.errors import TaskError
 from stages.tasks.data import Split
 from stages.tasks.loader import forward, losses, naming_rows
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, to_device
+from stages.trees import Tree, batch_size, to_device
 
 EVALUATION_BATCH = 256
 
@@ -17,7 +18,16 @@ EVALUATION_BATCH = 256
 def metrics_of(task: Task, output: Tree, y: Tree) -> dict[str, Tensor]:
     """The task's metrics of a batch, each (B,)."""
     with user_code("metrics()"):
-        return task.metrics(output, y)
+        found = task.metrics(output, y)
+    count = batch_size(output)
+    for name, values in found.items():
+        if not isinstance(values, Tensor) or values.shape != (count,):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise TaskError(
+                f"metrics() gave {name} as {shape} for a batch of {count}, expected one value per sample, ({count},)",
+                "average over all but the first axis",
+            )
+    return found
 
 
 def finite(value: float) -> float | None:
