@@ -13,11 +13,18 @@ from stages.tasks.losses import (
     accuracy,
     cross_entropy,
     mae,
+    mean_binary_probability,
     mean_output,
     mean_probability,
     mse,
 )
 from stages.trees import Tree, tree_map
+
+
+def _mean_probability(outputs: Tensor) -> Tensor:
+    """Of logits of several classes (E, B, C, …), or of a binary classifier's (E, B) or (E, B, 1)."""
+    binary = outputs.dim() == 2 or outputs.shape[2:] == (1,)
+    return mean_binary_probability(outputs) if binary else mean_probability(outputs)
 
 
 class Task:
@@ -63,8 +70,9 @@ class Task:
         return {"loss": self.loss(output, y)}
 
     def combine(self, outputs: Tree) -> Tree:
-        """An ensemble's outputs (E, B, …) as one (B, …): the log of the mean probability, or the mean."""
-        return tree_map(mean_probability if self.kind == CLASSIFICATION else mean_output, outputs)
+        """An ensemble's outputs (E, B, …) as one (B, …): the log of the mean probability (its logit, where there is one number a
+        sample), or the mean."""
+        return tree_map(_mean_probability if self.kind == CLASSIFICATION else mean_output, outputs)
 
     def view(self, x: Tree, y: Tree, generator: torch.Generator) -> tuple[Tree, Tree]:
         """The part of one sample (no batch axis) used at one gradient step of overfitting; by default all of it."""
