@@ -41,6 +41,8 @@ GRID: tuple[dict[str, Any], ...] = (
     {"optimizer": "adam", "lr": 2e-3, "steps": 3},
     {"optimizer": "sgd", "lr": 5e-2, "steps": 3},
 )
+# What the grid's settings are without, whatever `[collect]` has.
+PLAIN: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "until_converged": False}
 SAMPLES, FEWEST, BUDGET_S = 400, 8, 60.0
 # Training samples that neighbours are looked for among: as many as the base sees in so many seconds.
 SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 20_000, 256
@@ -162,8 +164,10 @@ class Probe:
 
     def _grid(self) -> list[dict[str, Any]]:
         """The settings of `[collect]` first."""
-        mine = {key: getattr(self._materials.project.settings.collect, key) for key in ("optimizer", "lr", "steps")}
-        return [mine, *(settings for settings in GRID if settings != mine)]
+        table = self._materials.project.settings.collect
+        mine = {key: getattr(table, key) for key in ("optimizer", "lr", "steps")}
+        plain = {key: value for key, value in PLAIN.items() if getattr(table, key) != value}
+        return [mine, *(settings | plain for settings in GRID if plain or settings != mine)]
 
     def _rows_to_search(self) -> Tensor:
         train, materials = self._materials.splits["train"], self._materials
@@ -178,8 +182,7 @@ class Probe:
 
     def _try(self, layer: Layer, settings: dict[str, Any]) -> tuple[Trial, dict[str, Any]]:
         """One layer with one recipe: every row on the held-out samples, and what a full run would cost."""
-        others = {} if settings["optimizer"] == "sgd" else {"momentum": 0.0, "weight_decay": 0.0}
-        subject = make_subject(self._materials, layer, **others, **settings)
+        subject = make_subject(self._materials, layer, **settings)
         check_condition(subject.task, subject.base, layer, probe_of(self._materials))
         subject = dataclasses.replace(
             subject, training=OverfittedOnDemand(subject, self._materials.splits["train"], self._searched)

@@ -148,3 +148,10 @@ def test_a_dry_run_tries_nothing(ocd, without):
     assert shown.stdout.startswith(
         "probe: try adam 0.005 × 3, adam 0.0005 × 3, sgd 0.005 × 3, adam 0.002 × 3, sgd 0.05 × 3 on 2.weight"
     )
+
+
+def test_what_it_suggests_is_accepted_whatever_stood_there(ocd, without):
+    momentum = ("--set", "collect.optimizer=sgd", "--set", "collect.momentum=0.9")
+    found = probed(ocd, without, "--layer", "2.weight", "--samples", 8, *momentum)
+    assert "momentum" not in found["tried"][0]["settings"]
+    assert all(entry["settings"]["momentum"] == 0 for entry in found["tried"][1:])

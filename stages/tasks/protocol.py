@@ -70,8 +70,8 @@ class Task:
         return {"loss": self.loss(output, y)}
 
     def combine(self, outputs: Tree) -> Tree:
-        """An ensemble's outputs (E, B, …) as one (B, …): the log of the mean probability (its logit, where there is one number a
-        sample), or the mean."""
+        """An ensemble's outputs (E, B, …) as one (B, …): the log of the mean probability (its logit, where there is one number
+        a sample), or the mean."""
         return tree_map(_mean_probability if self.kind == CLASSIFICATION else mean_output, outputs)
 
     def view(self, x: Tree, y: Tree, generator: torch.Generator) -> tuple[Tree, Tree]:
