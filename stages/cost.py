@@ -9,7 +9,7 @@ import torch
 
 from stages.artifacts.pipeline import ORDER
 from stages.materials import Materials
-from stages.predictor import load_personalised
+from stages.predictor import load_generator, load_personalised
 from stages.trees import batch_size, to_device
 
 TIMED_SAMPLES = 64
@@ -41,11 +41,10 @@ def cost(materials: Materials, members: int, samples: int) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         return 1e3 * min(times) / count
 
-    parameters = {"base": sum(p.numel() for p in materials.base.parameters())}
-    for stage, name in (("train-diffusion", "denoiser"), ("train-scale", "scale")):
-        parameters[name] = materials.manifest_of(stage)["summary"].get("parameters")
+    generate = load_generator(materials, strength=1.0)
+    networks = {"base": materials.base, "denoiser": generate.denoiser, "scale": generate.scale}
     return {
-        "parameters": parameters,
+        "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
         "base_ms": milliseconds(base),
         "ocd_one_draw_ms": milliseconds(lambda: personalised.predict(x, 1)),
         "ocd_ensemble_ms": milliseconds(lambda: personalised.predict(x, members)),

@@ -107,6 +107,22 @@ def test_every_row_has_its_figures(hopeless_run):
     assert results["validation_samples"] == 200
 
 
+def test_it_tells_what_ocd_costs_and_whether_it_copies(hopeless_run):
+    folder, results = hopeless_run
+    cost, found = results["cost"], results["memorisation"]
+    assert cost["parameters"]["base"] == 6 * 24 + 24 + 24 * 3 + 3
+    trained = json.loads((folder.run / "train-diffusion" / "manifest.json").read_text())["summary"]
+    assert cost["parameters"]["denoiser"] == trained["parameters"]
+    assert cost["parameters"]["scale"] > 0
+    assert 0 < cost["base_ms"] < cost["ocd_one_draw_ms"]
+    assert set(cost["stage_seconds"]) == {"train-base", "select-layer", "collect", "train-diffusion", "train-scale"}
+    assert found["samples"] == 50
+    # A generated delta is nearer to the nearest of the training deltas than to their mean, and cannot know its label here.
+    assert found["generated_nearest"] >= found["generated_mean"]
+    assert found["generated_true"] < 0.9
+    assert all(-1 <= value <= 1 for name, value in found.items() if name != "samples")
+
+
 def test_a_regression_has_likelihood_and_coverage(helped):
     _, results = helped
     left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
