@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ocd_cli.functions import stage_functions
 from ocd_cli.options import Shared, command, print_json
 from ocd_cli.progress import ShownProgress
 from ocd_cli.render import console, show_outcome, show_status, show_verified
 
 if TYPE_CHECKING:
-    from stages.artifacts.progress import Report
-    from stages.artifacts.project import Project
     from stages.outcome import Outcome
 
 app = typer.Typer(
@@ -201,7 +200,7 @@ def run(
     where it is named, or infer.strength is auto."""
     from stages.run import run as run_stages
 
-    functions = _stage_functions()
+    functions = stage_functions()
     project = shared.project()
     summaries: dict[str, Any] = {}
     with ShownProgress(shared.quiet) as report:
@@ -218,36 +217,6 @@ def run(
         print_json({"stages": summaries})
 
 
-def _stage_functions() -> dict[str, Callable[..., "Outcome"]]:
-    """Every stage's function by its command's name, `f(project, force=, dry_run=, report=)`."""
-    from stages.collect import collect as collect_stage
-    from stages.evaluate import evaluate as evaluate_stage
-    from stages.infer import infer as infer_stage
-    from stages.select_layer import select_layer as select_layer_stage
-    from stages.train_base import train_base as train_base_stage
-    from stages.train_diffusion import train_diffusion as train_diffusion_stage
-    from stages.train_scale import train_scale as train_scale_stage
-
-    functions = {
-        "train-base": train_base_stage,
-        "select-layer": select_layer_stage,
-        "collect": collect_stage,
-        "train-diffusion": train_diffusion_stage,
-        "train-scale": train_scale_stage,
-        "infer": infer_stage,
-    }
-
-    def evaluate_with_branches(project: "Project", *, report: "Report", **options: bool) -> "Outcome":
-        def branch_command(name: str) -> Callable[["Project", bool], "Outcome"]:
-            return lambda branch, force: functions[name](branch, force=force, report=report)
-
-        commands = {name: branch_command(name) for name in functions}
-        return evaluate_stage(project, commands, report=report, **options)
-
-    functions["evaluate"] = evaluate_with_branches
-    return functions
-
-
 @command(app, "evaluate", "ocd evaluate --seeds 3")
 def evaluate(
     shared: Shared,
@@ -259,7 +228,7 @@ def evaluate(
     """Compare OCD with the base and with what a sceptic would try, on the labelled test split: table, intervals, verdict."""
     given = {"evaluate.seeds": seeds, "evaluate.rows": list(add) if add else None}
     project = shared.project({key: value for key, value in given.items() if value is not None})
-    stage = _stage_functions()["evaluate"]
+    stage = stage_functions()["evaluate"]
     _stage(shared, lambda **options: stage(project, **options))
 
 

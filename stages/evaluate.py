@@ -14,6 +14,7 @@ from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
+from stages.artifacts.tensors import save_arrays
 from stages.branches import Command
 from stages.collector import recipe_of
 from stages.cost import cost
@@ -31,6 +32,7 @@ from stages.evaluation.comparison import (
     seeded_order,
 )
 from stages.evaluation.memorisation import memorisation
+from stages.evaluation.metrics import LOSS
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
@@ -144,7 +146,7 @@ class Evaluate(Stage):
         }
         if others:
             results["seeds"] = over_seeds({self.seed: results, **others})
-        _save_samples(wip / SAMPLES_FILE, self.test_split.rows[compared.order], compared)
+        save_arrays(wip / SAMPLES_FILE, _samples(self.test_split.rows[compared.order], compared))
         return self._finished(wip, results, fitted)
 
     def _finished(self, wip: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> Finished:
@@ -269,16 +271,14 @@ class Evaluate(Stage):
 
     def _facts(self, temperature: float | None) -> dict[str, Any]:
         """What the figures were made with."""
-        warnings = [IMPORTED] if "weights" in self.manifest_of("train-base")["sources"] else []
-        for text in warnings:
-            self.report.message(text)
+        imported = "weights" in self.manifest_of("train-base")["sources"]
         return {
             "samples": len(self._test.order),
             "validation_samples": len(self._validation.order) if self._validation else 0,
             "ensemble": self.subject.ensemble,
             "temperature": temperature,
             "seed": self.seed,
-            "warnings": warnings,
+            "warnings": [IMPORTED] if imported else [],
         }
 
     def _memorisation(self) -> dict[str, Any]:
@@ -294,9 +294,7 @@ class Evaluate(Stage):
         )
 
 
-def _save_samples(path: Path, numbers: Tensor, compared: Compared) -> None:
+def _samples(numbers: Tensor, compared: Compared) -> dict[str, np.ndarray]:
     """Each row's loss on each test sample, (rows, N), for plots and tests of one's own."""
-    names = list(compared.gathered)
-    losses = np.stack([gathered.values("loss") for gathered in compared.gathered.values()])
-    with path.open("wb") as stream:
-        np.savez(stream, sample_index=numbers.numpy(), row=np.array(names), loss=losses)
+    losses = np.stack([gathered.values(LOSS) for gathered in compared.gathered.values()])
+    return {"sample_index": numbers.numpy(), "row": np.array(list(compared.gathered)), "loss": losses}

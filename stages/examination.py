@@ -14,7 +14,7 @@ from stages.diffusion.dataset import usable_split
 from stages.errors import TaskError
 from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
-from stages.evaluation.neighbours import flat_inputs, input_blocks, nearest
+from stages.evaluation.neighbours import Neighbours, flat_inputs, input_blocks, nearest
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
 from stages.materials import Materials
@@ -115,17 +115,10 @@ def with_neighbours(
     missing = {}
     asked = examined.order.sort().values
     count, own = len(examined.split), own_rows(examined.split, split, asked, numbers)
-    few = flat_inputs(examined.split.inputs(asked[:1]))
-    if few is None:
+    if flat_inputs(examined.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
-        parts = []
-        # Of large inputs only as many as memory holds are compared with all training samples at a time.
-        for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // few.shape[1])):
-            queries = flat_inputs(examined.split.inputs(asked[part])).to(subject.device)
-            blocks = input_blocks(split, numbers, subject.device)
-            parts.append(nearest(queries, blocks, k, heard, None if own is None else own[part]).spread(asked[part], count))
-        examined.neighbours[row.IN_X] = parts[0].joined(parts[1:])
+        examined.neighbours[row.IN_X] = _nearest_in_x(subject, examined.split, asked, split, numbers, own, k, heard)
     if known is None:
         missing[row.IN_LAYER_INPUT] = "the store has no field layer_input"
         return missing
@@ -133,6 +126,19 @@ def with_neighbours(
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
     examined.neighbours[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
     return missing
+
+
+def _nearest_in_x(
+    subject: Subject, examined: Split, asked: Tensor, split: Split, numbers: Tensor, own: Tensor | None, k: int, heard: Heard
+) -> Neighbours:
+    """As `with_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
+    width, parts = flat_inputs(examined.inputs(asked[:1])).shape[1], []
+    for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // width)):
+        queries = flat_inputs(examined.inputs(asked[part])).to(subject.device)
+        blocks = input_blocks(split, numbers, subject.device)
+        found = nearest(queries, blocks, k, heard, None if own is None else own[part])
+        parts.append(found.spread(asked[part], len(examined)))
+    return parts[0].joined(parts[1:])
 
 
 def own_rows(examined: Split, training: Split, positions: Tensor, numbers: Tensor) -> Tensor | None:

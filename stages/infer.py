@@ -18,6 +18,7 @@ from stages.artifacts.progress import Report
 from stages.artifacts.project import Project, load_project
 from stages.artifacts.run_directory import StageFolder, check_run, folder_of
 from stages.artifacts.states import States, require_done
+from stages.artifacts.tensors import save_arrays
 from stages.errors import SettingsError
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
@@ -223,7 +224,7 @@ class Infer(Stage):
         for name, tree in (("base_output", base_output), ("output", output)):
             arrays |= {f"{name}.{path}".rstrip("."): leaf for path, leaf in leaves(tree).items()}
         arrays |= {f"member_output.{path}".rstrip("."): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
-        _save_npz(wip / PREDICTIONS, {name: value.contiguous().numpy() for name, value in arrays.items()})
+        save_arrays(wip / PREDICTIONS, {name: value.contiguous().numpy() for name, value in arrays.items()})
         remove(wip / SMALLER)
         one = tree_map(lambda leaf: leaf[0], members)
         summary = {
@@ -266,8 +267,3 @@ def _to_cpu(found: Prediction) -> Prediction:
         found.rho.cpu(),
         torch.empty(0),
     )
-
-
-def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as stream:
-        np.savez(stream, **arrays)

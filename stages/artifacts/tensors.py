@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,6 +22,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write tensors whole; equal tensors give equal bytes (the header holds no time and no version)."""
     ready = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
     write_bytes(path, save(ready, dict(metadata) if metadata else None))
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an npz file of arrays by name."""
+    with path.open("wb") as stream:
+        np.savez(stream, **arrays)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
