@@ -9,18 +9,20 @@ from rich.table import Table
 from ocd_cli.text import bytes_text, duration
 
 # Columns that a table always has take about so many characters, and each further metric so many.
-FIXED_WIDTH, METRIC_WIDTH = 100, 14
+FIXED_WIDTH, METRIC_WIDTH = 86, 14
 
 
 def show_evaluation(out: Console, found: dict[str, Any]) -> None:
     """Rows, what is told beside them, and the verdict last."""
     metric = found["metric"]
     others = list(dict.fromkeys(name for row in found["rows"] for name in row["metrics"] if name != metric))
-    shown = others[: max(1, (out.width - FIXED_WIDTH) // METRIC_WIDTH)]
-    table = Table("", "E", "strength", metric, "minus base [95 %]", *(name.replace("_", " ") for name in shown))
+    shown = others[: max(0, (out.width - FIXED_WIDTH) // METRIC_WIDTH)]
+    table = Table("", "E", "strength", *(name.replace("_", " ") for name in (metric, "minus base [95 %]", *shown)))
     for column in table.columns[1:]:
         column.justify = "right"
-    table.columns[0].no_wrap = table.columns[4].no_wrap = out.width >= FIXED_WIDTH
+    # Where there is little room, it is the rows' names that take two lines.
+    for number in (2, 3, 4):
+        table.columns[number].no_wrap = True
     for row in found["rows"]:
         figures = row["metrics"]
         strength = "" if row["strength"] is None else f"{row['strength']:g}{' ✓' if row['validated'] else ''}"
