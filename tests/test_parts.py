@@ -67,7 +67,7 @@ def test_two_parts_that_finish_together(ready, start, whole, monkeypatch, attemp
 
 @pytest.mark.parametrize("again", [["--part", "2/2"], []], ids=["its part", "plain"])
 def test_a_dead_part(ready, start, whole, ocd, again):
-    dead = start(ready, "collect", "--part", "2/2", delay=0.02)
+    dead = start(ready, "collect", "--part", "2/2", delay=0.1)
     ocd(ready, "collect", "--part", "1/2")
     wait_until(lambda: len(blocks_of(ready)) >= 6)
     dead.kill()
@@ -165,11 +165,11 @@ def test_a_running_collect_keeps_parts_off(ready, start, ocd, whole):
 
 
 def test_a_killed_collect_is_not_named_as_who_holds_it(ready, start, ocd):
-    dead = start(ready, "collect", delay=0.02)
+    dead = start(ready, "collect", delay=0.1)
     wait_until(lambda: blocks_of(ready))
     dead.kill()
     dead.wait(-signal.SIGKILL)
-    part = start(ready, "collect", "--part", "1/2", delay=0.02)
+    part = start(ready, "collect", "--part", "1/2", delay=0.1)
     wait_until(lambda: status_of(ocd, ready)["in_use_by"])
     assert f"collect is in use by process {part.pid} on " in ocd(ready, "collect", code=4).stderr
 

@@ -82,7 +82,7 @@ def test_a_dataset_that_raises(with_dataset, ocd, tmp_path, part):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_end(ready, start, ocd, whole, number):
-    process = start(ready, "collect", "--quiet", delay=0.01)
+    process = start(ready, "collect", "--quiet", delay=0.05)
     wait_until(lambda: len(blocks_of(ready)) >= 2)
     process.kill(number)
     assert process.wait(4).stderr == (
