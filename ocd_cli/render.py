@@ -161,7 +161,8 @@ def _scale(out: Console, summary: dict[str, Any]) -> None:
 
 
 def _infer(out: Console, summary: dict[str, Any]) -> None:
-    out.print(f"{summary['query']}: {summary['inputs']:,} inputs × {summary['ensemble']} members", markup=False)
+    strength = f", strength {summary['strength']:g}" if summary.get("strength", 1.0) != 1.0 else ""
+    out.print(f"{summary['query']}: {summary['inputs']:,} inputs × {summary['ensemble']} members{strength}", markup=False)
     if summary["metrics"] is None:
         out.print("no labels, so no metrics", markup=False)
     else:

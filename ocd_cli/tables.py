@@ -46,7 +46,8 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
         show_seeds(out, found["seeds"])
     for text in found["warnings"]:
         out.print(f"warning: {text}", markup=False)
-    out.print(found["verdict"], markup=False)
+    of_seed = f"seed {found['seed']}: " if "seeds" in found else ""
+    out.print(of_seed + found["verdict"], markup=False)
 
 
 def _mean(entry: dict[str, Any] | None) -> str:

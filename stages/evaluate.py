@@ -124,8 +124,6 @@ class Evaluate(Stage):
             for seed, branch in seed_branches(self.project, self._commands, self.report.message)
         }
         rows, left_out = self._rows()
-        # Stages of branches have had their names shown meanwhile.
-        self.report.start(self.name)
         fitted, temperature = self._fit(rows, left_out)
         strengths = self._strengths(rows, fitted)
         compared = self._compare(rows, strengths)
@@ -200,6 +198,8 @@ class Evaluate(Stage):
         subject, training = self.subject, self.training
         # First, while no deltas are kept in memory: a training needs much of it.
         costly, without = costly_rows(self, subject, self._commands, self.report.message)
+        # Stages of branches have had their names shown meanwhile.
+        self.report.start(self.name)
         missing = self._find_neighbours()
         rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
         more, left_out = training_rows(subject, training, self._class_means, missing)

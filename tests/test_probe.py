@@ -56,7 +56,8 @@ def test_headroom_for_x(ocd, with_headroom):
 def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
     found = probed(ocd, without)
     assert found["headroom"] == "labels"
-    assert found["verdict"].startswith("no headroom for x in sight: cross_entropy ")
+    assert found["verdict"].startswith("no headroom for x in sight: on ")
+    assert found["start_with"] == {}
     assert {entry["layer"] for entry in found["tried"]} == {"0.weight", "2.weight"}
 
 

@@ -65,16 +65,20 @@ def headroom(trials: Sequence[Trial]) -> dict[str, Any]:
             "start with this layer and these settings"
         )
         return {"verdict": text, "headroom": X, "start_with": _start(best)}
-    best = min(with_labels or trials, key=lambda trial: trial.value(ORACLE))
-    figures = f"{best.metric} {best.value(BASE):.4f}, {best.value(ORACLE):.4f} with the deltas of the true labels"
     if not with_labels:
-        text = f"no headroom: {figures}; a larger collect.lr or more collect.steps may show some"
+        best = min(trials, key=lambda trial: trial.value(ORACLE))
+        text = f"no headroom: {_figures(best)}; a larger collect.lr or more collect.steps may show some"
         return {"verdict": text, "headroom": NONE, "start_with": {}}
+    best = min(with_labels, key=lambda trial: trial.value(trial.neighbour))
     text = (
-        f"no headroom for x in sight: {figures}, but {best.value(best.neighbour):.4f} with those of the {best.neighbour}; "
-        "what is missing is the label, and x does not tell it"
+        f"no headroom for x in sight: on {best.layer} {_figures(best)}, {best.value(best.neighbour):.4f} with those of the "
+        f"{best.neighbour}: not beyond chance (95 % interval), or no more than the mean delta gains"
     )
-    return {"verdict": text, "headroom": LABELS, "start_with": _start(best)}
+    return {"verdict": text, "headroom": LABELS, "start_with": {}}
+
+
+def _figures(trial: Trial) -> str:
+    return f"{trial.metric} {trial.value(BASE):.4f}, {trial.value(ORACLE):.4f} with the deltas of the true labels"
 
 
 def _gentlest(best: Trial, others: Sequence[Trial]) -> Trial:
