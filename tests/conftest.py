@@ -197,6 +197,8 @@ class Started:
             for number, path in zip((1, 2), self._texts, strict=True):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+            # A shell's background jobs ignore it, and what they start inherits that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             slow_down(delay)
             sys.argv = ["ocd", *words]
             try:
