@@ -7,7 +7,6 @@ from typing import Any
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
-from stages.artifacts.tensors import load_model
 from stages.branches import Command, branch_of, bring_up
 from stages.errors import ComputeError, SettingsError, TaskError
 from stages.evaluation import rows as row
@@ -90,7 +89,7 @@ def _alternative(
     values = {"select-layer.layer": others[-1], "select-layer.draws": 0}
     branch = _branch(materials, "alternative-layer", values, _learned(), commands, tell)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
-    return ElsewhereRow(row.ALTERNATIVE, lambda batch: Batch(other, batch.examined, batch.positions))
+    return ElsewhereRow(row.ALTERNATIVE, other)
 
 
 def _regression(
@@ -100,7 +99,7 @@ def _regression(
     values = {"train-diffusion.prediction": "mean"}
     branch = _branch(materials, "deterministic-hypernetwork", values, _learned(), commands, tell)
     other = with_denoiser(subject, branch, None, 1)
-    return ElsewhereRow(row.REGRESSION_ROW, lambda batch: Batch(other, batch.examined, batch.positions))
+    return ElsewhereRow(row.REGRESSION_ROW, other)
 
 
 def _with_x(materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]) -> Row | str:
@@ -109,7 +108,7 @@ def _with_x(materials: Materials, subject: Subject, commands: Mapping[str, Comma
         return "collect.condition_on_x is set: all of OCD's rows are conditioned on x"
     branch = _branch(materials, "conditioned-on-x", {"collect.condition_on_x": True}, _learned(), commands, tell)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
-    return ElsewhereRow(row.WITH_X, lambda batch: Batch(other, batch.examined, batch.positions))
+    return ElsewhereRow(row.WITH_X, other)
 
 
 def _longer(materials: Materials, subject: Subject, commands: Mapping[str, Command], tell: Callable[[str], None]) -> Row | str:
@@ -119,17 +118,13 @@ def _longer(materials: Materials, subject: Subject, commands: Mapping[str, Comma
         return "the base was imported, or trained by the task: its training cannot be continued"
     values = {"train-base.epochs": 2 * reached, "train-base.patience": 0}
     branch = _branch(materials, "base-trained-longer", values, ("train-base",), commands, tell)
-    model = branch.new_model()
-    load_model(branch.file_of("train-base", BASE_FILE), model)
-    model.to(materials.device).eval().requires_grad_(False)
+    model = branch.another_base()
     return OutputRow(row.LONGER, lambda batch: materials.forward(model, batch.x))
 
 
 def whole_network_row(materials: Materials, recipe: Recipe, samples: int) -> Row | str:
     """Every layer overfitted on test, sample by sample; or why not."""
-    model = materials.new_model()
-    load_model(materials.file_of("train-base", BASE_FILE), model)
-    model.to(materials.device).eval().requires_grad_(False).float()
+    model = materials.another_base().float()
 
     def one(x: Tree, y: Tree) -> Tree:
         return overfit_whole(

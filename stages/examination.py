@@ -162,7 +162,7 @@ def training_rows(
         missing: as `with_neighbours`.
     """
     left_out = {}
-    found = [row.random_training_row(), row.mean_row(mean_delta(training).to(subject.device))]
+    found = [row.random_training_row(), row.mean_row(training.mean.to(subject.device))]
     if isinstance(means, str):
         left_out[row.CLASS_MEAN] = means
     else:
@@ -200,11 +200,6 @@ def class_numbers(batch: Batch) -> Tensor:
 def _class_numbers(outputs: Tensor) -> Tensor:
     """(B, C) or (B, 1) to (B,)."""
     return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
-
-
-def mean_delta(training: StoredDeltas) -> Tensor:
-    """The mean of the usable training deltas, (out, in)."""
-    return training.means(torch.zeros(len(training), dtype=torch.long), 1)[0]
 
 
 def unseen(materials: Materials, training: StoredDeltas) -> Tensor:

@@ -83,6 +83,10 @@ class Materials:
     @cached_property
     def base(self) -> nn.Module:
         """The trained base, frozen, in eval mode, on the device."""
+        return self.another_base()
+
+    def another_base(self) -> nn.Module:
+        """The same in a model of its own."""
         model = self.new_model()
         load_model(self.file_of("train-base", BASE_FILE), model)
         return model.to(self.device).eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,11 @@ class StoredDeltas:
             sums.index_add_(0, groups[rows][here], deltas[here].double())
             sizes.index_add_(0, groups[rows][here], torch.ones(int(here.sum()), dtype=torch.float64))
         return (sums / sizes.clamp_min(1).view(-1, 1, 1)).float()
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The mean of the usable deltas, (out, in)."""
+        return self.means(torch.zeros(len(self), dtype=torch.long), 1)[0]
 
     def nearest_cosines(self, queries: Tensor, own: Tensor) -> Tensor:
         """The largest cosine of each query with a training delta: (Q, out, in) to (Q,).

@@ -16,7 +16,7 @@ from stages.evaluation.subject import Batch, Examined, Subject
 from stages.seeds import generator
 from stages.tasks.loader import losses, naming_rows
 from stages.tasks.losses import REGRESSION
-from stages.trees import Tree, leaves, take, tree_map
+from stages.trees import Tree, batch_size, take, tree_map
 
 # Told of the samples times rows done so far.
 Heard = Callable[[int], None]
@@ -174,7 +174,7 @@ def compare(
             outputs = row.members(batch)(strengths.get(row.name, 1.0))
             with naming_rows(examined.split, positions):
                 gathered[row.name].add(outputs, _combined(subject, outputs), batch.y)
-            members[row.name] = len(next(iter(leaves(outputs).values())))
+            members[row.name] = batch_size(outputs)
             done += len(positions)
             heard(done)
     return Compared(gathered, members, examined.order)
@@ -212,7 +212,7 @@ def cross_fitted(
                 for strength, gathered in tried[row.name][number].items():
                     outputs = at(strength)
                     gathered.add(outputs, _combined(subject, outputs), batch.y)
-                members[row.name] = len(next(iter(leaves(outputs).values())))
+                members[row.name] = batch_size(outputs)
     found, strengths = {}, {}
     for name, (first, second) in tried.items():
         best = [min(one, key=lambda strength, one=one: _mean_loss(one[strength])) for one in (second, first)]
@@ -228,5 +228,4 @@ def _mean_loss(gathered: Gathered) -> float:
 
 def _combined(subject: Subject, members: Tree) -> Tree:
     """The members' combination; a lone member's own output, as the base's is."""
-    count = len(next(iter(leaves(members).values())))
-    return take(members, 0) if count == 1 else subject.combine(members)
+    return take(members, 0) if batch_size(members) == 1 else subject.combine(members)

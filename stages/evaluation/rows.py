@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.evaluation.subject import Batch, as_member
+from stages.evaluation.subject import Batch, Subject, as_member
 from stages.seeds import generator, seed_of
 from stages.trees import Tree
 
@@ -111,16 +111,16 @@ class ElsewhereRow:
 
     Attributes:
         name: its name.
-        elsewhere: the same samples as another subject sees them.
+        elsewhere: the other subject.
     """
 
     name: str
-    elsewhere: Callable[[Batch], Batch]
+    elsewhere: Subject
     validated: bool = True
 
     def members(self, batch: Batch) -> Members:
         """As the interface says."""
-        other = self.elsewhere(batch)
+        other = Batch(self.elsewhere, batch.examined, batch.positions)
         return other.along(other.generated[0])
 
 

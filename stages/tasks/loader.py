@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,21 @@ def losses(task: Task, output: Tree, y: Tree) -> Tensor:
     """
     with user_code("the loss"):
         values = task.loss(output, y)
-    count = batch_size(output)
+    hint = 'with torch losses use reduction="none" and average over all but the first axis'
+    return one_per_sample(values, batch_size(output), "the loss returned {}", hint)
+
+
+def one_per_sample(values: Any, count: int, said: str, hint: str) -> Tensor:
+    """A tensor (B,) of the user's, checked; `said` has {} where the shape it has goes.
+
+    Raises:
+        TaskError: another shape, or no tensor.
+    """
     if not isinstance(values, Tensor) or values.shape != (count,):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise TaskError(
-            f"the loss returned {shape} for a batch of {count}, expected one value per sample, ({count},)",
-            'with torch losses use reduction="none" and average over all but the first axis',
+            f"{said.replace('{}', str(shape))} for a batch of {count}, expected one value per sample, ({count},)",
+            hint,
         )
     return values
 

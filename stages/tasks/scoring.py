@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stages.errors import TaskError
 from stages.tasks.data import Split
-from stages.tasks.loader import forward, losses, naming_rows
+from stages.tasks.loader import forward, losses, naming_rows, one_per_sample
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, batch_size, to_device
@@ -20,14 +19,8 @@ def metrics_of(task: Task, output: Tree, y: Tree) -> dict[str, Tensor]:
     with user_code("metrics()"):
         found = task.metrics(output, y)
     count = batch_size(output)
-    for name, values in found.items():
-        if not isinstance(values, Tensor) or values.shape != (count,):
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise TaskError(
-                f"metrics() gave {name} as {shape} for a batch of {count}, expected one value per sample, ({count},)",
-                "average over all but the first axis",
-            )
-    return found
+    hint = "average over all but the first axis"
+    return {name: one_per_sample(value, count, f"metrics() gave {name} as {{}}", hint) for name, value in found.items()}
 
 
 def finite(value: float) -> float | None:
