@@ -128,16 +128,34 @@ class CollectTable(Table):
 
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
-    preset: Literal["auto", "mlp"] = identity("auto", "denoiser; mlp: residual MLP on the flattened delta")
-    width: Annotated[int, Field(ge=8, multiple_of=2)] | Auto = identity(
-        "auto", "hidden width of the mlp preset, even; auto: about 4·sqrt(out·in)"
+    preset: Literal["auto", "mlp", "factored", "paper", "authors", "small"] = identity(
+        "auto", "denoiser; auto: paper on a GPU with room for it, else mlp; see Choosing a preset"
     )
-    blocks: int = identity(3, "residual blocks of the mlp preset", ge=1)
+    width: Annotated[int, Field(ge=8, multiple_of=2)] | Auto = identity(
+        "auto", "hidden width, even (U-Nets: channels); auto: about 4·sqrt(out·in), 128 (paper, authors), 32 (small)"
+    )
+    blocks: Count | Auto = identity("auto", "residual blocks (U-Nets: at each level); auto: 3, 2 (paper, authors), 1 (small)")
+    rank: int = identity(8, "outer products the factored preset's answer is the sum of", ge=1)
+    multipliers: Annotated[list[Count], Field(min_length=1)] | Auto = identity(
+        "auto", "channels of a U-Net's resolutions, in widths; auto: 1, 1, 2, 2, 4, 4, or 1, 2, 2, 4 (small)"
+    )
+    attention_max_tokens: Annotated[int, Field(ge=0)] | Auto = identity(
+        "auto", "U-Nets attend where a resolution has at most so many positions; auto: 1024, 256 (authors, small)"
+    )
+    pad_to: Count | Auto = identity("auto", "U-Nets see deltas padded to multiples of this; auto: as needed, 128 (authors)")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | Auto = identity("auto", "in a U-Net's blocks; auto: 0, 0.4 (authors)")
+    encoders: dict[str, str] = identity(
+        {}, 'encoder of a conditioning field: linear (default), vgg11 for pictures, spectrogram for sounds, or "module:name"'
+    )
+    encoder_weights: str | None = execution(None, "safetensors file of VGG-11's weights, which then stay as they are")
     prediction: Literal["auto", "epsilon", "x0", "mean"] = identity(
-        "auto", "what the denoiser outputs; auto: x0 for mlp; mean: no diffusion, one pass regresses the delta (Eq. 1)"
+        "auto",
+        "what the denoiser outputs; auto: epsilon for U-Nets, else x0; mean: no diffusion, one pass regresses the delta",
     )
     schedule: Literal["ddpm", "authors", "paper"] = identity("ddpm", "noise schedule")
-    lr: float = identity(5e-4, "learning rate", gt=0)
+    lr: Annotated[float, Field(gt=0)] | Auto = identity(
+        "auto", "learning rate; auto: 5e-4 (mlp), 1e-3 (factored), 1e-4 (U-Nets)"
+    )
     lr_schedule: Literal["constant", "cosine"] = identity(
         "constant", "cosine falls to zero at max_steps, and makes max_steps part of the result"
     )
@@ -148,7 +166,16 @@ class TrainDiffusionTable(Table):
     )
     evaluate_steps: int = identity(200, "steps between evaluations on held-out deltas", ge=1)
     held_out: float = identity(0.05, "part of the store kept for evaluation, at most 512 deltas", gt=0, lt=1)
+    precision: Literal["auto", "float32", "bfloat16"] = identity(
+        "auto", "of the products in training; auto: bfloat16 on cuda, else float32"
+    )
+    micro_batch_size: Count | Auto = execution("auto", "deltas of a batch in memory at once; auto: as many as fit and pay")
+    store_memory: Annotated[float, Field(ge=0)] | Auto = execution(
+        "auto", "GiB of memory the store may be kept in, else it is read while training; auto: half of what is free"
+    )
+    compile: bool = execution(False, "torch.compile the denoiser: a minute at the start, faster afterwards")
     checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
+    checkpoint_minutes: float = execution(5.0, "minutes after which there is a checkpoint in any case", gt=0)
 
 
 class TrainScaleTable(Table):
@@ -164,6 +191,7 @@ class TrainScaleTable(Table):
     evaluate_steps: int = identity(100, "steps between evaluations on held-out samples", ge=1)
     held_out: float = identity(0.05, "part of the store kept for evaluation, at most 512 samples", gt=0, lt=1)
     checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
+    checkpoint_minutes: float = execution(5.0, "minutes after which there is a checkpoint in any case", gt=0)
 
 
 class InferTable(Table):

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from stages.artifacts.files import read_json
 from stages.artifacts.pipeline import AUTO
 from stages.artifacts.tensors import load_tensors
-from stages.diffusion.denoisers import make_denoiser
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
+from stages.encoding import build_denoiser
 from stages.errors import ArtifactError
 from stages.materials import Materials
 from stages.tasks.conditioning import condition
@@ -77,7 +77,7 @@ def load_generator(materials: Materials, strength: float | None = None) -> Delta
     """
     project, device = materials.project, materials.device
     description = read_json(materials.file_of("train-diffusion", "denoiser.json"))
-    denoiser = make_denoiser(description)
+    denoiser = build_denoiser(project, description)
     _load(denoiser, materials.file_of("train-diffusion", "denoiser.safetensors"))
     shape = read_json(materials.file_of("train-scale", "scale.json"))
     scale = ScaleNetwork(shape["fields"], shape["width"])

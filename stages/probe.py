@@ -15,7 +15,8 @@ from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import check_run
 from stages.artifacts.states import States, require_done
-from stages.diffusion.denoisers import make_denoiser, resolve_width
+from stages.diffusion.denoisers import MLP, make_denoiser, resolve
+from stages.diffusion.memory import operations
 from stages.errors import DataError, OcdError
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
@@ -51,6 +52,8 @@ RESAMPLES = 1000
 BATCH_BYTES, LARGEST_BATCH = 128 << 20, 64
 # Chunks compress to about two thirds at best; what is said is what they take uncompressed.
 FLOAT_BYTES = 4
+# A step of more multiplications takes too long to try.
+MOST_OPERATIONS = 1 << 36
 
 
 def probe(
@@ -276,11 +279,14 @@ class Probe:
     def _training_step(self, layer: Layer, fields: dict[str, int]) -> float | None:
         """Seconds of one step of the denoiser's training; None where it is too large to try."""
         table = self._materials.project.settings.train_diffusion
-        width = resolve_width(layer.numel) if table.width == AUTO else table.width
-        description = {"preset": "mlp", "shape": layer.matrix_shape, "fields": fields, "width": width, "prediction": "x0"}
-        if layer.numel * width > 1 << 28:
+        # With encoders of one layer each: what the store's fields will be like is not known yet.
+        preset = MLP if table.preset == AUTO else table.preset
+        description = {**resolve(table.model_dump() | {"preset": preset}, layer.matrix_shape), "shape": layer.matrix_shape}
+        with torch.device("meta"):
+            sketch = make_denoiser(description | {"fields": fields})
+        if operations(sketch) * table.batch_size > MOST_OPERATIONS:
             return None
-        denoiser = make_denoiser(description | {"blocks": table.blocks}).to(self._materials.device)
+        denoiser = make_denoiser(description | {"fields": fields}).to(self._materials.device)
         given = {name: torch.zeros(table.batch_size, count, device=self._materials.device) for name, count in fields.items()}
         noisy = torch.zeros(table.batch_size, *layer.matrix_shape, device=self._materials.device)
         t = torch.zeros(table.batch_size, dtype=torch.long, device=self._materials.device)

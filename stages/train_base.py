@@ -1,5 +1,6 @@
 """train-base: train the base network, or import its weights; every later stage uses exactly these."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,12 @@ class TrainBase(Stage):
         batch = min(settings.batch_size, len(train))
         epoch_steps = max(1, len(train) // batch)
 
-        def step_loss(step: int) -> Tensor:
+        def step_losses(step: int) -> Iterator[Tensor]:
             rows = batch_rows(len(train), batch, step, self.seed, "train-base")
             x, y = train.batch(rows, self.seed, "train-base", step)
             with global_seed(self.seed, "train-base", step), naming_rows(train, rows):
-                return losses(self.task, self.forward(model, to_device(x, self.device)), to_device(y, self.device)).mean()
+                loss = losses(self.task, self.forward(model, to_device(x, self.device)), to_device(y, self.device)).mean()
+            yield loss
 
         def score() -> dict[str, float]:
             figures = evaluate(self.task, model, self.splits["validation"], self.device)
@@ -118,7 +120,7 @@ class TrainBase(Stage):
         def snapshot() -> dict[str, Tensor]:
             return {name: value.clone() for name, value in model.state_dict().items()}
 
-        trainer = Trainer(model, _optimizer(settings, model), step_loss, average=False, clip=False)
+        trainer = Trainer(model, _optimizer(settings, model), step_losses, average=False, clip=False)
         plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
         self.tell_total(plan.max_steps, "steps")
         trained = TrainingRun(wip, self.fingerprint, trainer, score, snapshot, plan, self.report).run()

@@ -5,33 +5,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from stages.artifacts.files import digest, link_or_copy, require_memory, require_space, sha256_file, write_json
-from stages.artifacts.pipeline import AUTO
+from stages.artifacts.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
-from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
-from stages.diffusion.dataset import Rows, usable_split
-from stages.diffusion.denoisers import Denoiser, make_denoiser, resolve_prediction, resolve_preset, resolve_width, unit
-from stages.diffusion.denoising import denoising_loss, judge, step_draws
-from stages.diffusion.schedule import make_schedule, schedule_warning
-from stages.diffusion.training import Trainer, batch_rows, threads_for
+from stages.artifacts.training_run import Plan, Trained, TrainingRun, follow, take_up_training
+from stages.denoiser_training import Choice, Training, begin_training, choose_denoiser, micro_batch
+from stages.diffusion.data_parallel import Ranks
+from stages.diffusion.denoising import judge
+from stages.diffusion.schedule import schedule_warning
+from stages.diffusion.training import threads_for
+from stages.encoding import build_denoiser
 from stages.outcome import Finished, Outcome
-from stages.seeds import global_seed
 from stages.stage import Stage
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"
+# Predicting nothing gives 1: a hundred times as much is no bad batch.
+LARGEST_LOSS = 100.0
 
 
 def train_diffusion(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
-    """Bring the denoiser up to date.
+    """Bring the denoiser up to date. Under torchrun, its processes share every batch.
 
     Raises:
-        OcdError: as `Stage.execute`; a store that does not fit memory, or holds nothing but degenerate rows; a loss that is
-            not finite.
+        OcdError: as `Stage.execute`; a denoiser that does not fit memory; a store that holds nothing but degenerate rows; a
+            loss that is not finite, or has exploded.
     """
     return TrainDiffusion(project, report).execute(force=force, dry_run=dry_run)
 
@@ -41,102 +41,120 @@ class TrainDiffusion(Stage):
 
     name = "train-diffusion"
 
-    def resolved(self) -> dict[str, Any]:
-        """What `auto` stands for."""
-        preset = resolve_preset(self.settings.preset)
-        prediction = resolve_prediction(self.settings.prediction, preset)
-        out, columns = self.manifest_of("collect")["store"]["arrays"]["delta"]["shape"][1:]
-        width = resolve_width(out * columns) if self.settings.width == AUTO else self.settings.width
-        return {
-            f"{self.name}.{key}": value for key, value in (("preset", preset), ("prediction", prediction), ("width", width))
-        }
+    def execute(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
+        """As `Stage.execute`; of several ranks the first does that, and the others take part in the training."""
+        self._released = False
+        if not self.ranks.leads:
+            if (begun := self.ranks.agree()) is not None:
+                self._follow(begun)
+            return Outcome(self.name, {"stage": self.name, "rank": self.ranks.rank}, waits=True)
+        try:
+            return super().execute(force=force, dry_run=dry_run)
+        finally:
+            if not self._released:
+                self.ranks.agree(None)
 
     @cached_property
-    def _parameters(self) -> int:
-        with torch.device("meta"):
-            denoiser = make_denoiser(self._description(self.manifest_of("collect")["store"]))
-        return sum(p.numel() for p in denoiser.parameters())
+    def ranks(self) -> Ranks:
+        """This process among those that torchrun started."""
+        return Ranks.joined(self.device.type)
+
+    @cached_property
+    def _planned(self) -> Choice:
+        """The denoiser as the settings have it now."""
+        return self._choice(self.settings.model_dump())
+
+    def _choice(self, settings: dict[str, Any]) -> Choice:
+        return choose_denoiser(self.project, self.manifest_of("collect")["store"], settings, self.device)
+
+    def resolved(self) -> dict[str, Any]:
+        """What `auto` stands for."""
+        return {f"{self.name}.{key}": value for key, value in self._planned.settings.items()}
 
     def auto_threads(self) -> int:
         """By the size of a step."""
-        return threads_for(self._parameters, self.settings.batch_size)
+        return threads_for(self._planned.operations, self.settings.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        """Steps and parameters."""
-        store, size = self.manifest_of("collect")["store"], 4 * self._parameters
-        what = f"train {size // 4:,} parameters on {store['samples']:,} deltas, at most {self.settings.max_steps:,} steps"
-        return {"what": what, "bytes": 10 * size}
+        """Steps, parameters, bytes."""
+        size, samples = self._planned.parameters, self.manifest_of("collect")["store"]["samples"]
+        what = f"train {size:,} parameters on {samples:,} deltas, at most {self.settings.max_steps:,} steps"
+        return {"what": what, "preset": self._planned.description["preset"], "bytes": 40 * size}
+
+    def check(self) -> None:
+        """The encoders fit their fields, and the training fits memory."""
+        if self._planned.description.get("encoders"):
+            build_denoiser(self.project, self._planned.description, begin=True)
+        self._micro_batch(self._planned)
+
+    def _micro_batch(self, choice: Choice) -> int:
+        """Deltas in memory at once, in each rank."""
+        share = -(-self.settings.batch_size // self.ranks.count)
+        return micro_batch(choice, share, self.settings.micro_batch_size, self.device)
 
     def work(self, wip: Path) -> Finished:
-        """Read the store, train, keep the best averaged weights."""
-        settings = self.settings
-        require_space(wip, self.plan()["bytes"])
-        reader = StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"])
-        description = self._description(reader.description)
-        train, held_out = self._rows(reader)
-        schedule = make_schedule(settings.schedule, train.deltas[0].numel(), description["prediction"])
-        if warning := schedule_warning(settings.schedule, train.deltas[0].numel()):
+        """Train, keep the best averaged weights."""
+        # Of unfinished work, what `auto` stood for when it was begun.
+        prefix = f"{self.name}."
+        begun = {key.removeprefix(prefix): value for key, value in self._identity["settings"].items() if key.startswith(prefix)}
+        choice = self._choice(self.settings.model_dump() | begun)
+        require_space(wip, 40 * choice.parameters)
+        micro = self.keep_execution(micro_batch_size=self._micro_batch(choice))["micro_batch_size"]
+        self._released = True
+        self.ranks.agree({"settings": begun, "micro_batch": micro, "threads": torch.get_num_threads()})
+        training = self._training(choice, micro)
+        if warning := schedule_warning(self.settings.schedule, len(training.rows.held_out.deltas[0].flatten())):
             self.report.message(warning)
-        denoiser = self._new_denoiser(description, train)
-        held_out = held_out.to(self.device)
-        batch = min(settings.batch_size, len(train))
+        preset = choice.description["preset"]
+        self.report.message(f"{preset}, {choice.parameters:,} parameters; the store is {training.rows.place}")
+        self.tell_total(self.settings.max_steps, "steps")
+        return self._finished(wip, self._run(wip, choice, training), choice, training.rows.count)
 
-        def step_loss(step: int) -> Tensor:
-            rows = train.take(batch_rows(len(train), batch, step, self.seed, "train-diffusion")).to(self.device)
-            t, noise = step_draws(batch, tuple(rows.deltas.shape[1:]), schedule.steps, self.seed, "train-diffusion", step)
-            return denoising_loss(denoiser, schedule, rows, t.to(self.device), noise.to(self.device))
+    def _training(self, choice: Choice, micro: int) -> Training:
+        reader = StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"])
 
-        cosine = settings.max_steps if settings.lr_schedule == "cosine" else None
-        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
-        trainer = Trainer(denoiser, optimizer, step_loss, cosine_steps=cosine)
-        plan = Plan(settings.max_steps, settings.evaluate_steps, settings.checkpoint_steps, settings.patience)
-        self.tell_total(plan.max_steps, "steps")
-        trained = TrainingRun(
+        def smaller(left: int) -> None:
+            self.report.message(f"memory ran out: from here on {left} deltas at once")
+
+        return begin_training(choice, reader, micro, self.device, self.ranks, smaller)
+
+    def _run(self, wip: Path, choice: Choice, training: Training) -> Trained:
+        settings, trainer, steps = self.settings, training.trainer, training.steps
+        plan = Plan(
+            settings.max_steps,
+            settings.evaluate_steps,
+            settings.checkpoint_steps,
+            settings.patience,
+            settings.checkpoint_minutes,
+            LARGEST_LOSS,
+            f"try a smaller learning rate: --set {self.name}.lr={choice.lr / 4:g} --force",
+        )
+        held_out, schedule = training.rows.held_out.to(self.device), choice.schedule
+        return TrainingRun(
             wip,
             self.fingerprint,
             trainer,
-            lambda: judge(trainer.averaged, schedule, held_out, self.seed),
+            lambda: judge(trainer.averaged, schedule, held_out, self.seed, steps.micro_batch),
             lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
+            training.blame,
+            self.ranks,
         ).run()
-        return self._finished(wip, trained, description, denoiser, len(train))
+
+    def _follow(self, begun: dict[str, Any]) -> None:
+        """Take part in the training that rank 0 drives."""
+        torch.set_num_threads(begun["threads"])
+        choice = self._choice(self.settings.model_dump() | begun["settings"])
+        follow(self._training(choice, begun["micro_batch"]).trainer, self.ranks)
 
     def extend(self, finished: Path, wip: Path) -> None:
         """Take up the finished training's last checkpoint."""
         take_up_training(finished, wip)
 
-    def _description(self, store: dict[str, Any]) -> dict[str, Any]:
-        """What `make_denoiser` needs, and the schedule; kept beside the weights."""
-        arrays = store["arrays"]
-        resolved = {key.partition(".")[2]: value for key, value in self.resolved().items()}
-        fields = {
-            name: int(torch.Size(entry["shape"][1:]).numel()) for name, entry in arrays.items() if name in store["fields"]
-        }
-        settings = {key: getattr(self.settings, key) for key in ("blocks", "schedule")}
-        return {**resolved, **settings, "shape": arrays["delta"]["shape"][1:], "fields": fields}
-
-    def _rows(self, reader: StoreReader) -> tuple[Rows, Rows]:
-        """Unit deltas and conditioning, for training and held out."""
-        names = ["delta", *reader.field_names()]
-        require_memory(2 * reader.nbytes(names), "the delta store")
-        rho = torch.from_numpy(reader.read("rho"))
-        train, held_out = usable_split(torch.from_numpy(reader.read("degenerate")), rho, self.settings.held_out, self.seed)
-        deltas = torch.from_numpy(reader.read("delta"))
-        for part in torch.arange(len(deltas)).split(4096):
-            deltas[part] = unit(deltas[part])
-        rows = Rows({name: torch.from_numpy(reader.read(name)) for name in reader.field_names()}, rho, deltas)
-        return rows.take(train), rows.take(held_out)
-
-    def _new_denoiser(self, description: dict[str, Any], train: Rows) -> Denoiser:
-        with global_seed(self.seed, "train-diffusion", "network"):
-            denoiser = make_denoiser(description)
-        denoiser.encoder.normalise.fit(train.fields)
-        return denoiser.to(self.device)
-
-    def _finished(self, wip: Path, trained: Trained, description: dict[str, Any], denoiser: Denoiser, samples: int) -> Finished:
+    def _finished(self, wip: Path, trained: Trained, choice: Choice, samples: int) -> Finished:
         link_or_copy(trained.snapshot, wip / DENOISER_FILE)
-        write_json(wip / DESCRIPTION_FILE, description)
+        write_json(wip / DESCRIPTION_FILE, choice.description)
         summary = {
             "steps": trained.steps,
             "stopped_early": trained.stopped_early,
@@ -145,9 +163,9 @@ class TrainDiffusion(Stage):
             "cosine": trained.best["cosine"],
             "cosine_shuffled": trained.best["cosine_shuffled"],
             "samples": samples,
-            "parameters": sum(p.numel() for p in denoiser.parameters()),
-            **{key: description[key] for key in ("preset", "prediction", "schedule")},
+            "parameters": choice.parameters,
+            **{key: choice.description[key] for key in ("preset", "prediction", "schedule")},
         }
         reached = {"value": self.settings.max_steps, "reached": trained.steps, "exhausted": trained.stopped_early}
-        content = digest([sha256_file(wip / DENOISER_FILE), description])
+        content = digest([sha256_file(wip / DENOISER_FILE), choice.description])
         return Finished(summary, content, {"train-diffusion.max_steps": reached})

@@ -1,25 +1,32 @@
 """train-scale: train the network that predicts ρ, the norm of the delta (Eq. 10)."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.artifacts.files import digest, link_or_copy, require_memory, require_space, sha256_file, write_json
+from stages.artifacts.background import read_ahead
+from stages.artifacts.files import digest, link_or_copy, require_space, sha256_file, write_json
+from stages.artifacts.pipeline import AUTO
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
-from stages.diffusion.dataset import Rows, usable_split
-from stages.diffusion.scale import ScaleNetwork, scale_loss
-from stages.diffusion.training import Trainer, batch_rows, threads_for
+from stages.diffusion.dataset import Rows
+from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
+from stages.diffusion.training import Stream, Trainer, threads_for
 from stages.outcome import Finished, Outcome
 from stages.seeds import global_seed
 from stages.stage import Stage
+from stages.training_rows import TrainingRows
 
 SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"
+# So many times the loss of always predicting the mean is no bad batch.
+LARGEST_LOSS = 100.0
 
 
 def train_scale(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
@@ -76,34 +83,43 @@ class TrainScale(Stage):
         """Read ρ and the conditioning, train, keep the best averaged weights."""
         settings = self.settings
         require_space(wip, self.plan()["bytes"])
-        reader = StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"])
-        train, held_out = self._rows(reader)
-        widths = self._widths(reader.description)
+        widths = self._widths(self.manifest_of("collect")["store"])
+        rows = self._rows()
+        held_out, loss = rows.held_out.to(self.device), settings.loss
         with global_seed(self.seed, "train-scale", "network"):
             network = ScaleNetwork(widths, settings.width)
-        network.fit(train.fields, train.rho)
+        network.fit(rows.parts(), rows.rho)
         network.to(self.device)
-        batch = min(settings.batch_size, len(train))
+        stream = Stream(lambda step: read_ahead(rows.batches(step)))
 
-        def step_loss(step: int) -> Tensor:
-            rows = train.take(batch_rows(len(train), batch, step, self.seed, "train-scale").to(self.device))
-            return scale_loss(network(rows.fields), rows.rho, settings.loss).mean()
+        def step_losses(step: int) -> Iterator[Tensor]:
+            batch = stream.at(step).to(self.device)
+            yield scale_loss(network(batch.fields), batch.rho, loss).mean()
 
-        trainer = Trainer(
-            network, torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.0, fused=True), step_loss
+        optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+        trainer = Trainer(network, optimizer, step_losses)
+        constant = scale_loss(network.mean_log_rho.cpu().expand_as(rows.rho), rows.rho, loss).mean()
+        plan = Plan(
+            settings.max_steps,
+            settings.evaluate_steps,
+            settings.checkpoint_steps,
+            settings.patience,
+            settings.checkpoint_minutes,
+            # The paper's loss is in decibels, whose growth is no explosion yet.
+            LARGEST_LOSS * max(1.0, float(constant)) if loss == LOG else math.inf,
+            f"try a smaller learning rate: --set {self.name}.lr={settings.lr / 4:g} --force",
         )
-        plan = Plan(settings.max_steps, settings.evaluate_steps, settings.checkpoint_steps, settings.patience)
         self.tell_total(plan.max_steps, "steps")
         trained = TrainingRun(
             wip,
             self.fingerprint,
             trainer,
-            lambda: judge_scale(trainer.averaged, held_out, settings.loss),
+            lambda: judge_scale(trainer.averaged, held_out, loss),
             lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
         ).run()
-        return self._finished(wip, trained, {"fields": widths, "width": settings.width}, len(train))
+        return self._finished(wip, trained, {"fields": widths, "width": settings.width}, rows.count)
 
     def extend(self, finished: Path, wip: Path) -> None:
         """Take up the finished training's last checkpoint."""
@@ -112,12 +128,17 @@ class TrainScale(Stage):
     def _widths(self, store: dict[str, Any]) -> dict[str, int]:
         return {name: int(torch.Size(store["arrays"][name]["shape"][1:]).numel()) for name in store["fields"]}
 
-    def _rows(self, reader: StoreReader) -> tuple[Rows, Rows]:
-        require_memory(2 * reader.nbytes(reader.field_names()), "the store's conditioning")
-        rho = torch.from_numpy(reader.read("rho"))
-        train, held_out = usable_split(torch.from_numpy(reader.read("degenerate")), rho, self.settings.held_out, self.seed)
-        rows = Rows({name: torch.from_numpy(reader.read(name)) for name in reader.field_names()}, rho)
-        return rows.take(train).to(self.device), rows.take(held_out).to(self.device)
+    def _rows(self) -> TrainingRows:
+        settings = self.settings
+        return TrainingRows(
+            StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"]),
+            deltas=False,
+            held_out=settings.held_out,
+            batch_size=settings.batch_size,
+            seed=self.seed,
+            device=self.device,
+            memory=AUTO,
+        )
 
     def _finished(self, wip: Path, trained: Trained, description: dict[str, Any], samples: int) -> Finished:
         link_or_copy(trained.snapshot, wip / SCALE_FILE)

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import torch
 
+from stages.diffusion.conditioning import ConditioningEncoder
 from stages.diffusion.dataset import Rows
-from stages.diffusion.denoisers import MlpDenoiser, unit
-from stages.diffusion.denoising import denoising_loss, judge
+from stages.diffusion.denoiser import unit
+from stages.diffusion.denoising import denoising_errors, judge
+from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.sampler import Noise, sample
 from stages.diffusion.schedule import make_schedule
 from stages.seeds import generator
@@ -33,24 +35,24 @@ def test_its_sample_is_one_pass_on_nothing():
 def test_its_loss_is_regression():
     """Whatever t and noise are drawn, the loss is that of the output on nothing against the unit delta."""
     torch.manual_seed(0)
-    denoiser = MlpDenoiser((2, 3), {"layer_input": 3}, 16, 1, "mean")
+    denoiser = MlpDenoiser((2, 3), ConditioningEncoder({"layer_input": 3}, 16), 16, 1, "mean")
     torch.nn.init.normal_(denoiser.leave[-1].weight)
     rows = Rows({"layer_input": torch.randn(5, 3)}, torch.ones(5), unit(torch.randn(5, 2, 3)))
     last = torch.full((5,), 999)
     wanted = (denoiser(torch.zeros(5, 2, 3), last, denoiser.encode(rows.fields)) - rows.deltas).square().mean()
     for t, noise in ((torch.arange(5), torch.randn(5, 2, 3)), (last, torch.zeros(5, 2, 3))):
-        torch.testing.assert_close(denoising_loss(denoiser, SCHEDULE, rows, t, noise), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(denoising_errors(denoiser, SCHEDULE, rows, t, noise).mean(), wanted, rtol=0, atol=0)
 
 
 def test_it_learns_a_function_of_the_conditioning():
     torch.manual_seed(1)
-    denoiser = MlpDenoiser((2, 3), {"layer_input": 2}, 32, 1, "mean")
+    denoiser = MlpDenoiser((2, 3), ConditioningEncoder({"layer_input": 2}, 32), 32, 1, "mean")
     fields = torch.randn(256, 2)
     rows = Rows({"layer_input": fields}, torch.ones(256), unit(torch.einsum("bo,i->boi", fields.tanh(), torch.ones(3))))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
     for _ in range(300):
         optimizer.zero_grad()
-        denoising_loss(denoiser, SCHEDULE, rows, torch.zeros(256, dtype=torch.long), torch.zeros(256, 2, 3)).backward()
+        denoising_errors(denoiser, SCHEDULE, rows, torch.zeros(256, dtype=torch.long), torch.zeros(256, 2, 3)).mean().backward()
         optimizer.step()
     found = judge(denoiser, SCHEDULE, rows, seed=0)
     assert found["score"] < 0.1

@@ -8,8 +8,9 @@ from diffusers.schedulers import scheduling_ddpm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.diffusion.denoisers import MlpDenoiser
+from stages.diffusion.conditioning import ConditioningEncoder
 from stages.diffusion.generate import DeltaGenerator
+from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.sampler import DDIM, DDPM, Noise, sample
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import EPSILON, LEADING, TRAILING, X0, NoiseSchedule, linear_betas, make_schedule
@@ -205,7 +206,10 @@ def test_a_row_does_not_depend_on_its_batch(rows, sampler, data):
 def delta_generator():
     """A generator of deltas whose networks answer to their inputs."""
     torch.manual_seed(0)
-    denoiser, scale = MlpDenoiser(SHAPE, {"a": 4, "b": 3}, 16, 2, X0), ScaleNetwork({"a": 4, "b": 3}, 8)
+    denoiser, scale = (
+        MlpDenoiser(SHAPE, ConditioningEncoder({"a": 4, "b": 3}, 16), 16, 2, X0),
+        ScaleNetwork({"a": 4, "b": 3}, 8),
+    )
     for network in (denoiser, scale):
         network.requires_grad_(False).eval()
         for parameter in network.parameters():

@@ -94,6 +94,30 @@ def _flag_given(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return source_record(path, record) if path.exists() else record
 
 
+def encoder_weights(project: Project) -> Path | None:
+    """The file of weights that encoders of the conditioning begin with."""
+    given = project.settings.train_diffusion.encoder_weights
+    return None if given is None else project.root / Path(given).expanduser()
+
+
+def encoder_sources(project: Project, recorded: Mapping[str, Any] | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """The content hashes and records, as `task_sources` gives them, of the files that `[train-diffusion]` names.
+
+    Raises:
+        DataError, TaskError: as `task_sources`.
+    """
+    known = (recorded or {}).get("sources", {})
+    sources: dict[str, Any] = {}
+    if path := encoder_weights(project):
+        sources["encoder weights"] = source_record(path, known.get("encoder weights"))
+    specs = project.settings.train_diffusion.encoders.values()
+    for module in sorted({spec.split(":")[0] for spec in specs if is_code(spec)}):
+        if path := module_file(project.root, module):
+            name = f"encoder code {path.relative_to(project.root)}"
+            sources[name] = source_record(path, known.get(name), hash_code)
+    return {name: record["sha256"] for name, record in sources.items()}, sources
+
+
 def task_sources(
     project: Project,
     roles: tuple[str, ...],

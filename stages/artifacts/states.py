@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.artifacts.files import digest
-from stages.artifacts.inputs import task_sources
+from stages.artifacts.inputs import encoder_sources, task_sources
 from stages.artifacts.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings, spec_of
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import StageFolder, damaged_files, folder_of, manifest_hash
@@ -146,6 +146,8 @@ class States:
         inputs, sources = {}, {}
         if spec.task:
             inputs, sources = task_sources(self.project, tuple(filter(None, roles)), recorded, self._hash_dataset)
+        if spec.name == "train-diffusion":
+            inputs, sources = encoder_sources(self.project, recorded)
         inputs |= self._upstream_content(spec) | (extra or {})
 
         def identity(record: dict[str, Any] | None) -> dict[str, Any]:

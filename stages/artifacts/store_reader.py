@@ -1,5 +1,6 @@
 """Reading a finished delta store: whole arrays, rows in order, or batches in a shuffled order for training."""
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,47 +138,73 @@ class StoreReader:
         Raises:
             ArtifactError: a chunk is damaged.
         """
-        yield from _batches(read_ahead(self._buffers(names, seed, epoch, buffer_blocks, usable), ahead=1), batch_size)
+        buffers = self._buffers(names, self.order(seed, epoch, buffer_blocks, usable))
+        yield from _batches(read_ahead(buffers, ahead=1), batch_size)
 
-    def _buffers(
-        self, names: list[str], seed: int, epoch: int, buffer_blocks: int, usable: np.ndarray | None
+    def endless(
+        self, names: list[str], batch_size: int, *, seed: int, first: int, buffer_blocks: int, usable: np.ndarray
     ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of one epoch after another, each shuffled anew, all of the same size, as `shuffled`.
+
+        Args:
+            names: arrays to read.
+            batch_size: rows to a batch, which may be of two epochs.
+            seed: of the run.
+            first: rows that were drawn before, from the first epoch on; what lies wholly before is not read.
+            buffer_blocks: blocks to a buffer.
+            usable: (N,) bool, rows that may be drawn.
+        """
+        epoch, skip = divmod(first, int(usable.sum()))
+
+        def drawn() -> Iterator[np.ndarray]:
+            nonlocal skip
+            for number in itertools.count(epoch):
+                for rows in self.order(seed, number, buffer_blocks, usable):
+                    left, skip = rows[skip:], max(0, skip - len(rows))
+                    if len(left):
+                        yield left
+
+        yield from _batches(read_ahead(self._buffers(names, drawn()), ahead=1), batch_size)
+
+    def order(self, seed: int, epoch: int, buffer_blocks: int, usable: np.ndarray | None) -> Iterator[np.ndarray]:
+        """The rows of each buffer of an epoch, in the order in which they are drawn; nothing is read."""
         draw = np.random.default_rng(seed_of(seed, "shuffle", epoch))
-        order = draw.permutation(self.blocks)
+        blocks = draw.permutation(self.blocks)
+        for start in range(0, len(blocks), buffer_blocks):
+            spans = [self._span(int(block)) for block in blocks[start : start + buffer_blocks]]
+            rows = np.concatenate([np.arange(*span) for span in spans])
+            rows = rows if usable is None else rows[usable[rows]]
+            order = np.empty_like(rows)
+            order[draw.permutation(len(rows))] = rows
+            if len(order):
+                yield order
+
+    def _span(self, block: int) -> tuple[int, int]:
+        first = block * self.block_samples
+        return first, min(len(self), first + self.block_samples)
+
+    def _buffers(self, names: list[str], drawn: Iterator[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """Rows of each buffer, read block by block."""
         with ThreadPoolExecutor(READERS) as pool:
-            for start in range(0, len(order), buffer_blocks):
-                firsts = order[start : start + buffer_blocks] * self.block_samples
-                spans = [(int(first), min(len(self), int(first) + self.block_samples)) for first in firsts]
-                rows = np.concatenate([np.arange(*span) for span in spans])
-                kept = np.arange(len(rows)) if usable is None else np.flatnonzero(usable[rows])
-                # The place in the buffer of each row of the blocks, one after another; -1: left out.
-                places = np.full(len(rows), -1)
-                places[kept] = draw.permutation(len(kept))
-                if len(kept):
-                    buffer = self._empty(names, len(kept))
-                    buffer["row"][places[kept]] = rows[kept]
-                    list(pool.map(lambda part, buffer=buffer: self._fill(buffer, names, *part), _divided(spans, places)))
-                    yield buffer
+            for rows in drawn:
+                buffer = self._empty(names, len(rows))
+                buffer["row"][:] = rows
+                blocks = rows // self.block_samples
+                places = [np.flatnonzero(blocks == block) for block in np.unique(blocks)]
+                list(pool.map(lambda at, buffer=buffer: self._fill(buffer, names, at), places))
+                yield buffer
 
     def _empty(self, names: list[str], count: int) -> dict[str, np.ndarray]:
         arrays = self.description["arrays"]
         found = {name: np.empty((count, *arrays[name]["shape"][1:]), arrays[name]["dtype"]) for name in names}
         return {"row": np.empty(count, np.int64), **found}
 
-    def _fill(self, buffer: dict[str, np.ndarray], names: list[str], span: tuple[int, int], places: np.ndarray) -> None:
-        """Read one block and put its rows in their places."""
-        kept = places >= 0
+    def _fill(self, buffer: dict[str, np.ndarray], names: list[str], places: np.ndarray) -> None:
+        """Read one block and put those of its rows that the buffer wants in their places."""
+        rows = buffer["row"][places]
+        start, stop = self._span(int(rows[0]) // self.block_samples)
         for name in names:
-            value = self.read(name, *span)
-            buffer[name][places[kept]] = value if kept.all() else value[kept]
-
-
-def _divided(spans: list[tuple[int, int]], places: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Each block's span with its rows' places."""
-    first = 0
-    for start, stop in spans:
-        yield (start, stop), places[first : first + stop - start]
-        first += stop - start
+            buffer[name][places] = self.read(name, start, stop)[rows - start]
 
 
 def _batches(buffers: Iterator[dict[str, np.ndarray]], batch_size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -30,13 +30,13 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(stream, **arrays)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path, failure: type[ArtifactError] | type[DataError] = ArtifactError) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        ArtifactError: it is missing or damaged.
+        failure: it is missing or damaged.
     """
-    return _read(path, ArtifactError)[0]
+    return _read(path, failure)[0]
 
 
 def _read(path: Path, failure: type[ArtifactError] | type[DataError]) -> tuple[dict[str, Tensor], dict[str, str]]:

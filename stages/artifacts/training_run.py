@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from stages.artifacts.files import disk_errors, link_or_copy, read_json, remove, sha256_file, write_bytes, write_json
+from stages.artifacts.interruption import deferred
 from stages.artifacts.progress import Report
 from stages.artifacts.tensors import load_tensors, save_tensors
 from stages.errors import ArtifactError, ComputeError
@@ -43,13 +45,41 @@ class Plan:
         max_steps: steps to take at most.
         evaluate_steps: steps between evaluations.
         checkpoint_steps: steps between checkpoints.
+        checkpoint_minutes: time after which there is one in any case.
         patience: evaluations without a better score before stopping; 0: never.
+        largest_loss: a loss above it has exploded.
+        advice: what to try where the loss is lost.
     """
 
     max_steps: int
     evaluate_steps: int
     checkpoint_steps: int
     patience: int
+    checkpoint_minutes: float = math.inf
+    largest_loss: float = math.inf
+    advice: str = "try a smaller lr with --force"
+
+
+class Leading(Protocol):
+    """The processes that follow this one through the training."""
+
+    def agree(self, value: Any) -> Any:
+        """Tell them a value."""
+
+    def agree_to_stop(self, stop: bool) -> bool:
+        """Tell them, before each step, whether there is one more."""
+
+
+class Alone:
+    """Nobody follows."""
+
+    def agree(self, value: Any) -> Any:
+        """The value."""
+        return value
+
+    def agree_to_stop(self, stop: bool) -> bool:
+        """The value."""
+        return stop
 
 
 @dataclass(frozen=True)
@@ -76,6 +106,8 @@ class TrainingRun:
         snapshot: the tensors worth keeping when the score is the best so far.
         plan: how far and how often.
         report: hears of it.
+        blame: which samples the last step's loss was lost on, in words.
+        leading: those who follow.
     """
 
     def __init__(
@@ -87,33 +119,44 @@ class TrainingRun:
         snapshot: Callable[[], dict[str, Tensor]],
         plan: Plan,
         report: Report,
+        blame: Callable[[], str] = lambda: "",
+        leading: Leading | None = None,
     ) -> None:
         self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
         self._evaluate, self._snapshot, self._plan, self._report = evaluate, snapshot, plan, report
+        self._blame, self._leading = blame, leading or Alone()
         self._best: dict[str, Any] = {}
         # Patience waits for a score clearly below the mark, the one it last began to wait from.
         self._mark: float | None = None
         self._waited = 0
         self._losses: list[float] = []
+        self._best_hash = ""
+        self._written = time.monotonic()
 
     def run(self) -> Trained:
         """Train from the newest checkpoint, or from the start, to the end.
 
         Raises:
-            ComputeError: a loss is not finite; checkpoints made before stay.
+            ComputeError: a loss is not finite, or has exploded; checkpoints made before stay.
+            KeyboardInterrupt: asked to stop, after a checkpoint of the step reached.
         """
-        with disk_errors(self._folder):
+        with disk_errors(self._folder), deferred() as asked:
             (self._folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            self._resume()
-            while self._trainer.step < self._plan.max_steps and not self._exhausted():
+            self._leading.agree(self._resume())
+            while not self._leading.agree_to_stop(asked() or self._is_over()):
                 self._advance()
             if not (self._folder / CHECKPOINTS / f"{self._trainer.step:08d}.json").exists():
                 self._checkpoint()
+            if not self._is_over():
+                raise KeyboardInterrupt
             if self._trainer.step % self._plan.evaluate_steps:
                 # After the checkpoint, so that a longer training goes on as if it had never stopped here.
                 self._note_evaluation(self._trainer.step)
             self._prune(1)
         return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
+
+    def _is_over(self) -> bool:
+        return self._trainer.step >= self._plan.max_steps or self._exhausted()
 
     def _best_path(self, best: dict[str, Any]) -> Path:
         return self._folder / CHECKPOINTS / f"best-{best['step']:08d}.safetensors"
@@ -123,18 +166,32 @@ class TrainingRun:
 
     def _advance(self) -> None:
         plan, loss = self._plan, self._trainer.advance()
-        if not math.isfinite(loss):
-            raise ComputeError(
-                f"the loss of step {self._trainer.step + 1} is {loss}",
-                "try a smaller lr with --force",
-            )
+        self._require_sane(loss)
         self._losses.append(loss)
         step = self._trainer.step
         if step % plan.evaluate_steps == 0:
             self._note_evaluation(step)
-        self._report.progress(step, plan.max_steps, "steps", loss=loss, **{k: v for k, v in self._best.items() if k == "score"})
-        if step % plan.checkpoint_steps == 0:
+        figures = {"loss": loss, **({"held-out loss": self._best["score"]} if self._best else {})}
+        self._report.progress(step, plan.max_steps, "steps", **figures)
+        overdue = time.monotonic() - self._written > 60 * plan.checkpoint_minutes
+        if step % plan.checkpoint_steps == 0 or overdue:
             self._checkpoint()
+
+    def _require_sane(self, loss: float) -> None:
+        """Refuse to go on from a loss that is lost.
+
+        Raises:
+            ComputeError: naming step and samples.
+        """
+        if math.isfinite(loss) and loss <= self._plan.largest_loss:
+            return
+        # A step whose loss is not finite was not taken.
+        step = self._trainer.step + (not math.isfinite(loss))
+        kept = max((int(path.stem) for path in (self._folder / CHECKPOINTS).glob("*.json")), default=0)
+        checkpoint = f"; the checkpoint of step {kept:,} is kept" if kept else ""
+        what = f"the loss of step {step:,} is {loss:.4g}"
+        what += "" if not math.isfinite(loss) else f", more than {self._plan.largest_loss:.4g}: it has exploded"
+        raise ComputeError(f"{what}{self._blame()}{checkpoint}", self._plan.advice)
 
     def _note_evaluation(self, step: int) -> None:
         figures = self._evaluate()
@@ -144,14 +201,16 @@ class TrainingRun:
             stream.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         score = figures["score"]
         if not math.isfinite(score):
-            raise ComputeError(f"the held-out loss at step {step} is {score}", "try a smaller lr with --force")
+            raise ComputeError(f"the held-out loss at step {step:,} is {score}", self._plan.advice)
         if self._mark is None or score < self._mark - WORTH_WAITING * abs(self._mark):
             self._mark, self._waited = score, 0
         else:
             self._waited += 1
         if not self._best or score < self._best["score"]:
             self._best = {key: _plain(value) for key, value in row.items()}
-            save_tensors(self._best_path(row), self._snapshot())
+            path = self._best_path(row)
+            save_tensors(path, self._snapshot())
+            self._best_hash = sha256_file(path)
 
     def _checkpoint(self) -> None:
         """Tensors first, the record last: a checkpoint without its record does not exist. The last two are kept."""
@@ -167,6 +226,7 @@ class TrainingRun:
             "step": step,
             "sha256": sha256_file(path),
             "best": self._best,
+            "best_sha256": self._best_hash,
             "mark": self._mark,
             "waited": self._waited,
             "losses": self._losses,
@@ -174,6 +234,7 @@ class TrainingRun:
         }
         write_json(folder / f"{step:08d}.json", record)
         self._prune(2)
+        self._written = time.monotonic()
 
     def _prune(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints, and the snapshots none of them refers to."""
@@ -187,16 +248,20 @@ class TrainingRun:
         for path in set(folder.glob("best-*.safetensors")) - bests:
             remove(path)
 
-    def _resume(self) -> None:
-        """Take the newest whole checkpoint that is not past the end, and forget what was written after it."""
+    def _resume(self) -> dict[str, Any]:
+        """Take the newest whole checkpoint that is not past the end, and forget what was written after it.
+
+        Returns:
+            step and path of the checkpoint taken, for those who follow; nothing at the start.
+        """
         for path in sorted((self._folder / CHECKPOINTS).glob("*.json"), reverse=True):
             try:
                 record = read_json(path)
                 tensors = path.with_suffix(".safetensors")
                 if record["fingerprint"] != self._fingerprint or sha256_file(tensors) != record["sha256"]:
                     raise ArtifactError(f"{tensors} does not match its record")
-                if record["best"] and not self._best_path(record["best"]).exists():
-                    raise ArtifactError(f"{self._best_path(record['best'])} is missing")
+                if record["best"] and sha256_file(self._best_path(record["best"])) != record["best_sha256"]:
+                    raise ArtifactError(f"{self._best_path(record['best'])} does not match its record")
                 if record["step"] <= self._plan.max_steps:
                     self._trainer.restore(load_tensors(tensors), record["step"])
                     break
@@ -205,13 +270,24 @@ class TrainingRun:
             remove(path)
         else:
             remove(self._folder / METRICS)
-            return
+            return {}
         self._best, self._losses = record["best"], list(record["losses"])
+        self._best_hash = record["best_sha256"]
         self._mark, self._waited = record["mark"], record["waited"]
         metrics = self._folder / METRICS
         if metrics.exists():
             write_bytes(metrics, metrics.read_bytes()[: record["metrics_bytes"]])
         self._report.message(f"continues from step {record['step']:,}")
+        return {"step": record["step"], "path": str(tensors)}
+
+
+def follow(trainer: Trainable, leading: Leading) -> None:
+    """Take the same steps as the process that drives the training, from where it begins to where it ends."""
+    begin = leading.agree(None)
+    if begin:
+        trainer.restore(load_tensors(Path(begin["path"])), begin["step"])
+    while not leading.agree_to_stop(False):
+        trainer.advance()
 
 
 def take_up_training(finished: Path, wip: Path) -> None:

@@ -1,5 +1,6 @@
 """What the two trainings learn from: the store's rows that are not degenerate, a few of them held out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,24 +21,33 @@ class Rows:
         fields: conditioning by name, each (N, …).
         rho: (N,), positive.
         deltas: (N, out, in), or None where only the scale is learned.
+        numbers: their rows in the store, (N,), or None where nobody asks.
     """
 
     fields: Fields
     rho: Tensor
     deltas: Tensor | None = None
+    numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rho)
 
-    def take(self, rows: Tensor) -> "Rows":
+    def take(self, rows: Tensor | slice) -> "Rows":
         """Some of the rows."""
-        deltas = None if self.deltas is None else self.deltas[rows]
-        return Rows({name: value[rows] for name, value in self.fields.items()}, self.rho[rows], deltas)
+        return self._each(lambda value: value[rows])
 
     def to(self, device: torch.device) -> "Rows":
-        """On another device."""
-        deltas = None if self.deltas is None else self.deltas.to(device)
-        return Rows({name: value.to(device) for name, value in self.fields.items()}, self.rho.to(device), deltas)
+        """On another device; page-locked memory is copied while other work goes on."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pinned(self) -> "Rows":
+        """In page-locked memory, from which a GPU copies by itself."""
+        return self._each(lambda value: value.pin_memory() if value.device.type == "cpu" else value)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        fields = {name: change(value) for name, value in self.fields.items()}
+        deltas, numbers = (None if value is None else change(value) for value in (self.deltas, self.numbers))
+        return Rows(fields, change(self.rho), deltas, numbers)
 
 
 def usable_split(degenerate: Tensor, rho: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

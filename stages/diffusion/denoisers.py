@@ -1,93 +1,81 @@
-"""Denoisers: networks that see a noisy unit delta, t and the conditioning. One interface, a preset for each."""
+"""The presets of denoisers: what each is by default, and how one is built from its description."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.diffusion.conditioning import ConditioningEncoder, Fields, positional_encoding
-from stages.errors import ArtifactError
+from stages.diffusion.conditioning import ConditioningEncoder
+from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.encoders import Encoders, make_encoders
+from stages.diffusion.factored import FactoredDenoiser
+from stages.diffusion.mlp import MlpDenoiser
+from stages.diffusion.schedule import EPSILON, X0
+from stages.diffusion.unet import UNetDenoiser, UNetPlan
+from stages.errors import ArtifactError, SettingsError
 
+AUTO, MLP, FACTORED = "auto", "mlp", "factored"
+PAPER, AUTHORS, SMALL = "paper", "authors", "small"
 
-class Denoiser(nn.Module):
-    """The interface: `encode` once per sample, then `forward` at every step.
-
-    Attributes:
-        encoder: the conditioning's encoder, whose statistics are fitted before training.
-        prediction: what `forward` returns, "x0", "epsilon", or "mean" (a clean unit delta from the conditioning alone).
-    """
-
-    encoder: ConditioningEncoder
-    prediction: str
-
-    def encode(self, fields: Fields) -> Tensor:
-        """The part of e that is constant during sampling: fields (B, …) to (B, E)."""
-        return self.encoder(fields)
-
-    def forward(self, noisy: Tensor, t: Tensor, encoded: Tensor) -> Tensor:
-        """Ω_t (B, out, in), t (B,) and the encoded conditioning (B, E) to Ω̂_0 or ε̂ (B, out, in)."""
-        raise NotImplementedError
+# What `auto` stands for in each preset of a U-Net. The paper: 128 channels, five downsamplings, attention at each level that
+# can bear it, two attention layers in the bottleneck (Sec. 4.3). The authors' LeNet5 configuration: attention at 16 × 16 alone,
+# pictures of 128 × 128; their TinyNeRF configuration has width 64 and multipliers 1, 2, 2, 4.
+UNETS: dict[str, dict[str, Any]] = {
+    PAPER: {"width": 128, "multipliers": [1, 1, 2, 2, 4, 4], "blocks": 2, "attention_max_tokens": 1024, "dropout": 0.0},
+    AUTHORS: {"width": 128, "multipliers": [1, 1, 2, 2, 4, 4], "blocks": 2, "attention_max_tokens": 256, "dropout": 0.4},
+    SMALL: {"width": 32, "multipliers": [1, 2, 2, 4], "blocks": 1, "attention_max_tokens": 256, "dropout": 0.0},
+}
+UNET_LR, LR = 1e-4, {MLP: 5e-4, FACTORED: 1e-3}
+DENSE_BLOCKS = 3
 
 
-class MlpDenoiser(Denoiser):
-    """A residual MLP on the flattened unit delta.
-
-    It is narrower than the delta, so it cannot reproduce the noise: it is meant to predict x0.
+def resolve(settings: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+    """The settings that shape a denoiser with every `auto` decided; those of other presets are left out.
 
     Args:
+        settings: of `[train-diffusion]`, its preset decided.
         shape: (out, in) of a delta.
-        widths: numbers of each conditioning field.
-        width: hidden width.
-        blocks: residual blocks.
-        prediction: "x0" or "epsilon".
+
+    Raises:
+        SettingsError: settings that do not go together.
     """
-
-    def __init__(self, shape: tuple[int, int], widths: dict[str, int], width: int, blocks: int, prediction: str) -> None:
-        super().__init__()
-        self.shape, self.prediction, self.width = tuple(shape), prediction, width
-        numel = shape[0] * shape[1]
-        self.encoder = ConditioningEncoder(widths, width)
-        self.embed = nn.Sequential(nn.Linear(width, width), nn.SiLU())
-        self.enter = nn.Linear(numel, width)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, numel))
-        # A network that begins at zero begins at the best constant answer of a distribution that is symmetric about it.
-        nn.init.zeros_(self.leave[-1].weight)
-        nn.init.zeros_(self.leave[-1].bias)
-
-    def forward(self, noisy: Tensor, t: Tensor, encoded: Tensor) -> Tensor:
-        """As the interface says."""
-        e = self.embed(encoded + positional_encoding(t, self.width))
-        hidden = self.enter(noisy.flatten(1)) + e
-        for block in self.blocks:
-            hidden = block(hidden, e)
-        return self.leave(hidden).view(-1, *self.shape)
+    preset = settings["preset"]
+    unet = UNETS.get(preset)
+    if unet is None:
+        auto = {"width": resolve_width(shape[0] * shape[1]), "blocks": DENSE_BLOCKS, "prediction": X0, "lr": LR[preset]}
+    else:
+        halvings = len(_decided(settings, "multipliers", unet["multipliers"])) - 1
+        pad = 128 if preset == AUTHORS else 2**halvings
+        auto = {**unet, "pad_to": pad, "prediction": EPSILON, "lr": UNET_LR}
+    names = [*auto, "rank"] if preset == FACTORED else list(auto)
+    found = {name: _decided(settings, name, auto.get(name)) for name in names}
+    _check(preset, found)
+    return {"preset": preset, **found}
 
 
-class _Block(nn.Module):
-    """h + W2 silu(W1 (norm(h)·(1 + scale(e)) + shift(e)))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.modulate = nn.Linear(width, 2 * width)
-        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, hidden: Tensor, e: Tensor) -> Tensor:
-        scale, shift = self.modulate(e).chunk(2, dim=1)
-        return hidden + self.outer(F.silu(self.inner(self.norm(hidden) * (1 + scale) + shift)))
+def _decided(settings: Mapping[str, Any], name: str, auto: Any) -> Any:
+    return auto if settings[name] == AUTO else settings[name]
 
 
-def resolve_preset(preset: str) -> str:
-    """The preset `auto` stands for: `mlp`, the one that trains in minutes on a CPU."""
-    return "mlp" if preset == "auto" else preset
+def _check(preset: str, found: Mapping[str, Any]) -> None:
+    """Refuse what cannot be built.
 
-
-def resolve_prediction(prediction: str, preset: str) -> str:
-    """The prediction type `auto` stands for: x0 for the MLP."""
-    return {"mlp": "x0"}[preset] if prediction == "auto" else prediction
+    Raises:
+        SettingsError: naming the setting.
+    """
+    if preset == FACTORED and found["prediction"] == EPSILON:
+        raise SettingsError(
+            "train-diffusion.prediction = 'epsilon': preset factored answers with matrices of low rank, which noise is not",
+            "use x0, or the preset mlp, or a U-Net",
+        )
+    if preset in UNETS:
+        step = 2 ** (len(found["multipliers"]) - 1)
+        if found["pad_to"] % step:
+            raise SettingsError(
+                f"train-diffusion.pad_to = {found['pad_to']}: this U-Net halves {len(found['multipliers']) - 1} times",
+                f"take a multiple of {step}, or auto",
+            )
 
 
 def resolve_width(numel: int) -> int:
@@ -95,37 +83,59 @@ def resolve_width(numel: int) -> int:
     return min(1024, max(128, 2 ** math.ceil(math.log2(4 * math.sqrt(numel)))))
 
 
-def make_denoiser(description: dict[str, Any]) -> Denoiser:
+def make_denoiser(
+    description: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    modules: Mapping[str, Encoders] | None = None,
+) -> Denoiser:
     """Build the denoiser a description (kept beside its weights) stands for.
 
     Args:
-        description: preset, shape, fields (name to width), width, blocks, prediction.
+        description: what `resolve` decided, shape, fields (name to width), and encoders (field to kind and shape) if any.
+        weights: of VGG-11, for encoders that are to begin with them.
+        modules: further kinds of encoders, (shape of the field, width) -> module from (B, numbers) to (B, width).
 
     Raises:
         ArtifactError: it lacks an entry, or names an unknown preset.
+        SettingsError, DataError: encoders that do not fit their fields, or other weights.
     """
     try:
-        if description["preset"] == "mlp":
-            return MlpDenoiser(
-                tuple(description["shape"]),
-                description["fields"],
-                description["width"],
-                description["blocks"],
-                description["prediction"],
-            )
+        return _make(description, weights, modules or {})
     except KeyError as error:
         raise ArtifactError(f"the denoiser's description lacks {error}", "redo it with: ocd train-diffusion --force") from error
+
+
+def _make(description: Mapping[str, Any], weights: Mapping[str, Tensor] | None, modules: Mapping[str, Encoders]) -> Denoiser:
+    preset, width, prediction = description["preset"], description["width"], description["prediction"]
+    shape, blocks = tuple(description["shape"]), description["blocks"]
+
+    def encoder(dim: int) -> ConditioningEncoder:
+        own = make_encoders(description.get("encoders", {}), dim, weights, modules)
+        return ConditioningEncoder(description["fields"], dim, own)
+
+    if preset == MLP:
+        return MlpDenoiser(shape, encoder(width), width, blocks, prediction)
+    if preset == FACTORED:
+        return FactoredDenoiser(shape, encoder(width), width, blocks, description["rank"], prediction)
+    if preset in UNETS:
+        plan = _plan(description)
+        return UNetDenoiser(shape, encoder(plan.encoded), plan, prediction)
     raise ArtifactError(
-        f"the denoiser's preset is {description['preset']!r}, expected mlp", "redo it with: ocd train-diffusion --force"
+        f"the denoiser's preset is {preset!r}, expected {', '.join((MLP, FACTORED, *UNETS))}",
+        "redo it with: ocd train-diffusion --force",
     )
 
 
-def unit(deltas: Tensor) -> Tensor:
-    """Unit deltas, δ / ‖δ‖ · sqrt(out·in): direction alone, root-mean-square 1 (Eq. 3 up to the constant, so that the noise of
-    unit variance meets data of unit variance).
-
-    Args:
-        deltas: (B, out, in); a zero delta stays zero.
-    """
-    rho = deltas.flatten(1).norm(dim=1).view(-1, 1, 1)
-    return deltas / rho.clamp_min(torch.finfo(deltas.dtype).tiny) * (deltas[0].numel() ** 0.5)
+def _plan(description: Mapping[str, Any]) -> UNetPlan:
+    most, authors = description["attention_max_tokens"], description["preset"] == AUTHORS
+    return UNetPlan(
+        description["width"],
+        tuple(description["multipliers"]),
+        description["blocks"],
+        most,
+        most if authors else 0,
+        1 if authors else 2,
+        description["pad_to"],
+        description["dropout"],
+        late=authors,
+    )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
 from stages.diffusion.dataset import Rows
-from stages.diffusion.denoisers import Denoiser
+from stages.diffusion.denoiser import Denoiser, unit
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import EPSILON, MEAN, NoiseSchedule, add_noise, to_x0
 from stages.seeds import generator
@@ -14,19 +14,23 @@ from stages.seeds import generator
 JUDGED_SAMPLES, JUDGED_STEPS = 64, 10
 
 
-def denoising_loss(denoiser: Denoiser, schedule: NoiseSchedule, rows: Rows, t: Tensor, noise: Tensor) -> Tensor:
-    """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers and samples (Eq. 9, Alg. 1 lines 7 to 10).
+def denoising_errors(denoiser: Denoiser, schedule: NoiseSchedule, rows: Rows, t: Tensor, noise: Tensor) -> Tensor:
+    """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers, for each sample (Eq. 9, Alg. 1 lines 7 to 10).
 
     Args:
         denoiser: predicts x0, epsilon or the mean.
         schedule: the noise schedule.
-        rows: B samples with unit deltas.
+        rows: B samples with their deltas, of any length: the direction counts.
         t: steps from 0, (B,) int.
         noise: ε, (B, out, in).
+
+    Returns:
+        (B,).
     """
-    noisy, t = noised(denoiser, schedule, rows.deltas, t, noise)
-    output = denoiser(noisy, t, denoiser.encode(rows.fields))
-    return F.mse_loss(output, noise if denoiser.prediction == EPSILON else rows.deltas)
+    clean = unit(rows.deltas)
+    noisy, t = noised(denoiser, schedule, clean, t, noise)
+    output = denoiser(noisy, t, denoiser.encode(rows.fields)).float()
+    return F.mse_loss(output, noise if denoiser.prediction == EPSILON else clean, reduction="none").flatten(1).mean(1)
 
 
 def noised(denoiser: Denoiser, schedule: NoiseSchedule, clean: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,8 +48,8 @@ def step_draws(count: int, shape: tuple[int, ...], steps: int, *seed: str | int)
 
 
 @torch.no_grad()
-def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int) -> dict[str, float]:
-    """Figures of a denoiser on held-out samples, the same draws every time.
+def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int, size: int = 128) -> dict[str, float]:
+    """Figures of a denoiser on held-out samples, `size` at once, the same draws every time.
 
     Returns:
         score: mean squared error of Ω̂_0, at most 1 a sample, over steps spread evenly from 0 to T − 1; predicting zero gives 1;
@@ -57,37 +61,37 @@ def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int
     device = held_out.deltas.device
     t = (torch.arange(count) * schedule.steps // count).to(device)
     total = 0.0
-    for part in torch.arange(count, device=device).split(128):
+    for part in torch.arange(count, device=device).split(size):
         rows = held_out.take(part)
+        clean = unit(rows.deltas)
         noise = Noise([generator(seed, "train-diffusion", "held-out", i) for i in part.tolist()], shape, device).draw()
-        noisy, steps = noised(denoiser, schedule, rows.deltas, t[part], noise)
+        noisy, steps = noised(denoiser, schedule, clean, t[part], noise)
         output = denoiser(noisy, steps, denoiser.encode(rows.fields))
-        error = to_x0(output, noisy, steps, schedule.alpha_bar, denoiser.prediction) - rows.deltas
+        error = to_x0(output, noisy, steps, schedule.alpha_bar, denoiser.prediction) - clean
         # A noise predicted badly at the noisiest steps stands for any x0; no error counts for more than predicting zero.
         total += float(error.flatten(1).square().mean(1).clamp_max(1.0).double().sum())
     few = held_out.take(torch.arange(min(count, JUDGED_SAMPLES), device=device))
     shuffled = {name: value.roll(1, 0) for name, value in few.fields.items()}
     return {
         "score": total / count,
-        "cosine": _cosine(denoiser, schedule, few.fields, few.deltas, seed),
-        "cosine_shuffled": _cosine(denoiser, schedule, shuffled, few.deltas, seed),
+        "cosine": _cosine(denoiser, schedule, few.fields, unit(few.deltas), seed, size),
+        "cosine_shuffled": _cosine(denoiser, schedule, shuffled, unit(few.deltas), seed, size),
     }
 
 
-def _cosine(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas: Tensor, seed: int) -> float:
-    noise = Noise(
-        [generator(seed, "train-diffusion", "judge", i) for i in range(len(deltas))],
-        tuple(deltas.shape[1:]),
-        deltas.device,
-    )
-    encoded = denoiser.encode(fields)
-    steps = min(JUDGED_STEPS, schedule.steps)
-    made = sample(
-        lambda noisy, t: denoiser(noisy, t, encoded),
-        schedule,
-        noise,
-        prediction=denoiser.prediction,
-        sampler=DDIM,
-        sample_steps=steps,
-    )
-    return float(F.cosine_similarity(made.flatten(1), deltas.flatten(1)).mean())
+def _cosine(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas: Tensor, seed: int, size: int) -> float:
+    total = 0.0
+    for rows in torch.arange(len(deltas)).split(size):
+        generators = [generator(seed, "train-diffusion", "judge", i) for i in rows.tolist()]
+        rows = rows.to(deltas.device)
+        encoded = denoiser.encode({name: value[rows] for name, value in fields.items()})
+        made = sample(
+            lambda noisy, t, encoded=encoded: denoiser(noisy, t, encoded),
+            schedule,
+            Noise(generators, tuple(deltas.shape[1:]), deltas.device),
+            prediction=denoiser.prediction,
+            sampler=DDIM,
+            sample_steps=min(JUDGED_STEPS, schedule.steps),
+        )
+        total += float(F.cosine_similarity(made.flatten(1), deltas[rows].flatten(1)).sum())
+    return total / len(deltas)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
-from stages.diffusion.denoisers import Denoiser, unit
+from stages.diffusion.denoiser import Denoiser, unit
 from stages.diffusion.sampler import Noise, sample
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import NoiseSchedule

@@ -1,6 +1,7 @@
 """The scale network ρ(x, I(x)): how long the delta is (Eq. 2 and 10)."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,9 @@ class ScaleNetwork(nn.Module):
         self.register_buffer("mean_log_rho", torch.zeros(()))
         self.register_buffer("scale_log_rho", torch.ones(()))
 
-    def fit(self, fields: Fields, rho: Tensor) -> None:
-        """Take the statistics of training samples: fields (N, …), ρ (N,)."""
-        self.normalise.fit(fields)
+    def fit(self, parts: Iterable[Fields], rho: Tensor) -> None:
+        """Take the statistics of training samples: fields in parts, (n, …) each, and ρ (N,)."""
+        self.normalise.fit(parts)
         log_rho = rho.double().log()
         self.mean_log_rho.copy_(log_rho.mean())
         self.scale_log_rho.copy_(log_rho.std(correction=0).clamp_min(1e-6))

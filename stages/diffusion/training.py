@@ -3,12 +3,17 @@
 import copy
 import functools
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stages.diffusion.data_parallel import Ranks
 from stages.seeds import generator
+
+T = TypeVar("T")
 
 EMA_DECAY = 0.9999
 CLIP_NORM = 1.0
@@ -17,18 +22,31 @@ WARM_UP_STEPS = 100
 # Below this many products a step, several threads wait for each other longer than they compute.
 SMALL_STEP = 300_000_000
 
-# step -> the loss of that step's batch, a scalar with gradient
-StepLoss = Callable[[int], Tensor]
+# step -> scalars with gradient whose sum is the loss of that step's batch, one for each micro-batch
+StepLosses = Callable[[int], Iterator[Tensor]]
 
 
-def threads_for(parameters: int, batch_size: int) -> int:
-    """CPU threads for training steps of a network made of dense layers: one where the steps are small."""
-    return 1 if parameters * batch_size < SMALL_STEP else torch.get_num_threads()
+def threads_for(operations: int, batch_size: int) -> int:
+    """CPU threads for steps of a network that takes so many multiplications a sample: one where the steps are small."""
+    return 1 if operations * batch_size < SMALL_STEP else torch.get_num_threads()
 
 
 def ema_decay(step: int) -> float:
     """Weight of the past at a step counted from 0, min(0.9999, (1 + n)/(10 + n)): a short run averages over its last tenth."""
     return min(EMA_DECAY, (1 + step) / (10 + step))
+
+
+def epoch_spans(count: int, first: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """The draws first … first + size − 1, counted from the first epoch on, as parts of epochs of `count` draws each.
+
+    Yields:
+        the epoch, and where in it the part begins and ends.
+    """
+    while size > 0:
+        epoch, offset = divmod(first, count)
+        taken = min(size, count - offset)
+        yield epoch, offset, offset + taken
+        first, size = first + taken, size - taken
 
 
 def batch_rows(count: int, batch_size: int, step: int, *seed: str | int) -> Tensor:
@@ -43,19 +61,37 @@ def batch_rows(count: int, batch_size: int, step: int, *seed: str | int) -> Tens
     Returns:
         (batch_size,) int, without repeats inside an epoch.
     """
-    first = step * batch_size
-    parts = []
-    while first < (step + 1) * batch_size:
-        epoch, offset = divmod(first, count)
-        part = _epoch_order(count, epoch, *seed)[offset : offset + (step + 1) * batch_size - first]
-        parts.append(part)
-        first += len(part)
-    return torch.cat(parts)
+    spans = epoch_spans(count, step * batch_size, batch_size)
+    return torch.cat([_epoch_order(count, epoch, *seed)[start:stop] for epoch, start, stop in spans])
 
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(count: int, epoch: int, *seed: str | int) -> Tensor:
     return torch.randperm(count, generator=generator(*seed, "epoch", epoch))
+
+
+class Stream(Generic[T]):
+    """What each step of a training needs, made in order by an iterator; a step that does not follow opens it anew.
+
+    Args:
+        open: the iterator from a step on.
+    """
+
+    def __init__(self, open: Callable[[int], Iterator[T]]) -> None:
+        self._open = open
+        self._items: Iterator[T] = iter(())
+        self._step: int | None = None
+        self.waited_seconds = 0.0
+
+    def at(self, step: int) -> T:
+        """What the step needs; the last one again, where it is asked for again."""
+        if step != self._step:
+            if self._step is None or step != self._step + 1:
+                self._items = self._open(step)
+            start = time.perf_counter()
+            self.last, self._step = next(self._items), step
+            self.waited_seconds += time.perf_counter() - start
+        return self.last
 
 
 class Trainer:
@@ -64,24 +100,27 @@ class Trainer:
     Args:
         network: trained in place.
         optimizer: over its parameters.
-        step_loss: the loss of a step.
+        step_losses: the losses of a step.
         cosine_steps: length of a cosine schedule of the learning rate, None for a constant one.
         average: keep an exponential moving average; without, the averaged network is the network.
         clip: clip the gradient's norm to 1, and warm the learning rate up over the first 100 steps.
+        ranks: the processes that share each batch.
     """
 
     def __init__(
         self,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        step_loss: StepLoss,
+        step_losses: StepLosses,
         *,
         cosine_steps: int | None = None,
         average: bool = True,
         clip: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         self.network, self.optimizer, self.step = network, optimizer, 0
-        self._step_loss, self._cosine_steps, self._clip = step_loss, cosine_steps, clip
+        self._step_losses, self._cosine_steps, self._clip = step_losses, cosine_steps, clip
+        self.ranks = ranks or Ranks()
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self.averaged = copy.deepcopy(network).requires_grad_(False) if average else network
 
@@ -89,23 +128,38 @@ class Trainer:
         """Take one step.
 
         Returns:
-            the loss before it; where it is not finite, the step is not taken.
+            the loss before it; where that or the gradient is not finite, the step is not taken.
         """
         self.network.train()
-        loss = self._step_loss(self.step)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return value
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.ranks.reduce(self.network, self._gradients())
+        # Gradients that are not finite would end in every weight; clipping would turn some of them into zeros.
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return loss if not math.isfinite(loss) else math.nan
         if self._clip:
-            nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+            nn.utils.clip_grads_with_norm_(self.network.parameters(), CLIP_NORM, norm)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._rate_factor()
         self.optimizer.step()
         self._average()
         self.step += 1
-        return value
+        return loss
+
+    def _gradients(self) -> float:
+        """Leave the gradients of a step's micro-batches, summed, in the network; the sum of their losses."""
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            try:
+                for part in self._step_losses(self.step):
+                    loss += float(part.detach())
+                    part.backward()
+                return loss
+            except torch.OutOfMemoryError:
+                halve = getattr(self._step_losses, "halve", None)
+                if halve is None or not halve():
+                    raise
 
     def _rate_factor(self) -> float:
         warm = min(1.0, (self.step + 1) / WARM_UP_STEPS) if self._clip else 1.0
@@ -119,13 +173,12 @@ class Trainer:
         if self.averaged is self.network:
             return
         decay = ema_decay(self.step)
-        for past, now in zip(self.averaged.parameters(), self.network.parameters(), strict=True):
-            past.lerp_(now, 1 - decay)
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
         for past, now in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
             past.copy_(now)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor needed to continue, by name."""
+        """Every tensor needed to continue, by name: those in use, not copies."""
         found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         if self.averaged is not self.network:
             found |= {f"averaged.{name}": value for name, value in self.averaged.named_parameters()}
@@ -133,7 +186,7 @@ class Trainer:
             found |= {
                 f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items() if value is not None
             }
-        return {name: value.detach().clone() for name, value in found.items()}
+        return {name: value.detach() for name, value in found.items()}
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from `state()` as it was after `step` steps."""

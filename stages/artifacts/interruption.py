@@ -1,0 +1,40 @@
+"""Requests to stop that wait until it is convenient."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+# SIGUSR1 is what clusters send some time before they kill.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Until the block ends, a request to stop is only noted, and the yielded function says whether there was one. Whoever asks
+    twice does not want to wait: the second request is an interruption at once.
+
+    Outside the main thread, where Python hears of no signals, nothing changes.
+    """
+    asked = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in before.items():
+            # One that is ignored (as a shell's background job ignores SIGINT) stays so.
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, note)
+        yield lambda: asked > 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

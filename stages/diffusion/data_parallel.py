@@ -1,0 +1,112 @@
+"""Several processes at one training, each with its share of every batch; torchrun starts them."""
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stages.errors import TryAgainError
+
+# A process that waits longer than this for the others takes them for dead. Rank 0 judges and writes while they wait.
+TIMEOUT = datetime.timedelta(minutes=30)
+RESTART = "run the same torchrun command again: it goes on from the last checkpoint"
+
+
+class Ranks:
+    """This process among those of one training; alone, it shares nothing.
+
+    Attributes:
+        rank: 0 leads: it holds the lock, judges, writes.
+        count: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank, self.count = rank, count
+
+    @classmethod
+    def joined(cls, device_type: str) -> "Ranks":
+        """The ranks that torchrun's environment speaks of; the first call meets the others.
+
+        Raises:
+            TryAgainError: they do not come.
+        """
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls()
+        if not dist.is_initialized():
+            if device_type == "cuda":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            try:
+                dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_timeout())
+            except (RuntimeError, ValueError) as error:
+                raise TryAgainError(f"the {count} processes did not find each other: {error}", RESTART) from error
+        return cls(dist.get_rank(), count)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def share(self, size: int) -> slice:
+        """This rank's part of a batch."""
+        return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
+
+    def reduce(self, network: nn.Module, loss: float) -> float:
+        """Sum the gradients of all ranks' shares, in place, and the losses.
+
+        Raises:
+            TryAgainError: another rank is gone.
+        """
+        if self.count == 1:
+            return loss
+        wanted = [p for p in network.parameters() if p.requires_grad]
+        for p in wanted:
+            # A share may be empty, where there are more ranks than samples.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten() for p in wanted] + [wanted[0].new_tensor([loss])])
+        self._talk(lambda: dist.all_reduce(flat))
+        start = 0
+        for p in wanted:
+            p.grad.copy_(flat[start : start + p.numel()].view_as(p))
+            start += p.numel()
+        return float(flat[-1])
+
+    def agree(self, value: Any = None) -> Any:
+        """What rank 0 says.
+
+        Raises:
+            TryAgainError: another rank is gone.
+        """
+        if self.count == 1:
+            return value
+        said = [value]
+        self._talk(lambda: dist.broadcast_object_list(said, src=0))
+        return said[0]
+
+    def agree_to_stop(self, stop: bool) -> bool:
+        """Whether rank 0 wants to stop: asked at every step, so it costs as little as may be."""
+        if self.count == 1:
+            return stop
+        flag = torch.tensor([int(stop)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        self._talk(lambda: dist.broadcast(flag, src=0))
+        return bool(flag.item())
+
+    def _talk(self, exchange: Callable[[], Any]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise TryAgainError(f"another process of this training is gone: {str(error).splitlines()[0]}", RESTART) from error
+
+    def leave(self) -> None:
+        """End the group."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _timeout() -> datetime.timedelta:
+    seconds = os.environ.get("OCD_RANKS_TIMEOUT")
+    return datetime.timedelta(seconds=float(seconds)) if seconds else TIMEOUT

@@ -1,0 +1,68 @@
+"""How much memory training a denoiser takes, found without taking it."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.diffusion.denoiser import Denoiser
+
+# Weights, gradients, two moments and the average, in float32.
+BYTES_PER_PARAMETER = 20
+
+
+def parameters(denoiser: Denoiser) -> int:
+    """Numbers that are trained or kept."""
+    return sum(p.numel() for p in denoiser.parameters())
+
+
+def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
+    """Bytes that one sample takes in a training step: what autograd keeps for the backward pass and, once more, the largest
+    tensors in flight.
+
+    The pass runs on torch's meta device, where tensors have shapes and no memory.
+
+    Args:
+        denoiser: on the meta device.
+        half: activations of 2 bytes a number, under bfloat16 autocast.
+    """
+    own = {p.untyped_storage()._cdata for p in denoiser.parameters()}
+    kept: dict[int, Tensor] = {}
+    largest = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        key = tensor.untyped_storage()._cdata
+        if key not in own:
+            kept[key] = tensor  # held, so that no storage gets another's place
+            largest = max(largest, tensor.untyped_storage().nbytes())
+        return tensor
+
+    rows = 2
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = _pass(denoiser, rows)
+    own_bytes = output.untyped_storage().nbytes()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return (total + 3 * max(largest, own_bytes)) // rows // (2 if half else 1)
+
+
+def training_bytes(denoiser: Denoiser, micro_batch: int, half: bool = False) -> int:
+    """Bytes that training takes: everything kept for each parameter, and a micro-batch's activations."""
+    return BYTES_PER_PARAMETER * parameters(denoiser) + micro_batch * activation_bytes(denoiser, half)
+
+
+def operations(denoiser: Denoiser) -> int:
+    """Multiplications of one sample's pass.
+
+    Args:
+        denoiser: on the meta device.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _pass(denoiser, 1)
+    return counter.get_total_flops() // 2
+
+
+def _pass(denoiser: Denoiser, rows: int) -> Tensor:
+    with torch.device("meta"):
+        fields = {name: torch.empty(rows, width) for name, width in denoiser.encoder.normalise.widths.items()}
+        noisy, t = torch.empty(rows, *denoiser.shape), torch.zeros(rows, dtype=torch.long)
+        return denoiser(noisy, t, denoiser.encode(fields))

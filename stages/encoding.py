@@ -1,0 +1,76 @@
+"""Encoders of conditioning fields as `[train-diffusion]` names them: ours, or modules of the user's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from stages.artifacts.inputs import encoder_weights
+from stages.artifacts.project import Project
+from stages.artifacts.tensors import load_tensors
+from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.denoisers import make_denoiser
+from stages.diffusion.encoders import KINDS, LINEAR
+from stages.errors import DataError, SettingsError
+from stages.specs import is_code
+from stages.tasks.user_code import load_object, user_code
+
+SETTING = "train-diffusion.encoders"
+
+
+def described_encoders(project: Project, arrays: dict[str, Any], fields: list[str]) -> dict[str, dict[str, Any]]:
+    """The fields that have an encoder of their own: {name: {"kind", "shape"}}.
+
+    Args:
+        project: the project.
+        arrays: of the store, by name, with their shapes.
+        fields: names of the conditioning's.
+
+    Raises:
+        SettingsError: fields or kinds that do not exist.
+    """
+    chosen = project.settings.train_diffusion.encoders
+    for name, kind in chosen.items():
+        if name not in fields:
+            raise SettingsError(f"{SETTING}: the store has no field {name!r}", f"it has {', '.join(fields)}")
+        if kind not in (LINEAR, *KINDS) and not is_code(kind):
+            raise SettingsError(
+                f"{SETTING}.{name} = {kind!r}: expected {', '.join((LINEAR, *KINDS))}, or a module of yours",
+                'name one as "module:name", a callable (shape, width) -> nn.Module',
+            )
+    return {name: {"kind": kind, "shape": arrays[name]["shape"][1:]} for name, kind in chosen.items() if kind != LINEAR}
+
+
+def build_denoiser(project: Project, description: dict[str, Any], *, begin: bool = False) -> Denoiser:
+    """The denoiser of a description, with encoders of the user's own where it names them.
+
+    Args:
+        project: the project.
+        description: as `make_denoiser` takes it.
+        begin: with VGG-11's weights as the settings give them; else they are in the snapshot.
+
+    Raises:
+        SettingsError, TaskError, DataError: encoders that do not exist, raise, or do not fit their fields.
+    """
+    own = {kind for entry in description.get("encoders", {}).values() if is_code(kind := entry["kind"])}
+    modules = {kind: _loaded(project, kind) for kind in sorted(own)}
+    return make_denoiser(description, _weights(project) if begin else None, modules)
+
+
+def _loaded(project: Project, spec: str) -> Callable[[tuple[int, ...], int], nn.Module]:
+    make = load_object(project.root, spec, SETTING)
+
+    def checked(shape: tuple[int, ...], width: int) -> nn.Module:
+        with user_code(f"{spec}({shape}, {width})"):
+            return make(shape, width)
+
+    return checked
+
+
+def _weights(project: Project) -> dict[str, Tensor] | None:
+    path = encoder_weights(project)
+    if path is None:
+        return None
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path} is not a safetensors file", "save them with safetensors.torch.save_file")
+    return load_tensors(path, DataError)

@@ -1,0 +1,167 @@
+"""The delta store as both trainings read it: a few rows held out, the others in batches, from memory or from the disk."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artifacts.delta_store import DELTA
+from stages.artifacts.files import available_memory
+from stages.artifacts.pipeline import AUTO
+from stages.artifacts.store_reader import StoreReader
+from stages.diffusion.dataset import Rows, usable_split
+from stages.diffusion.training import epoch_spans
+
+# Rows that are shuffled among each other lie in a buffer of this size; it decides the order, so it is no setting.
+BUFFER_BYTES = 512 << 20
+# Of the memory that is free, what the store may take.
+MEMORY_SHARE = 0.5
+GPU_MEMORY_SHARE = 0.25
+
+Arrays = dict[str, np.ndarray]
+
+
+class TrainingRows:
+    """Rows of a store for one training.
+
+    The order of the rows depends on the seed and the store alone: where they lie (in the GPU's memory, in the machine's, on the
+    disk) makes no difference to it.
+
+    Args:
+        reader: the store.
+        deltas: whether deltas are wanted beside the conditioning.
+        held_out: part held out.
+        batch_size: rows to a batch.
+        seed: of the run, and what the order is for.
+        device: where batches are wanted.
+        memory: GiB that the store may take, or "auto".
+
+    Raises:
+        ComputeError: fewer than two rows are usable.
+        ArtifactError: the store is damaged.
+    """
+
+    def __init__(
+        self,
+        reader: StoreReader,
+        *,
+        deltas: bool,
+        held_out: float,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        memory: float | str,
+    ) -> None:
+        self._reader, self._seed, self._device = reader, seed, device
+        arrays = reader.description["arrays"]
+        self._factors = arrays[DELTA].get("factors") if deltas else None
+        self._names = [*(self._factors or [DELTA] * deltas), *reader.field_names()]
+        self._rho = reader.read("rho")
+        train, held = usable_split(torch.from_numpy(reader.read("degenerate")), torch.from_numpy(self._rho), held_out, seed)
+        self._usable = np.zeros(len(reader), bool)
+        self._usable[train.numpy()] = True
+        self.count, self.batch_size = len(train), min(batch_size, len(train))
+        self._buffer_blocks = max(1, BUFFER_BYTES // (reader.block_samples * reader.nbytes(self._names) // len(reader)))
+        self._resident: dict[str, Tensor] | Arrays | None = self._load(memory)
+        self.held_out = self._some(held.numpy())
+        # The loader's own, so that a second training in the process does not share it.
+        self._order = lru_cache(maxsize=2)(self._whole_order)
+
+    @property
+    def place(self) -> str:
+        """Where the rows lie, for people."""
+        if self._resident is None:
+            return "read from the disk while training"
+        return "kept on the GPU" if isinstance(next(iter(self._resident.values())), Tensor) else "kept in memory"
+
+    def _load(self, memory: float | str) -> dict[str, Tensor] | Arrays | None:
+        """The whole store, where it may be kept."""
+        needed = self._reader.nbytes(self._names)
+        on_gpu = self._device.type == "cuda" and (
+            needed <= GPU_MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0] if memory == AUTO else False
+        )
+        allowed = MEMORY_SHARE * (available_memory() or 0) if memory == AUTO else memory * 2**30
+        if not on_gpu and needed > allowed:
+            return None
+        arrays = {name: np.empty(*_like(self._reader, name)) for name in self._names}
+        for start in range(0, len(self._reader), self._reader.block_samples):
+            stop = min(len(self._reader), start + self._reader.block_samples)
+            for name, array in arrays.items():
+                array[start:stop] = self._reader.read(name, start, stop)
+        return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()} if on_gpu else arrays
+
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """The conditioning of all rows for training, in parts, each field (n, …)."""
+        for start in range(0, len(self._reader), self._reader.block_samples):
+            stop = min(len(self._reader), start + self._reader.block_samples)
+            kept = self._usable[start:stop]
+            if kept.any():
+                fields = {name: self._reader.read(name, start, stop)[kept] for name in self._reader.field_names()}
+                yield {name: torch.from_numpy(value) for name, value in fields.items()}
+
+    @property
+    def rho(self) -> Tensor:
+        """ρ of all rows for training, (count,)."""
+        return torch.from_numpy(self._rho[self._usable])
+
+    def batches(self, step: int, share: slice = slice(None)) -> Iterator[Rows]:
+        """The batches of the steps from `step` on, without end, `batch_size` rows each: epochs are seeded permutations, and a
+        batch may straddle two of them.
+
+        Args:
+            step: counted from 0.
+            share: the part of each batch that is wanted.
+        """
+        first = step * self.batch_size
+        if self._resident is None:
+            options = {"seed": self._seed, "first": first, "buffer_blocks": self._buffer_blocks, "usable": self._usable}
+            for found in self._reader.endless(self._names, self.batch_size, **options):
+                yield self._rows(found.pop("row")[share], {name: value[share] for name, value in found.items()})
+        while True:
+            spans = epoch_spans(self.count, first, self.batch_size)
+            rows = np.concatenate([self._order(epoch)[start:stop] for epoch, start, stop in spans])
+            yield self._some(rows[share])
+            first += self.batch_size
+
+    def samples(self, rows: Tensor) -> list[int]:
+        """The rows' numbers in the user's training set."""
+        return self._reader.read("sample_index")[rows.cpu().numpy()].tolist()
+
+    def _whole_order(self, epoch: int) -> np.ndarray:
+        return np.concatenate(list(self._reader.order(self._seed, epoch, self._buffer_blocks, self._usable)))
+
+    def _some(self, rows: np.ndarray) -> Rows:
+        """Rows by number."""
+        if self._resident is None:
+            return self._rows(rows, {name: self._read(name, rows) for name in self._names})
+        if isinstance(next(iter(self._resident.values())), Tensor):
+            at = torch.from_numpy(rows).to(self._device)
+            return self._rows(rows, {name: value[at] for name, value in self._resident.items()})
+        return self._rows(rows, {name: value[rows] for name, value in self._resident.items()})
+
+    def _read(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A few rows from the disk, block by block."""
+        found = np.empty(*_like(self._reader, name, len(rows)))
+        blocks = rows // self._reader.block_samples
+        for block in np.unique(blocks):
+            start, places = int(block) * self._reader.block_samples, blocks == block
+            stop = min(len(self._reader), start + self._reader.block_samples)
+            found[places] = self._reader.read(name, start, stop)[rows[places] - start]
+        return found
+
+    def _rows(self, numbers: np.ndarray, arrays: dict[str, Tensor] | Arrays) -> Rows:
+        tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
+        deltas = tensors.pop(DELTA, None)
+        if self._factors:
+            left, right = (tensors.pop(name) for name in self._factors)
+            deltas = left[:, :, None] * right[:, None, :]
+        return Rows(tensors, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))
+
+
+def _like(reader: StoreReader, name: str, rows: int | None = None) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of an array of the store, of so many rows of it."""
+    entry = reader.description["arrays"][name]
+    shape = entry["shape"]
+    return (len(reader) if rows is None else rows, *shape[1:]), entry["dtype"]
