@@ -40,8 +40,10 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. A request to terminate is an interruption, which leaves a run that can continue."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Run the command line. A request to terminate, and a cluster's warning (SIGUSR1), are interruptions, which leave a run that
+    can continue."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
     app(prog_name="ocd")
 
 
@@ -57,6 +59,8 @@ def _stage(shared: Shared, call: Callable[..., "Outcome"]) -> None:
 
 
 def _print(shared: Shared, outcome: "Outcome") -> None:
+    if outcome.follows:
+        return
     if not shared.as_json:
         show_outcome(outcome)
         return
@@ -134,7 +138,8 @@ def collect(
 
 @command(app, "train-diffusion", "ocd train-diffusion --set train-diffusion.max_steps=20000")
 def train_diffusion(shared: Shared) -> None:
-    """Train the diffusion model of the deltas' directions. Killed, it continues from its last checkpoint."""
+    """Train the diffusion model of the deltas' directions. Killed, it continues from its last checkpoint; asked to stop (Ctrl-C,
+    SIGTERM, SIGUSR1), it writes one first. Under torchrun, several processes share each batch."""
     from stages.train_diffusion import train_diffusion as stage
 
     project = shared.project()
@@ -143,7 +148,8 @@ def train_diffusion(shared: Shared) -> None:
 
 @command(app, "train-scale", "ocd train-scale")
 def train_scale(shared: Shared) -> None:
-    """Train the network for the deltas' lengths. Killed, it continues from its last checkpoint."""
+    """Train the network for the deltas' lengths. Killed, it continues from its last checkpoint; asked to stop, it writes one
+    first."""
     from stages.train_scale import train_scale as stage
 
     project = shared.project()

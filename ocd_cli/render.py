@@ -180,6 +180,8 @@ def show_status(found: dict[str, Any]) -> None:
     for name, entry in found["stages"].items():
         progress = entry["progress"]
         text = f"{progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else ""
+        if progress and "best_held_out_loss" in progress:
+            text += f", best held-out loss {figure(progress['best_held_out_loss'])}"
         detail = entry["detail"] if entry["state"] != "partial" or not text else text
         detail = "; ".join(filter(None, [detail, *(f"in use by {user}" for user in entry["in_use_by"])]))
         table.add_row(name, _MARKS[entry["state"]], detail.replace("[", "\\["))

@@ -16,6 +16,7 @@ class Outcome:
         planned: this was a dry run.
         waits: this part of the work is done, others are not.
         path: where the result lies.
+        follows: this process only took part in what another one leads, which speaks for both.
     """
 
     stage: str
@@ -24,6 +25,7 @@ class Outcome:
     planned: bool = False
     waits: bool = False
     path: Path | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True)

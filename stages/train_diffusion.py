@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from stages.artifacts.files import digest, link_or_copy, require_space, sha256_file, write_json
+from stages.artifacts.following import follow
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
-from stages.artifacts.training_run import Plan, Trained, TrainingRun, follow, take_up_training
+from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.denoiser_training import Choice, Training, begin_training, choose_denoiser, micro_batch
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoising import judge
@@ -43,16 +44,18 @@ class TrainDiffusion(Stage):
 
     def execute(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """As `Stage.execute`; of several ranks the first does that, and the others take part in the training."""
-        self._released = False
-        if not self.ranks.leads:
+        self._led = False
+        try:
+            if self.ranks.leads:
+                return super().execute(force=force, dry_run=dry_run)
             if (begun := self.ranks.agree()) is not None:
                 self._follow(begun)
-            return Outcome(self.name, {"stage": self.name, "rank": self.ranks.rank}, waits=True)
-        try:
-            return super().execute(force=force, dry_run=dry_run)
+            return Outcome(self.name, {"stage": self.name}, follows=True)
         finally:
-            if not self._released:
+            if self.ranks.leads and not self._led:
+                # There was nothing to train: the others need not wait.
                 self.ranks.agree(None)
+            self.ranks.leave()
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -100,7 +103,7 @@ class TrainDiffusion(Stage):
         choice = self._choice(self.settings.model_dump() | begun)
         require_space(wip, 40 * choice.parameters)
         micro = self.keep_execution(micro_batch_size=self._micro_batch(choice))["micro_batch_size"]
-        self._released = True
+        self._led = True
         self.ranks.agree({"settings": begun, "micro_batch": micro, "threads": torch.get_num_threads()})
         training = self._training(choice, micro)
         if warning := schedule_warning(self.settings.schedule, len(training.rows.held_out.deltas[0].flatten())):

@@ -1,8 +1,11 @@
 """The four states of a stage, missing, partial, stale and done, found by comparing records; imports no torch."""
 
+import contextlib
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stages.artifacts.files import digest
@@ -215,7 +218,7 @@ def _progress_text(folder: StageFolder) -> str:
 
 
 def progress_of(folder: StageFolder) -> dict[str, Any] | None:
-    """How far an unfinished stage is, counted from what it has left on the disk."""
+    """How far an unfinished stage is, counted from what it has left on the disk: done, and of that kept, were it killed now."""
     begun = folder.begun()
     plan = (begun or {}).get("plan")
     if not plan:
@@ -225,8 +228,24 @@ def progress_of(folder: StageFolder) -> dict[str, Any] | None:
         done = len(list((folder.wip / "blocks").glob("*.json")))
     elif plan["unit"] == "steps":
         steps = [int(path.stem) for path in (folder.wip / "checkpoints").glob("*.json") if path.stem.isdigit()]
-        done = max(steps, default=0)
-    return {"done": done, "total": plan["total"], "unit": plan["unit"]}
+        evaluated = _evaluations(folder.wip / "metrics.jsonl")
+        kept = max(steps, default=0)
+        scores = [row["score"] for row in evaluated if row["score"] is not None]
+        best = {"best_held_out_loss": min(scores)} if scores else {}
+        reached = max([kept, *(row["step"] for row in evaluated)])
+        return {"done": reached, "kept": kept, "total": plan["total"], "unit": plan["unit"], **best}
+    return {"done": done, "kept": done, "total": plan["total"], "unit": plan["unit"]}
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    """The evaluations that a training in progress has noted; a last line may be half written."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                found.append({"step": int(row["step"]), "score": row["score"]})
+    return found
 
 
 def redo_command(state: StageState, overrides: tuple[str, ...] = ()) -> str:

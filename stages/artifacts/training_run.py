@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from stages.artifacts.files import disk_errors, link_or_copy, read_json, remove, sha256_file, write_bytes, write_json
+from stages.artifacts.files import disk_errors, link_or_copy, read_json, remove, sha256_file, sweep, write_bytes, write_json
+from stages.artifacts.following import Alone, Leading, Trainable
 from stages.artifacts.interruption import deferred
 from stages.artifacts.progress import Report
 from stages.artifacts.tensors import load_tensors, save_tensors
@@ -20,21 +21,6 @@ from stages.errors import ArtifactError, ComputeError
 # Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
-
-
-class Trainable(Protocol):
-    """What is driven: one step at a time, with its whole state as tensors."""
-
-    step: int
-
-    def advance(self) -> float:
-        """Take one step and return its loss."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything needed to continue."""
-
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Continue from a state."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +44,6 @@ class Plan:
     checkpoint_minutes: float = math.inf
     largest_loss: float = math.inf
     advice: str = "try a smaller lr with --force"
-
-
-class Leading(Protocol):
-    """The processes that follow this one through the training."""
-
-    def agree(self, value: Any) -> Any:
-        """Tell them a value."""
-
-    def agree_to_stop(self, stop: bool) -> bool:
-        """Tell them, before each step, whether there is one more."""
-
-
-class Alone:
-    """Nobody follows."""
-
-    def agree(self, value: Any) -> Any:
-        """The value."""
-        return value
-
-    def agree_to_stop(self, stop: bool) -> bool:
-        """The value."""
-        return stop
 
 
 @dataclass(frozen=True)
@@ -142,6 +106,7 @@ class TrainingRun:
         """
         with disk_errors(self._folder), deferred() as asked:
             (self._folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            sweep(self._folder)
             self._leading.agree(self._resume())
             while not self._leading.agree_to_stop(asked() or self._is_over()):
                 self._advance()
@@ -279,15 +244,6 @@ class TrainingRun:
             write_bytes(metrics, metrics.read_bytes()[: record["metrics_bytes"]])
         self._report.message(f"continues from step {record['step']:,}")
         return {"step": record["step"], "path": str(tensors)}
-
-
-def follow(trainer: Trainable, leading: Leading) -> None:
-    """Take the same steps as the process that drives the training, from where it begins to where it ends."""
-    begin = leading.agree(None)
-    if begin:
-        trainer.restore(load_tensors(Path(begin["path"])), begin["step"])
-    while not leading.agree_to_stop(False):
-        trainer.advance()
 
 
 def take_up_training(finished: Path, wip: Path) -> None:

@@ -34,7 +34,9 @@ class Ranks:
         Raises:
             TryAgainError: they do not come.
         """
-        count = int(os.environ.get("WORLD_SIZE", "1"))
+        # Clusters set some of these for purposes of their own; torchrun sets all.
+        told = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        count = int(os.environ["WORLD_SIZE"]) if told else 1
         if count == 1:
             return cls()
         if not dist.is_initialized():
