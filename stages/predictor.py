@@ -13,12 +13,12 @@ from stages.diffusion.schedule import make_schedule
 from stages.encoding import build_denoiser
 from stages.errors import ArtifactError
 from stages.materials import Materials
-from stages.tasks.conditioning import condition
+from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, concatenate, to_device, tree_map
-from stages.weights.choice import choose
 from stages.weights.personalised import PersonalisedModel
+from stages.weights.runner import Runner
 
 STRENGTH_FILE = "strength.json"
 
@@ -32,10 +32,11 @@ def load_personalised(materials: Materials, strength: float | None = None) -> tu
     """
     task, base, layer, device = materials.task, materials.base_to_overfit, materials.layer, materials.device
     sample = materials.splits["all"].inputs([0])
-    run, reason = choose(base, layer, materials.forward, to_device(concatenate([sample, sample]), device))
+    runner = Runner(base, layer, materials.forward, to_device(concatenate([sample, sample]), device))
+    kind = type(layer.module(base))
 
-    def conditioned(x: Tree) -> tuple[Tree, dict[str, Tensor]]:
-        return condition(task, base, layer, x)[:2]
+    def conditioned(x: Tree, output: Tree, captured: dict[str, Tensor]) -> dict[str, Tensor]:
+        return fields_of(task, kind, x, output, captured)[0]
 
     def prepared(x: Tree) -> Tree:
         x = tree_map(as_float32, x)
@@ -48,8 +49,8 @@ def load_personalised(materials: Materials, strength: float | None = None) -> tu
 
     ensemble = materials.project.settings.infer.ensemble
     generate = load_generator(materials, strength)
-    personalised = PersonalisedModel(base, layer, run, materials.forward, conditioned, generate, combined, prepared, ensemble)
-    return personalised, f"deltas are applied by {run.name}: {reason}" if reason else ""
+    personalised = PersonalisedModel(runner, conditioned, generate, combined, prepared, ensemble)
+    return personalised, f"deltas are applied by {runner.way.name}: {runner.reason}" if runner.reason else ""
 
 
 def strength_of(materials: Materials) -> float:

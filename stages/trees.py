@@ -46,11 +46,6 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
     return tree_map(lambda leaf: leaf.to(device), tree)
 
 
-def repeat_samples(tree: Tree, times: int) -> Tree:
-    """Repeat each sample `times` times in a row: (B, …) to (B·times, …)."""
-    return tree_map(lambda leaf: leaf.repeat_interleave(times, dim=0), tree)
-
-
 def repeat_batch(tree: Tree, times: int) -> Tree:
     """Repeat the whole batch `times` times: (B, …) to (times·B, …)."""
     return tree_map(lambda leaf: leaf.repeat(times, *[1] * (leaf.dim() - 1)), tree)

@@ -14,8 +14,9 @@ from stages.tasks.data import Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, to_device, tree_map
-from stages.weights.engine import Engine, FirstPass
+from stages.weights.engine import Engine
 from stages.weights.layer import Layer
+from stages.weights.runner import FirstPass
 
 # conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) of strength 1 and predicted rho (B,)
 Generate = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]
@@ -150,8 +151,7 @@ class Batch:
 
     def along(self, deltas: Tensor) -> Callable[[float], Tree]:
         """Outputs with θ + strength · delta as a function of the strength: deltas (B, E, out, in) to (E, B, …)."""
-        lines = [self.subject.engine.along(self.first, self.x, deltas[:, member]) for member in range(deltas.shape[1])]
-        return lambda strength: tree_map(lambda *parts: torch.stack(parts), *(line(strength) for line in lines))
+        return self.subject.engine.members_along(self.first, self.x, deltas)
 
     def neighbours(self, kind: str) -> Neighbours:
         """The samples' nearest training samples."""

@@ -1,22 +1,21 @@
 """How one layer of one model is overfitted: the fastest way that a self-check finds right, and what of it is reused."""
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from stages.errors import TaskError
 from stages.trees import Tree, leaves
-from stages.weights.capture import ACTIVATION, LAYER_INPUT, capture
-from stages.weights.choice import SELF_CHECK_TOLERANCE, choose, equal, find_prefix, with_best_format
+from stages.weights.capture import ACTIVATION, LAYER_INPUT
+from stages.weights.choice import SELF_CHECK_TOLERANCE, equal
 from stages.weights.descent import DenseDescent, Recorded
 from stages.weights.layer import Layer
 from stages.weights.outer_product import AdamDescent, SgdDescent
 from stages.weights.overfit import Descent, LossFunction, Overfit, Recipe, Views, overfit
 from stages.weights.per_sample import Forward, Loop, NotSubstitutable, Substitution
-from stages.weights.record import PrefixChanged, Record
+from stages.weights.record import PrefixChanged
+from stages.weights.runner import FirstPass, Runner
 
 # Adam makes much of small differences between gradients: this is far above them, and far below a wrong delta.
 CONFIRM_TOLERANCE = 0.05
@@ -25,22 +24,7 @@ MOST_CHANGED = 5
 TELLING_LOSS = 1e-3
 
 
-@dataclass(frozen=True)
-class FirstPass:
-    """What the base's own pass over a batch gave.
-
-    Attributes:
-        output: f_θ(x), (B, …).
-        captured: the fields layer_input, activation and base_output as the model has them.
-        record: what came before the layer, or None.
-    """
-
-    output: Tree
-    captured: dict[str, Tensor]
-    record: Record | None
-
-
-class Engine:
+class Engine(Runner):
     """Overfits one layer of one model.
 
     Args:
@@ -66,11 +50,8 @@ class Engine:
         views: bool = False,
         factored: bool = False,
     ) -> None:
-        forward = with_best_format(model, forward, x)
-        self._model, self._layer, self._forward, self._loss, self.recipe = model, layer, forward, loss, recipe
-        self._factored, self._changed = factored, 0
-        self.way, self.reason = choose(model, layer, forward, x)
-        self.prefix = None if views else find_prefix(self.way, model, layer, forward, x)
+        super().__init__(model, layer, forward, x, reuse=not views)
+        self._loss, self.recipe, self._factored, self._changed = loss, recipe, factored, 0
         self.why_dense = self._why_dense(x, views)
 
     @property
@@ -117,8 +98,8 @@ class Engine:
                 self.prefix = None
                 first = self.first_pass(x)
                 found = self._tried(first, x, y, trial, views)
-            base_loss, weight = found.base_loss, self._layer.weight(self._model)
-            loop = Loop(self._model, self._layer, self._forward)
+            base_loss, weight = found.base_loss, self.layer.weight(self.model)
+            loop = Loop(self.model, self.layer, self._forward)
             wanted = overfit(DenseDescent(loop, weight, x, y, self._loss, trial, None, views), base_loss, trial)
         telling = (base_loss.abs() > TELLING_LOSS) & ~wanted.degenerate & torch.isfinite(wanted.rho)
         right = (found.delta - wanted.delta).flatten(1).norm(dim=1) <= CONFIRM_TOLERANCE * wanted.rho
@@ -130,49 +111,6 @@ class Engine:
     def _tried(self, first: FirstPass, x: Tree, y: Tree, recipe: Recipe, views: Views | None) -> Overfit:
         descent = self._descent(not self.why_dense, first, x, y, self._loss, recipe, views)
         return overfit(descent, self._loss(first.output, y), recipe)
-
-    def first_pass(self, x: Tree) -> FirstPass:
-        """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""
-
-        def run() -> tuple[Tree, dict[str, Tensor]]:
-            return capture(self._model, self._layer, self._forward, x)
-
-        if self.prefix is None:
-            (output, captured), record = run(), None
-        else:
-            (output, captured), record = self.prefix.record(run, x)
-        return FirstPass(output, captured, record)
-
-    def along(self, first: FirstPass, x: Tree, deltas: Tensor) -> Callable[[float], Tree]:
-        """Outputs with θ + s · delta for each sample, as a function of s; what comes before the layer is not computed again,
-        nor, where the layer is substituted, the product with the deltas.
-
-        Args:
-            first: the base's own pass over x.
-            x: inputs (B, …).
-            deltas: (B, out, in).
-
-        Returns:
-            s to (B, …).
-        """
-        weight = self._layer.weight(self._model)
-        deltas = deltas.reshape(len(deltas), *self._layer.shape).to(weight)
-
-        def line(record: Record | None) -> Callable[[float], Tree]:
-            if isinstance(self.way, Substitution):
-                return self.way.along(x, deltas, record)
-            return lambda strength: self.way(x, weight + strength * deltas, record)
-
-        recorded, anew = line(first.record), line(None)
-
-        def at(strength: float) -> Tree:
-            with torch.no_grad():
-                try:
-                    return recorded(strength)
-                except PrefixChanged:
-                    return anew(strength)
-
-        return at
 
     def overfit(
         self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None, check: bool = True
@@ -204,7 +142,7 @@ class Engine:
             return self.overfit(dataclasses.replace(first, record=None), x, y, views, out, check)
         except NotSubstitutable as reason:
             raise TaskError(
-                f"{self._layer.name}: {reason.message}; on the samples that were tried first it was otherwise",
+                f"{self.layer.name}: {reason.message}; on the samples that were tried first it was otherwise",
                 "choose another layer with: ocd select-layer --layer NAME",
             ) from reason
 
@@ -221,9 +159,9 @@ class Engine:
         out: Tensor | None = None,
         check: bool = True,
     ) -> Descent:
-        weight = self._layer.weight(self._model)
+        weight = self.layer.weight(self.model)
         prefix = Recorded(first.record, lambda inputs: self.first_pass(inputs).record)
-        one_vector = first.captured[LAYER_INPUT][0].numel() == self._layer.matrix_shape[1]
+        one_vector = first.captured[LAYER_INPUT][0].numel() == self.layer.matrix_shape[1]
         if factored and not one_vector:
             raise TaskError(
                 "the layer sees several vectors of some samples, whose deltas are no outer products",

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.trees import Tree, batch_size, repeat_samples, tree_map
-from stages.weights.layer import Layer
-from stages.weights.per_sample import Forward, PerSampleWeights
+from stages.trees import Tree, batch_size
+from stages.weights.runner import Runner
 
 # conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) and predicted rho (B,)
 SampleDeltas = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]
-Condition = Callable[[Tree], tuple[Tree, dict[str, Tensor]]]
+# x (B, …), the base's output, the captured fields -> conditioning {name: (B, …)}
+Condition = Callable[[Tree, Tree, dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,8 @@ class PersonalisedModel:
     """A base with input-dependent weights for one layer: sample deltas, apply them, predict (Alg. 2). Needs no label.
 
     Args:
-        model: the base, in eval mode.
-        layer: the layer deltas are added to.
-        run: the model with a weight per sample.
-        forward: the task's forward pass.
-        condition: x to the base's output and the conditioning.
+        runner: runs the base with a weight for each sample, and what comes before the layer once.
+        condition: the conditioning of the base's own pass.
         sample_deltas: conditioning to deltas.
         combine: outputs (E, B, …) to (B, …).
         prepare: checks and moves inputs that come from outside.
@@ -51,19 +47,15 @@ class PersonalisedModel:
 
     def __init__(
         self,
-        model: nn.Module,
-        layer: Layer,
-        run: PerSampleWeights,
-        forward: Forward,
+        runner: Runner,
         condition: Condition,
         sample_deltas: SampleDeltas,
         combine: Callable[[Tree], Tree],
         prepare: Callable[[Tree], Tree],
         ensemble: int,
     ) -> None:
-        self.model, self.layer, self.ensemble = model, layer, ensemble
-        self._run, self._forward, self._condition = run, forward, condition
-        self._sample_deltas, self.combine, self._prepare = sample_deltas, combine, prepare
+        self.model, self.layer, self.runner, self.ensemble = runner.model, runner.layer, runner, ensemble
+        self._condition, self._sample_deltas, self.combine, self._prepare = condition, sample_deltas, combine, prepare
 
     def predict(
         self, x: Tree, ensemble: int | None = None, *, rows: list[int] | None = None, first_member: int = 0
@@ -81,28 +73,8 @@ class PersonalisedModel:
         """
         members = range(first_member, first_member + (ensemble or self.ensemble))
         x = self._prepare(x)
-        base_output, conditioning = self._condition(x)
+        first = self.runner.first_pass(x)
+        conditioning = self._condition(x, first.output, first.captured)
         deltas, rho = self._sample_deltas(conditioning, rows if rows is not None else list(range(batch_size(x))), members)
-        outputs = apply_deltas(self._run, self.layer, self.model, x, deltas)
-        return Prediction(self.combine(outputs), outputs, base_output, rho, deltas)
-
-
-def apply_deltas(run: PerSampleWeights, layer: Layer, model: nn.Module, x: Tree, deltas: Tensor) -> Tree:
-    """Outputs with θ + delta for each input and member, samples × members in one batch.
-
-    Args:
-        run: the model with a weight per sample.
-        layer: the layer.
-        model: the base; gives θ.
-        x: inputs (B, …).
-        deltas: (B, E, out, in).
-
-    Returns:
-        (E, B, …).
-    """
-    samples, members = deltas.shape[:2]
-    weight = layer.weight(model)
-    weights = weight + deltas.reshape(samples * members, *layer.shape).to(weight)
-    with torch.no_grad():
-        outputs = run(repeat_samples(x, members), weights)
-    return tree_map(lambda leaf: leaf.reshape(samples, members, *leaf.shape[1:]).transpose(0, 1), outputs)
+        outputs = self.runner.members_along(first, x, deltas)(1.0)
+        return Prediction(self.combine(outputs), outputs, first.output, rho, deltas)

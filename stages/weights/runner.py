@@ -1,0 +1,96 @@
+"""One model run with a weight of its own for each sample: the fastest way that a self-check finds right, and what comes before
+the layer computed once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stages.trees import Tree, tree_map
+from stages.weights.capture import capture
+from stages.weights.choice import choose, find_prefix, with_best_format
+from stages.weights.layer import Layer
+from stages.weights.per_sample import Forward, Substitution
+from stages.weights.record import PrefixChanged, Record
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What the base's own pass over a batch gave.
+
+    Attributes:
+        output: f_θ(x), (B, …).
+        captured: the fields layer_input, activation and base_output as the model has them.
+        record: what came before the layer, or None.
+    """
+
+    output: Tree
+    captured: dict[str, Tensor]
+    record: Record | None
+
+
+class Runner:
+    """Runs one model with the selected layer's weight replaced for each sample.
+
+    Args:
+        model: the base, in eval mode, frozen.
+        layer: the selected layer.
+        forward: the task's forward pass.
+        x: a probe batch, a few samples.
+        reuse: record what comes before the layer.
+    """
+
+    def __init__(self, model: nn.Module, layer: Layer, forward: Forward, x: Tree, *, reuse: bool = True) -> None:
+        self.model, self.layer = model, layer
+        self._forward = with_best_format(model, forward, x)
+        self.way, self.reason = choose(model, layer, self._forward, x)
+        self.prefix = find_prefix(self.way, model, layer, self._forward, x) if reuse else None
+
+    def first_pass(self, x: Tree) -> FirstPass:
+        """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""
+
+        def run() -> tuple[Tree, dict[str, Tensor]]:
+            return capture(self.model, self.layer, self._forward, x)
+
+        if self.prefix is None:
+            (output, captured), record = run(), None
+        else:
+            (output, captured), record = self.prefix.record(run, x)
+        return FirstPass(output, captured, record)
+
+    def along(self, first: FirstPass, x: Tree, deltas: Tensor) -> Callable[[float], Tree]:
+        """Outputs with θ + s · delta for each sample, as a function of s; what comes before the layer is not computed again,
+        nor, where the layer is substituted, the product with the deltas.
+
+        Args:
+            first: the base's own pass over x.
+            x: inputs (B, …).
+            deltas: (B, out, in).
+
+        Returns:
+            s to (B, …).
+        """
+        weight = self.layer.weight(self.model)
+        deltas = deltas.reshape(len(deltas), *self.layer.shape).to(weight)
+
+        def line(record: Record | None) -> Callable[[float], Tree]:
+            if isinstance(self.way, Substitution):
+                return self.way.along(x, deltas, record)
+            return lambda strength: self.way(x, weight + strength * deltas, record)
+
+        recorded, anew = line(first.record), line(None)
+
+        def at(strength: float) -> Tree:
+            with torch.no_grad():
+                try:
+                    return recorded(strength)
+                except PrefixChanged:
+                    return anew(strength)
+
+        return at
+
+    def members_along(self, first: FirstPass, x: Tree, deltas: Tensor) -> Callable[[float], Tree]:
+        """As `along`, for several deltas of each sample: deltas (B, E, out, in), and s to (E, B, …)."""
+        lines = [self.along(first, x, deltas[:, member]) for member in range(deltas.shape[1])]
+        return lambda strength: tree_map(lambda *parts: torch.stack(parts), *(line(strength) for line in lines))
