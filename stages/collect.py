@@ -35,6 +35,7 @@ from stages.weights.engine import Engine
 
 # Samples that self-checks are made on.
 PROBE = 4
+SMALLER_BLOCKS = "smaller blocks with --set collect.block_samples=N"
 
 
 def collect(
@@ -67,15 +68,10 @@ class Collect(SharedStage):
 
     name = "collect"
 
-    def __init__(self, project: Project, report: Report | None = None, *, part: str | None = None) -> None:
-        super().__init__(project, report, part=part)
-        self._mine: list[int] = []
-        self._pending: list[int] = []
-
     def plan(self) -> dict[str, Any]:
         """Samples, blocks and bytes."""
         store = self._store(Path(), "")
-        Part.check(self._part, store.blocks)
+        Part.check(self._part, store.blocks, SMALLER_BLOCKS)
         return {
             "what": f"overfit {self.layer.name} {self.layer.matrix_shape} on {store.samples:,} samples, {store.blocks} blocks",
             "samples": store.samples,
@@ -92,7 +88,7 @@ class Collect(SharedStage):
         others = [row for row in range(len(self.rows)) if row not in few]
         check_task(self.task, self.base_to_overfit, self.rows.select(torch.as_tensor([*few, *others])))
         check_condition(self.task, self.base_to_overfit, self.layer, to_device(self.rows.inputs(few), self.device))
-        Part.check(self._part, self._store(Path(), "").blocks)
+        Part.check(self._part, self._store(Path(), "").blocks, SMALLER_BLOCKS)
         self._collector.confirm(few, self.rows.batch(few))
         if self.settings.store == "factored" and self.engine.why_dense:
             raise SettingsError(
@@ -125,8 +121,7 @@ class Collect(SharedStage):
         store.create()
         if self._part is None:
             store.trim()
-        self._mine = [block for block in range(store.blocks) if self._part is None or self._part.has(block)]
-        self._pending = store.pending(self._mine)
+        self.divide(store)
         if (kept := execution["engine"]) != self.engine.name:
             self.report.message(f"begun by {kept}, it goes on by {self.engine.name}: deltas may differ by rounding")
         if self.settings.block_samples not in ("auto", store.rows):
@@ -136,15 +131,8 @@ class Collect(SharedStage):
         """Every block (of the part) that is not done, then what makes the store whole; None while others have some to do."""
         execution = self.keep_execution()
         store = self._store(wip, self.fingerprint, execution["block_samples"])
-        # What was there when this process came is looked at once more, outside the gate, for it may be much.
-        found = set(self._mine) - set(self._pending)
-        damaged = [block for block in sorted(found) if not store.is_done(block, rehash=True)]
-        with self.gate():
-            self._pending += store.pending(damaged, rehash=True) if wip.exists() else []
-        rows, left = (sum(len(store.block_range(block)) for block in blocks) for blocks in (self._mine, self._pending))
-        before = rows - left
-        if before and left:
-            self.report.message(f"continues: {before:,} of {rows:,} samples are there")
+        before = self.look_again(store, "samples")
+        left = sum(len(store.block_range(block)) for block in self._pending)
         if self._pending:
             self._tell_way(left)
             self._collector.work(
@@ -153,16 +141,9 @@ class Collect(SharedStage):
                 execution["batch_size"],
                 writers(self.settings.writers),
                 self.settings.skip_bad,
-                lambda done, figures: self.report.progress(before + done, rows, "samples", **figures),
+                lambda done, figures: self.report.progress(before + done, before + left, "samples", **figures),
             )
-        if self._part is None:
-            return self._finished(store)
-        # From here until this process lets go of its part, no other one begins or ends.
-        self._holding.enter_context(self.gate())
-        if not wip.exists() or any(not store.is_done(block) for block in range(store.blocks)):
-            return None
-        sweep(wip)
-        return self._finished(store)
+        return self._finished(store) if self.is_whole(store) else None
 
     def extend(self, finished: Path, wip: Path) -> None:
         """Keep the whole blocks of a smaller or damaged store."""

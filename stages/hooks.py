@@ -27,6 +27,8 @@ class StageHooks(Materials, ABC):
 
     name: ClassVar[str]
     redoes_stale: ClassVar[bool] = False
+    # What lies in the unfinished folder for the work alone, and goes when the manifest is there.
+    scratch: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, project: Project, report: Report | None = None) -> None:
         super().__init__(project)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
+from stages.artifacts.files import digest, disk_errors, remove, write_json
 from stages.artifacts.inputs import encoder_sources, task_sources
 from stages.artifacts.pipeline import AUTO, STAGES, extent_settings
 from stages.artifacts.progress import Logged
@@ -75,7 +75,7 @@ class Stage(StageHooks):
             self.folder.restore()
             if (self.folder.wip / MANIFEST).exists():
                 # A kill came between the manifest and the exchange of the folders: the work is whole.
-                self.folder.exchange()
+                self._exchange()
             state = self._state(force)
             if state.state == DONE and not force:
                 return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
@@ -170,10 +170,14 @@ class Stage(StageHooks):
         manifest = self._manifest(wip, finished, started)
         self._check_inputs_still()
         write_json(wip / MANIFEST, {**manifest, "sha256": manifest_hash(manifest)})
-        remove(wip / BEGUN)
-        sync_folder(wip)
-        self.folder.exchange()
+        self._exchange()
         return Outcome(self.name, self.folder.manifest()["summary"], path=self.folder.path)
+
+    def _exchange(self) -> None:
+        """Give the whole work its name, without what was there for the work alone."""
+        for name in (BEGUN, *self.scratch):
+            remove(self.folder.wip / name)
+        self.folder.exchange()
 
     def _check_inputs_still(self) -> None:
         """Refuse a result whose inputs another process redid meanwhile.
@@ -197,6 +201,6 @@ class Stage(StageHooks):
             "summary": {"stage": self.name, **finished.summary},
             **finished.extra,
             "sources": self._sources,
-            "files": file_records(wip, finished.hashes),
+            "files": file_records(wip, finished.hashes, self.scratch),
             "made": made(started, self.device),
         }

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.delta_store import ledger_problems
 from stages.artifacts.files import digest, read_json
+from stages.artifacts.ledger import ledger_problems
 from stages.artifacts.pipeline import ORDER
 from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project

@@ -4,7 +4,6 @@ Every array has the same number of rows to a chunk; one row of chunks is a block
 is done when its record exists, which is written last and holds the hash of every chunk.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 import zarr
 
 from stages.artifacts.chunks import codecs, encode, write
-from stages.artifacts.files import digest, inside, link_or_copy, read_json, remove, sha256_file, sync_folder, write_json
-from stages.errors import ArtifactError, OcdError
+from stages.artifacts.files import inside, link_or_copy, read_json, remove, sync_folder
+from stages.artifacts.ledger import LEDGER, Ledger
+from stages.errors import ArtifactError
 
-STORE, LEDGER = "deltas.zarr", "blocks"
+STORE = "deltas.zarr"
 CHUNK_BYTES = 16 << 20
 LARGEST_BLOCK, SMALL_BLOCK, FEWEST_BLOCKS = 4096, 64, 16
 DELTA, FACTORS = "delta", ("delta_output", "delta_input")
@@ -91,9 +91,27 @@ def is_laid_out(array: zarr.Array, name: str, spec: ArraySpec, samples: int, row
     return str(array.metadata.to_dict()) == str(wanted.metadata.to_dict())
 
 
-def record_hash(record: dict[str, Any]) -> str:
-    """What a block's record says of itself in `sha256`: the hash of all else in it."""
-    return digest({key: value for key, value in record.items() if key != "sha256"})
+def lay_out(store: Path, specs: dict[str, ArraySpec], samples: int, rows: int) -> None:
+    """Lay out arrays in a group; where they are laid out otherwise (for fewer samples, or damaged), do it again and keep their
+    chunks."""
+    group = _group(store)
+    for name, spec in specs.items():
+        try:
+            if name in group and is_laid_out(group[name], name, spec, samples, rows):
+                continue
+        except Exception:
+            pass
+        remove(store / name / "zarr.json")
+        create_array(group, name, spec, samples, rows)
+
+
+def _group(store: Path) -> zarr.Group:
+    try:
+        return zarr.open_group(store, mode="a", zarr_format=3)
+    except Exception:
+        # Its description is damaged; the arrays have their own.
+        remove(store / "zarr.json")
+        return zarr.open_group(store, mode="a", zarr_format=3)
 
 
 @dataclass
@@ -105,7 +123,7 @@ class Totals:
     hashes: dict[str, str] = field(default_factory=dict)
 
 
-class DeltaStore:
+class DeltaStore(Ledger):
     """A delta store at `folder`/deltas.zarr with its ledger at `folder`/blocks.
 
     Args:
@@ -117,85 +135,22 @@ class DeltaStore:
     """
 
     def __init__(self, folder: Path, specs: dict[str, ArraySpec], samples: int, rows: int, fingerprint: str) -> None:
-        self.folder, self.specs, self.samples, self.rows, self.fingerprint = folder, specs, samples, rows, fingerprint
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return -(-self.samples // self.rows)
+        super().__init__(folder, samples, rows, fingerprint)
+        self.specs = specs
 
     @property
     def nbytes(self) -> int:
         """Bytes before compression."""
         return self.samples * sum(spec.row_bytes for spec in self.specs.values())
 
-    def block_range(self, block: int) -> range:
-        """The rows of a block."""
-        return range(block * self.rows, min(self.samples, (block + 1) * self.rows))
-
     def create(self) -> None:
-        """Lay out the arrays; where they are laid out otherwise (for fewer samples, or damaged), do it again and keep their
-        chunks."""
-        group = self._group()
+        """Lay out the arrays, as `lay_out`."""
+        lay_out(self.folder / STORE, self.specs, self.samples, self.rows)
         (self.folder / LEDGER).mkdir(exist_ok=True)
-        for name, spec in self.specs.items():
-            try:
-                if name in group and is_laid_out(group[name], name, spec, self.samples, self.rows):
-                    continue
-            except Exception:
-                pass
-            remove(self.folder / STORE / name / "zarr.json")
-            create_array(group, name, spec, self.samples, self.rows)
-
-    def _group(self) -> zarr.Group:
-        try:
-            return zarr.open_group(self.folder / STORE, mode="a", zarr_format=3)
-        except Exception:
-            # Its description is damaged; the arrays have their own.
-            remove(self.folder / STORE / "zarr.json")
-            return zarr.open_group(self.folder / STORE, mode="a", zarr_format=3)
 
     def chunk_names(self, block: int) -> list[str]:
         """The files of a block, relative to the stage's folder."""
         return [chunk_name(name, block, len(spec.row_shape)) for name, spec in self.specs.items()]
-
-    def record_path(self, block: int) -> Path:
-        """The ledger's record of a block."""
-        return self.folder / LEDGER / f"{block:06d}.json"
-
-    def is_done(self, block: int, *, rehash: bool = False) -> bool:
-        """Whether a block's record exists, is of this stage and range, and its chunks have the sizes (and hashes) it says."""
-        if not self.record_path(block).exists():
-            return False
-        try:
-            record = read_json(self.record_path(block))
-            span = self.block_range(block)
-            wanted = (self.fingerprint, [span.start, span.stop], record_hash(record), set(self.chunk_names(block)))
-            if (record["fingerprint"], record["samples"], record["sha256"], set(record["chunks"])) != wanted:
-                return False
-            return not any(damage_of(self.folder, name, entry, rehash) for name, entry in record["chunks"].items())
-        except (ArtifactError, OSError, KeyError, TypeError, AttributeError):
-            return False
-
-    @property
-    def records(self) -> int:
-        """Blocks that the ledger has a record of."""
-        return len(list((self.folder / LEDGER).glob("*.json")))
-
-    def pending(self, blocks: Iterable[int] | None = None, *, rehash: bool = False) -> list[int]:
-        """Those of the blocks (by default all) that are not done; their records, if any, are removed."""
-        found = []
-        for block in range(self.blocks) if blocks is None else blocks:
-            if not self.is_done(block, rehash=rehash):
-                remove(self.record_path(block))
-                found.append(block)
-        return found
-
-    def trim(self) -> None:
-        """Remove records past the end, or of other names."""
-        for path in (self.folder / LEDGER).glob("*.json"):
-            if not path.stem.isdigit() or int(path.stem) >= self.blocks:
-                remove(path)
 
     def write_block(self, block: int, arrays: dict[str, np.ndarray], **notes: Any) -> None:
         """Write one block's chunks, make them durable, then its record.
@@ -211,14 +166,7 @@ class DeltaStore:
             if value.shape != (len(span), *spec.row_shape) or value.dtype != np.dtype(spec.dtype):
                 raise ValueError(f"{name} is {value.dtype} {value.shape}, expected {spec.dtype} {(len(span), *spec.row_shape)}")
             chunks[place] = write(self.folder / place, encode(value, self.rows))
-        record = {
-            "fingerprint": self.fingerprint,
-            "block": block,
-            "samples": [span.start, span.stop],
-            "chunks": chunks,
-            **notes,
-        }
-        write_json(self.record_path(block), record | {"sha256": record_hash(record)})
+        self.write_record(block, chunks, **notes)
 
     def adopt(self, finished: Path) -> None:
         """Begin from a finished store: its undamaged whole blocks get a second name here; the others are redone."""
@@ -257,36 +205,3 @@ class DeltaStore:
             arrays[DELTA] = {"shape": [self.samples, out, columns], "dtype": "float32", "factors": list(FACTORS)}
         fields = [name for name in self.specs if name not in RESULT_ARRAYS]
         return {"samples": self.samples, "block_samples": self.rows, "arrays": arrays, "fields": fields}
-
-
-def damage_of(folder: Path, name: str, entry: dict[str, Any], rehash: bool = True) -> str:
-    """What is wrong with a chunk whose record says `entry`; "" where nothing is."""
-    path = inside(folder, name)
-    if not path.is_file():
-        return f"{name} is missing"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{name} has {size:,} bytes, expected {entry['bytes']:,}"
-    return f"content changed: {name}" if rehash and sha256_file(path) != entry["sha256"] else ""
-
-
-def ledger_problems(folder: Path, fingerprint: str) -> list[str]:
-    """Hash every chunk of a store again and compare with its ledger; what is wrong, a line each.
-
-    Args:
-        folder: the stage's folder, finished or not.
-        fingerprint: of the stage.
-    """
-    problems = []
-    for path in sorted((folder / LEDGER).glob("*.json")):
-        try:
-            record = read_json(path)
-            if record["fingerprint"] != fingerprint:
-                problems.append(f"{LEDGER}/{path.name} is of another store")
-            if record["sha256"] != record_hash(record) or path.stem != f"{record['block']:06d}":
-                problems.append(f"content changed: {LEDGER}/{path.name}")
-            found = (damage_of(folder, name, entry) for name, entry in record["chunks"].items())
-            problems += [f"block {path.stem}: {text}" for text in found if text]
-        except (OcdError, OSError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{LEDGER}/{path.name} is not a block's record: {error}")
-    return problems

@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stages.errors import ArtifactError, TryAgainError
 
@@ -41,18 +41,26 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_pieces(path: Path, *pieces: bytes) -> None:
-    """Write a file whole: a temporary neighbour, fsync, rename. The new name itself may not survive a power cut."""
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A stream for a file that is either whole or absent: a temporary neighbour, fsync, rename. The new name itself may not
+    survive a power cut."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     try:
         with temporary.open("wb") as stream:
-            stream.writelines(pieces)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_pieces(path: Path, *pieces: bytes) -> None:
+    """Write a file whole, as `written_whole`."""
+    with written_whole(path) as stream:
+        stream.writelines(pieces)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

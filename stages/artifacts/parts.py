@@ -39,8 +39,13 @@ class Part:
         return f"{self.number}/{self.count}"
 
     @staticmethod
-    def check(part: "Part | None", blocks: int) -> None:
+    def check(part: "Part | None", blocks: int, smaller: str) -> None:
         """Refuse more parts than blocks.
+
+        Args:
+            part: if any.
+            blocks: how many there are.
+            smaller: how to have more, "smaller … with …".
 
         Raises:
             SettingsError: with both numbers.
@@ -48,7 +53,7 @@ class Part:
         if part and part.count > blocks:
             raise SettingsError(
                 f"--part {part}: more parts than blocks, of which there are {blocks}",
-                "use fewer parts, or smaller blocks with --set collect.block_samples=N",
+                f"use fewer parts, or {smaller}",
             )
 
     def has(self, block: int) -> bool:

@@ -186,13 +186,13 @@ def checked_file(folder: StageFolder, manifest: dict[str, Any], name: str) -> Pa
     return folder.found / name
 
 
-def file_records(folder: Path, hashes: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Size, time and sha256 of every file of a stage's folder but its log and records of its own state; those in `hashes` were
-    hashed when they were written."""
+def file_records(folder: Path, hashes: dict[str, str], scratch: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Size, time and sha256 of every file of a stage's folder but its log, records of its own state and what lies in `scratch`;
+    those in `hashes` were hashed when they were written."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (MANIFEST, BEGUN, "log.txt"):
+        if path.is_file() and name.split("/")[0] not in (MANIFEST, BEGUN, "log.txt", *scratch):
             info = path.stat()
             sha256 = hashes.get(name) or sha256_file(path)
             found[name] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256}

@@ -14,18 +14,20 @@ from torch.utils.data import default_collate
 
 from stages.errors import DataError, TaskError
 from stages.seeds import generator, global_seed, seed_of
+from stages.tasks.mapping import MappedRows, large_array
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, leaves, tree_map
 
 IDENTITY_ITEMS = 64
+PIECE_BYTES = 16 << 20
 SAVE_HINT = 'write one with numpy.savez("train.npz", x=x, y=y)'
 MISSING_HINT = "ocd.toml names it under [task]; relative paths start at its folder"
 
 
 class ArrayDataset:
-    """Arrays in memory: items are pairs (x, y) of tensors, or (x, None) without labels."""
+    """Arrays: items are pairs (x, y) of tensors, or (x, None) without labels."""
 
-    def __init__(self, x: Tensor, y: Tensor | None) -> None:
+    def __init__(self, x: Tensor | MappedRows, y: Tensor | MappedRows | None) -> None:
         self.x, self.y = x, y
 
     def __len__(self) -> int:
@@ -125,12 +127,13 @@ def as_float32(leaf: Any) -> Tensor:
     return leaf.float() if leaf.dtype == torch.float64 else leaf
 
 
-def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
+def load_npz(path: Path, *, labels: bool, mapped: bool = False) -> ArrayDataset:
     """Read arrays x and y (float64 becomes float32, small integers int64) and check every row.
 
     Args:
         path: the npz file.
         labels: whether y must be there; where it may be missing and is, labels are None.
+        mapped: leave large arrays in the file where it is not compressed, to be read row by row; it must stay as it is.
 
     Raises:
         DataError: missing, not npz, pickled or ragged, empty, of unlike lengths, uint8 pictures, or not finite (the first
@@ -138,7 +141,7 @@ def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
     """
     if not path.is_file():
         raise DataError(f"{path} is missing", MISSING_HINT if labels else "--input names it")
-    arrays = _read_arrays(path, labels)
+    arrays = _read_arrays(path, labels, mapped)
     x, y = arrays["x"], arrays.get("y")
     if len(x) == 0:
         raise DataError(f"{path} is empty: x has shape {x.shape}", "at least one sample is needed")
@@ -152,7 +155,7 @@ def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
     return ArrayDataset(_tensor(path, "x", x), None if y is None else _tensor(path, "y", y))
 
 
-def _read_arrays(path: Path, labels: bool) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, labels: bool, mapped: bool) -> dict[str, np.ndarray]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -165,7 +168,7 @@ def _read_arrays(path: Path, labels: bool) -> dict[str, np.ndarray]:
                     f"{path} has no array {' or '.join(missing)}; it has {', '.join(names) or 'none'}",
                     'write one with numpy.savez("train.npz", x=x, y=y)',
                 )
-            return {name: _read_array(path, archive, name) for name in ("x", "y") if name in names}
+            return {name: _read_array(path, archive, name, mapped) for name in ("x", "y") if name in names}
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError) as error:
         why = "it holds no array" if "pickle" in str(error) else str(error)
         raise DataError(
@@ -173,7 +176,9 @@ def _read_arrays(path: Path, labels: bool) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_array(path: Path, archive: Any, name: str) -> np.ndarray:
+def _read_array(path: Path, archive: Any, name: str, mapped: bool) -> np.ndarray:
+    if mapped and (array := large_array(path, name)) is not None:
+        return array
     try:
         array = archive[name]
     except ValueError as error:
@@ -190,19 +195,22 @@ def _read_array(path: Path, archive: Any, name: str) -> np.ndarray:
     return array
 
 
-def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
+def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor | MappedRows:
+    kind = np.dtype(np.float32 if array.dtype.kind == "f" else np.int64)
+    in_file = isinstance(array.base, np.memmap)
+    if not in_file:
+        array = np.ascontiguousarray(array, dtype=kind)
     if array.dtype.kind == "f":
-        array = np.ascontiguousarray(array, dtype=np.float32)
         flat = array.reshape(len(array), -1)
-        for start in range(0, len(flat), 4096):
-            bad = ~np.isfinite(flat[start : start + 4096]).all(1)
+        rows = max(1, min(4096, PIECE_BYTES // max(1, flat[:1].nbytes)))
+        for start in range(0, len(flat), rows):
+            bad = ~np.isfinite(flat[start : start + rows].astype(kind, copy=False)).all(1)
             if bad.any():
                 raise DataError(
                     f"{path}: {name}[{start + int(bad.argmax())}] is not finite",
                     "remove such rows, or fill what is missing",
                 )
-        return torch.from_numpy(array)
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+    return MappedRows(array, kind) if in_file else torch.from_numpy(array)
 
 
 def dataset_identity(dataset: Any, name: str) -> str:

@@ -18,6 +18,8 @@ from stages.tasks.user_code import load_object, user_code
 from stages.trees import Tree, batch_size, leaves, take, to_device, tree_map
 from stages.weights.single_precision import HALF
 
+LABELS_AT_ONCE = 1 << 16
+
 
 def load_task(settings: TaskTable, root: Path) -> Task:
     """The task `[task]` declares: an instance of the user's class, or a SupervisedTask.
@@ -165,10 +167,13 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
 
 def _check_all_labels(split: Split, output: Tree) -> None:
     """The row of the first label out of range, over the whole split rather than a batch."""
-    y, logits = split.labels(range(len(split))), next(iter(leaves(output).values()))
-    one_class_each = y is not None and not y.is_floating_point() and y.dim() == logits.dim() - 1 and logits.shape[1] > 1
-    if one_class_each:
-        with naming_rows(split, range(len(split))):
+    logits = next(iter(leaves(output).values()))
+    for start in range(0, len(split), LABELS_AT_ONCE):
+        positions = range(start, min(len(split), start + LABELS_AT_ONCE))
+        y = split.labels(positions)
+        if y is None or y.is_floating_point() or y.dim() != logits.dim() - 1 or logits.shape[1] <= 1:
+            return
+        with naming_rows(split, positions):
             check_labels(y, logits.shape[1])
 
 
