@@ -174,8 +174,13 @@ def infer(
         typer.Option(help="Factor on the predicted length; 0 is the base, auto what evaluate fitted.", metavar="NUMBER"),
     ] = None,
     save_deltas: Annotated[bool, typer.Option("--save-deltas", help="Also write every sampled delta.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Do the i-th of n parts of the blocks, beside other processes that do theirs.", metavar="I/N"),
+    ] = None,
 ) -> None:
-    """Sample deltas from the inputs alone, apply them, predict; with labels, print metrics of base, one draw and ensemble."""
+    """Sample deltas from the inputs alone, apply them, predict; with labels, print metrics of base, one draw and ensemble.
+    Killed, it continues where it was."""
     from stages.infer import infer as stage
 
     given = {
@@ -186,7 +191,7 @@ def infer(
         "save_deltas": save_deltas or None,
     }
     project = shared.project({f"infer.{key}": value for key, value in given.items() if value is not None})
-    _stage(shared, lambda **options: stage(project, split=split, input_file=input_file, **options))
+    _stage(shared, lambda **options: stage(project, split=split, input_file=input_file, part=part, **options))
 
 
 def _number_or_word(text: str | None) -> float | str | None:

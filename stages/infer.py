@@ -6,33 +6,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import zarr
-from torch import Tensor
 
-from stages.artifacts.delta_store import ArraySpec, create_array
-from stages.artifacts.files import digest, link_or_copy, remove, require_space, sha256_file
-from stages.artifacts.pipeline import spec_of
+from stages.answering import Answering, Smaller
+from stages.artifacts.answer import Answer, answer_rows
+from stages.artifacts.delta_store import STORE, ArraySpec
+from stages.artifacts.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
+from stages.artifacts.ledger import LEDGER
+from stages.artifacts.parts import Part
+from stages.artifacts.pipeline import AUTO, spec_of
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project, load_project
 from stages.artifacts.run_directory import StageFolder, check_run, folder_of
 from stages.artifacts.states import States, require_done
-from stages.artifacts.tensors import save_arrays
 from stages.errors import SettingsError
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
 from stages.predictor import load_personalised, strength_of
-from stages.stage import Stage
+from stages.sharing import SharedStage
 from stages.tasks.data import Split, check_like, load_npz
-from stages.tasks.loader import check_task, naming_rows
-from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
-from stages.trees import Tree, concatenate, leaves, take, to_device, tree_map
-from stages.weights.personalised import PersonalisedModel, Prediction
+from stages.tasks.loader import check_task
+from stages.trees import Tree, leaves, to_device
+from stages.weights.batch_size import prediction_batch, prediction_bytes
+from stages.weights.personalised import PersonalisedModel
 
-PREDICTIONS, DELTAS, SMALLER = "predictions.npz", "deltas.zarr", "smaller.npz"
+PREDICTIONS, SMALLER = "predictions.npz", "smaller.npz"
 SPLITS = ("test", "validation", "train")
-BATCH_BYTES = 64 << 20
+SMALLER_BLOCKS = "smaller batches, of which blocks are made, with --set infer.batch_size=N"
 
 
 def infer(
@@ -40,16 +40,20 @@ def infer(
     *,
     split: str = "test",
     input_file: Path | None = None,
+    part: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     report: Report | None = None,
 ) -> Outcome:
     """Predict for a split of the task, or for the x of an npz file. Asking again with other settings redoes that one answer.
 
+    Args:
+        part: "i/n", the i-th of n parts of the blocks; the last part to finish makes the answer whole.
+
     Raises:
         OcdError: as `Stage.execute`; inputs that are missing, damaged or unlike the training set's.
     """
-    return Infer(project, report, split=split, input_file=input_file).execute(force=force, dry_run=dry_run)
+    return Infer(project, report, split=split, input_file=input_file, part=part).execute(force=force, dry_run=dry_run)
 
 
 def open_run(
@@ -85,7 +89,7 @@ def query_name(split: str, input_file: Path | None) -> str:
     return f"input-{stem}" if stem in SPLITS else stem
 
 
-class Infer(Stage):
+class Infer(SharedStage):
     """The stage, for one query.
 
     Args:
@@ -93,20 +97,28 @@ class Infer(Stage):
         report: hears of its progress.
         split: test, validation or train.
         input_file: an npz file with x, in place of a split.
+        part: as `infer`.
     """
 
     name = "infer"
     redoes_stale = True
+    scratch = (LEDGER, SMALLER)
 
     def __init__(
-        self, project: Project, report: Report | None = None, *, split: str = "test", input_file: Path | None = None
+        self,
+        project: Project,
+        report: Report | None = None,
+        *,
+        split: str = "test",
+        input_file: Path | None = None,
+        part: str | None = None,
     ) -> None:
-        super().__init__(project, report)
+        super().__init__(project, report, part=part)
         if split not in SPLITS:
             raise SettingsError(f"--split {split}: expected one of {', '.join(SPLITS)}", "or name a file with --input")
         self._split, self._input_file = split, input_file
-        # Read at once: a file with faults is refused before anything else happens.
-        self._given = Split(load_npz(input_file, labels=False), name=input_file.name) if input_file else None
+        # Looked at at once: a file with faults is refused before anything else happens.
+        self._given = Split(load_npz(input_file, labels=False, mapped=True), name=input_file.name) if input_file else None
 
     @property
     def folder(self) -> StageFolder:
@@ -121,6 +133,10 @@ class Infer(Stage):
 
     def content_inputs(self) -> dict[str, Any]:
         """The input file's hash, or the split's name."""
+        return self._content_inputs
+
+    @cached_property
+    def _content_inputs(self) -> dict[str, Any]:
         if self._split == "test" and self._input_file is None:
             return {"query": self._split}
         if self._input_file is None:
@@ -132,52 +148,69 @@ class Infer(Stage):
         return {"infer.strength": strength_of(self)}
 
     def plan(self) -> dict[str, Any]:
-        """Inputs, members and bytes."""
+        """Inputs, members and bytes: the blocks stay until what is put together of them is whole."""
         count, members = len(self._inputs), self.settings.ensemble
-        size = count * (members + 2) * self._output_bytes()
-        if self.settings.save_deltas:
-            size += count * members * 4 * self.layer.numel
+        if self._part:
+            self._check_part()
+        size = count * (2 * self._row_bytes + (self._delta.row_bytes if self._delta else 0))
         return {"what": f"{count:,} inputs × {members} members, {self.settings.sample_steps} steps each", "bytes": size}
 
     def check(self) -> None:
-        """The inputs are like the training set's, labels (where there are some) in range, and the networks load."""
+        """The inputs are like the training set's, labels (where there are some) in range, the networks load, and there are
+        blocks enough for the parts."""
         check_like(self._inputs.inputs([0]), self.splits["all"].inputs([0]), self._inputs.name)
         if self._inputs.labels([0]) is not None:
             check_task(self.task, self.base, self._inputs)
         self.personalised  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
+        self._check_part()
 
     def extend(self, finished: Path, wip: Path) -> None:
         """Keep the members of a smaller ensemble until the larger one is written."""
-        link_or_copy(finished / PREDICTIONS, wip / SMALLER)
+        record = self.folder.manifest()["files"].get(PREDICTIONS, {})
+        if sha256_file(finished / PREDICTIONS) == record.get("sha256"):
+            link_or_copy(finished / PREDICTIONS, wip / SMALLER)
 
-    def work(self, wip: Path) -> Finished:
-        """Predict batch by batch, then write all at once."""
-        settings, inputs = self.settings, self._inputs
-        batch = self.keep_execution(batch_size=self._batch_size())["batch_size"]
-        require_space(wip, self.plan()["bytes"])
-        known = self._known_members()
-        first = 0 if known is None else len(next(iter(leaves(known).values())))
-        deltas = self._delta_array(wip, len(inputs), batch) if settings.save_deltas else None
-        self.tell_total(len(inputs), "inputs")
+    def prepare(self, wip: Path) -> None:
+        """Settle what all parts share, and lay out the ledger."""
+        members = self.settings.ensemble
+        if self._begun["execution"].get("members", members) != members:
+            # Begun for fewer: blocks of those do not count, nor does the batch that suited them.
+            self._begun["execution"] = {}
+            for name in (LEDGER, STORE):
+                remove(wip / name)
+        batch = self._batch_size()
+        self.keep_execution(batch_size=batch, block_samples=self._block_rows(batch), members=members)
+        answer = self._answer(wip)
+        Part.check(self._part, answer.blocks, SMALLER_BLOCKS)
+        self.tell_total(answer.blocks, "blocks")
+        if self._part is None:
+            sweep(wip)
+        count, delta = len(self._inputs), self._delta.row_bytes if self._delta else 0
+        left = (answer.blocks - answer.records) / answer.blocks
+        require_space(wip, round(count * (self._row_bytes + left * (self._row_bytes + delta))))
+        answer.create()
+        if self._part is None:
+            answer.trim()
+        self.divide(answer)
+
+    def work(self, wip: Path) -> Finished | None:
+        """Every block (of the part) that is not done, then what makes the answer whole; None while others have some to do."""
+        answer = self._answer(wip)
+        before = self.look_again(answer, "inputs")
+        left = sum(len(answer.block_range(block)) for block in self._pending)
         if reason := self._personalised[1]:
             self.report.message(reason)
-        parts: list[Prediction] = []
-        for start in range(0, len(inputs), batch):
-            span = range(start, min(len(inputs), start + batch))
-            found = self.personalised.predict(
-                inputs.inputs(span), settings.ensemble - first, rows=list(span), first_member=first
-            )
-            if deltas is not None:
-                deltas[span.start : span.stop] = found.deltas.cpu().numpy()
-            parts.append(_to_cpu(found))
-            self.report.progress(span.stop, len(inputs), "inputs")
-        members = concatenate([tree_map(lambda leaf: leaf.transpose(0, 1), part.members) for part in parts])
-        members = tree_map(lambda leaf: leaf.transpose(0, 1), members)
-        if known is not None:
-            members = tree_map(lambda old, new: torch.cat([old, new]), known, members)
-        return self._finished(
-            wip, members, concatenate([part.base_output for part in parts]), torch.cat([part.rho for part in parts])
+        ensemble, like = self.settings.ensemble, self._like
+        # Those of a smaller ensemble come without their deltas.
+        smaller = Smaller(None if self._delta else wip / SMALLER, like, len(self._inputs))
+        answering = Answering(self.personalised, self._inputs, ensemble, like, smaller)
+        answering.work(
+            answer,
+            self._pending,
+            self._begun["execution"]["batch_size"],
+            lambda done: self.report.progress(before + done, before + left, "inputs"),
         )
+        return self._finished(answer, answering) if self.is_whole(answer) else None
 
     @property
     def personalised(self) -> PersonalisedModel:
@@ -194,76 +227,55 @@ class Infer(Stage):
             return self._given
         return self.test_split if self._split == "test" else self.splits[self._split]
 
-    def _batch_size(self) -> int:
-        if self.settings.batch_size != "auto":
-            return self.settings.batch_size
-        return max(1, min(1024, BATCH_BYTES // (4 * self.layer.numel * self.settings.ensemble)))
-
-    def _output_bytes(self) -> int:
+    @cached_property
+    def _like(self) -> Tree:
+        """An output, (1, …)."""
         with torch.no_grad():
-            output = self.forward(self.base, to_device(self._inputs.inputs([0]), self.device))
-        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(output).values())
+            return to_device(self.forward(self.base, to_device(self._inputs.inputs([0]), self.device)), torch.device("cpu"))
 
-    def _known_members(self) -> Tree | None:
-        """The members of a smaller ensemble that is this answer otherwise, (E, N, …), or None."""
-        if not (self.folder.wip / SMALLER).exists() or self.settings.save_deltas:
-            return None
-        with np.load(self.folder.wip / SMALLER, allow_pickle=False) as archive:
-            if "member_output" not in archive.files:
-                return None
-            return torch.from_numpy(archive["member_output"]).transpose(0, 1)
+    @property
+    def _row_bytes(self) -> int:
+        """Of an input's predictions: base, ensemble and members, its ρ and number."""
+        return (self.settings.ensemble + 2) * sum(
+            leaf.numel() * leaf.element_size() for leaf in leaves(self._like).values()
+        ) + 12
 
-    def _delta_array(self, wip: Path, count: int, batch: int) -> Any:
-        group = zarr.open_group(wip / DELTAS, mode="w", zarr_format=3)
-        spec = ArraySpec("float32", (self.settings.ensemble, *self.layer.matrix_shape))
-        return create_array(group, "delta", spec, count, min(batch, count))
+    @property
+    def _delta(self) -> ArraySpec | None:
+        """An input's sampled deltas, where they are kept."""
+        return ArraySpec("float32", (self.settings.ensemble, *self.layer.matrix_shape)) if self.settings.save_deltas else None
 
-    def _finished(self, wip: Path, members: Tree, base_output: Tree, rho: Tensor) -> Finished:
-        output = self.personalised.combine(members)
-        arrays: dict[str, Any] = {"rho": rho, "sample_index": self._inputs.rows}
-        for name, tree in (("base_output", base_output), ("output", output)):
-            arrays |= {f"{name}.{path}".rstrip("."): leaf for path, leaf in leaves(tree).items()}
-        arrays |= {f"member_output.{path}".rstrip("."): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
-        save_arrays(wip / PREDICTIONS, {name: value.contiguous().numpy() for name, value in arrays.items()})
-        remove(wip / SMALLER)
-        one = tree_map(lambda leaf: leaf[0], members)
+    def _batch_size(self) -> int:
+        wanted, count = self.settings.batch_size, len(self._inputs)
+        if wanted == AUTO:
+            sample = prediction_bytes(self.personalised.runner, to_device(self._inputs.inputs([0]), self.device))
+            wanted = prediction_batch(sample, self.layer.numel, self.settings.ensemble)
+        return min(wanted, count)
+
+    def _block_rows(self, batch: int) -> int:
+        return answer_rows(len(self._inputs), batch, self._row_bytes)
+
+    def _check_part(self) -> None:
+        if self._part:
+            rows = self._block_rows(self._batch_size())
+            Part.check(self._part, -(-len(self._inputs) // rows), SMALLER_BLOCKS)
+
+    def _answer(self, wip: Path) -> Answer:
+        kept, members = self._begun["execution"], self.settings.ensemble
+        rows, batch = kept["block_samples"], kept["batch_size"]
+        return Answer(wip, len(self._inputs), rows, self.fingerprint, members, self._delta, batch)
+
+    def _finished(self, answer: Answer, answering: Answering) -> Finished:
+        path = answer.folder / PREDICTIONS
+        answer.put_together(path)
+        content, figures = sha256_file(path), answering.figures(answer, self.task)
         summary = {
             "query": query_name(self._split, self._input_file),
             "inputs": len(self._inputs),
             "ensemble": self.settings.ensemble,
             "strength": strength_of(self),
-            "rho": float(rho.double().mean()),
-            "metrics": self._metrics({"base": base_output, "ocd one draw": one, "ocd ensemble": output}),
+            **figures,
             "predictions": PREDICTIONS,
         }
         reached = {"value": self.settings.ensemble, "reached": self.settings.ensemble, "exhausted": False}
-        return Finished(summary, digest(sha256_file(wip / PREDICTIONS)), {"infer.ensemble": reached})
-
-    def _metrics(self, outputs: dict[str, Tree]) -> dict[str, dict[str, float | None]] | None:
-        """Means of the task's metrics for each output; None where there are no labels. Predictions are made
-        before this reads them; beside it only `check` looks at labels, to refuse what could not be scored."""
-        totals: dict[str, dict[str, float]] = {row: {} for row in outputs}
-        count = len(self._inputs)
-        for start in range(0, count, EVALUATION_BATCH):
-            positions = range(start, min(count, start + EVALUATION_BATCH))
-            y = self._inputs.labels(positions)
-            if y is None:
-                return None
-            for row, output in outputs.items():
-                with naming_rows(self._inputs, positions):
-                    figures = metrics_of(self.task, take(output, slice(start, positions.stop)), y)
-                for name, values in figures.items():
-                    totals[row][name] = totals[row].get(name, 0.0) + float(values.double().sum())
-        return {row: {name: finite(total / count) for name, total in figures.items()} for row, figures in totals.items()}
-
-
-def _to_cpu(found: Prediction) -> Prediction:
-    """Without the deltas, which would fill memory."""
-    cpu = torch.device("cpu")
-    return Prediction(
-        to_device(found.output, cpu),
-        to_device(found.members, cpu),
-        to_device(found.base_output, cpu),
-        found.rho.cpu(),
-        torch.empty(0),
-    )
+        return Finished(summary, digest(content), {"infer.ensemble": reached}, hashes={PREDICTIONS: content})

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.files import digest, disk_errors, remove, write_json
+from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
 from stages.artifacts.inputs import encoder_sources, task_sources
 from stages.artifacts.pipeline import AUTO, STAGES, extent_settings
 from stages.artifacts.progress import Logged
@@ -177,6 +177,7 @@ class Stage(StageHooks):
         """Give the whole work its name, without what was there for the work alone."""
         for name in (BEGUN, *self.scratch):
             remove(self.folder.wip / name)
+        sync_folder(self.folder.wip)
         self.folder.exchange()
 
     def _check_inputs_still(self) -> None:

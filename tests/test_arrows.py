@@ -32,6 +32,7 @@ ALLOWED = {
     "evaluation": {"tasks", "weights"},
     "materials": {"artifacts", "tasks", "weights"},
     "collector": {"artifacts", "tasks", "weights"},
+    "answering": {"artifacts", "tasks", "weights"},
     "outcome": set(),
     "branches": {"artifacts", "materials", "outcome"},
     "training_deltas": {"artifacts"},

@@ -47,7 +47,7 @@ class Answer(Ledger):
         self, folder: Path, samples: int, rows: int, fingerprint: str, members: int, delta: ArraySpec | None, batch: int
     ) -> None:
         super().__init__(folder, samples, rows, fingerprint, members=members)
-        self._delta = delta
+        self._delta, self.keeps_deltas = delta, delta is not None
         # Those that are begun with the same batch have the same chunks, and no two blocks share one.
         self._chunk_rows = chunk_rows(batch, delta.row_bytes) if delta else 0
 

@@ -12,11 +12,13 @@ from stages.trees import Tree, batch_size
 from stages.weights.engine import Engine
 from stages.weights.layer import Layer
 from stages.weights.per_sample import Bound, Forward, Loop
+from stages.weights.runner import Runner
 
 # Batches whose weights and activations fit the cache beat larger ones.
 CACHE_BYTES = 64 << 20
 SMALLEST, LARGEST = 32, 512
 LARGEST_ON_GPU = 4096
+LARGEST_PREDICTED = 1024
 # Of the memory that is free, what a batch may take.
 MEMORY_SHARE = 0.25
 # Fewer are not worth the name of a batch, however little memory is said to be free.
@@ -82,6 +84,27 @@ def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | Non
             wanted = min(wanted, max(LEAST, int(MEMORY_SHARE * available) // sample))
     wanted = max(1, min(rows, wanted))
     return -(-rows // -(-rows // wanted))
+
+
+def prediction_bytes(runner: Runner, x: Tree) -> int:
+    """Memory that a sample of x takes while its members are predicted, without its deltas: the prefix's record, and the largest
+    outputs."""
+    record = runner.first_pass(x).record
+    recorded = _storage(record.tensors) // batch_size(x) if record is not None else 0
+    return recorded + 2 * largest_output(runner.model, runner.forward, x)
+
+
+def prediction_batch(sample: int, numel: int, members: int) -> int:
+    """Samples to predict at once, with all members of each.
+
+    Args:
+        sample: bytes of one, as `prediction_bytes`.
+        numel: numbers of a delta.
+        members: of the ensemble.
+    """
+    most = max(1, min(LARGEST_PREDICTED, CACHE_BYTES // (sample + 4 * numel * members)))
+    # Halves of it are chunks of sampled deltas.
+    return 1 << (most.bit_length() - 1)
 
 
 def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> int:

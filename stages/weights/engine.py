@@ -99,7 +99,7 @@ class Engine(Runner):
                 first = self.first_pass(x)
                 found = self._tried(first, x, y, trial, views)
             base_loss, weight = found.base_loss, self.layer.weight(self.model)
-            loop = Loop(self.model, self.layer, self._forward)
+            loop = Loop(self.model, self.layer, self.forward)
             wanted = overfit(DenseDescent(loop, weight, x, y, self._loss, trial, None, views), base_loss, trial)
         telling = (base_loss.abs() > TELLING_LOSS) & ~wanted.degenerate & torch.isfinite(wanted.rho)
         right = (found.delta - wanted.delta).flatten(1).norm(dim=1) <= CONFIRM_TOLERANCE * wanted.rho

@@ -43,15 +43,15 @@ class Runner:
 
     def __init__(self, model: nn.Module, layer: Layer, forward: Forward, x: Tree, *, reuse: bool = True) -> None:
         self.model, self.layer = model, layer
-        self._forward = with_best_format(model, forward, x)
-        self.way, self.reason = choose(model, layer, self._forward, x)
-        self.prefix = find_prefix(self.way, model, layer, self._forward, x) if reuse else None
+        self.forward = with_best_format(model, forward, x)
+        self.way, self.reason = choose(model, layer, self.forward, x)
+        self.prefix = find_prefix(self.way, model, layer, self.forward, x) if reuse else None
 
     def first_pass(self, x: Tree) -> FirstPass:
         """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""
 
         def run() -> tuple[Tree, dict[str, Tensor]]:
-            return capture(self.model, self.layer, self._forward, x)
+            return capture(self.model, self.layer, self.forward, x)
 
         if self.prefix is None:
             (output, captured), record = run(), None

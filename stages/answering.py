@@ -1,0 +1,153 @@
+"""The work of inferring: predictions for the rows of a split, block by block, and what they score."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artifacts.answer import Answer
+from stages.tasks.data import Split
+from stages.tasks.loader import naming_rows
+from stages.tasks.mapping import mapped_array
+from stages.tasks.protocol import Task
+from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
+from stages.trees import Tree, leaves, take, to_device, tree_map
+from stages.weights.personalised import PersonalisedModel, Prediction
+
+BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
+CPU = torch.device("cpu")
+
+
+def array_name(name: str, path: str) -> str:
+    """The array of one tensor of a tree: "output", or "output.logits"."""
+    return f"{name}.{path}".rstrip(".")
+
+
+class Smaller:
+    """The members of a smaller ensemble, read from its predictions as they are asked for.
+
+    Args:
+        path: its predictions, if there are any.
+        like: an output (1, …), for the names and shapes of its tensors.
+        samples: inputs N.
+    """
+
+    def __init__(self, path: Path | None, like: Tree, samples: int) -> None:
+        self._like, self._arrays, self.members = like, [], 0
+        arrays = [mapped_array(path, array_name(MEMBERS, name)) for name in leaves(like)] if path and path.exists() else []
+        if not arrays or any(array is None for array in arrays):
+            return
+        members, shapes = arrays[0].shape[1], [leaf.shape[1:] for leaf in leaves(like).values()]
+        if [array.shape for array in arrays] == [(samples, members, *shape) for shape in shapes]:
+            self._arrays, self.members = arrays, members
+
+    def take(self, span: range) -> Tree:
+        """Their outputs of some inputs, (E, B, …)."""
+        rows = [np.array(array[span.start : span.stop]) for array in self._arrays]
+        return as_tree(self._like, [torch.from_numpy(value).transpose(0, 1) for value in rows])
+
+
+def as_tree(like: Tree, tensors: list[Tensor]) -> Tree:
+    """A tree of the same form, of other tensors in the order of `leaves`."""
+    following = iter(tensors)
+    return tree_map(lambda _: next(following), like)
+
+
+class Answering:
+    """Predicts for the rows of a split and writes them into the blocks of an answer.
+
+    Args:
+        personalised: the base with input-dependent weights.
+        inputs: the rows.
+        ensemble: members.
+        like: an output (1, …).
+        smaller: members that are known already.
+    """
+
+    def __init__(self, personalised: PersonalisedModel, inputs: Split, ensemble: int, like: Tree, smaller: Smaller) -> None:
+        self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble
+        self._like, self._smaller = like, smaller
+
+    def work(self, answer: Answer, blocks: list[int], batch: int, heard: Callable[[int], None]) -> None:
+        """Predict and write some blocks; `heard` is told how many inputs are done. One block is in memory.
+
+        Raises:
+            OcdError: faults of the data and the task. Blocks finished before are written.
+        """
+        done = 0
+        for block in blocks:
+            span, chunks, parts = answer.block_range(block), {}, []
+            for start in range(span.start, span.stop, batch):
+                rows = range(start, min(span.stop, start + batch))
+                found = self._predict(rows)
+                if answer.keeps_deltas:
+                    chunks |= answer.write_deltas(rows, found.deltas.cpu().numpy())
+                parts.append(self._arrays(rows, found))
+                done += len(rows)
+                heard(done)
+            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            answer.write_block(block, arrays, chunks)
+
+    def _predict(self, rows: range) -> Prediction:
+        known = self._smaller.members
+        return self._personalised.predict(
+            self._inputs.inputs(rows), self._ensemble - known, rows=list(rows), first_member=known
+        )
+
+    def _arrays(self, rows: range, found: Prediction) -> dict[str, np.ndarray]:
+        """What is kept of a batch, by name, one row an input."""
+        members, output, base_output = (to_device(tree, CPU) for tree in (found.members, found.output, found.base_output))
+        if self._smaller.members:
+            members = tree_map(lambda old, new: torch.cat([old, new]), self._smaller.take(rows), members)
+            output = self._personalised.combine(members)
+        arrays = {RHO: found.rho.cpu(), INDEX: self._inputs.rows[rows.start : rows.stop]}
+        for name, tree in ((BASE, base_output), (OUTPUT, output)):
+            arrays |= {array_name(name, path): leaf for path, leaf in leaves(tree).items()}
+        arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
+        return {name: value.contiguous().numpy() for name, value in arrays.items()}
+
+    def figures(self, answer: Answer, task: Task) -> dict[str, Any]:
+        """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
+        are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
+        could not be scored."""
+        count, rho = len(self._inputs), 0.0
+        totals: dict[str, dict[str, float]] | None = {}
+        for block in range(answer.blocks):
+            arrays = answer.read(block)
+            rho += float(arrays[RHO].sum(dtype=np.float64))
+            span = answer.block_range(block)
+            for start in range(0, len(span), EVALUATION_BATCH):
+                part = slice(start, min(len(span), start + EVALUATION_BATCH))
+                totals = totals if totals is None else self._scored(totals, task, arrays, span, part)
+        metrics = totals and {
+            row: {name: finite(total / count) for name, total in figures.items()} for row, figures in totals.items()
+        }
+        return {"rho": rho / count, "metrics": metrics}
+
+    def _scored(
+        self, totals: dict[str, dict[str, float]], task: Task, arrays: dict[str, np.ndarray], span: range, part: slice
+    ) -> dict[str, dict[str, float]] | None:
+        """The sums with some more rows, or None where there are no labels."""
+        positions = span[part]
+        if (y := self._inputs.labels(positions)) is None:
+            return None
+
+        def tree(name: str) -> Tree:
+            found = [torch.from_numpy(arrays[array_name(name, path)]) for path in leaves(self._like)]
+            return take(as_tree(self._like, found), part)
+
+        outputs = {
+            "base": tree(BASE),
+            "ocd one draw": tree_map(lambda leaf: leaf[:, 0].contiguous(), tree(MEMBERS)),
+            "ocd ensemble": tree(OUTPUT),
+        }
+        for row, output in outputs.items():
+            with naming_rows(self._inputs, positions):
+                figures = metrics_of(task, output, y)
+            sums = totals.setdefault(row, {})
+            for name, values in figures.items():
+                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+        return totals
