@@ -69,6 +69,12 @@ class Mnist(Classification):
         return x.view(-1, 1, 28, 28)[: self.samples], torch.from_numpy(read["labels-idx1"].astype(np.int64))[: self.samples]
 
 
+class FewDigits(Mnist):
+    """As many of them as a benchmark of inference needs to train on."""
+
+    samples = 4096
+
+
 class Block(nn.Module):
     """A residual block of two convolutions."""
 

@@ -1,0 +1,224 @@
+"""Inferring against one sample and one member at a time, both in one run: `python tests/benchmarks/infer.py [row …]`.
+
+The loop is the authors' way: for each sample and member the base's forward pass with hooks, the encoder, ten sampler steps on a
+batch of one, the delta added to a copied weight, a full forward pass. It writes nothing. The faster of one thread and of all
+cores counts.
+"""
+
+import argparse
+import copy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import tasks
+import torch
+from common import chosen, entry, project, seconds, show
+
+from stages.artifacts.project import Project
+from stages.collect import collect
+from stages.infer import Infer
+from stages.materials import Materials
+from stages.predictor import load_generator
+from stages.select_layer import select_layer
+from stages.tasks.conditioning import condition
+from stages.train_base import train_base
+from stages.train_diffusion import train_diffusion
+from stages.train_scale import train_scale
+from stages.weights.layer import find_layer
+from stages.weights.runner import Runner
+
+MEMBERS, SAMPLES, LOOPED = 5, 1000, 6
+# How well the networks are trained takes no time at inference.
+SETTINGS = {
+    "train-base.epochs": 1,
+    "train-base.batch_size": 128,
+    "select-layer.draws": 0,
+    "select-layer.layer": "fc1.weight",
+    "collect.samples": 256,
+    "train-diffusion.preset": "mlp",
+    "train-diffusion.max_steps": 1,
+    "train-scale.max_steps": 1,
+    "infer.ensemble": MEMBERS,
+    "infer.sample_steps": 10,
+}
+
+
+def settled(folder: Path, device: str) -> Project:
+    """A project on MNIST."""
+    return project(folder, "FewDigits", SETTINGS, device)
+
+
+def finished(folder: Path, device: str) -> Project:
+    """A project that only has to infer."""
+    found = settled(folder, device)
+    for stage in (train_base, select_layer, collect, train_diffusion, train_scale):
+        stage(found)
+    return found
+
+
+def inputs(folder: Path, samples: int) -> Path:
+    """A file of so many digits."""
+    path = folder / f"digits-{samples}.npz"
+    np.savez(path, x=tasks.Mnist().arrays()[0][:samples].numpy())
+    return path
+
+
+def inferred(found: Project, path: Path) -> tuple[Infer, float]:
+    """Infer for a file; the stage and its seconds."""
+    stage = Infer(found, input_file=path)
+    stage.splits  # noqa: B018 (the user's own data are loaded before)
+    Infer(found, input_file=path).check()  # whatever torch imports when it is first used
+    return stage, seconds(lambda: stage.execute(force=True))
+
+
+def loop_seconds(materials: Materials, samples: int) -> float:
+    """The authors' loop, seconds for a sample and a member."""
+    base, layer, generate = materials.base, materials.layer, load_generator(materials)
+    given = [materials.splits["train"].inputs([i]).to(materials.device) for i in range(samples)]
+
+    @torch.no_grad()
+    def run(count: int) -> None:
+        for row, x in enumerate(given[:count]):
+            for member in range(MEMBERS):
+                fields = condition(materials.task, base, layer, x)[1]
+                delta = generate(fields, [row], range(member, member + 1))[0]
+                model = copy.deepcopy(base)
+                weight = model.get_parameter(layer.name)
+                weight += delta.view(weight.shape)
+                materials.forward(model, x)
+        materials.wait()
+
+    threads, found = torch.get_num_threads(), []
+    for count in {1, threads}:
+        torch.set_num_threads(count)
+        run(1)
+        found += [seconds(lambda: run(samples)) / (samples * MEMBERS) for _ in range(2)]
+    torch.set_num_threads(threads)
+    return min(found)
+
+
+def infer_vs_single(folder: Path, device: str) -> dict[str, Any]:
+    """The loop's time over ours, from the first file read to the finished answer."""
+    found = finished(folder, device)
+    before = loop_seconds(Materials(found), LOOPED)
+    stage, ours = inferred(found, inputs(folder, SAMPLES))
+    loop = min(before, loop_seconds(Materials(found), LOOPED)) * SAMPLES * MEMBERS
+    manifest = stage.folder.manifest()
+    return entry(
+        loop / ours,
+        10,
+        at_least=True,
+        loop_seconds=round(loop, 2),
+        seconds=round(ours, 2),
+        batch_size=manifest["execution"]["batch_size"],
+        threads=manifest["made"]["threads"],
+    )
+
+
+def infer_overhead(folder: Path, device: str) -> dict[str, Any]:
+    """The share of the time that is spent outside the denoiser."""
+    found, path = finished(folder, device), inputs(folder, SAMPLES)
+    spent, wait = [0.0], Materials(found).wait
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            wait()
+            start = time.perf_counter()
+            result = method(*args)
+            wait()
+            spent[0] += time.perf_counter() - start
+            return result
+
+        return call
+
+    denoiser = type(load_generator(Materials(found)).denoiser)
+    stage = Infer(found, input_file=path)
+    stage.splits  # noqa: B018 (the user's own data are loaded before)
+    Infer(found, input_file=path).check()
+    with patch.object(denoiser, "forward", timed(denoiser.forward)), patch.object(denoiser, "encode", timed(denoiser.encode)):
+        took = seconds(lambda: stage.execute(force=True))
+    return entry(1 - spent[0] / took, 0.2, at_least=False, seconds=round(took, 2), in_denoiser=round(spent[0], 2))
+
+
+def prefix_once(folder: Path, device: str) -> dict[str, Any]:
+    """Members' deltas applied at the head of a ResNet-18: one full pass for each, over the base's pass and theirs."""
+    materials = Materials(project(folder, "Pictures", {"train-base.epochs": 1, "train-base.batch_size": 128}, device))
+    model = materials.new_model().to(materials.device).eval().requires_grad_(False)
+    layer, x = find_layer(model, "fc.weight"), materials.splits["all"].inputs(range(256)).to(materials.device)
+    runner = Runner(model, layer, materials.forward, x[:4])
+    deltas = 0.01 * torch.randn(len(x), MEMBERS, *layer.matrix_shape, device=materials.device)
+    weights = layer.weight(model) + deltas
+
+    @torch.no_grad()
+    def ours() -> torch.Tensor:
+        found = runner.members_along(runner.first_pass(x), x, deltas)(1.0)
+        materials.wait()
+        return found
+
+    @torch.no_grad()
+    def full() -> torch.Tensor:
+        found = torch.stack([runner.way(x, weights[:, member]) for member in range(MEMBERS)])
+        materials.wait()
+        return found
+
+    torch.testing.assert_close(ours(), full(), rtol=1e-3, atol=1e-4)
+    times = [(seconds(full), seconds(ours)) for _ in range(5)]
+    slow, fast = (min(column) for column in zip(*times, strict=True))
+    return entry(slow / fast, 3, at_least=True, full_ms=round(slow * 1e3, 2), ours_ms=round(fast * 1e3, 2))
+
+
+def infer_memory(folder: Path, device: str) -> dict[str, Any]:
+    """Peak memory beyond the data set's own, 20,000 inputs over 2,000; each in a process of its own."""
+    finished(folder, device)
+    command = [sys.executable, __file__, "--peak", str(folder), "--device", device, "--samples"]
+    peaks = [float(subprocess.check_output([*command, str(samples)], text=True)) for samples in (2_000, 20_000)]
+    return entry(peaks[1] / peaks[0], 1.1, at_least=False, peak_mib=[round(peak / 2**20, 1) for peak in peaks])
+
+
+def peak(folder: Path, samples: int, device: str) -> None:
+    """Print the peak memory of one answer beyond its data."""
+    stage = Infer(settled(folder, device), input_file=inputs(folder, samples))
+    data = stage.splits["all"].dataset
+    # The peak from here on, not that of loading the data.
+    Path("/proc/self/clear_refs").write_text("5")
+    stage.execute(force=True)
+    own = sum(part.nbytes for part in (data.x, data.y)) + stage._inputs.dataset.x.nbytes
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    print(int(line.split()[1]) * 1024 - own)
+
+
+ROWS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
+    "infer_vs_single": infer_vs_single,
+    "infer_overhead": infer_overhead,
+    "prefix_once": prefix_once,
+    "infer_memory": infer_memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", help=f"some of {', '.join(ROWS)}; by default all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peak:
+        peak(given.peak, given.samples, given.device)
+        return
+    results = {}
+    for name in chosen(ROWS, given.rows):
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = ROWS[name](Path(folder), given.device)
+        print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+    show(results, given.device)
+
+
+if __name__ == "__main__":
+    main()
