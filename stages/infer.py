@@ -249,7 +249,7 @@ class Infer(SharedStage):
         wanted, count = self.settings.batch_size, len(self._inputs)
         if wanted == AUTO:
             sample = prediction_bytes(self.personalised.runner, to_device(self._inputs.inputs([0]), self.device))
-            wanted = prediction_batch(sample, self.layer.numel, self.settings.ensemble)
+            wanted = prediction_batch(sample, self.layer.numel, self.settings.ensemble, self.device)
         return min(wanted, count)
 
     def _block_rows(self, batch: int) -> int:

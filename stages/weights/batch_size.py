@@ -19,6 +19,9 @@ CACHE_BYTES = 64 << 20
 SMALLEST, LARGEST = 32, 512
 LARGEST_ON_GPU = 4096
 LARGEST_PREDICTED = 1024
+# Deltas of a batch, all members of it: the sampler goes over them several times a step, which wants them in the cache; the
+# denoiser's products want many.
+PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 256 << 20
 # Of the memory that is free, what a batch may take.
 MEMORY_SHARE = 0.25
 # Fewer are not worth the name of a batch, however little memory is said to be free.
@@ -94,17 +97,19 @@ def prediction_bytes(runner: Runner, x: Tree) -> int:
     return recorded + 2 * largest_output(runner.model, runner.forward, x)
 
 
-def prediction_batch(sample: int, numel: int, members: int) -> int:
+def prediction_batch(sample: int, numel: int, members: int, device: torch.device) -> int:
     """Samples to predict at once, with all members of each.
 
     Args:
         sample: bytes of one, as `prediction_bytes`.
         numel: numbers of a delta.
         members: of the ensemble.
+        device: where.
     """
-    most = max(1, min(LARGEST_PREDICTED, CACHE_BYTES // (sample + 4 * numel * members)))
-    # Halves of it are chunks of sampled deltas.
-    return 1 << (most.bit_length() - 1)
+    deltas = (PREDICTED_ON_GPU if device.type == "cuda" else PREDICTED_BYTES) // (4 * numel * members)
+    most = max(1, min(LARGEST_PREDICTED, deltas, CACHE_BYTES // sample if sample else LARGEST_PREDICTED))
+    # Parts of it are chunks of sampled deltas.
+    return most // 16 * 16 if most >= 16 else 1 << (most.bit_length() - 1)
 
 
 def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> int:
