@@ -201,8 +201,8 @@ class Infer(SharedStage):
         if reason := self._personalised[1]:
             self.report.message(reason)
         ensemble, like = self.settings.ensemble, self._like
-        # Those of a smaller ensemble come without their deltas.
-        smaller = Smaller(None if self._delta else wip / SMALLER, like, len(self._inputs))
+        # Those of a smaller ensemble come without their deltas; where nothing is left to do, the folder may be gone.
+        smaller = Smaller(wip / SMALLER if self._pending and not self._delta else None, like, len(self._inputs))
         answering = Answering(self.personalised, self._inputs, ensemble, like, smaller)
         answering.work(
             answer,

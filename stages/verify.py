@@ -1,4 +1,4 @@
-"""verify: hash every artifact again and compare with the manifests and the delta store's ledger."""
+"""verify: hash every artifact again and compare with the manifests and the ledgers of blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:
     for number, (name, folder) in enumerate(folders.items()):
         found[name] = _check(folder)
         report.progress(number + 1, len(folders), "folders")
-    found["collect.wip"] = _check_unfinished(folder_of(project, "collect"))
+    unfinished = [path.name.removesuffix(".wip") for path in sorted((project.run_path / "infer").glob("*.wip"))]
+    for folder in (folder_of(project, "collect"), *(folder_of(project, "infer", name) for name in unfinished)):
+        found[f"{folder.name}.wip"] = _check_unfinished(folder)
     found = {name: entry for name, entry in found.items() if entry is not None}
     return {"stages": found, "whole": not any(entry["problems"] for entry in found.values())}
 
@@ -88,11 +90,12 @@ def _check_ledger(path: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _check_unfinished(folder: StageFolder) -> dict[str, Any] | None:
-    """The blocks of an unfinished store against their ledger."""
+    """The blocks of an unfinished store or answer against their ledger."""
     records = list((folder.wip / "blocks").glob("*.json"))
     begun = folder.begun() if records else None
     if begun is None:
         return None
     problems = ledger_problems(folder.wip, begun["fingerprint"])
     files = [path for path in (folder.wip / "deltas.zarr").rglob("c.*") if path.is_file()]
+    files += (folder.wip / "blocks").glob("*.npz")
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "problems": problems}

@@ -22,6 +22,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ocd_cli.app import app, main
+from stages.answering import Answering
+from stages.artifacts.answer import Answer
 from stages.artifacts.delta_store import DeltaStore
 from stages.artifacts.store_reader import StoreReader
 from stages.collector import Collector
@@ -135,9 +137,9 @@ def flip(path: Path, *, keep_time: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def stopped_at(block: int, error: BaseException | None = None) -> Any:
+def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
     """From this block on, none can be written: an interruption, or another error."""
-    write = DeltaStore.write_block
+    write = kind.write_block
 
     def stopped(self, number, *args, **named):
         if number >= block:
@@ -145,33 +147,35 @@ def stopped_at(block: int, error: BaseException | None = None) -> Any:
         write(self, number, *args, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeltaStore, "write_block", stopped)
+        patch.setattr(kind, "write_block", stopped)
         yield
 
 
 @contextlib.contextmanager
-def counted_blocks() -> Any:
+def counted_blocks(kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
     """The blocks written meanwhile, in no order: writers work side by side."""
-    write, written = DeltaStore.write_block, []
+    write, written = kind.write_block, []
 
     def counted(self, number, *args, **named):
         written.append(number)
         write(self, number, *args, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeltaStore, "write_block", counted)
+        patch.setattr(kind, "write_block", counted)
         yield written
 
 
 def slow_down(delay: float) -> None:
-    """Let each pass of `SLOW_MODEL` take this many seconds once the work of collect has begun; for good."""
-    work = Collector.work
+    """Let each pass of `SLOW_MODEL` take this many seconds once the work of collect or infer has begun; for good."""
 
-    def slow(*args: Any) -> None:
-        os.environ["SLOW_FORWARD_S"] = str(delay)
-        work(*args)
+    def slowed(work: Any) -> Any:
+        def slow(*args: Any) -> None:
+            os.environ["SLOW_FORWARD_S"] = str(delay)
+            work(*args)
 
-    Collector.work = slow
+        return slow
+
+    Collector.work, Answering.work = slowed(Collector.work), slowed(Answering.work)
 
 
 class Started:
@@ -180,7 +184,7 @@ class Started:
     Args:
         folder: the project.
         args: the command's words.
-        delay: seconds that each pass of `SLOW_MODEL` takes once the work of collect has begun.
+        delay: seconds that each pass of `SLOW_MODEL` takes once the work of collect or infer has begun.
     """
 
     def __init__(self, folder: Folder, *args: object, delay: float = 0.0) -> None:

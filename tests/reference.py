@@ -81,6 +81,18 @@ def one_sample(x, i):
     return x[i : i + 1].clone()
 
 
+def predict_loop(model, parameter_name, x, deltas):
+    """Each member's output for each sample, a copy of the model for each: deltas (N, E, out, in) to (N, E, …)."""
+    rows = []
+    for i in range(len(deltas)):
+        for delta in deltas[i]:
+            net = copy.deepcopy(model).eval().requires_grad_(False)
+            weight = net.get_parameter(parameter_name)
+            weight += delta.view(weight.shape)
+            rows.append(net(one_sample(x, i))[0])
+    return torch.stack(rows).unflatten(0, deltas.shape[:2])
+
+
 def linear_schedule(first, last, steps):
     """β_1 … β_T on a straight line, and ᾱ_t = (1 − β_1) … (1 − β_t) (Ho et al., 2020, Sec. 2 and 4), as lists of floats."""
     betas = [first + (last - first) * i / (steps - 1) for i in range(steps)]

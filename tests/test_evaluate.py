@@ -142,7 +142,7 @@ def test_its_rows_of_ocd_are_what_infer_predicts(ocd, helped):
     metrics = json.loads((folder.run / "infer" / "test" / "manifest.json").read_text())["summary"]["metrics"]
     rows = rows_of(results)
     for name in ("base", "ocd one draw", "ocd ensemble"):
-        # Rounding: infer adds deltas to the weight, evaluate to the layer's output.
+        # Rounding: their batches differ.
         assert rows[name]["metrics"]["mse"]["mean"] == pytest.approx(metrics[name]["mse"], rel=1e-4)
 
 
