@@ -163,15 +163,22 @@ def prefix_once(folder: Path, device: str) -> dict[str, Any]:
         return found
 
     @torch.no_grad()
-    def full() -> torch.Tensor:
-        found = torch.stack([runner.way(x, weights[:, member]) for member in range(MEMBERS)])
+    def full(member: int = 0) -> torch.Tensor:
+        found = runner.way(x, weights[:, member])
         materials.wait()
         return found
 
-    torch.testing.assert_close(ours(), full(), rtol=1e-3, atol=1e-4)
-    times = [(seconds(full), seconds(ours)) for _ in range(5)]
-    slow, fast = (min(column) for column in zip(*times, strict=True))
-    return entry(slow / fast, 3, at_least=True, full_ms=round(slow * 1e3, 2), ours_ms=round(fast * 1e3, 2))
+    torch.testing.assert_close(ours(), torch.stack([full(member) for member in range(MEMBERS)]), rtol=1e-3, atol=1e-4)
+    # Single passes are compared, which take about as long as ours: where others use the machine, the least of some short times
+    # is smaller than that of long ones, and all full passes in one would seem slower than they are. The ratio is at most 5.
+    threads, times = torch.get_num_threads(), []
+    for count in {1, threads}:
+        torch.set_num_threads(count)
+        times += [(seconds(full), seconds(ours)) for _ in range(12)]
+    torch.set_num_threads(threads)
+    one, fast = (min(column) for column in zip(*times, strict=True))
+    more = {"full_pass_ms": round(one * 1e3, 2), "ours_ms": round(fast * 1e3, 2)}
+    return entry(MEMBERS * one / fast, 3, at_least=True, **more)
 
 
 def infer_memory(folder: Path, device: str) -> dict[str, Any]:
