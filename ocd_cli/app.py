@@ -40,8 +40,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. A request to terminate, and a cluster's warning (SIGUSR1), are interruptions, which leave a run that
-    can continue."""
+    """Run the command line. A request to terminate, and a cluster's warning (SIGUSR1), are interruptions: the run can go on."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     app(prog_name="ocd")
@@ -138,8 +137,8 @@ def collect(
 
 @command(app, "train-diffusion", "ocd train-diffusion --set train-diffusion.max_steps=20000")
 def train_diffusion(shared: Shared) -> None:
-    """Train the diffusion model of the deltas' directions. Killed, it continues from its last checkpoint; asked to stop (Ctrl-C,
-    SIGTERM, SIGUSR1), it writes one first. Under torchrun, several processes share each batch."""
+    """Train the diffusion model of the deltas' directions. Killed, it continues from its last checkpoint; asked to stop (by
+    Ctrl-C, SIGTERM, SIGUSR1), it writes one first. Under torchrun, several processes share each batch."""
     from stages.train_diffusion import train_diffusion as stage
 
     project = shared.project()

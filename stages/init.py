@@ -34,6 +34,7 @@ EXAMPLES = {
     "train": '"train.npz"',
     "test": '"test.npz"',
     "validation": '"validation.npz"',
+    "encoder_weights": '"vgg11.safetensors"',
 }
 
 
@@ -88,7 +89,7 @@ def _line(key: str, info: FieldInfo, chosen: Mapping[str, Any], table: type[Tabl
     """One setting: commented at its default, or set."""
     if key in chosen:
         return f"{key} = {toml_value(chosen[key])}  # {info.description}\n"
-    shown = EXAMPLES.get(key, toml_value(info.default)) if table is TaskTable else toml_value(info.default)
+    shown = EXAMPLES.get(key) if info.default is None else toml_value(info.default)
     return f"# {key} = {shown}  # {info.description}\n"
 
 

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stages.artifacts.files import read_json
 from stages.artifacts.pipeline import AUTO
 from stages.artifacts.tensors import load_tensors
 from stages.diffusion.generate import DeltaGenerator
+from stages.diffusion.memory import activation_bytes
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
 from stages.encoding import build_denoiser
@@ -21,6 +23,8 @@ from stages.weights.personalised import PersonalisedModel
 from stages.weights.runner import Runner
 
 STRENGTH_FILE = "strength.json"
+# Memory that the denoiser's activations may take; more at once is no faster.
+DENOISING_BYTES = 2 << 30
 
 
 def load_personalised(materials: Materials, strength: float | None = None) -> tuple[PersonalisedModel, str]:
@@ -79,6 +83,8 @@ def load_generator(materials: Materials, strength: float | None = None) -> Delta
     project, device = materials.project, materials.device
     description = read_json(materials.file_of("train-diffusion", "denoiser.json"))
     denoiser = build_denoiser(project, description)
+    with torch.device("meta"):
+        each = activation_bytes(build_denoiser(project, description))
     _load(denoiser, materials.file_of("train-diffusion", "denoiser.safetensors"))
     shape = read_json(materials.file_of("train-scale", "scale.json"))
     scale = ScaleNetwork(shape["fields"], shape["width"])
@@ -97,6 +103,7 @@ def load_generator(materials: Materials, strength: float | None = None) -> Delta
         settings.sampler,
         settings.sample_steps,
         strength_of(materials) if strength is None else strength,
+        max(1, DENOISING_BYTES // each),
     )
 
 

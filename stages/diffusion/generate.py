@@ -25,6 +25,7 @@ class DeltaGenerator:
         sampler: "ddim" or "ddpm".
         sample_steps: steps of the sampler.
         strength: factor on the predicted ρ.
+        most_rows: members that the denoiser is given at once.
     """
 
     denoiser: Denoiser
@@ -34,6 +35,7 @@ class DeltaGenerator:
     sampler: str
     sample_steps: int
     strength: float
+    most_rows: int = 1 << 30
 
     @torch.no_grad()
     def __call__(self, fields: Fields, rows: list[int], members: range) -> tuple[Tensor, Tensor]:
@@ -51,8 +53,16 @@ class DeltaGenerator:
         count, shape = len(members), self.denoiser.shape
         noise = Noise([generator(self.seed, "infer", row, member) for row in rows for member in members], shape, device)
         encoded = self.denoiser.encode(fields).repeat_interleave(count, dim=0)
+        parts = range(0, len(encoded), self.most_rows)
+
+        def denoise(noisy: Tensor, t: Tensor) -> Tensor:
+            found = [
+                self.denoiser(*(value[start : start + self.most_rows] for value in (noisy, t, encoded))) for start in parts
+            ]
+            return found[0] if len(found) == 1 else torch.cat(found)
+
         sampled = sample(
-            lambda noisy, t: self.denoiser(noisy, t, encoded),
+            denoise,
             self.schedule,
             noise,
             prediction=self.denoiser.prediction,

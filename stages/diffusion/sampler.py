@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stages.diffusion.schedule import MEAN, NoiseSchedule, to_epsilon, to_x0
+from stages.diffusion.schedule import MEAN, NoiseSchedule, to_x0
 
 DDIM, DDPM = "ddim", "ddpm"
 
@@ -13,19 +13,21 @@ DDIM, DDPM = "ddim", "ddpm"
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def ddim_step(clean: Tensor, noisy: Tensor, t: Tensor, alpha_bar: Tensor, alpha_bar_next: float) -> Tensor:
-    """Ω_s = sqrt(ᾱ_s) Ω̂_0 + sqrt(1 − ᾱ_s) ε̂ (Song et al., 2020, Eq. 12 with η = 0).
+def ddim_step(clean: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_next: float) -> Tensor:
+    """Ω_s = sqrt(ᾱ_s) Ω̂_0 + sqrt(1 − ᾱ_s) ε̂ with ε̂ = (Ω_t − sqrt(ᾱ_t) Ω̂_0) / sqrt(1 − ᾱ_t), as multiples of Ω̂_0 and Ω_t (Song et
+    al., 2020, Eq. 12 with η = 0).
 
     Args:
         clean: predicted Ω̂_0, (B, …).
         noisy: Ω_t, (B, …).
-        t: (B,) int.
-        alpha_bar: (T,).
+        alpha_bar_t: ᾱ_t.
         alpha_bar_next: ᾱ_s of the next step s < t; 1 at the end.
     """
     if alpha_bar_next == 1.0:
         return clean
-    return alpha_bar_next**0.5 * clean + (1 - alpha_bar_next) ** 0.5 * to_epsilon(clean, noisy, t, alpha_bar)
+    of_noisy = ((1 - alpha_bar_next) / (1 - alpha_bar_t)) ** 0.5
+    of_clean = alpha_bar_next**0.5 - of_noisy * alpha_bar_t**0.5
+    return (of_noisy * noisy).add_(clean, alpha=of_clean)
 
 
 def ddpm_step(clean: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_next: float, noise: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def sample(
         following = float(alpha_bar[visited[index + 1]]) if index + 1 < len(visited) else 1.0
         clean = to_x0(denoise(noisy, t), noisy, t, alpha_bar, prediction)
         if sampler == DDIM:
-            noisy = ddim_step(clean, noisy, t, alpha_bar, following)
+            noisy = ddim_step(clean, noisy, float(alpha_bar[step]), following)
         elif following == 1.0:
             noisy = clean
         else:

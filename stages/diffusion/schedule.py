@@ -145,9 +145,3 @@ def to_x0(output: Tensor, noisy: Tensor, t: Tensor, alpha_bar: Tensor, predictio
         return output
     signal = _at(alpha_bar, t, noisy)
     return (noisy - (1 - signal).sqrt() * output) / signal.sqrt()
-
-
-def to_epsilon(clean: Tensor, noisy: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The noise that leads from `clean` to `noisy`, (Ω_t − sqrt(ᾱ_t) Ω_0) / sqrt(1 − ᾱ_t): (B, …)."""
-    signal = _at(alpha_bar, t, noisy)
-    return (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()

@@ -219,9 +219,7 @@ ON_GPU = {"paper_training": paper_training, "paper_sampling": paper_sampling}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "rows", nargs="*", help=f"some of {', '.join([*ROWS, *ON_GPU])}; by default all there are here"
-    )
+    parser.add_argument("rows", nargs="*", help=f"some of {', '.join([*ROWS, *ON_GPU])}; by default all there are here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     known = ROWS | (ON_GPU if given.device == "cuda" else {})
