@@ -14,8 +14,8 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def ddim_step(clean: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_next: float) -> Tensor:
-    """Ω_s = sqrt(ᾱ_s) Ω̂_0 + sqrt(1 − ᾱ_s) ε̂ with ε̂ = (Ω_t − sqrt(ᾱ_t) Ω̂_0) / sqrt(1 − ᾱ_t), as multiples of Ω̂_0 and Ω_t (Song et
-    al., 2020, Eq. 12 with η = 0).
+    """Ω_s = sqrt(ᾱ_s) Ω̂_0 + sqrt(1 − ᾱ_s) ε̂ with ε̂ = (Ω_t − sqrt(ᾱ_t) Ω̂_0) / sqrt(1 − ᾱ_t), as multiples of Ω̂_0 and Ω_t
+    (Song et al., 2020, Eq. 12 with η = 0).
 
     Args:
         clean: predicted Ω̂_0, (B, …).
