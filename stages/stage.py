@@ -123,7 +123,7 @@ class Stage(StageHooks):
         redo = force or (state.state == STALE and self.redoes_stale)
         begun = None if redo and not self.joins else self.folder.begun()
         identity, self._sources = self._fresh() if redo else (state.identity, state.sources)
-        identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"][key] == AUTO}
+        identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"].get(key) == AUTO}
         fingerprint = digest(identity)
         begins = begun is None or begun["fingerprint"] != fingerprint
         if begun is not None and (begins or begun.get("wanted") != extent_settings(self.project, self.spec)):

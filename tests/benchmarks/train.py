@@ -19,7 +19,7 @@ from common import chosen, entry, project, show
 from stages.artifacts.project import Project
 from stages.collect import collect
 from stages.denoiser_training import Training
-from stages.diffusion.denoising import denoising_errors, step_draws
+from stages.diffusion.denoising import denoising_errors, judge, step_draws
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
@@ -30,6 +30,7 @@ from stages.train_diffusion import TrainDiffusion
 QUICK = {"train-base.epochs": 1, "train-base.batch_size": 128, "select-layer.draws": 0, "select-layer.layer": "fc1.weight"}
 ACCUMULATED = 8
 SAMPLES = 60_000
+PRESET_SECONDS = 240
 
 
 def collected(folder: Path, samples: int, device: str, **settings: Any) -> Project:
@@ -155,6 +156,45 @@ def data_wait(folder: Path, device: str) -> dict[str, Any]:
     return entry(max(shares.values()), 0.03, at_least=False, **shares)
 
 
+def presets(folder: Path, device: str) -> dict[str, Any]:
+    """Each preset trained for the same time from the same store: time a sample, memory beyond the store, held-out loss. The
+    value is the factored preset's held-out loss over the MLP's."""
+    found, table = collected(folder, SAMPLES, device), {}
+    for name in ("mlp", "factored", "small", "paper", "authors"):
+        settings = found.settings.train_diffusion.model_copy(update={"preset": name})
+        values = found.settings.model_copy(update={"train_diffusion": settings})
+        stage, training = begun(Project(found.config_path, values, found.run_path, found.overrides))
+        before = peak_bytes(device, begin=True)
+        took, steps, _ = stepped(stage, training, PRESET_SECONDS)
+        peak = peak_bytes(device) - before
+        choice, held_out = stage._choice(stage.settings.model_dump()), training.rows.held_out
+        few = held_out.take(slice(0, 128)).to(stage.device)
+        figures = judge(training.trainer.averaged, choice.schedule, few, 0, training.steps.micro_batch)
+        table[name] = {
+            "parameters": choice.parameters,
+            "ms_per_sample": round(1e3 * took / (steps * training.rows.batch_size), 3),
+            "steps": training.trainer.step,
+            "memory_mib": round(peak / 2**20 + 8 * choice.parameters / 2**20),
+            "held_out_loss": round(figures["score"], 4),
+            "cosine": round(figures["cosine"], 4),
+        }
+        print(f"  {name}: {table[name]}", file=sys.stderr, flush=True)
+        del stage, training
+    value = table["factored"]["held_out_loss"] / table["mlp"]["held_out_loss"]
+    return entry(value, 1, at_least=False, seconds=PRESET_SECONDS, threads=torch.get_num_threads(), presets=table)
+
+
+def peak_bytes(device: str, *, begin: bool = False) -> int:
+    """Peak memory since `begin`, or what is in use where it begins."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats() if begin else None
+        return torch.cuda.memory_allocated() if begin else torch.cuda.max_memory_allocated()
+    if begin:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 def paper_training(folder: Path, device: str) -> dict[str, Any]:
     """On a GPU: the `paper` preset's samples a second over a batch of one in float32, and its share of the measured peak."""
     stage, training = begun(collected(folder, 8192, device, **{"train-diffusion.preset": "paper"}))
@@ -213,7 +253,7 @@ def paper_sampling(folder: Path, device: str) -> dict[str, Any]:
     return entry(batched / single, 10, at_least=True, **figures)
 
 
-ROWS = {"mlp_pass": mlp_pass, "mlp_vs_batch1": mlp_vs_batch1, "data_wait": data_wait}
+ROWS = {"mlp_pass": mlp_pass, "mlp_vs_batch1": mlp_vs_batch1, "data_wait": data_wait, "presets": presets}
 ON_GPU = {"paper_training": paper_training, "paper_sampling": paper_sampling}
 
 
