@@ -185,4 +185,5 @@ class _Attention(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=NORM_EPS)
+    # At least two channels to a group: one by itself would lose its mean, and with it what e adds to it.
+    return nn.GroupNorm(math.gcd(GROUPS, channels // 2), channels, eps=NORM_EPS)
