@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stages.artifacts.inputs import encoder_weights
@@ -11,11 +12,12 @@ from stages.artifacts.tensors import load_tensors
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import make_denoiser
 from stages.diffusion.encoders import KINDS, LINEAR
-from stages.errors import DataError, SettingsError
+from stages.errors import ComputeError, DataError, SettingsError, TaskError
 from stages.specs import is_code
 from stages.tasks.user_code import load_object, user_code
 
 SETTING = "train-diffusion.encoders"
+MEND = "mend it, then run the same command again"
 
 
 def described_encoders(project: Project, arrays: dict[str, Any], fields: list[str]) -> dict[str, dict[str, Any]]:
@@ -57,12 +59,65 @@ def build_denoiser(project: Project, description: dict[str, Any], *, begin: bool
     return make_denoiser(description, _weights(project) if begin else None, modules)
 
 
+class OwnEncoder(nn.Module):
+    """A module of the user's own: what it raises is told with the user's own frames, and what it gives is checked.
+
+    Args:
+        spec: "module:name", for messages.
+        module: (B, numbers) to (B, width).
+        shape: of the field.
+        width: of what it gives.
+    """
+
+    def __init__(self, spec: str, module: nn.Module, shape: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.module, self._spec, self._width = module, spec, width
+        # An attribute of another meaning may have the same name.
+        if getattr(module, "channels", None) == shape[0]:
+            self.channels = shape[0]
+
+    def forward(self, values: Tensor) -> Tensor:
+        """As the module has it."""
+        wanted = (len(values), self._width)
+        if values.is_meta:
+            return self._sketched(values, wanted)
+        try:
+            with user_code(self._spec):
+                found = self.module(values)
+        except ComputeError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                # Whoever trains takes fewer at once.
+                raise error.__cause__ from None
+            raise
+        if not isinstance(found, Tensor) or found.shape != wanted:
+            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise TaskError(f"{self._spec} gave {given} for {len(values)} samples, expected {wanted}", MEND)
+        return found
+
+    def _sketched(self, values: Tensor, wanted: tuple[int, int]) -> Tensor:
+        """For estimates, which are made without numbers; code that looks at these does not count."""
+        try:
+            found = self.module(values)
+        except Exception:
+            return values.new_empty(wanted)
+        return found if isinstance(found, Tensor) and found.is_meta else values.new_empty(wanted)
+
+
 def _loaded(project: Project, spec: str) -> Callable[[tuple[int, ...], int], nn.Module]:
     make = load_object(project.root, spec, SETTING)
 
     def checked(shape: tuple[int, ...], width: int) -> nn.Module:
-        with user_code(f"{spec}({shape}, {width})"):
-            return make(shape, width)
+        device = torch.get_default_device()
+        # Code of others may look at numbers, which the meta device does not have.
+        with torch.device("cpu"):
+            with user_code(f"{spec}({shape}, {width})"):
+                module = make(shape, width)
+            if not isinstance(module, nn.Module):
+                raise TaskError(f"{spec} gave {type(module).__name__}, expected an nn.Module", MEND)
+            encoder = OwnEncoder(spec, module, shape, width).eval()
+            with torch.no_grad():
+                encoder(torch.zeros(2, torch.Size(shape).numel()))
+        return encoder.train().to(device)
 
     return checked
 
