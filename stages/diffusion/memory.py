@@ -20,8 +20,8 @@ def parameters(denoiser: Denoiser) -> int:
 
 
 def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
-    """Bytes that one sample takes in a training step: what autograd keeps for the backward pass and, once more, the largest
-    tensors in flight.
+    """Bytes that one sample takes in a training step: what autograd keeps for the backward pass, the largest tensors in flight,
+    and the deltas and noise that the loss is made of.
 
     The pass runs on torch's meta device, where tensors have shapes and no memory.
 
@@ -46,7 +46,7 @@ def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
         output = _pass(denoiser, rows)
     own_bytes = output.untyped_storage().nbytes()
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return (total + 3 * max(largest, own_bytes)) // rows // (2 if half else 1)
+    return (total + 3 * max(largest, own_bytes) + 4 * own_bytes) // rows // (2 if half else 1)
 
 
 def training_bytes(denoiser: Denoiser, micro_batch: int, half: bool = False) -> int:
@@ -73,8 +73,7 @@ def _pass(denoiser: Denoiser, rows: int) -> Tensor:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as the devices compute it, which keeps no matrix of all positions by all positions; torch's meta device takes the
-    way that does."""
+    """Attention as CPUs and GPUs compute it, without a matrix of all positions by all positions; the meta device keeps one."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
