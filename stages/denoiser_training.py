@@ -17,7 +17,7 @@ from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, UNETS, resolve
 from stages.diffusion.denoising import step_draws
 from stages.diffusion.memory import operations, parameters, training_bytes
-from stages.diffusion.schedule import NoiseSchedule, make_schedule
+from stages.diffusion.schedule import EPSILON, NoiseSchedule, make_schedule
 from stages.diffusion.steps import DenoisingSteps, Ready
 from stages.diffusion.training import Trainer
 from stages.encoding import build_denoiser, described_encoders
@@ -159,16 +159,24 @@ def micro_batch(choice: Choice, size: int, setting: int | str, device: torch.dev
 def _what_fits(choice: Choice, free: int) -> str:
     """Settings that would fit, ready to paste."""
     table = choice.project.settings.train_diffusion.model_dump()
-    shape, preset = tuple(choice.description["shape"]), choice.description["preset"]
+    shape, preset, width = tuple(choice.description["shape"]), choice.description["preset"], choice.description["width"]
     kept = {key: choice.description[key] for key in ("shape", "fields", "schedule", "encoders") if key in choice.description}
-    auto = dict.fromkeys(("width", "blocks", "multipliers", "attention_max_tokens", "pad_to", "dropout", "prediction"), AUTO)
-    narrower = [{**table, "preset": preset, "width": choice.description["width"] >> halved} for halved in (1, 2)]
-    narrower = narrower if preset in UNETS else []
+    auto = dict.fromkeys(("width", "blocks", "multipliers", "attention_max_tokens", "pad_to", "dropout"), AUTO)
+    if table["prediction"] == EPSILON:
+        auto["prediction"] = AUTO
+    fewer = {} if table["micro_batch_size"] == AUTO else {"micro_batch_size": AUTO}
+    # Widths are even, and at least 8.
+    narrower = [width // part for part in (2, 4) if preset in UNETS and width % (2 * part) == 0 and width >= 8 * part]
+    trials = [fewer] if fewer else []
+    trials += [{"preset": preset, "width": less} for less in narrower]
+    trials += [{"preset": other, **auto} for other in (SMALL, FACTORED, MLP) if other != preset]
     found = []
-    for settings in [*narrower, *({**table, **auto, "preset": other} for other in (SMALL, FACTORED, MLP) if other != preset)]:
-        trial = Choice(choice.project, {**resolve(settings, shape), **kept}, 0.0, choice.half)
-        if training_bytes(trial.sketch, 1, choice.half) <= free:
-            changed = {key: settings[key] for key in ("preset", "width") if settings[key] not in (AUTO, table[key])}
+    for trial in trials:
+        settings = {**table, "preset": preset, **trial, **fewer}
+        sketch = Choice(choice.project, {**resolve(settings, shape), **kept}, 0.0, choice.half).sketch
+        if training_bytes(sketch, 1, choice.half) <= free:
+            # Those that differ from what ocd.toml has: it is to be pasted beside that.
+            changed = {key: settings[key] for key in {**trial, **fewer} if settings[key] != table[key]}
             found.append(" ".join(f"--set {STAGE}.{key}={value}" for key, value in changed.items()))
     return f"these fit: {'; '.join(found[:3])}" if found else "no preset fits this layer here: choose a smaller one"
 
