@@ -76,7 +76,7 @@ def check_shares(denoiser, kind, far_allowed=0.05):
     Args:
         denoiser: trained on the four.
         kind: of the conditioning.
-        far_allowed: share of draws that may lie between two members, where the sampler passed close to neither.
+        far_allowed: share of draws that may lie farther than a quarter of a delta's length from all of the set.
     """
     schedule = make_schedule("ddpm", 16, denoiser.prediction)
     encoded = denoiser.encode({"kind": torch.eye(2)[kind].expand(DRAWS, 2)})

@@ -1,0 +1,373 @@
+"""What training takes of memory: the estimate against what is held, refusals of what does not fit, and micro-batches."""
+
+import re
+import weakref
+
+import pytest
+import torch
+from conftest import results, store
+from test_networks import random
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages import denoiser_training
+from stages.config import TrainDiffusionTable
+from stages.denoiser_training import MEMORY_SHARE, MOST_ON_CPU, Choice, micro_batch
+from stages.diffusion.data_parallel import Ranks
+from stages.diffusion.dataset import Rows
+from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, make_denoiser, resolve
+from stages.diffusion.denoising import denoising_errors, step_draws
+from stages.diffusion.memory import BYTES_PER_PARAMETER, activation_bytes, operations, parameters, training_bytes
+from stages.diffusion.mlp import MlpDenoiser
+from stages.diffusion.schedule import X0, make_schedule
+from stages.diffusion.steps import DenoisingSteps
+from stages.diffusion.training import Trainer
+
+FIELDS, CPU = {"layer_input": 7, "activation": 5}, torch.device("cpu")
+
+
+def describe(preset, shape, **settings):
+    decided = resolve(TrainDiffusionTable(preset=preset, **settings).model_dump(), shape)
+    return {**decided, "shape": shape, "fields": FIELDS, "schedule": "ddpm"}
+
+
+def sketch(description):
+    with torch.device("meta"):
+        return make_denoiser(description)
+
+
+# The estimate
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile hold at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self._known, self._now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for value in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage())
+        return output
+
+    def _count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone():
+            self._known.discard(key)
+            self._now -= size
+
+        self._known.add(key)
+        self._now += size
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, gone)
+
+
+def held(denoiser, rows):
+    """Bytes held at most during a training step's loss and its way back, beside the parameters."""
+    schedule, live = make_schedule("ddpm", denoiser.shape[0] * denoiser.shape[1], denoiser.prediction), Live()
+    live._known |= {p.untyped_storage()._cdata for p in denoiser.parameters()}
+    with live:
+        fields = {name: torch.randn(rows, width) for name, width in FIELDS.items()}
+        data = Rows(fields, torch.ones(rows), torch.randn(rows, *denoiser.shape))
+        t, noise = step_draws(rows, denoiser.shape, schedule.steps, 0)
+        denoising_errors(denoiser, schedule, data, t, noise).sum().backward()
+    denoiser.zero_grad(set_to_none=True)
+    return live.most
+
+
+U_NETS = {
+    "small": (SMALL, (84, 120), {"width": 16}),
+    "paper": (PAPER, (60, 60), {"width": 16}),
+    "authors": ("authors", (60, 60), {"width": 16, "pad_to": 64, "multipliers": [1, 2, 2]}),
+    # 1,600 positions attend: their matrix would be 50 times as large as what is there besides.
+    "wide attention": (SMALL, (40, 40), {"width": 8, "multipliers": [1], "attention_max_tokens": 1600}),
+}
+
+
+@pytest.mark.parametrize("name", U_NETS)
+def test_estimate_of_u_nets_is_what_is_held(name):
+    preset, shape, settings = U_NETS[name]
+    description = describe(preset, shape, **settings)
+    torch.manual_seed(0)
+    denoiser = make_denoiser(description)
+    # What each further row takes: the gradients of the parameters are there in any case.
+    measured = (held(denoiser, 6) - held(denoiser, 3)) / 3
+    estimate = activation_bytes(sketch(description))
+    # Never too little; 1.06 to 1.15 times as much has been seen: beside what is kept, three of the largest tensors are allowed.
+    assert measured <= estimate <= 1.5 * measured, (estimate, measured)
+    assert activation_bytes(sketch(description), half=True) == estimate // 2
+
+
+@pytest.mark.parametrize("preset", [MLP, FACTORED])
+def test_estimate_of_dense_networks_is_what_is_held(preset):
+    description = describe(preset, (30, 40))
+    denoiser = make_denoiser(description)
+    # So many rows that the parameters' gradients are little beside them.
+    measured = (held(denoiser, 1000) - held(denoiser, 500)) / 500
+    # The deltas and what is made of them are most of it; one of their size is allowed beside those that were found.
+    assert measured <= activation_bytes(sketch(description)) <= 1.2 * measured
+
+
+def test_training_keeps_five_numbers_a_parameter():
+    """The weights, their gradients, AdamW's two moments, the average: counted in a trainer after a step."""
+    denoiser = MlpDenoiser((3, 4), make_denoiser(describe(MLP, (3, 4), width=16)).encoder, 16, 1, X0)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
+    fields = {name: random(2, width) for name, width in FIELDS.items()}
+
+    def step_loss(step):
+        yield denoiser(random(2, 3, 4), torch.zeros(2, dtype=torch.long), denoiser.encode(fields)).sub(1).square().mean()
+
+    trainer = Trainer(denoiser, optimizer, step_loss)
+    trainer.advance()
+    tensors = [*denoiser.parameters(), *trainer.averaged.parameters(), *(p.grad for p in denoiser.parameters())]
+    tensors += [value for entry in optimizer.state.values() for value in entry.values() if value.dim()]
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert kept == BYTES_PER_PARAMETER * parameters(denoiser)
+
+
+def test_estimate_of_training_is_the_sum():
+    found = sketch(describe(SMALL, (16, 16), width=8))
+    assert training_bytes(found, 5) == 20 * parameters(found) + 5 * activation_bytes(found)
+
+
+def test_operations_are_counted():
+    """Of an MLP by hand: the products of its layers and of the conditioning's."""
+    found = sketch(describe(MLP, (3, 4), width=16, blocks=2))
+    assert operations(found) == 16 * 16 + 12 * 16 + 2 * (16 * 32 + 2 * 16 * 16) + 16 * 12 + 16 * sum(FIELDS.values())
+
+
+# Micro-batches
+
+
+def choice(preset=SMALL, shape=(16, 16), half=False, **settings):
+    return Choice(None, describe(preset, shape, **settings), 1e-3, half)
+
+
+def with_memory(monkeypatch, free):
+    monkeypatch.setattr(denoiser_training, "free_memory", lambda device: free)
+
+
+@pytest.mark.parametrize(("fits", "wanted"), [(100, 64), (64, 64), (63, 32), (16, 16), (15, 8), (1, 1)])
+def test_micro_batches_are_halved_until_they_fit(monkeypatch, fits, wanted):
+    planned = choice(MLP)
+    with_memory(monkeypatch, training_bytes(planned.sketch, fits))
+    assert micro_batch(planned, 64, "auto", CPU) == wanted
+
+
+def test_micro_batches_of_u_nets_on_a_cpu_are_small(monkeypatch):
+    with_memory(monkeypatch, 2**60)
+    assert micro_batch(choice(), 64, "auto", CPU) == MOST_ON_CPU == 16
+    assert micro_batch(choice(), 5, "auto", CPU) == 5
+    assert micro_batch(choice(), 64, 48, CPU) == 48
+    assert micro_batch(choice(), 64, 100, CPU) == 64
+    assert micro_batch(choice(MLP), 64, "auto", CPU) == 64
+
+
+def test_free_memory_is_a_share_of_what_is_available(monkeypatch):
+    monkeypatch.setattr(denoiser_training, "available_memory", lambda: 1000)
+    assert denoiser_training.free_memory(CPU) == int(MEMORY_SHARE * 1000)
+    monkeypatch.setattr(denoiser_training, "available_memory", lambda: None)
+    assert denoiser_training.free_memory(CPU) > 2**60
+
+
+SHAPE, BATCH, SCHEDULE = (3, 4), 16, make_schedule("ddpm", 12, X0)
+
+
+class Full(MlpDenoiser):
+    """Out of memory with more than so many rows."""
+
+    most = 10**9
+
+    def forward(self, noisy, t, encoded):
+        if len(noisy) > self.most:
+            raise torch.OutOfMemoryError("simulated")
+        return super().forward(noisy, t, encoded)
+
+
+def training(micro, heard=None):
+    """A trainer of a few steps, its steps, and its denoiser."""
+    torch.manual_seed(0)
+    denoiser = Full(SHAPE, make_denoiser(describe(MLP, SHAPE, width=16)).encoder, 16, 2, X0)
+
+    def batches(step):
+        while True:
+            fields = {name: random(BATCH, width, seed=step) for name, width in FIELDS.items()}
+            rows = Rows(fields, torch.ones(BATCH), random(BATCH, *SHAPE, seed=step), torch.arange(BATCH) + 100 * step)
+            yield rows, *step_draws(BATCH, SHAPE, SCHEDULE.steps, step)
+            step += 1
+
+    smaller = (lambda rows: None) if heard is None else heard.append
+    options = {"batch_size": BATCH, "micro_batch": micro, "half": False, "ranks": Ranks(), "seed": 0}
+    steps = DenoisingSteps(denoiser, SCHEDULE, batches, smaller=smaller, **options)
+    return Trainer(denoiser, torch.optim.AdamW(denoiser.parameters(), lr=1e-2), steps), steps, denoiser
+
+
+def losses(micro):
+    trainer, _, _ = training(micro)
+    return [trainer.advance() for _ in range(10)], trainer
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8, 15])
+def test_micro_batches_train_as_whole_batches_do(micro):
+    whole, trainer = losses(BATCH)
+    found, parts = losses(micro)
+    # The same sums in another order, in float32, over ten steps.
+    assert found == pytest.approx(whole, rel=1e-5)
+    assert whole[-1] < whole[0]
+    for one, other in zip(trainer.network.parameters(), parts.network.parameters(), strict=True):
+        # Adam divides by the gradients' size, and so keeps the rounding of small ones.
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_goes_on():
+    whole, _ = losses(BATCH)
+    heard = []
+    trainer, steps, denoiser = training(BATCH, heard)
+    denoiser.most = 5
+    found = [trainer.advance() for _ in range(3)]
+    assert heard == [8, 4]
+    # Later on there is less still.
+    denoiser.most = 1
+    found += [trainer.advance() for _ in range(7)]
+    assert heard == [8, 4, 2, 1]
+    assert steps.micro_batch == 1
+    assert trainer.step == 10
+    # The same sums in another order, in float32.
+    assert found == pytest.approx(whole, rel=1e-5)
+
+
+def test_running_out_of_memory_within_a_batch_leaves_no_trace():
+    """The first half of the batch has left its gradients when memory runs out in the second."""
+    whole, one = losses(BATCH)
+    trainer, _, denoiser = training(8)
+    forward, calls = denoiser.forward, []
+
+    def second_fails(*args):
+        calls.append(len(args[0]))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(*args)
+
+    denoiser.forward = second_fails
+    assert trainer.advance() == pytest.approx(whole[0], rel=1e-5)
+    assert calls == [8, 8, 4, 4, 4, 4]
+    denoiser.forward = forward
+    assert [trainer.advance() for _ in range(9)] == pytest.approx(whole[1:], rel=1e-5)
+    assert trainer.step == one.step
+
+
+def test_one_row_that_does_not_fit_ends_the_training():
+    trainer, _, denoiser = training(2)
+    denoiser.most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.advance()
+    assert trainer.step == 0
+
+
+# From the command line
+
+
+def u_net(project, **settings):
+    chosen = {"preset": "small", "width": 32, "blocks": "auto", "max_steps": 2, "evaluate_steps": 1, **settings}
+    return project({"train-diffusion": chosen})
+
+
+def planned(folder, micro, preset=SMALL, **settings):
+    """Bytes that training takes by the estimate."""
+    found = store(folder)
+    fields = {name: found[name][0].size for name in ("layer_input", "activation", "base_output")}
+    shape = found["delta"].shape[1:]
+    return training_bytes(sketch({**describe(preset, shape, **settings), "fields": fields}), micro)
+
+
+def refused(ocd, folder, monkeypatch, free, *words):
+    """What is said where there is too little memory; nothing is written."""
+    monkeypatch.setattr(denoiser_training, "available_memory", lambda: int(free / MEMORY_SHARE) + 1)
+    before = folder.files()
+    said = ocd(folder, "train-diffusion", *words, code=4).stderr
+    assert folder.files() == before
+    return " ".join(said.split())
+
+
+def suggested(said):
+    """The settings that are said to fit, each as words for the command line."""
+    return [option.split() for option in said.split("these fit: ")[1].split("; ")]
+
+
+def test_a_training_that_does_not_fit_is_refused_with_what_would(ocd, project, monkeypatch):
+    folder = u_net(project)
+    ocd(folder, "run", "--quiet", "--until", "collect")
+    shape = "×".join(map(str, store(folder)["delta"].shape[1:]))
+    needed = planned(folder, 1, width=32)
+    said = refused(ocd, folder, monkeypatch, needed - 1000)
+    free = denoiser_training.free_memory(CPU)
+    wanted = f"training preset small of width 32 on deltas of {shape} takes about {needed:,} bytes of memory with 1 at once; "
+    assert wanted + f"{free:,} may be taken" in said
+    options = suggested(said)
+    assert options == [
+        ["--set", "train-diffusion.width=16"],
+        ["--set", "train-diffusion.width=8"],
+        ["--set", "train-diffusion.preset=factored", "--set", "train-diffusion.width=auto"],
+    ]
+    for words in options:
+        # With as little memory as before.
+        ocd(folder, "train-diffusion", "--quiet", "--force", *words)
+
+
+def test_settings_that_would_be_refused_are_not_suggested(ocd, project, monkeypatch):
+    """A width below 8 is none; a micro-batch of one's own is taken back where fewer at once would fit."""
+    shape = {"width": 8, "multipliers": [1, 2, 2]}
+    folder = u_net(project, **shape, prediction="epsilon", micro_batch_size=16)
+    ocd(folder, "run", "--quiet", "--until", "collect")
+    said = refused(ocd, folder, monkeypatch, planned(folder, 16, **shape) - 1000)
+    options = suggested(said)
+    assert options[0] == ["--set", "train-diffusion.micro_batch_size=auto"]
+    assert "width=4" not in said
+    for words in options:
+        ocd(folder, "train-diffusion", "--quiet", "--force", *words)
+
+
+def test_where_nothing_fits_it_is_said(ocd, project, monkeypatch):
+    folder = u_net(project)
+    ocd(folder, "run", "--quiet", "--until", "collect")
+    assert "no preset fits this layer here: choose a smaller one" in refused(ocd, folder, monkeypatch, 1000)
+
+
+def test_running_out_of_memory_is_told_and_trained_through(ocd, project, monkeypatch):
+    folder = project()
+    ocd(folder, "run", "--quiet", "--until", "train-diffusion")
+    before = (folder.run / "train-diffusion" / "metrics.jsonl").read_text()
+    forward, sizes = MlpDenoiser.forward, []
+
+    def full(self, noisy, t, encoded):
+        if len(noisy) > 5 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("simulated")
+        sizes.append(len(noisy))
+        return forward(self, noisy, t, encoded)
+
+    monkeypatch.setattr(MlpDenoiser, "forward", full)
+    said = ocd(folder, "train-diffusion", "--force").stderr
+    assert re.findall(r"memory ran out: from here on (\d+) deltas at once", said) == ["8", "4"]
+    assert max(sizes) <= 5
+    after = (folder.run / "train-diffusion" / "metrics.jsonl").read_text()
+    assert after.count("\n") == before.count("\n")
+    assert results(folder, "train-diffusion")
+
+
+def test_another_presets_settings_are_suggested_whole(ocd, project, monkeypatch):
+    """What ocd.toml has for a U-Net would not do for the preset that fits."""
+    chosen = {"width": 128, "blocks": 2, "multipliers": [1, 1, 2, 2], "prediction": "epsilon"}
+    folder = u_net(project, **chosen)
+    ocd(folder, "run", "--quiet", "--until", "collect")
+    # Room for a factored denoiser and a bit: no U-Net of width 64 or 32 fits.
+    size = planned(folder, 1, preset=FACTORED) + 4_000_000
+    options = suggested(refused(ocd, folder, monkeypatch, size))
+    taken_back = [f"train-diffusion.{name}=auto" for name in ("width", "blocks", "multipliers", "prediction")]
+    assert ["train-diffusion.preset=factored", *taken_back] in [words[1::2] for words in options]
+    for words in options:
+        ocd(folder, "train-diffusion", "--quiet", "--force", *words)
