@@ -281,12 +281,12 @@ class Probe:
         table = self._materials.project.settings.train_diffusion
         # With encoders of one layer each: what the store's fields will be like is not known yet.
         preset = MLP if table.preset == AUTO else table.preset
-        description = {**resolve(table.model_dump() | {"preset": preset}, layer.matrix_shape), "shape": layer.matrix_shape}
+        description = resolve(table.model_dump() | {"preset": preset}, layer.matrix_shape)
+        description |= {"shape": layer.matrix_shape, "fields": fields}
         with torch.device("meta"):
-            sketch = make_denoiser(description | {"fields": fields})
-        if operations(sketch) * table.batch_size > MOST_OPERATIONS:
-            return None
-        denoiser = make_denoiser(description | {"fields": fields}).to(self._materials.device)
+            if operations(make_denoiser(description)) * table.batch_size > MOST_OPERATIONS:
+                return None
+        denoiser = make_denoiser(description).to(self._materials.device)
         given = {name: torch.zeros(table.batch_size, count, device=self._materials.device) for name, count in fields.items()}
         noisy = torch.zeros(table.batch_size, *layer.matrix_shape, device=self._materials.device)
         t = torch.zeros(table.batch_size, dtype=torch.long, device=self._materials.device)

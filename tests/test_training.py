@@ -180,33 +180,35 @@ def test_two_ranks_train_as_one_process(ocd, quick, preset):
 # Asked to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_request_to_stop_leaves_a_checkpoint_of_that_step(ocd, quick, start, number):
+def test_a_request_to_stop_leaves_a_checkpoint_of_that_step(ocd, quick, start):
+    """Three of them, one after the other, and the same bytes as without."""
     settings = words({**QUICK, "max_steps": 600, "evaluate_steps": 50, "checkpoint_steps": 10**6})
-    running = start(quick, "train-diffusion", *settings)
-    wip = quick.run / "train-diffusion.wip"
-    wait_until(lambda: (wip / "metrics.jsonl").exists() or running.ended())
-    running.kill(number)
-    said = running.wait(4).stderr
-    assert "train-diffusion was interrupted; what is finished is kept\n  to continue, run the same command again" in said
-    (record,) = (wip / "checkpoints").glob("*.json")
-    reached = int(record.stem)
-    assert 50 <= reached < 600
+    wip, reached = quick.run / "train-diffusion.wip", 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        running, before = start(quick, "train-diffusion", *settings), evaluated(wip)
+        wait_until(lambda running=running, before=before: len(evaluated(wip)) > len(before) or running.ended())
+        running.kill(number)
+        said = running.wait(4).stderr
+        assert "train-diffusion was interrupted; what is finished is kept\n  to continue, run the same command again" in said
+        assert not reached or f"continues from step {reached:,}" in said
+        earlier, reached = reached, max(int(path.stem) for path in (wip / "checkpoints").glob("*.json"))
+        assert earlier + 1 < reached < 600
     found = json.loads(ocd(quick, "status", "--json", *settings).stdout)["stages"]["train-diffusion"]
-    assert found["state"] == "partial"
-    best = min(json.loads(line)["score"] for line in (wip / "metrics.jsonl").read_text().splitlines())
-    assert found["progress"] == {
-        "done": reached,
-        "kept": reached,
-        "total": 600,
-        "unit": "steps",
-        "best_held_out_loss": best,
-    }
+    best = min(evaluated(wip).values())
+    progress = {"done": reached, "kept": reached, "total": 600, "unit": "steps", "best_held_out_loss": best}
+    assert (found["state"], found["progress"]) == ("partial", progress)
     assert f"{reached:,} of 600 steps, best held-out loss 0." in ocd(quick, "status", *settings).stdout
     assert f"continues from step {reached:,}" in ocd(quick, "train-diffusion", *settings).stderr
     broken = results(quick, "train-diffusion")
     ocd(quick, "train-diffusion", *settings, "--force")
     assert results(quick, "train-diffusion") == broken
+
+
+def evaluated(wip):
+    """The evaluations so far: step to held-out loss."""
+    path = wip / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["step"]: row["score"] for row in map(json.loads, lines)}
 
 
 def test_who_asks_twice_does_not_wait():
@@ -358,13 +360,21 @@ def test_a_stream_is_opened_once_and_anew_where_steps_do_not_follow():
 
 
 def kills(ocd, folder, start, stage, settings, count, seed):
-    """Kill a training `count` times at random instants; whether checkpoints of earlier processes were taken up."""
+    """Kill a training `count` times at random instants; the steps of earlier processes' checkpoints that were gone on from."""
     draw, taken = random.Random(seed), set()
     wip, done = folder.run / f"{stage}.wip", folder.run / stage
-    for _ in range(count):
-        running = start(folder, stage, *settings)
-        wait_until(lambda running=running: (wip / "log.txt").exists() or running.ended())
-        deadline = time.monotonic() + draw.uniform(0, 0.35)
+
+    def newest():
+        return max((int(path.stem) for path in (wip / "checkpoints").glob("*.json")), default=0)
+
+    for number in range(count):
+        before, running = newest(), start(folder, stage, *settings)
+        if number % 4 == 3:
+            # While it begins, or goes on from a checkpoint.
+            wait_until(lambda running=running: (wip / "log.txt").exists() or running.ended())
+        else:
+            wait_until(lambda running=running, before=before: newest() > before or running.ended())
+        deadline = time.monotonic() + draw.uniform(0, 0.05)
         while time.monotonic() < deadline and not running.ended():
             time.sleep(0.001)
         if running.ended():
@@ -373,8 +383,7 @@ def kills(ocd, folder, start, stage, settings, count, seed):
         wait_until(running.ended)
         taken |= set(re.findall(r"continues from step ([\d,]+)", running.stderr))
     ocd(folder, stage, *settings)
-    taken |= set(re.findall(r"continues from step ([\d,]+)", (done / "log.txt").read_text()))
-    return taken
+    return taken | set(re.findall(r"continues from step ([\d,]+)", (done / "log.txt").read_text()))
 
 
 KILLED = {"max_steps": 400, "evaluate_steps": 60, "checkpoint_steps": 9}
