@@ -154,12 +154,12 @@ class TrainDiffusionTable(Table):
     )
     schedule: Literal["ddpm", "authors", "paper"] = identity("ddpm", "noise schedule")
     lr: Annotated[float, Field(gt=0)] | Auto = identity(
-        "auto", "learning rate; auto: 5e-4 (mlp), 1e-3 (factored), 1e-4 (U-Nets)"
+        "auto", "learning rate; auto: 7e-4 (mlp), 1.4e-3 (factored), 1e-4 (U-Nets)"
     )
     lr_schedule: Literal["constant", "cosine"] = identity(
         "constant", "cosine falls to zero at max_steps, and makes max_steps part of the result"
     )
-    batch_size: int = identity(128, "deltas a step", ge=1)
+    batch_size: Count | Auto = identity("auto", "deltas a step; auto: 256 (mlp, factored), 128 (U-Nets)")
     max_steps: int = extent(10_000, "gradient steps, at most", ge=1)
     patience: int = identity(
         10, "evaluations in which the held-out loss falls by less than 1 % before stopping; 0: never stop early", ge=0

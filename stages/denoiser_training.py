@@ -43,12 +43,14 @@ class Choice:
         project: the project.
         description: what `make_denoiser` needs, and the schedule; kept beside the weights.
         lr: learning rate.
+        batch_size: deltas a step.
         half: bfloat16 autocast.
     """
 
     project: Project
     description: dict[str, Any]
     lr: float
+    batch_size: int
     half: bool
 
     @property
@@ -56,7 +58,7 @@ class Choice:
         """What the `auto` settings stand for."""
         shapes = ("shape", "fields", "encoders", "schedule")
         kept = {key: value for key, value in self.description.items() if key not in shapes}
-        return {**kept, "lr": self.lr, "precision": BFLOAT16 if self.half else FLOAT32}
+        return {**kept, "lr": self.lr, "batch_size": self.batch_size, "precision": BFLOAT16 if self.half else FLOAT32}
 
     @cached_property
     def sketch(self) -> Denoiser:
@@ -106,7 +108,8 @@ def choose_denoiser(project: Project, store: dict[str, Any], settings: Mapping[s
 
     def made(preset: str) -> Choice:
         decided = resolve({**settings, "preset": preset}, shape)
-        return Choice(project, {**decided, **shapes}, decided.pop("lr"), half)
+        lr, batch_size = decided.pop("lr"), decided.pop("batch_size")
+        return Choice(project, {**decided, **shapes}, lr, batch_size, half)
 
     if settings["preset"] != AUTO:
         return made(settings["preset"])
@@ -173,7 +176,7 @@ def _what_fits(choice: Choice, free: int) -> str:
     found = []
     for trial in trials:
         settings = {**table, "preset": preset, **trial, **fewer}
-        sketch = Choice(choice.project, {**resolve(settings, shape), **kept}, 0.0, choice.half).sketch
+        sketch = Choice(choice.project, {**resolve(settings, shape), **kept}, 0.0, 1, choice.half).sketch
         if training_bytes(sketch, 1, choice.half) <= free:
             # Those that differ from what ocd.toml has: it is to be pasted beside that.
             changed = {key: settings[key] for key in {**trial, **fewer} if settings[key] != table[key]}
@@ -223,7 +226,7 @@ def begin_training(
         reader,
         deltas=True,
         held_out=settings.held_out,
-        batch_size=settings.batch_size,
+        batch_size=choice.batch_size,
         seed=project.seed,
         device=device,
         memory=settings.store_memory,

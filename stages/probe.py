@@ -284,12 +284,12 @@ class Probe:
         description = resolve(table.model_dump() | {"preset": preset}, layer.matrix_shape)
         description |= {"shape": layer.matrix_shape, "fields": fields}
         with torch.device("meta"):
-            if operations(make_denoiser(description)) * table.batch_size > MOST_OPERATIONS:
+            if operations(make_denoiser(description)) * description["batch_size"] > MOST_OPERATIONS:
                 return None
-        denoiser = make_denoiser(description).to(self._materials.device)
-        given = {name: torch.zeros(table.batch_size, count, device=self._materials.device) for name, count in fields.items()}
-        noisy = torch.zeros(table.batch_size, *layer.matrix_shape, device=self._materials.device)
-        t = torch.zeros(table.batch_size, dtype=torch.long, device=self._materials.device)
+        denoiser, batch = make_denoiser(description).to(self._materials.device), description["batch_size"]
+        given = {name: torch.zeros(batch, count, device=self._materials.device) for name, count in fields.items()}
+        noisy = torch.zeros(batch, *layer.matrix_shape, device=self._materials.device)
+        t = torch.zeros(batch, dtype=torch.long, device=self._materials.device)
         start = 0.0
         for _ in range(2):
             start = time.perf_counter()

@@ -63,7 +63,7 @@ class Stage(StageHooks):
             except (SettingsError, TaskError, DataError, ComputeError):
                 # Refused before anything was finished: whoever mends the cause begins anew.
                 progress = progress_of(self.folder)
-                if not self.joins and not (progress and progress["kept"]):
+                if not self.joins and not (progress and progress.get("kept", progress["done"])):
                     remove(self.folder.wip)
                 raise
             except KeyboardInterrupt as error:

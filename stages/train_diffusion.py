@@ -76,7 +76,7 @@ class TrainDiffusion(Stage):
 
     def auto_threads(self) -> int:
         """By the size of a step."""
-        return threads_for(self._planned.operations, self.settings.batch_size)
+        return threads_for(self._planned.operations, self._planned.batch_size)
 
     def plan(self) -> dict[str, Any]:
         """Steps, parameters, bytes."""
@@ -92,7 +92,7 @@ class TrainDiffusion(Stage):
 
     def _micro_batch(self, choice: Choice) -> int:
         """Deltas in memory at once, in each rank."""
-        share = -(-self.settings.batch_size // self.ranks.count)
+        share = -(-choice.batch_size // self.ranks.count)
         return micro_batch(choice, share, self.settings.micro_batch_size, self.device)
 
     def work(self, wip: Path) -> Finished:

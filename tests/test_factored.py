@@ -124,7 +124,15 @@ def test_noise_is_refused():
 def test_it_is_built_from_its_description():
     table = TrainDiffusionTable(preset=FACTORED, width=16, blocks=2, rank=2).model_dump()
     decided = resolve(table, (3, 4))
-    assert decided == {"preset": FACTORED, "width": 16, "blocks": 2, "rank": 2, "prediction": X0, "lr": 1e-3}
+    assert decided == {
+        "preset": FACTORED,
+        "width": 16,
+        "blocks": 2,
+        "rank": 2,
+        "prediction": X0,
+        "lr": 1.4e-3,
+        "batch_size": 256,
+    }
     built = make_denoiser(decided | {"shape": [3, 4], "fields": FIELD_WIDTHS}).eval()
     wanted = make().eval()
     built.load_state_dict(wanted.state_dict())

@@ -145,7 +145,7 @@ def test_operations_are_counted():
 
 
 def choice(preset=SMALL, shape=(16, 16), half=False, **settings):
-    return Choice(None, describe(preset, shape, **settings), 1e-3, half)
+    return Choice(None, describe(preset, shape, **settings), 1e-3, 8, half)
 
 
 def with_memory(monkeypatch, free):

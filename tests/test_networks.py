@@ -217,8 +217,9 @@ def test_descriptions_that_are_not_understood():
 
 def test_what_auto_stands_for():
     table = TrainDiffusionTable().model_dump() | {"preset": "mlp"}
-    assert resolve(table, (84, 120)) == {"preset": "mlp", "width": 512, "blocks": 3, "prediction": X0, "lr": 5e-4}
-    named = {"width": 64, "blocks": 1, "prediction": EPSILON, "lr": 0.1}
+    found = {"preset": "mlp", "width": 384, "blocks": 3, "prediction": X0, "lr": 7e-4, "batch_size": 256}
+    assert resolve(table, (84, 120)) == found
+    named = {"width": 64, "blocks": 1, "prediction": EPSILON, "lr": 0.1, "batch_size": 5}
     assert resolve(table | named, (84, 120)) == {"preset": "mlp"} | named
 
 
@@ -227,9 +228,9 @@ def test_what_auto_stands_for():
 def test_automatic_width(numel):
     width = resolve_width(numel)
     assert 128 <= width <= 1024
-    assert width & (width - 1) == 0
-    # The next power of two above 4·sqrt(numel), where the bounds leave the choice.
-    assert width in (128, 1024) or width / 2 < 4 * numel**0.5 <= width
+    assert width % 64 == 0
+    # The nearest multiple, where the bounds leave the choice.
+    assert width in (128, 1024) or abs(width - 4 * numel**0.5) <= 32
 
 
 def test_unit_deltas():

@@ -327,7 +327,7 @@ def test_the_samples_are_named(ocd, quick, monkeypatch):
     said = ocd(quick, "train-diffusion", *words(QUICK), code=1).stderr
     number = int(reader_of(quick).read("sample_index")[bad[0]])
     assert f"error: the loss of step 1 is nan (samples {number})\n" in said
-    assert "try a smaller learning rate: --set train-diffusion.lr=0.000125 --force" in said
+    assert "try a smaller learning rate: --set train-diffusion.lr=0.000175 --force" in said
     assert not (quick.run / "train-diffusion.wip").exists()
 
 

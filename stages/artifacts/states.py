@@ -218,7 +218,8 @@ def _progress_text(folder: StageFolder) -> str:
 
 
 def progress_of(folder: StageFolder) -> dict[str, Any] | None:
-    """How far an unfinished stage is, counted from what it has left on the disk: done, and of that kept, were it killed now."""
+    """How far an unfinished stage is, counted from what it has left on the disk; of a training also which step would be kept, were
+    it killed now."""
     begun = folder.begun()
     plan = (begun or {}).get("plan")
     if not plan:
@@ -234,7 +235,7 @@ def progress_of(folder: StageFolder) -> dict[str, Any] | None:
         best = {"best_held_out_loss": min(scores)} if scores else {}
         reached = max([kept, *(row["step"] for row in evaluated)])
         return {"done": reached, "kept": kept, "total": plan["total"], "unit": plan["unit"], **best}
-    return {"done": done, "kept": done, "total": plan["total"], "unit": plan["unit"]}
+    return {"done": done, "total": plan["total"], "unit": plan["unit"]}
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:

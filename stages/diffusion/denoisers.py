@@ -26,7 +26,8 @@ UNETS: dict[str, dict[str, Any]] = {
     AUTHORS: {"width": 128, "multipliers": [1, 1, 2, 2, 4, 4], "blocks": 2, "attention_max_tokens": 256, "dropout": 0.4},
     SMALL: {"width": 32, "multipliers": [1, 2, 2, 4], "blocks": 1, "attention_max_tokens": 256, "dropout": 0.0},
 }
-UNET_LR, LR = 1e-4, {MLP: 5e-4, FACTORED: 1e-3}
+UNET_LR, LR = 1e-4, {MLP: 7e-4, FACTORED: 1.4e-3}
+UNET_BATCH, DENSE_BATCH = 128, 256
 DENSE_BLOCKS = 3
 
 
@@ -43,11 +44,12 @@ def resolve(settings: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, An
     preset = settings["preset"]
     unet = UNETS.get(preset)
     if unet is None:
-        auto = {"width": resolve_width(shape[0] * shape[1]), "blocks": DENSE_BLOCKS, "prediction": X0, "lr": LR[preset]}
+        auto = {"width": resolve_width(shape[0] * shape[1]), "blocks": DENSE_BLOCKS, "prediction": X0}
+        auto |= {"lr": LR[preset], "batch_size": DENSE_BATCH}
     else:
         halvings = len(_decided(settings, "multipliers", unet["multipliers"])) - 1
         pad = 128 if preset == AUTHORS else 2**halvings
-        auto = {**unet, "pad_to": pad, "prediction": EPSILON, "lr": UNET_LR}
+        auto = {**unet, "pad_to": pad, "prediction": EPSILON, "lr": UNET_LR, "batch_size": UNET_BATCH}
     names = [*auto, "rank"] if preset == FACTORED else list(auto)
     found = {name: _decided(settings, name, auto.get(name)) for name in names}
     _check(preset, found)
@@ -79,8 +81,8 @@ def _check(preset: str, found: Mapping[str, Any]) -> None:
 
 
 def resolve_width(numel: int) -> int:
-    """The hidden width `auto` stands for: the power of two above 4·sqrt(numel), between 128 and 1,024."""
-    return min(1024, max(128, 2 ** math.ceil(math.log2(4 * math.sqrt(numel)))))
+    """The hidden width `auto` stands for: the multiple of 64 nearest to 4·sqrt(numel), between 128 and 1,024."""
+    return min(1024, max(128, 64 * round(math.sqrt(numel) / 16)))
 
 
 def make_denoiser(

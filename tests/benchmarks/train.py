@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from stages.train_diffusion import TrainDiffusion
 QUICK = {"train-base.epochs": 1, "train-base.batch_size": 128, "select-layer.draws": 0, "select-layer.layer": "fc1.weight"}
 ACCUMULATED = 8
 SAMPLES = 60_000
-PRESET_SECONDS = 240
+PRESET_SECONDS = 60
 
 
 def collected(folder: Path, samples: int, device: str, **settings: Any) -> Project:
@@ -150,7 +151,7 @@ def data_wait(folder: Path, device: str) -> dict[str, Any]:
     for name, memory in (("memory", "auto"), ("disk", 0)):
         table = found.settings.train_diffusion.model_copy(update={"store_memory": memory})
         values = found.settings.model_copy(update={"train_diffusion": table})
-        stage, training = begun(Project(found.config_path, values, found.run_path, found.overrides))
+        stage, training = begun(replace(found, settings=values))
         took, _, waited = stepped(stage, training, 15)
         shares[name] = round(waited / took, 4)
     return entry(max(shares.values()), 0.03, at_least=False, **shares)
@@ -163,7 +164,7 @@ def presets(folder: Path, device: str) -> dict[str, Any]:
     for name in ("mlp", "factored", "small", "paper", "authors"):
         settings = found.settings.train_diffusion.model_copy(update={"preset": name})
         values = found.settings.model_copy(update={"train_diffusion": settings})
-        stage, training = begun(Project(found.config_path, values, found.run_path, found.overrides))
+        stage, training = begun(replace(found, settings=values))
         before = peak_bytes(device, begin=True)
         took, steps, _ = stepped(stage, training, PRESET_SECONDS)
         peak = peak_bytes(device) - before
