@@ -218,8 +218,7 @@ def _progress_text(folder: StageFolder) -> str:
 
 
 def progress_of(folder: StageFolder) -> dict[str, Any] | None:
-    """How far an unfinished stage is, counted from what it has left on the disk; of a training also which step would be kept, were
-    it killed now."""
+    """How far an unfinished stage is, counted from what it has left on the disk; of a training also what a kill would leave."""
     begun = folder.begun()
     plan = (begun or {}).get("plan")
     if not plan:

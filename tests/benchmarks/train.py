@@ -20,6 +20,7 @@ from common import chosen, entry, project, show
 from stages.artifacts.project import Project
 from stages.collect import collect
 from stages.denoiser_training import Training
+from stages.diffusion.denoisers import UNETS
 from stages.diffusion.denoising import denoising_errors, judge, step_draws
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
@@ -31,7 +32,7 @@ from stages.train_diffusion import TrainDiffusion
 QUICK = {"train-base.epochs": 1, "train-base.batch_size": 128, "select-layer.draws": 0, "select-layer.layer": "fc1.weight"}
 ACCUMULATED = 8
 SAMPLES = 60_000
-PRESET_SECONDS = 60
+PRESET_SECONDS = 45
 
 
 def collected(folder: Path, samples: int, device: str, **settings: Any) -> Project:
@@ -51,9 +52,9 @@ def begun(found: Project) -> tuple[TrainDiffusion, Training]:
     return stage, stage._training(choice, stage._micro_batch(choice))
 
 
-def stepped(stage: TrainDiffusion, training: Training, seconds: float) -> tuple[float, int, float]:
-    """Train for a while: seconds, steps, and seconds of waiting for data."""
-    for _ in range(5):
+def stepped(stage: TrainDiffusion, training: Training, seconds: float, warm: int = 5) -> tuple[float, int, float]:
+    """Train for a while after some steps: seconds, steps, and seconds of waiting for data."""
+    for _ in range(warm):
         training.trainer.advance()
     stage.wait()
     before, waited, start = training.trainer.step, training.steps.waited_seconds, time.perf_counter()
@@ -148,41 +149,46 @@ def data_wait(folder: Path, device: str) -> dict[str, Any]:
     """Share of a step spent waiting for data, the larger of: the store in memory, the store read from the disk meanwhile."""
     found = collected(folder, 20_000, device, **{"train-diffusion.preset": "mlp"})
     shares = {}
-    for name, memory in (("memory", "auto"), ("disk", 0)):
-        table = found.settings.train_diffusion.model_copy(update={"store_memory": memory})
-        values = found.settings.model_copy(update={"train_diffusion": table})
-        stage, training = begun(replace(found, settings=values))
+    for name, memory in (("memory", "auto"), ("disk", 0.0)):
+        stage, training = begun(changed(found, store_memory=memory))
         took, _, waited = stepped(stage, training, 15)
         shares[name] = round(waited / took, 4)
     return entry(max(shares.values()), 0.03, at_least=False, **shares)
 
 
 def presets(folder: Path, device: str) -> dict[str, Any]:
-    """Each preset trained for the same time from the same store: time a sample, memory beyond the store, held-out loss. The
-    value is the factored preset's held-out loss over the MLP's."""
+    """Each preset trained for the same time from the same store: time a sample, memory beyond the store, and, where that time is
+    enough to learn anything in, the held-out loss. The value is the factored preset's held-out loss over the MLP's."""
     found, table = collected(folder, SAMPLES, device), {}
     for name in ("mlp", "factored", "small", "paper", "authors"):
-        settings = found.settings.train_diffusion.model_copy(update={"preset": name})
-        values = found.settings.model_copy(update={"train_diffusion": settings})
-        stage, training = begun(replace(found, settings=values))
+        # A U-Net's step of 128 takes minutes on a CPU.
+        slow = device == "cpu" and name in UNETS
+        stage, training = begun(changed(found, preset=name, **({"batch_size": 4} if slow else {})))
         before = peak_bytes(device, begin=True)
-        took, steps, _ = stepped(stage, training, PRESET_SECONDS)
-        peak = peak_bytes(device) - before
-        choice, held_out = stage._choice(stage.settings.model_dump()), training.rows.held_out
-        few = held_out.take(slice(0, 128)).to(stage.device)
-        figures = judge(training.trainer.averaged, choice.schedule, few, 0, training.steps.micro_batch)
+        took, steps, _ = stepped(stage, training, PRESET_SECONDS, warm=1 if slow else 5)
+        peak, choice = peak_bytes(device) - before, stage._choice(stage.settings.model_dump())
         table[name] = {
             "parameters": choice.parameters,
             "ms_per_sample": round(1e3 * took / (steps * training.rows.batch_size), 3),
+            "batch_size": training.rows.batch_size,
             "steps": training.trainer.step,
-            "memory_mib": round(peak / 2**20 + 8 * choice.parameters / 2**20),
-            "held_out_loss": round(figures["score"], 4),
-            "cosine": round(figures["cosine"], 4),
+            # Beside what is new at the peak: the weights and their average, which were there before.
+            "memory_mib": round((peak + 8 * choice.parameters) / 2**20),
         }
+        if not slow:
+            held_out = training.rows.held_out.to(stage.device)
+            figures = judge(training.trainer.averaged, choice.schedule, held_out, 0, training.steps.micro_batch)
+            table[name] |= {"held_out_loss": round(figures["score"], 4), "cosine": round(figures["cosine"], 4)}
         print(f"  {name}: {table[name]}", file=sys.stderr, flush=True)
         del stage, training
     value = table["factored"]["held_out_loss"] / table["mlp"]["held_out_loss"]
     return entry(value, 1, at_least=False, seconds=PRESET_SECONDS, threads=torch.get_num_threads(), presets=table)
+
+
+def changed(found: Project, **settings: Any) -> Project:
+    """The project with other settings of the training."""
+    table = found.settings.train_diffusion.model_copy(update=settings)
+    return replace(found, settings=found.settings.model_copy(update={"train_diffusion": table}))
 
 
 def peak_bytes(device: str, *, begin: bool = False) -> int:
