@@ -157,8 +157,8 @@ def data_wait(folder: Path, device: str) -> dict[str, Any]:
 
 
 def presets(folder: Path, device: str) -> dict[str, Any]:
-    """Each preset trained for the same time from the same store: time a sample, memory beyond the store, and, where that time is
-    enough to learn anything in, the held-out loss. The value is the factored preset's held-out loss over the MLP's."""
+    """Each preset trained for the same time from the same store: time a sample, memory beyond the store, and, where that time
+    is enough to learn anything in, the held-out loss. The value is the factored preset's held-out loss over the MLP's."""
     found, table = collected(folder, SAMPLES, device), {}
     for name in ("mlp", "factored", "small", "paper", "authors"):
         # A U-Net's step of 128 takes minutes on a CPU.
