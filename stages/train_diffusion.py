@@ -16,6 +16,7 @@ from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_tr
 from stages.denoiser_training import Choice, Training, begin_training, choose_denoiser, micro_batch
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoising import judge
+from stages.diffusion.memory import training_bytes
 from stages.diffusion.schedule import schedule_warning
 from stages.diffusion.training import threads_for
 from stages.encoding import build_denoiser
@@ -79,10 +80,13 @@ class TrainDiffusion(Stage):
         return threads_for(self._planned.operations, self._planned.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        """Steps, parameters, bytes."""
+        """Steps, parameters, memory, and bytes on the disk."""
         size, samples = self._planned.parameters, self.manifest_of("collect")["store"]["samples"]
+        choice, micro = self._planned, self._micro_batch(self._planned)
+        memory = training_bytes(choice.sketch, micro, choice.half)
         what = f"train {size:,} parameters on {samples:,} deltas, at most {self.settings.max_steps:,} steps"
-        return {"what": what, "preset": self._planned.description["preset"], "bytes": 40 * size}
+        what += f", in about {memory / 2**30:.1f} GiB of memory beside the store"
+        return {"what": what, "preset": choice.description["preset"], "memory_bytes": memory, "bytes": 40 * size}
 
     def check(self) -> None:
         """The encoders fit their fields, and the training fits memory."""

@@ -23,6 +23,7 @@ from stages.denoiser_training import Training
 from stages.diffusion.denoisers import UNETS
 from stages.diffusion.denoising import denoising_errors, judge, step_draws
 from stages.diffusion.generate import DeltaGenerator
+from stages.diffusion.memory import training_bytes
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
 from stages.select_layer import select_layer
@@ -157,23 +158,21 @@ def data_wait(folder: Path, device: str) -> dict[str, Any]:
 
 
 def presets(folder: Path, device: str) -> dict[str, Any]:
-    """Each preset trained for the same time from the same store: time a sample, memory beyond the store, and, where that time
-    is enough to learn anything in, the held-out loss. The value is the factored preset's held-out loss over the MLP's."""
+    """Each preset trained for the same time from the same store: time a sample, memory as planned, and, where that time is
+    enough to learn anything in, the held-out loss. The value is the factored preset's held-out loss over the MLP's."""
     found, table = collected(folder, SAMPLES, device), {}
     for name in ("mlp", "factored", "small", "paper", "authors"):
         # A U-Net's step of 128 takes minutes on a CPU.
         slow = device == "cpu" and name in UNETS
-        stage, training = begun(changed(found, preset=name, **({"batch_size": 4} if slow else {})))
-        before = peak_bytes(device, begin=True)
+        stage, training = begun(changed(found, preset=name, **({"batch_size": 8} if slow else {})))
         took, steps, _ = stepped(stage, training, PRESET_SECONDS, warm=1 if slow else 5)
-        peak, choice = peak_bytes(device) - before, stage._choice(stage.settings.model_dump())
+        choice = stage._choice(stage.settings.model_dump())
         table[name] = {
             "parameters": choice.parameters,
             "ms_per_sample": round(1e3 * took / (steps * training.rows.batch_size), 3),
             "batch_size": training.rows.batch_size,
             "steps": training.trainer.step,
-            # Beside what is new at the peak: the weights and their average, which were there before.
-            "memory_mib": round((peak + 8 * choice.parameters) / 2**20),
+            "planned_mib": round(training_bytes(choice.sketch, training.steps.micro_batch, choice.half) / 2**20),
         }
         if not slow:
             held_out = training.rows.held_out.to(stage.device)
@@ -189,17 +188,6 @@ def changed(found: Project, **settings: Any) -> Project:
     """The project with other settings of the training."""
     table = found.settings.train_diffusion.model_copy(update=settings)
     return replace(found, settings=found.settings.model_copy(update={"train_diffusion": table}))
-
-
-def peak_bytes(device: str, *, begin: bool = False) -> int:
-    """Peak memory since `begin`, or what is in use where it begins."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats() if begin else None
-        return torch.cuda.memory_allocated() if begin else torch.cuda.max_memory_allocated()
-    if begin:
-        Path("/proc/self/clear_refs").write_text("5")
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def paper_training(folder: Path, device: str) -> dict[str, Any]:
