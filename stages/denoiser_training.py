@@ -1,6 +1,6 @@
 """Which denoiser a run trains, whether it fits memory, and everything that takes part in training it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,9 @@ from stages.diffusion.steps import DenoisingSteps, Ready
 from stages.diffusion.training import Trainer
 from stages.encoding import build_denoiser, described_encoders
 from stages.errors import TryAgainError
+from stages.processes import local_count
 from stages.seeds import global_seed
-from stages.training_rows import TrainingRows
+from stages.training_rows import TrainingRows, free_on_gpu
 
 STAGE = "train-diffusion"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -31,8 +32,9 @@ FLOAT32, BFLOAT16 = "float32", "bfloat16"
 WORTH_A_GPU = 16
 # On a CPU a U-Net gains nothing from more at once.
 MOST_ON_CPU = 16
-# Of the free memory, what a training is planned to take: the estimate does not know the libraries' own workspaces.
-MEMORY_SHARE = 0.85
+# Of the free memory, what a training is planned to take: the estimate does not know the libraries' own workspaces, and on a GPU
+# the store may lie beside it.
+MEMORY_SHARE, GPU_MEMORY_SHARE = 0.85, 0.6
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,9 @@ def choose_denoiser(project: Project, store: dict[str, Any], settings: Mapping[s
 def free_memory(device: torch.device) -> int:
     """Bytes a training on this device may take; much, where the system does not tell."""
     if device.type == "cuda":
-        return int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
+        return int(GPU_MEMORY_SHARE * free_on_gpu(device))
     available = available_memory()
-    return 2**63 if available is None else int(MEMORY_SHARE * available)
+    return 2**63 if available is None else int(MEMORY_SHARE * available) // local_count()
 
 
 def micro_batch(choice: Choice, size: int, setting: int | str, device: torch.device) -> int:
@@ -209,7 +211,7 @@ class Training:
 
 
 def begin_training(
-    choice: Choice, reader: StoreReader, micro: int, device: torch.device, ranks: Ranks, smaller: Any
+    choice: Choice, reader: StoreReader, micro: int, device: torch.device, ranks: Ranks, smaller: Callable[[int], None]
 ) -> Training:
     """Make everything anew, as it is before the first step.
 
@@ -222,20 +224,13 @@ def begin_training(
         smaller: hears of a micro-batch that had to be halved.
     """
     project, settings = choice.project, choice.project.settings.train_diffusion
-    rows = TrainingRows(
-        reader,
-        deltas=True,
-        held_out=settings.held_out,
-        batch_size=choice.batch_size,
-        seed=project.seed,
-        device=device,
-        memory=settings.store_memory,
-    )
+    wanted = {"held_out": settings.held_out, "batch_size": choice.batch_size, "memory": settings.store_memory}
+    rows = TrainingRows(reader, deltas=True, seed=project.seed, device=device, **wanted)
     denoiser = _new_denoiser(choice, rows, device)
     steps = DenoisingSteps(
         denoiser,
         choice.schedule,
-        lambda step: read_ahead(_ready(choice, rows, ranks, step, pinned=device.type == "cuda")),
+        lambda step: read_ahead(_ready(choice, rows, ranks, step, device)),
         batch_size=rows.batch_size,
         micro_batch=micro,
         half=choice.half,
@@ -262,8 +257,11 @@ def _new_denoiser(choice: Choice, rows: TrainingRows, device: torch.device) -> D
     return denoiser.to(device)
 
 
-def _ready(choice: Choice, rows: TrainingRows, ranks: Ranks, step: int, *, pinned: bool) -> Iterator[Ready]:
-    """This rank's share of each batch from a step on, with its draws, those of the whole batch."""
+def _ready(choice: Choice, rows: TrainingRows, ranks: Ranks, step: int, device: torch.device) -> Iterator[Ready]:
+    """This rank's share of each batch from a step on, with its draws, those of the whole batch; made in a thread of its own."""
+    pinned = device.type == "cuda"
+    if pinned:
+        torch.cuda.set_device(device)
     share, schedule, shape = ranks.share(rows.batch_size), choice.schedule, tuple(choice.description["shape"])
     for batch in rows.batches(step, share):
         t, noise = step_draws(rows.batch_size, shape, schedule.steps, choice.project.seed, STAGE, step)

@@ -132,6 +132,11 @@ class StageHooks(Materials, ABC):
         self._begun["execution"] = kept
         return kept
 
+    def change_execution(self, **changed: Any) -> None:
+        """Go on with other execution settings than the work was begun with, also after a kill."""
+        self._begun["execution"] |= changed
+        write_json(self.folder.wip / BEGUN, self._begun)
+
     def keep_threads(self, threads: int) -> None:
         """Work on as many threads as what is taken up was made with."""
         self._begun["threads"] = threads

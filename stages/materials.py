@@ -11,6 +11,7 @@ from stages.artifacts.project import Project
 from stages.artifacts.run_directory import checked_file, folder_of
 from stages.artifacts.tensors import load_model
 from stages.errors import ArtifactError, SettingsError
+from stages.processes import local_rank, under_torchrun
 from stages.seeds import global_seed
 from stages.tasks.data import Split, dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
@@ -157,4 +158,5 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     # Convolutions in TF32 are off by about what the self-checks allow, and some of cuDNN's are not repeatable.
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-    return torch.device("cuda")
+    # By number under torchrun: in other threads than this one plain "cuda" is the first.
+    return torch.device("cuda", local_rank()) if under_torchrun() else torch.device("cuda")

@@ -21,11 +21,11 @@ def generator(*parts: str | int) -> torch.Generator:
 @contextlib.contextmanager
 def global_seed(*parts: str | int) -> Iterator[None]:
     """Seed torch's own generators for code that is not ours (a model's initialisation, dropout), and restore them."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(devices)):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         # torch.manual_seed takes the better part of a millisecond: it also notes seeds, with a stack trace each, for devices
         # that are not in use.
         torch.default_generator.manual_seed(seed_of(*parts))
         if devices:
-            torch.cuda.manual_seed_all(seed_of(*parts))
+            torch.cuda.manual_seed(seed_of(*parts))
         yield

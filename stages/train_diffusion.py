@@ -8,6 +8,7 @@ import torch
 
 from stages.artifacts.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.artifacts.following import follow
+from stages.artifacts.pipeline import AUTO
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
@@ -45,18 +46,18 @@ class TrainDiffusion(Stage):
 
     def execute(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """As `Stage.execute`; of several ranks the first does that, and the others take part in the training."""
-        self._led = False
+        ranks, self._led = self.ranks, False
         try:
-            if self.ranks.leads:
+            if ranks.leads:
                 return super().execute(force=force, dry_run=dry_run)
-            if (begun := self.ranks.agree()) is not None:
+            if (begun := ranks.agree()) is not None:
                 self._follow(begun)
             return Outcome(self.name, {"stage": self.name}, follows=True)
         finally:
-            if self.ranks.leads and not self._led:
+            if ranks.leads and not self._led:
                 # There was nothing to train: the others need not wait.
-                self.ranks.agree(None)
-            self.ranks.leave()
+                ranks.agree(None)
+            ranks.leave()
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -106,7 +107,8 @@ class TrainDiffusion(Stage):
         begun = {key.removeprefix(prefix): value for key, value in self._identity["settings"].items() if key.startswith(prefix)}
         choice = self._choice(self.settings.model_dump() | begun)
         require_space(wip, 40 * choice.parameters)
-        micro = self.keep_execution(micro_batch_size=self._micro_batch(choice))["micro_batch_size"]
+        kept = self.keep_execution(micro_batch_size=self._micro_batch(choice))["micro_batch_size"]
+        micro = kept if self.settings.micro_batch_size == AUTO else self._micro_batch(choice)
         self._led = True
         self.ranks.agree({"settings": begun, "micro_batch": micro, "threads": torch.get_num_threads()})
         training = self._training(choice, micro)
@@ -122,6 +124,8 @@ class TrainDiffusion(Stage):
 
         def smaller(left: int) -> None:
             self.report.message(f"memory ran out: from here on {left} deltas at once")
+            if self.ranks.leads:
+                self.change_execution(micro_batch_size=left)
 
         return begin_training(choice, reader, micro, self.device, self.ranks, smaller)
 

@@ -1,7 +1,6 @@
 """The delta store as both trainings read it: a few rows held out, the others in batches, from memory or from the disk."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from stages.artifacts.pipeline import AUTO
 from stages.artifacts.store_reader import StoreReader
 from stages.diffusion.dataset import Rows, usable_split
 from stages.diffusion.training import epoch_spans
+from stages.processes import local_count
 
 # Rows that are shuffled among each other lie in a buffer of this size; it decides the order, so it is no setting.
 BUFFER_BYTES = 512 << 20
@@ -66,8 +66,7 @@ class TrainingRows:
         self._buffer_blocks = max(1, BUFFER_BYTES // (reader.block_samples * reader.nbytes(self._names) // len(reader)))
         self._resident: dict[str, Tensor] | Arrays | None = self._load(memory)
         self.held_out = self._some(held.numpy())
-        # The loader's own, so that a second training in the process does not share it.
-        self._order = lru_cache(maxsize=2)(self._whole_order)
+        self._orders: dict[int, np.ndarray] = {}
 
     @property
     def place(self) -> str:
@@ -79,18 +78,18 @@ class TrainingRows:
     def _load(self, memory: float | str) -> dict[str, Tensor] | Arrays | None:
         """The whole store, where it may be kept."""
         needed = self._reader.nbytes(self._names)
-        on_gpu = self._device.type == "cuda" and (
-            needed <= GPU_MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0] if memory == AUTO else False
-        )
+        on_gpu = self._device.type == "cuda" and memory == AUTO and needed <= GPU_MEMORY_SHARE * free_on_gpu(self._device)
         allowed = MEMORY_SHARE * (available_memory() or 0) if memory == AUTO else memory * 2**30
-        if not on_gpu and needed > allowed:
+        if not on_gpu and needed > allowed / local_count():
             return None
-        arrays = {name: np.empty(*_like(self._reader, name)) for name in self._names}
+        device = self._device if on_gpu else "cpu"
+        shapes = {name: _like(self._reader, name) for name in self._names}
+        kept = {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, (shape, dtype) in shapes.items()}
         for start in range(0, len(self._reader), self._reader.block_samples):
             stop = min(len(self._reader), start + self._reader.block_samples)
-            for name, array in arrays.items():
-                array[start:stop] = self._reader.read(name, start, stop)
-        return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()} if on_gpu else arrays
+            for name, values in kept.items():
+                values[start:stop] = torch.from_numpy(self._reader.read(name, start, stop))
+        return kept if on_gpu else {name: values.numpy() for name, values in kept.items()}
 
     def parts(self) -> Iterator[dict[str, Tensor]]:
         """The conditioning of all rows for training, in parts, each field (n, …)."""
@@ -129,8 +128,13 @@ class TrainingRows:
         """The rows' numbers in the user's training set."""
         return self._reader.read("sample_index")[rows.cpu().numpy()].tolist()
 
-    def _whole_order(self, epoch: int) -> np.ndarray:
-        return np.concatenate(list(self._reader.order(self._seed, epoch, self._buffer_blocks, self._usable)))
+    def _order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch; the last two are remembered."""
+        if epoch not in self._orders:
+            kept = dict(list(self._orders.items())[-1:])
+            order = self._reader.order(self._seed, epoch, self._buffer_blocks, self._usable)
+            self._orders = kept | {epoch: np.concatenate(list(order))}
+        return self._orders[epoch]
 
     def _some(self, rows: np.ndarray) -> Rows:
         """Rows by number."""
@@ -158,6 +162,12 @@ class TrainingRows:
             left, right = (tensors.pop(name) for name in self._factors)
             deltas = left[:, :, None] * right[:, None, :]
         return Rows(tensors, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can be taken, what torch holds for later use included."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _like(reader: StoreReader, name: str, rows: int | None = None) -> tuple[tuple[int, ...], str]:

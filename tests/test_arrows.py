@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"config", "errors", "seeds", "specs", "trees"}
+LEAVES = {"config", "errors", "processes", "seeds", "specs", "trees"}
 COMMANDS = {
     "init",
     "train_base",

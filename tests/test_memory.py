@@ -100,7 +100,8 @@ def test_estimate_of_u_nets_is_what_is_held(name):
     estimate = activation_bytes(sketch(description))
     # Never too little; 1.06 to 1.15 times as much has been seen: beside what is kept, three of the largest tensors are allowed.
     assert measured <= estimate <= 1.5 * measured, (estimate, measured)
-    assert activation_bytes(sketch(description), half=True) == estimate // 2
+    # Norms work in float32 whatever the precision: a third is saved.
+    assert activation_bytes(sketch(description), half=True) == pytest.approx(2 * estimate / 3, abs=2)
 
 
 @pytest.mark.parametrize("preset", [MLP, FACTORED])

@@ -214,9 +214,10 @@ def evaluated(wip):
 def test_who_asks_twice_does_not_wait():
     with pytest.raises(KeyboardInterrupt), deferred() as asked:
         assert not asked()
-        signal.raise_signal(signal.SIGTERM)
-        assert asked()
-        signal.raise_signal(signal.SIGTERM)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+            assert asked()
+        signal.raise_signal(signal.SIGINT)
     before = signal.getsignal(signal.SIGTERM)
     with deferred():
         assert signal.getsignal(signal.SIGTERM) is not before
@@ -301,6 +302,16 @@ def test_a_lost_loss_stops(tmp_path, loss, says):
     assert run_of(tmp_path, Counter()).run().steps == 20
 
 
+def test_tensors_without_their_record_go(tmp_path):
+    """What a kill between the two leaves."""
+    counter = Counter(losses={19: float("nan")})
+    with pytest.raises(ComputeError):
+        run_of(tmp_path, counter).run()
+    (tmp_path / "checkpoints" / "00000014.safetensors").write_bytes(b"half")
+    run_of(tmp_path, Counter()).run()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("0*")) == ["00000020.json", "00000020.safetensors"]
+
+
 def test_a_damaged_snapshot_falls_back(tmp_path):
     counter = Counter(losses={19: float("nan")})
     with pytest.raises(ComputeError):
@@ -340,6 +351,26 @@ def test_gradients_that_are_not_finite_do_not_reach_the_weights():
     )
     assert np.isnan(trainer.advance())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_moments_come_back_in_the_weights_own_memory_format():
+    """A U-Net on a GPU has its weights in channels_last; fused steps would mix up moments that lie otherwise."""
+
+    def make():
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(3, 5, (4, 2)).to(memory_format=torch.channels_last)
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+        return Trainer(network, optimizer, lambda step: iter([network(x + step).square().mean()]))
+
+    whole, first, second = make(), make(), make()
+    losses = [whole.advance() for _ in range(6)]
+    for _ in range(3):
+        first.advance()
+    second.restore({name: value.clone(memory_format=torch.contiguous_format) for name, value in first.state().items()}, 3)
+    weight = second.network.weight
+    assert second.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert [second.advance() for _ in range(3)] == losses[3:]
 
 
 def test_a_stream_is_opened_once_and_anew_where_steps_do_not_follow():

@@ -278,7 +278,7 @@ def test_padding_that_cannot_be_halved_is_refused():
 
 def test_what_auto_stands_for():
     paper = {"width": 128, "multipliers": [1, 1, 2, 2, 4, 4], "blocks": 2, "attention_max_tokens": 1024, "dropout": 0.0}
-    shared = {"prediction": EPSILON, "lr": 1e-4}
+    shared = {"prediction": EPSILON, "lr": 1e-4, "batch_size": 128}
     wanted = {
         PAPER: paper | {"pad_to": 32},
         AUTHORS: paper | {"pad_to": 128, "attention_max_tokens": 256, "dropout": 0.4},

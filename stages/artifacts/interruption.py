@@ -12,29 +12,29 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Until the block ends, a request to stop is only noted, and the yielded function says whether there was one. Whoever asks
-    twice does not want to wait: the second request is an interruption at once.
+    """Until the block ends, a request to stop is only noted, and the yielded function says whether there was one. Whoever types
+    Ctrl-C twice does not want to wait: the second is an interruption at once. Schedulers send several signals, and do want to.
 
     Outside the main thread, where Python hears of no signals, nothing changes.
     """
-    asked = 0
+    asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
+        asked.append(number)
+        if asked.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    # None: installed by other than Python, and not ours to put back.
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not None}
     try:
         for number, handler in before.items():
             # One that is ignored (as a shell's background job ignores SIGINT) stays so.
             if handler is not signal.SIG_IGN:
                 signal.signal(number, note)
-        yield lambda: asked > 0
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -208,6 +208,9 @@ class TrainingRun:
         for old in records[:-keep]:
             remove(old)
             remove(old.with_suffix(".safetensors"))
+        for orphan in folder.glob("[0-9]*.safetensors"):
+            if not orphan.with_suffix(".json").exists():
+                remove(orphan)
         bests = {self._best_path(best) for path in records[-keep:] if (best := read_json(path)["best"])}
         bests |= {self._best_path(self._best)} if self._best else set()
         for path in set(folder.glob("best-*.safetensors")) - bests:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stages.errors import TryAgainError
+from stages.processes import local_rank, world_size
 
 # A process that waits longer than this for the others takes them for dead. Rank 0 judges and writes while they wait.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -34,14 +35,11 @@ class Ranks:
         Raises:
             TryAgainError: they do not come.
         """
-        # Clusters set some of these for purposes of their own; torchrun sets all.
-        told = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-        count = int(os.environ["WORLD_SIZE"]) if told else 1
-        if count == 1:
+        if (count := world_size()) == 1:
             return cls()
         if not dist.is_initialized():
             if device_type == "cuda":
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(local_rank())
             try:
                 dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_timeout())
             except (RuntimeError, ValueError) as error:
@@ -70,7 +68,7 @@ class Ranks:
             # A share may be empty, where there are more ranks than samples.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = torch.cat([p.grad.flatten() for p in wanted] + [wanted[0].new_tensor([loss])])
-        self._talk(lambda: dist.all_reduce(flat))
+        self._talk(lambda: (dist.all_reduce(flat), flat[-1].item()))
         start = 0
         for p in wanted:
             p.grad.copy_(flat[start : start + p.numel()].view_as(p))

@@ -27,7 +27,7 @@ def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
 
     Args:
         denoiser: on the meta device.
-        half: activations of 2 bytes a number, under bfloat16 autocast.
+        half: under bfloat16 autocast, where about two thirds are kept: norms work in float32.
     """
     own = {p.untyped_storage()._cdata for p in denoiser.parameters()}
     kept: dict[int, Tensor] = {}
@@ -46,7 +46,7 @@ def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
         output = _pass(denoiser, rows)
     own_bytes = output.untyped_storage().nbytes()
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return (total + 3 * max(largest, own_bytes) + 4 * own_bytes) // rows // (2 if half else 1)
+    return (total + 3 * max(largest, own_bytes) + 4 * own_bytes) * (2 if half else 3) // (3 * rows)
 
 
 def training_bytes(denoiser: Denoiser, micro_batch: int, half: bool = False) -> int:

@@ -49,7 +49,9 @@ class DenoisingSteps:
         self.batch_size, self.micro_batch, self._half = batch_size, micro_batch, half
         self._ranks, self._seed, self._smaller = ranks, seed, smaller
         self._device = next(denoiser.parameters()).device
-        self._drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in denoiser.modules())
+        self._drops = any(
+            isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in denoiser.modules()
+        )
         self._stream, self._step = Stream(batches), 0
 
     def __call__(self, step: int) -> Iterator[Tensor]:
@@ -67,7 +69,7 @@ class DenoisingSteps:
         parts = [slice(start, start + self.micro_batch) for start in range(0, len(rows), self.micro_batch)]
         with torch.no_grad():
             found = [self._errors(rows.take(part), t[part], noise[part], self._step, 0).cpu() for part in parts]
-        return rows.numbers.cpu(), torch.cat(found)
+        return rows.numbers.cpu(), torch.cat([torch.empty(0), *found])
 
     def halve(self) -> bool:
         """Take half the micro-batch, where memory ran out; False where there is no half."""

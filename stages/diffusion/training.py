@@ -150,16 +150,18 @@ class Trainer:
         """Leave the gradients of a step's micro-batches, summed, in the network; the sum of their losses."""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            loss = 0.0
+            loss, part = 0.0, None
             try:
                 for part in self._step_losses(self.step):
                     loss += float(part.detach())
                     part.backward()
                 return loss
-            except torch.OutOfMemoryError:
-                halve = getattr(self._step_losses, "halve", None)
-                if halve is None or not halve():
-                    raise
+            except torch.OutOfMemoryError as error:
+                # Neither the loss nor the error's frames may keep the graph while the step is tried again.
+                part, lost = None, error.with_traceback(None)
+            halve = getattr(self._step_losses, "halve", None)
+            if halve is None or not halve():
+                raise lost
 
     def _rate_factor(self) -> float:
         warm = min(1.0, (self.step + 1) / WARM_UP_STEPS) if self._clip else 1.0
@@ -205,3 +207,8 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    # Files hold tensors in the usual memory format; fused steps want the parameter's own.
+                    state[name] = torch.empty_like(parameter).copy_(value)
