@@ -477,3 +477,14 @@ def test_automatic_presets(finished, monkeypatch):
     assert (preset("cuda")["preset"], preset("cuda")["precision"]) == ("paper", "bfloat16")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2 << 30, 2 << 30))
     assert preset("cuda")["preset"] == "mlp"
+
+
+@pytest.mark.slow  # compiling takes half a minute
+def test_a_compiled_denoiser_trains_as_it_does_otherwise(ocd, quick):
+    def losses(*more):
+        ocd(quick, "train-diffusion", *words(QUICK), *more, "--force")
+        lines = (quick.run / "train-diffusion" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    # Fused products round in another order.
+    assert losses("--set", "train-diffusion.compile=true") == pytest.approx(losses(), rel=1e-4)
