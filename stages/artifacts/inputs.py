@@ -61,7 +61,10 @@ def _fault(source: str) -> str:
 
 
 def source_record(
-    path: Path, recorded: Mapping[str, Any] | None = None, hasher: Callable[[Path], str] = sha256_file
+    path: Path,
+    recorded: Mapping[str, Any] | None = None,
+    hasher: Callable[[Path], str] = sha256_file,
+    hint: str = "ocd.toml names it under [task]; relative paths start at its folder",
 ) -> dict[str, Any]:
     """Size, time and hash of a source file; the hash is taken from `recorded` while size and time are the same.
 
@@ -71,9 +74,9 @@ def source_record(
     try:
         info = path.stat()
     except OSError as error:
-        raise DataError(f"{path} is missing", "ocd.toml names it under [task]; relative paths start at its folder") from error
+        raise DataError(f"{path} is missing", hint) from error
     if path.is_dir():
-        raise DataError(f"{path} is a folder, expected a file", "ocd.toml names it under [task]")
+        raise DataError(f"{path} is a folder, expected a file", hint)
     same = recorded and recorded["size"] == info.st_size and recorded["mtime_ns"] == info.st_mtime_ns
     sha256 = recorded["sha256"] if same else hasher(path)
     return {"path": str(path), "size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256}
@@ -109,7 +112,8 @@ def encoder_sources(project: Project, recorded: Mapping[str, Any] | None) -> tup
     known = (recorded or {}).get("sources", {})
     sources: dict[str, Any] = {}
     if path := encoder_weights(project):
-        sources["encoder weights"] = source_record(path, known.get("encoder weights"))
+        hint = "train-diffusion.encoder_weights names it; relative paths start at the folder of ocd.toml"
+        sources["encoder weights"] = source_record(path, known.get("encoder weights"), hint=hint)
     specs = project.settings.train_diffusion.encoders.values()
     for module in sorted({spec.split(":")[0] for spec in specs if is_code(spec)}):
         if path := module_file(project.root, module):
