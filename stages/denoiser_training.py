@@ -204,10 +204,7 @@ class Training:
 
     def blame(self) -> str:
         """The samples whose loss is worst in the last batch, for a message."""
-        numbers, errors = self.steps.errors()
-        lost = ~torch.isfinite(errors)
-        worst = numbers[lost] if lost.any() else numbers[errors.argsort(descending=True)]
-        return f" (samples {', '.join(map(str, self.rows.samples(worst[:5])))}{' …' if len(worst) > 5 else ''})"
+        return self.rows.blame(*self.steps.errors())
 
 
 def begin_training(

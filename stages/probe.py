@@ -279,18 +279,16 @@ class Probe:
     def _training_step(self, layer: Layer, fields: dict[str, int]) -> float | None:
         """Seconds of one step of the denoiser's training; None where it is too large to try."""
         table = self._materials.project.settings.train_diffusion
-        # With encoders of one layer each: what the store's fields will be like is not known yet.
-        preset = MLP if table.preset == AUTO else table.preset
-        description = resolve(table.model_dump() | {"preset": preset}, layer.matrix_shape)
+        auto = {"preset": MLP} if table.preset == AUTO else {}
+        description = resolve(table.model_dump() | auto, layer.matrix_shape)
         description |= {"shape": layer.matrix_shape, "fields": fields}
         with torch.device("meta"):
             if operations(make_denoiser(description)) * description["batch_size"] > MOST_OPERATIONS:
                 return None
-        denoiser, batch = make_denoiser(description).to(self._materials.device), description["batch_size"]
-        given = {name: torch.zeros(batch, count, device=self._materials.device) for name, count in fields.items()}
-        noisy = torch.zeros(batch, *layer.matrix_shape, device=self._materials.device)
-        t = torch.zeros(batch, dtype=torch.long, device=self._materials.device)
-        start = 0.0
+        device, batch = self._materials.device, description["batch_size"]
+        denoiser = make_denoiser(description).to(device)
+        given = {name: torch.zeros(batch, count, device=device) for name, count in fields.items()}
+        noisy, t = torch.zeros(batch, *layer.matrix_shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
         for _ in range(2):
             start = time.perf_counter()
             denoiser(noisy, t, denoiser.encode(given)).square().mean().backward()

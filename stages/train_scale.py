@@ -99,16 +99,7 @@ class TrainScale(Stage):
         optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         trainer = Trainer(network, optimizer, step_losses)
         constant = scale_loss(network.mean_log_rho.cpu().expand_as(rows.rho), rows.rho, loss).mean()
-        plan = Plan(
-            settings.max_steps,
-            settings.evaluate_steps,
-            settings.checkpoint_steps,
-            settings.patience,
-            settings.checkpoint_minutes,
-            # The paper's loss is in decibels, whose growth is no explosion yet.
-            LARGEST_LOSS * max(1.0, float(constant)) if loss == LOG else math.inf,
-            f"try a smaller learning rate: --set {self.name}.lr={settings.lr / 4:g} --force",
-        )
+        plan = self._plan(float(constant))
         self.tell_total(plan.max_steps, "steps")
         trained = TrainingRun(
             wip,
@@ -118,8 +109,29 @@ class TrainScale(Stage):
             lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
+            lambda: self._blame(rows, network, stream.last),
         ).run()
         return self._finished(wip, trained, {"fields": widths, "width": settings.width}, rows.count)
+
+    def _plan(self, constant: float) -> Plan:
+        """How the training is driven; `constant` is the loss of always predicting the mean."""
+        settings = self.settings
+        return Plan(
+            settings.max_steps,
+            settings.evaluate_steps,
+            settings.checkpoint_steps,
+            settings.patience,
+            settings.checkpoint_minutes,
+            # The paper's loss is in decibels, whose growth is no explosion yet.
+            LARGEST_LOSS * max(1.0, constant) if settings.loss == LOG else math.inf,
+            f"try a smaller learning rate: --set {self.name}.lr={settings.lr / 4:g} --force",
+        )
+
+    @torch.no_grad()
+    def _blame(self, rows: TrainingRows, network: ScaleNetwork, batch: Rows) -> str:
+        """The samples of a batch whose loss is worst."""
+        on = batch.to(self.device)
+        return rows.blame(batch.numbers, scale_loss(network(on.fields), on.rho, self.settings.loss).cpu())
 
     def extend(self, finished: Path, wip: Path) -> None:
         """Take up the finished training's last checkpoint."""

@@ -124,9 +124,17 @@ class TrainingRows:
             yield self._some(rows[share])
             first += self.batch_size
 
-    def samples(self, rows: Tensor) -> list[int]:
-        """The rows' numbers in the user's training set."""
-        return self._reader.read("sample_index")[rows.cpu().numpy()].tolist()
+    def blame(self, numbers: Tensor, errors: Tensor) -> str:
+        """The samples whose loss is worst, by their numbers in the user's training set, for a message.
+
+        Args:
+            numbers: rows in the store, (B,).
+            errors: their losses, (B,).
+        """
+        lost = ~torch.isfinite(errors)
+        worst = numbers[lost] if lost.any() else numbers[errors.argsort(descending=True)]
+        samples = self._reader.read("sample_index")[worst[:5].numpy()].tolist()
+        return f" (samples {', '.join(map(str, samples))}{' …' if len(worst) > 5 else ''})"
 
     def _order(self, epoch: int) -> np.ndarray:
         """The rows of an epoch; the last two are remembered."""

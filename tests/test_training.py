@@ -322,7 +322,8 @@ def test_a_damaged_snapshot_falls_back(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 5
 
 
-def test_the_samples_are_named(ocd, quick, monkeypatch):
+@pytest.mark.parametrize(("stage", "smaller"), [("train-diffusion", "0.000175"), ("train-scale", "0.00025")])
+def test_the_samples_are_named(ocd, quick, monkeypatch, stage, smaller):
     """One sample's conditioning is not finite: its number in the user's training set is said, and the first checkpoint kept."""
     some, bad = TrainingRows._some, []
 
@@ -335,11 +336,11 @@ def test_the_samples_are_named(ocd, quick, monkeypatch):
         return found
 
     monkeypatch.setattr(TrainingRows, "_some", broken)
-    said = ocd(quick, "train-diffusion", *words(QUICK), code=1).stderr
+    said = ocd(quick, stage, *[word.replace("train-diffusion", stage) for word in words(QUICK)], code=1).stderr
     number = int(reader_of(quick).read("sample_index")[bad[0]])
     assert f"error: the loss of step 1 is nan (samples {number})\n" in said
-    assert "try a smaller learning rate: --set train-diffusion.lr=0.000175 --force" in said
-    assert not (quick.run / "train-diffusion.wip").exists()
+    assert f"try a smaller learning rate: --set {stage}.lr={smaller} --force" in said
+    assert not (quick.run / f"{stage}.wip").exists()
 
 
 def test_gradients_that_are_not_finite_do_not_reach_the_weights():

@@ -9,7 +9,6 @@ import argparse
 import copy
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import chosen, entry, project, seconds, show
+from common import entry, project, run_chosen, seconds
 
 from stages.artifacts.delta_store import DeltaStore
 from stages.artifacts.project import Project
@@ -250,12 +249,7 @@ def main() -> None:
     if given.peak:
         peak(given.peak, given.samples, given.device)
         return
-    results = {}
-    for name in chosen(ROWS, given.rows):
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = ROWS[name](Path(folder), given.device)
-        print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
-    show(results, given.device)
+    run_chosen(ROWS, given.rows, given.device)
 
 
 if __name__ == "__main__":

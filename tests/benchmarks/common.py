@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,16 @@ def chosen(rows: dict[str, Callable[..., Any]], asked: list[str]) -> list[str]:
     if unknown:
         raise SystemExit(f"unknown rows {sorted(unknown)}; known: {', '.join(rows)}")
     return asked or list(rows)
+
+
+def run_chosen(rows: dict[str, Callable[[Path, str], dict[str, Any]]], asked: list[str], device: str) -> None:
+    """Run the rows asked for, each in a folder of its own, and print them."""
+    results = {}
+    for name in chosen(rows, asked):
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = rows[name](Path(folder), device)
+        print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
+    show(results, device)
 
 
 def show(results: dict[str, Any], device: str) -> None:

@@ -9,7 +9,6 @@ import argparse
 import copy
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import tasks
 import torch
-from common import chosen, entry, project, seconds, show
+from common import entry, project, run_chosen, seconds
 
 from stages.artifacts.project import Project
 from stages.collect import collect
@@ -223,12 +222,7 @@ def main() -> None:
     if given.peak:
         peak(given.peak, given.samples, given.device)
         return
-    results = {}
-    for name in chosen(ROWS, given.rows):
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = ROWS[name](Path(folder), given.device)
-        print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
-    show(results, given.device)
+    run_chosen(ROWS, given.rows, given.device)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ measured peak of matrix products, and sampling, one by one and in batches.
 import argparse
 import os
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import chosen, entry, project, show
+from common import entry, project, run_chosen
 
 from stages.artifacts.project import Project
 from stages.collect import collect
@@ -258,12 +257,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     known = ROWS | (ON_GPU if given.device == "cuda" else {})
-    results = {}
-    for name in chosen(known, given.rows):
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = known[name](Path(folder), given.device)
-        print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
-    show(results, given.device)
+    run_chosen(known, given.rows, given.device)
 
 
 if __name__ == "__main__":
