@@ -144,12 +144,10 @@ def test_every_parameter_of_the_scale_network_gets_a_gradient(loss, rows):
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_a_new_denoiser_answers_zero_and_learns_to_leave_it():
-    """Zero is the mean of directions symmetric about it. The first step moves the last layer alone, the second all."""
-    torch.manual_seed(0)
-    denoiser = MlpDenoiser(SHAPE, ConditioningEncoder(WIDTHS, 16), 16, 2, X0)
-    noisy, t, fields = random(ROWS, *SHAPE), torch.arange(ROWS), make_fields()
-    assert torch.equal(denoiser(noisy, t, denoiser.encode(fields)), torch.zeros(ROWS, *SHAPE))
+def check_leaves_zero(denoiser, shape, fields):
+    """The first answer is zero; after the second step every parameter has a gradient."""
+    noisy, t = random(ROWS, *shape), torch.arange(ROWS)
+    assert torch.equal(denoiser(noisy, t, denoiser.encode(fields)), torch.zeros(ROWS, *shape))
     optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -158,18 +156,32 @@ def test_a_new_denoiser_answers_zero_and_learns_to_leave_it():
     assert all(p.grad.abs().max() > 0 for p in denoiser.parameters())
 
 
+@torch.no_grad()
+def check_rows_are_alone(denoiser, shape, fields, **tolerance):
+    """A row of a batch equals a batch of one."""
+    noisy, t = random(ROWS, *shape), torch.tensor([0, 1, 300, 700, 999])
+    whole = denoiser(noisy, t, denoiser.encode(fields))
+    assert whole.shape == (ROWS, *shape)
+    for i in range(ROWS):
+        one = denoiser.encode({name: value[i : i + 1] for name, value in fields.items()})
+        torch.testing.assert_close(denoiser(noisy[i : i + 1], t[i : i + 1], one)[0], whole[i], **tolerance)
+
+
+def test_a_new_denoiser_answers_zero_and_learns_to_leave_it():
+    """Zero is the mean of directions symmetric about it. The first step moves the last layer alone, the second all."""
+    torch.manual_seed(0)
+    check_leaves_zero(MlpDenoiser(SHAPE, ConditioningEncoder(WIDTHS, 16), 16, 2, X0), SHAPE, make_fields())
+
+
 def test_a_row_of_a_batch_equals_a_batch_of_one():
-    denoiser, scale, fields = make_mlp().eval(), make_scale().eval(), make_fields()
-    noisy, t = random(ROWS, *SHAPE), torch.tensor([0, 1, 300, 700, 999])
+    scale, fields = make_scale().eval(), make_fields()
+    # Products of batches of other sizes differ in the last bits.
+    check_rows_are_alone(make_mlp().eval(), SHAPE, fields, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        whole, lengths = denoiser(noisy, t, denoiser.encode(fields)), scale(fields)
-        assert whole.shape == (ROWS, *SHAPE)
+        lengths = scale(fields)
         assert lengths.shape == (ROWS,)
         for i in range(ROWS):
             one = {name: value[i : i + 1] for name, value in fields.items()}
-            alone = denoiser(noisy[i : i + 1], t[i : i + 1], denoiser.encode(one))
-            # Products of batches of other sizes differ in the last bits.
-            torch.testing.assert_close(alone[0], whole[i], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(scale(one)[0], lengths[i], rtol=1e-5, atol=1e-6)
 
 

@@ -5,7 +5,6 @@ is the authors' way: a copy of the model, the same optimizer, a batch of one; it
 rho, both losses, conditioning) but writes none of them. The faster of one thread and of all cores counts.
 """
 
-import argparse
 import copy
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import entry, project, run_chosen, seconds
+from common import entry, main, project, seconds
 
 from stages.artifacts.delta_store import DeltaStore
 from stages.artifacts.project import Project
@@ -239,18 +238,5 @@ ROWS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", help=f"some of {', '.join(ROWS)}; by default all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.peak:
-        peak(given.peak, given.samples, given.device)
-        return
-    run_chosen(ROWS, given.rows, given.device)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, ROWS, peak=peak)

@@ -1,5 +1,6 @@
 """What the benchmarks share: projects in temporary folders, the machine's description, the one JSON object they print."""
 
+import argparse
 import json
 import os
 import platform
@@ -59,14 +60,37 @@ def chosen(rows: dict[str, Callable[..., Any]], asked: list[str]) -> list[str]:
     return asked or list(rows)
 
 
-def run_chosen(rows: dict[str, Callable[[Path, str], dict[str, Any]]], asked: list[str], device: str) -> None:
-    """Run the rows asked for, each in a folder of its own, and print them."""
+Row = Callable[[Path, str], dict[str, Any]]
+
+
+def main(
+    purpose: str | None,
+    rows: dict[str, Row],
+    *,
+    on_gpu: dict[str, Row] | None = None,
+    peak: Callable[[Path, int, str], None] | None = None,
+) -> None:
+    """Run the rows asked for, each in a folder of its own, and print them.
+
+    `peak` is what a row runs in a process of its own, to see the memory this takes: this script with `--peak` and `--samples`.
+    """
+    on_gpu = on_gpu or {}
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("rows", nargs="*", help=f"some of {', '.join([*rows, *on_gpu])}; by default all there are here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if peak and given.peak:
+        peak(given.peak, given.samples, given.device)
+        return
+    known = rows | (on_gpu if given.device == "cuda" else {})
     results = {}
-    for name in chosen(rows, asked):
+    for name in chosen(known, given.rows):
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = rows[name](Path(folder), device)
+            results[name] = known[name](Path(folder), given.device)
         print(f"{name}: {results[name]}", file=sys.stderr, flush=True)
-    show(results, device)
+    show(results, given.device)
 
 
 def show(results: dict[str, Any], device: str) -> None:

@@ -5,7 +5,6 @@ batch of one, the delta added to a copied weight, a full forward pass. It writes
 cores counts.
 """
 
-import argparse
 import copy
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import tasks
 import torch
-from common import entry, project, run_chosen, seconds
+from common import entry, main, project, seconds
 
 from stages.artifacts.project import Project
 from stages.collect import collect
@@ -212,18 +211,5 @@ ROWS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", help=f"some of {', '.join(ROWS)}; by default all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.peak:
-        peak(given.peak, given.samples, given.device)
-        return
-    run_chosen(ROWS, given.rows, given.device)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, ROWS, peak=peak)

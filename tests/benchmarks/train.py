@@ -5,7 +5,6 @@ way is a batch of one, its gradients accumulated over eight. On a GPU the `paper
 measured peak of matrix products, and sampling, one by one and in batches.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import entry, project, run_chosen
+from common import entry, main, project
 
 from stages.artifacts.project import Project
 from stages.collect import collect
@@ -251,14 +250,5 @@ ROWS = {"mlp_pass": mlp_pass, "mlp_vs_batch1": mlp_vs_batch1, "data_wait": data_
 ON_GPU = {"paper_training": paper_training, "paper_sampling": paper_sampling}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", help=f"some of {', '.join([*ROWS, *ON_GPU])}; by default all there are here")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    given = parser.parse_args()
-    known = ROWS | (ON_GPU if given.device == "cuda" else {})
-    run_chosen(known, given.rows, given.device)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, ROWS, on_gpu=ON_GPU)
