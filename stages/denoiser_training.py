@@ -11,7 +11,7 @@ from stages.artifacts.background import read_ahead
 from stages.artifacts.files import available_memory
 from stages.artifacts.pipeline import AUTO
 from stages.artifacts.project import Project
-from stages.artifacts.store_reader import StoreReader
+from stages.artifacts.store_reader import StoreReader, field_widths
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, UNETS, resolve
@@ -102,7 +102,7 @@ def choose_denoiser(project: Project, store: dict[str, Any], settings: Mapping[s
     half = device.type == "cuda" if settings["precision"] == AUTO else settings["precision"] == BFLOAT16
     shapes = {
         "shape": list(shape),
-        "fields": {name: int(torch.Size(arrays[name]["shape"][1:]).numel()) for name in fields},
+        "fields": field_widths(store),
         "schedule": settings["schedule"],
     }
     if encoders := described_encoders(project, arrays, fields):

@@ -14,7 +14,7 @@ from stages.artifacts.pipeline import AUTO
 from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
-from stages.artifacts.store_reader import StoreReader
+from stages.artifacts.store_reader import StoreReader, field_widths
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.diffusion.dataset import Rows
 from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
@@ -76,14 +76,14 @@ class TrainScale(Stage):
         }
 
     def _size(self, store: dict[str, Any]) -> int:
-        widths, width = self._widths(store), self.settings.width
+        widths, width = field_widths(store), self.settings.width
         return sum(widths.values()) * (width + 2) + width * (width + 3)
 
     def work(self, wip: Path) -> Finished:
         """Read ρ and the conditioning, train, keep the best averaged weights."""
         settings = self.settings
         require_space(wip, self.plan()["bytes"])
-        widths = self._widths(self.manifest_of("collect")["store"])
+        widths = field_widths(self.manifest_of("collect")["store"])
         rows = self._rows()
         held_out, loss = rows.held_out.to(self.device), settings.loss
         with global_seed(self.seed, "train-scale", "network"):
@@ -136,9 +136,6 @@ class TrainScale(Stage):
     def extend(self, finished: Path, wip: Path) -> None:
         """Take up the finished training's last checkpoint."""
         take_up_training(finished, wip)
-
-    def _widths(self, store: dict[str, Any]) -> dict[str, int]:
-        return {name: int(torch.Size(store["arrays"][name]["shape"][1:]).numel()) for name in store["fields"]}
 
     def _rows(self) -> TrainingRows:
         settings = self.settings

@@ -57,8 +57,7 @@ class StoredDeltas:
         if block in self._blocks:
             self._blocks.move_to_end(block)
             return self._blocks[block]
-        start = block * self._reader.block_samples
-        stop = min(len(self), start + self._reader.block_samples)
+        start, stop = self._reader.span(block)
         deltas = torch.from_numpy(self._reader.read("delta", start, stop))
         deltas[self.degenerate[start:stop]] = 0
         if len(self._blocks) >= self._most:

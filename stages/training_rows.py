@@ -83,18 +83,22 @@ class TrainingRows:
         if not on_gpu and needed > allowed / local_count():
             return None
         device = self._device if on_gpu else "cpu"
-        shapes = {name: _like(self._reader, name) for name in self._names}
-        kept = {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, (shape, dtype) in shapes.items()}
-        for start in range(0, len(self._reader), self._reader.block_samples):
-            stop = min(len(self._reader), start + self._reader.block_samples)
+        arrays = {name: self._reader.description["arrays"][name] for name in self._names}
+        kept = {
+            name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device)
+            for name, entry in arrays.items()
+        }
+        for start, stop in self._spans():
             for name, values in kept.items():
                 values[start:stop] = torch.from_numpy(self._reader.read(name, start, stop))
         return kept if on_gpu else {name: values.numpy() for name, values in kept.items()}
 
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        return map(self._reader.span, range(self._reader.blocks))
+
     def parts(self) -> Iterator[dict[str, Tensor]]:
         """The conditioning of all rows for training, in parts, each field (n, …)."""
-        for start in range(0, len(self._reader), self._reader.block_samples):
-            stop = min(len(self._reader), start + self._reader.block_samples)
+        for start, stop in self._spans():
             kept = self._usable[start:stop]
             if kept.any():
                 fields = {name: self._reader.read(name, start, stop)[kept] for name in self._reader.field_names()}
@@ -147,21 +151,12 @@ class TrainingRows:
     def _some(self, rows: np.ndarray) -> Rows:
         """Rows by number."""
         if self._resident is None:
-            return self._rows(rows, {name: self._read(name, rows) for name in self._names})
+            found = self._reader.take(self._names, rows)
+            return self._rows(found.pop("row"), found)
         if isinstance(next(iter(self._resident.values())), Tensor):
             at = torch.from_numpy(rows).to(self._device)
             return self._rows(rows, {name: value[at] for name, value in self._resident.items()})
         return self._rows(rows, {name: value[rows] for name, value in self._resident.items()})
-
-    def _read(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A few rows from the disk, block by block."""
-        found = np.empty(*_like(self._reader, name, len(rows)))
-        blocks = rows // self._reader.block_samples
-        for block in np.unique(blocks):
-            start, places = int(block) * self._reader.block_samples, blocks == block
-            stop = min(len(self._reader), start + self._reader.block_samples)
-            found[places] = self._reader.read(name, start, stop)[rows[places] - start]
-        return found
 
     def _rows(self, numbers: np.ndarray, arrays: dict[str, Tensor] | Arrays) -> Rows:
         tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
@@ -176,10 +171,3 @@ def free_on_gpu(device: torch.device) -> int:
     """Bytes of a GPU's memory that can be taken, what torch holds for later use included."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
-
-
-def _like(reader: StoreReader, name: str, rows: int | None = None) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of an array of the store, of so many rows of it."""
-    entry = reader.description["arrays"][name]
-    shape = entry["shape"]
-    return (len(reader) if rows is None else rows, *shape[1:]), entry["dtype"]

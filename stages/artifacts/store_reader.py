@@ -1,6 +1,7 @@
 """Reading a finished delta store: whole arrays, rows in order, or batches in a shuffled order for training."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,6 +109,10 @@ class StoreReader:
             int(np.prod(arrays[name]["shape"], dtype=np.int64)) * np.dtype(arrays[name]["dtype"]).itemsize for name in names
         )
 
+    def take(self, names: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Some rows of some arrays, in the order asked for, and their numbers as "row"; each block is read once."""
+        return next(self._buffers(names, iter([rows])))
+
     def shuffled(
         self,
         names: list[str],
@@ -171,7 +176,7 @@ class StoreReader:
         draw = np.random.default_rng(seed_of(seed, "shuffle", epoch))
         blocks = draw.permutation(self.blocks)
         for start in range(0, len(blocks), buffer_blocks):
-            spans = [self._span(int(block)) for block in blocks[start : start + buffer_blocks]]
+            spans = [self.span(int(block)) for block in blocks[start : start + buffer_blocks]]
             rows = np.concatenate([np.arange(*span) for span in spans])
             rows = rows if usable is None else rows[usable[rows]]
             order = np.empty_like(rows)
@@ -179,7 +184,8 @@ class StoreReader:
             if len(order):
                 yield order
 
-    def _span(self, block: int) -> tuple[int, int]:
+    def span(self, block: int) -> tuple[int, int]:
+        """The first row of a block, and the one after its last."""
         first = block * self.block_samples
         return first, min(len(self), first + self.block_samples)
 
@@ -202,9 +208,14 @@ class StoreReader:
     def _fill(self, buffer: dict[str, np.ndarray], names: list[str], places: np.ndarray) -> None:
         """Read one block and put those of its rows that the buffer wants in their places."""
         rows = buffer["row"][places]
-        start, stop = self._span(int(rows[0]) // self.block_samples)
+        start, stop = self.span(int(rows[0]) // self.block_samples)
         for name in names:
             buffer[name][places] = self.read(name, start, stop)[rows - start]
+
+
+def field_widths(store: dict[str, Any]) -> dict[str, int]:
+    """How many numbers a row of each conditioning array has, by the store's description."""
+    return {name: math.prod(store["arrays"][name]["shape"][1:]) for name in store["fields"]}
 
 
 def _batches(buffers: Iterator[dict[str, np.ndarray]], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
