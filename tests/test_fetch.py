@@ -35,7 +35,7 @@ def server():
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{httpd.server_port}", requests
     httpd.shutdown()
@@ -93,3 +93,58 @@ def test_ocd_data_comes_first_and_is_checked(tmp_path, monkeypatch):
     (tmp_path / NAME).write_bytes(b"other")
     with pytest.raises(DataError, match="another sha256"):
         fetch(NAME, [], SHA256)
+
+
+def test_a_truncated_download_is_told_by_its_length(server, cache):
+    url, _ = server
+    for sha256 in (SHA256, None):
+        with pytest.raises(DataError) as error:
+            fetch(NAME, [f"{url}/short"], sha256)
+        assert f"{url}/short: broke off after {len(CONTENT) // 2:,} of {len(CONTENT):,} bytes" in error.value.message
+    assert files(cache) == []
+
+
+def test_without_a_checksum_the_first_download_s_is_recorded_and_demanded(server, cache):
+    url, requests = server
+    path, record = cache / NAME, cache / f"{NAME}.sha256"
+    assert fetch(NAME, [f"{url}/short", f"{url}/good", f"{url}/bad"], None) == path
+    assert record.read_text() == f"{SHA256}  data.gz\n"
+    assert sorted(files(cache)) == [path, record]
+    assert fetch(NAME, [], None).read_bytes() == CONTENT
+    path.write_bytes(b"other")
+    with pytest.raises(DataError) as error:
+        fetch(NAME, [f"{url}/good"], None)
+    other = hashlib.sha256(b"other").hexdigest()
+    assert error.value.message == (
+        f"{path} has changed: its sha256 is {other[:12]}…, {SHA256[:12]}… was recorded when it was new"
+    )
+    assert error.value.hint == f"delete it and {record} to download it again"
+    assert requests == ["/short", "/good"]
+    path.unlink()
+    with pytest.raises(DataError, match=rf"/bad: sha256 .* expected {SHA256[:12]}") as error:
+        fetch(NAME, [f"{url}/bad"], None)
+    assert str(record) in error.value.hint
+    record.unlink()
+    assert fetch(NAME, [f"{url}/bad"], None).read_bytes() == b"something else"
+
+
+def test_without_a_checksum_a_file_put_into_the_cache_is_recorded_when_first_used(cache):
+    (cache / "toy").mkdir(parents=True)
+    (cache / NAME).write_bytes(CONTENT)
+    assert fetch(NAME, [], None) == cache / NAME
+    assert (cache / f"{NAME}.sha256").read_text().split() == [SHA256, "data.gz"]
+
+
+def test_a_checksum_given_later_outranks_the_recorded_one(server, cache):
+    url, _ = server
+    assert fetch(NAME, [f"{url}/bad"], None).read_bytes() == b"something else"
+    assert fetch(NAME, [f"{url}/good"], SHA256).read_bytes() == CONTENT
+    assert fetch(NAME, [], None).read_bytes() == CONTENT
+
+
+def test_without_a_checksum_ocd_data_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCD_DATA", str(tmp_path))
+    (tmp_path / "toy").mkdir()
+    (tmp_path / NAME).write_bytes(b"anything")
+    assert fetch(NAME, [], None) == tmp_path / NAME
+    assert sorted(files(tmp_path)) == [tmp_path / NAME]
