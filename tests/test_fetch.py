@@ -1,10 +1,9 @@
 """Fetching data files, against a server on this machine."""
 
 import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from serving import serving
 
 from stages.errors import DataError
 from stages.tasks.fetch import fetch
@@ -16,31 +15,9 @@ NAME = "toy/data.gz"
 
 @pytest.fixture
 def server():
-    """Serves CONTENT at /good, other bytes at /bad, half of it at /short, and nothing elsewhere; counts requests."""
-    requests = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            body = {"/good": CONTENT, "/bad": b"something else", "/short": CONTENT}.get(self.path)
-            if body is None:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if self.path == "/short" else body)
-
-        def log_message(self, *arguments):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}", requests
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+    """Serves CONTENT at /good, other bytes at /bad, half of CONTENT at /short, and nothing elsewhere; counts requests."""
+    with serving({"/good": CONTENT, "/bad": b"something else", "/short": CONTENT}) as served:
+        yield served
 
 
 @pytest.fixture(autouse=True)
