@@ -57,6 +57,8 @@ def show_outcome(outcome: "Outcome") -> None:
         "evaluate": show_evaluation,
     }
     show[outcome.stage](out, outcome.summary)
+    if count := outcome.summary.get("pictures"):
+        out.print(f"pictures of {count:,} inputs: {outcome.path / 'pictures'}", markup=False)
     if not outcome.up_to_date:
         out.print(f"{outcome.stage}: done ({outcome.path})", markup=False)
 

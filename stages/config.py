@@ -203,6 +203,7 @@ class InferTable(Table):
         1.0, "factor on the predicted rho; 1 is the paper, 0 is the base; auto: the one that evaluate fitted"
     )
     save_deltas: bool = identity(False, "also write every sampled delta")
+    pictures: int = identity(20, "strips written of at most so many inputs, where the task has picture(); 0: none", ge=0)
     batch_size: Count | Auto = execution("auto", "inputs at once, each with all its members")
 
 

@@ -22,6 +22,7 @@ from stages.artifacts.states import States, require_done
 from stages.errors import SettingsError
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
+from stages.pictures import check_pictures, write_pictures
 from stages.predictor import load_personalised, strength_of
 from stages.sharing import SharedStage
 from stages.tasks.data import Split, check_like, load_npz
@@ -156,11 +157,13 @@ class Infer(SharedStage):
         return {"what": f"{count:,} inputs × {members} members, {self.settings.sample_steps} steps each", "bytes": size}
 
     def check(self) -> None:
-        """The inputs are like the training set's, labels (where there are some) in range, the networks load, and there are
-        blocks enough for the parts."""
+        """The inputs are like the training set's, labels (where there are some) in range, the first one can be drawn, the
+        networks load, and there are blocks enough for the parts."""
         check_like(self._inputs.inputs([0]), self.splits["all"].inputs([0]), self._inputs.name)
         if self._inputs.labels([0]) is not None:
             check_task(self.task, self.base, self._inputs)
+        if self.settings.pictures:
+            check_pictures(self.task, self._inputs, self._like)
         self.personalised  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
         self._check_part()
 
@@ -276,6 +279,7 @@ class Infer(SharedStage):
             "strength": strength_of(self),
             **figures,
             "predictions": PREDICTIONS,
+            **write_pictures(self, self._inputs, answer, self._like, self.settings.pictures, self.report),
         }
         reached = {"value": self.settings.ensemble, "reached": self.settings.ensemble, "exhausted": False}
         return Finished(summary, digest(content), {"infer.ensemble": reached}, hashes={PREDICTIONS: content})

@@ -55,6 +55,7 @@ ALLOWED = {
         "training_deltas",
         "weights",
     },
+    "pictures": {"answering", "artifacts", "evaluation", "examination", "materials", "tasks"},
     "costly": {"artifacts", "branches", "evaluation", "examination", "materials", "tasks", "weights"},
 }
 

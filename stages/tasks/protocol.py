@@ -90,6 +90,11 @@ class Task:
         than 4,096 numbers."""
         return None
 
+    def picture(self, x: Tree, output: Tree) -> Tensor | None:
+        """A picture (H, W, 3) or (H, W) in [0, 1] of one sample's output (no batch axis), for people to look at; also given y
+        in place of an output, for the pane of the truth. By default none."""
+        return None
+
     def extra_rows(self, model: nn.Module, train: Any, validation: Any, **options: Any) -> dict[str, Callable[[Tree], Tree]]:
         """Further rows for `evaluate`: a name to a function from inputs (B, …) to outputs (B, …).
 

@@ -1,0 +1,306 @@
+"""Pictures of what `ocd infer` answered: strips whose panes are the arrays, and what happens where there can be none."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import Folder, counted_blocks, flip, make_folder, results
+from PIL import Image
+from test_infer import predictions
+from test_new_settings import forget
+
+from stages import pictures
+from stages.artifacts.answer import Answer
+from stages.errors import TaskError
+from stages.infer import open_run
+from stages.pictures import CAPTION, GAP, enlarged, picture_of, strip
+from stages.tasks.losses import mse
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import load_object
+
+# Colours of 6×6 pixels from four numbers; some predictions are below 0 or above 1.
+TASK = """\
+import os
+import torch
+from torch import nn
+from stages.seeds import generator
+from stages.tasks.data import ArrayDataset
+from stages.tasks.losses import REGRESSION, mse
+from stages.tasks.protocol import Task
+
+
+class Painter(nn.Sequential):
+    def forward(self, x):
+        return {"colour": super().forward(x).unflatten(1, (6, 6, 3))}
+
+
+class Painting(Task):
+    kind = REGRESSION
+
+    def model(self):
+        return Painter(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 108))
+
+    def points(self, name, count):
+        x = torch.randn(count, 4, generator=generator("painting", name))
+        colour = torch.sigmoid(3 * x @ torch.randn(4, 108, generator=generator("painting")))
+        return ArrayDataset(x, colour.unflatten(1, (6, 6, 3)))
+
+    def train(self):
+        return self.points("train", 40)
+
+    def test(self):
+        return self.points("test", 24)
+
+    def loss(self, output, y):
+        return mse(output["colour"], y)
+
+    def metrics(self, output, y):
+        return {"mse": self.loss(output, y)}
+
+    def picture(self, x, output):
+        assert x.shape == (4,)
+        colour = output["colour"] if isinstance(output, dict) else output
+        asked = os.environ.get("PICTURE")
+        if asked == "sums":
+            return colour.sum(2).sum(1)
+        if asked == "no truth":
+            return colour if isinstance(output, dict) else None
+        return colour.mean(2) if asked == "grey" else colour
+"""
+WEIGHT, LR, STEPS, SIDE = "2.weight", 0.03, 3, 34 * 6
+
+
+@pytest.fixture(scope="module")
+def painted_run(tmp_path_factory, ocd):
+    """A project that draws, with everything done; not to be changed."""
+    settings = {
+        "task": {"class": "mytask:Painting", **dict.fromkeys(("model", "loss", "train", "test"))},
+        "select-layer": {"layer": WEIGHT, "draws": 0},
+        "collect": {"lr": LR, "steps": STEPS},
+        "infer": {"pictures": 5, "batch_size": 2},
+    }
+    folder = make_folder(tmp_path_factory.mktemp("painted") / "project", settings)
+    (folder.root / "mytask.py").write_text(TASK)
+    ocd(folder, "run", "--quiet")
+    return folder
+
+
+@pytest.fixture
+def painted(painted_run, tmp_path):
+    """A copy of it."""
+    shutil.copytree(painted_run.root, tmp_path / "painted")
+    return Folder(tmp_path / "painted")
+
+
+@pytest.fixture
+def ready(painted):
+    """The same, about to infer."""
+    shutil.rmtree(painted.run / "infer")
+    return painted
+
+
+def names(folder, answer="test"):
+    return sorted(path.name for path in (folder.run / "infer" / answer / "pictures").glob("*"))
+
+
+def panes(folder, row, answer="test"):
+    """The panes of a strip as they were before they were enlarged, (n, 6, 6, 3)."""
+    with Image.open(folder.run / "infer" / answer / "pictures" / f"{row:06d}.png") as image:
+        pixels = np.asarray(image)
+    count = (pixels.shape[1] + GAP) // (SIDE + GAP)
+    assert pixels.shape == (CAPTION + SIDE, count * SIDE + (count - 1) * GAP, 3)
+    found = [pixels[CAPTION:, left : left + SIDE] for left in range(0, pixels.shape[1], SIDE + GAP)]
+    for one in found:
+        np.testing.assert_array_equal(one, one[::34, ::34].repeat(34, 0).repeat(34, 1))
+    return np.stack([one[::34, ::34] for one in found])
+
+
+def drawn(values):
+    """As a picture has them."""
+    return np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)
+
+
+def summary(folder, answer="test"):
+    return json.loads((folder.run / "infer" / answer / "manifest.json").read_text())["summary"]
+
+
+# What is drawn
+
+
+def test_panes_are_base_overfitted_ensemble_and_truth(painted_run):
+    assert names(painted_run) == [f"{row:06d}.png" for row in range(5)]
+    assert summary(painted_run)["pictures"] == 5
+    found, model = predictions(painted_run), open_run(painted_run.config).model
+    data = load_object(painted_run.root, "mytask:Painting", "task.class")().test()
+    fitted = reference.overfit_loop(
+        model, WEIGHT, lambda output, y: mse(output["colour"], y), data.x[:5], data.y[:5], "adam", LR, STEPS
+    )
+    assert (found["base_output.colour"] < 0).any()
+    for row in range(5):
+        base, overfitted, ours, truth = panes(painted_run, row)
+        np.testing.assert_array_equal(base, drawn(found["base_output.colour"][row]))
+        np.testing.assert_array_equal(ours, drawn(found["output.colour"][row]))
+        np.testing.assert_array_equal(truth, drawn(data.y[row].numpy()))
+        with torch.no_grad():
+            moved = torch.func.functional_call(
+                model, {WEIGHT: model.get_parameter(WEIGHT) + fitted.delta[row]}, data.x[row : row + 1]
+            )
+        wanted = drawn(moved["colour"][0].numpy()).astype(int)
+        # A last digit may round otherwise.
+        assert np.abs(overfitted.astype(int) - wanted).max() <= 1
+        assert np.abs(base.astype(int) - wanted).max() > 5
+
+
+def test_without_labels_there_are_two_panes_named_after_the_row(painted, ocd):
+    rng = np.random.default_rng(0)
+    bare = painted.save("bare.npz", rng.normal(size=(3, 4)).astype("float32"))
+    ocd(painted, "infer", "--input", bare)
+    assert len(names(painted, "bare")) == 3
+    found = predictions(painted, "bare")
+    np.testing.assert_array_equal(
+        panes(painted, 2, "bare"), drawn(np.stack([found["base_output.colour"][2], found["output.colour"][2]]))
+    )
+    ocd(painted, "infer", "--split", "validation", "--set", "infer.pictures=2")
+    rows = predictions(painted, "validation")["sample_index"][:2]
+    assert names(painted, "validation") == [f"{row:06d}.png" for row in rows] != ["000000.png", "000001.png"]
+    assert len(panes(painted, rows[1], "validation")) == 4
+
+
+@pytest.mark.parametrize(("asked", "count"), [("grey", 4), ("no truth", 3)])
+def test_grey_pictures_and_outputs_without_one(ready, ocd, monkeypatch, asked, count):
+    monkeypatch.setenv("PICTURE", asked)
+    ocd(ready, "infer", "--set", "infer.pictures=1")
+    found = panes(ready, 0)
+    assert len(found) == count
+    if asked == "grey":
+        mean = predictions(ready)["base_output.colour"][0].mean(2, keepdims=True).repeat(3, 2)
+        assert np.abs(found[0].astype(int) - drawn(mean)).max() <= 1
+
+
+def test_what_the_command_says(ready, ocd):
+    where = ready.run / "infer" / "test" / "pictures"
+    result = ocd(ready, "infer")
+    assert f"pictures of 5 inputs: {where}\n" in result.stdout
+    assert "infer: 5 of 5 pictures" in result.stderr
+    assert f"pictures of 5 inputs: {where}\n" in ocd(ready, "infer").stdout
+    assert json.loads(ocd(ready, "infer", "--json").stdout)["pictures"] == 5
+
+
+def test_strips_of_unlike_pictures():
+    panes = [("low", np.zeros((2, 300, 3), np.uint8)), ("tall", np.zeros((900, 3, 3), np.uint8))]
+    assert strip(panes).startswith(b"\x89PNG")
+    assert [enlarged(picture).shape for _, picture in panes] == [(2, 300, 3), (1800, 6, 3)]
+
+
+# Kept, continued, damaged
+
+
+def test_drawing_that_was_interrupted(ready, painted_run, ocd, monkeypatch):
+    made = []
+
+    def stopped(panes):
+        made.append(panes)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return strip(panes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "strip", stopped)
+        ocd(ready, "infer", code=4)
+    assert not (ready.run / "infer" / "test").exists()
+    with counted_blocks(Answer) as written:
+        ocd(ready, "infer")
+    assert written == []
+    assert results(ready, "infer/test") == results(painted_run, "infer/test")
+    ocd(ready, "verify")
+
+
+def test_the_last_of_the_parts_draws(ready, painted_run, ocd):
+    for part in ("2/2", "1/2"):
+        ocd(ready, "infer", "--part", part)
+    assert results(ready, "infer/test") == results(painted_run, "infer/test")
+
+
+def test_a_larger_ensemble_is_drawn_again(painted, painted_run, ocd):
+    ocd(painted, "infer", "--ensemble", 4)
+    for row in range(5):
+        before, found = panes(painted_run, row), panes(painted, row)
+        np.testing.assert_array_equal(found[2], drawn(predictions(painted)["output.colour"][row]))
+        np.testing.assert_array_equal(found[[0, 1, 3]], before[[0, 1, 3]])
+    assert not np.array_equal(found[2], before[2])
+
+
+def test_a_changed_picture_is_noticed(painted, ocd):
+    flip(painted.run / "infer" / "test" / "pictures" / "000003.png", keep_time=True)
+    assert "content changed: test/pictures/000003.png" in ocd(painted, "verify", code=3).stdout
+    ocd(painted, "infer")
+    ocd(painted, "verify")
+
+
+def test_answers_from_before_there_were_pictures_stay(finished, ocd):
+    forget(finished, "infer/test", "infer.pictures")
+    assert "up to date" in ocd(finished, "infer").stdout
+    assert "infer.pictures was not there, is now 3" in ocd(finished, "infer", "--set", "infer.pictures=3").stderr
+
+
+# None
+
+
+def test_no_pictures_where_none_are_asked_for(painted, ocd, monkeypatch):
+    monkeypatch.setenv("PICTURE", "sums")
+    found = json.loads(ocd(painted, "infer", "--json", "--set", "infer.pictures=0").stdout)
+    assert found["pictures"] == 0
+    assert not (painted.run / "infer" / "test" / "pictures").exists()
+
+
+def test_no_pictures_of_a_task_without_any(finished_run):
+    assert not (finished_run.run / "infer" / "test" / "pictures").exists()
+    assert "pictures" not in summary(finished_run)
+
+
+def test_without_pillow_the_answer_comes_all_the_same(ready, ocd, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "PIL", None)
+        result = ocd(ready, "infer")
+    assert 'no pictures: Pillow is missing; to have them: pip install "ocd[examples]", then ocd infer --force' in result.stderr
+    assert not (ready.run / "infer" / "test" / "pictures").exists()
+    assert summary(ready)["pictures"] == 0
+    ocd(ready, "infer", "--force")
+    assert len(names(ready)) == 5
+
+
+def test_a_bad_picture_is_refused_before_anything_is_written(ready, ocd, monkeypatch):
+    monkeypatch.setenv("PICTURE", "sums")
+    assert ocd(ready, "infer", "--quiet", code=2).stderr == (
+        "error: picture() returned shape (6,), expected (H, W, 3) or (H, W)\n"
+        "  let it return a tensor (H, W, 3) or (H, W) of floats in [0, 1], or None for no picture\n"
+    )
+    assert not (ready.run / "infer").exists()
+
+
+@pytest.mark.parametrize(
+    ("picture", "says"),
+    [
+        (torch.zeros(3, 4, 4), r"shape \(3, 4, 4\), expected \(H, W, 3\) or \(H, W\)"),
+        (torch.zeros(0, 4), r"shape \(0, 4\)"),
+        (torch.zeros(4, 4, dtype=torch.uint8), r"uint8 of shape \(4, 4\), expected floats"),
+        (torch.full((2, 2), torch.nan), r"shape \(2, 2\) with 4 NaN"),
+        ([[0.0]], "list, expected a tensor"),
+    ],
+)
+def test_bad_pictures(picture, says):
+    task = Task()
+    task.picture = lambda x, output: picture
+    with pytest.raises(TaskError, match=rf"picture\(\) returned {says}"):
+        picture_of(task, torch.zeros(1), torch.zeros(1))
+
+
+def test_numbers_that_an_output_does_not_have_are_black():
+    task = Task()
+    task.picture = lambda x, output: output
+    output = torch.tensor([[torch.nan, torch.inf], [-torch.inf, 0.5]])
+    assert picture_of(task, torch.zeros(1), output)[:, :, 0].tolist() == [[0, 255], [0, 128]]
