@@ -29,7 +29,8 @@ from stages.sharing import SharedStage
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task
-from stages.trees import to_device
+from stages.tasks.views import any_views
+from stages.trees import Tree, to_device
 from stages.weights.batch_size import auto_batch_size, auto_threads, forward_operations, rows_worth_keeping, sample_bytes
 from stages.weights.engine import Engine
 
@@ -70,11 +71,12 @@ class Collect(SharedStage):
 
     def plan(self) -> dict[str, Any]:
         """Samples, blocks and bytes."""
-        store = self._store(Path(), "")
+        store, repeats = self._store(Path(), ""), self.settings.repeats
         Part.check(self._part, store.blocks, SMALLER_BLOCKS)
+        samples = f"{store.samples // repeats:,} samples{f', {repeats} times each' if repeats > 1 else ''}"
         return {
-            "what": f"overfit {self.layer.name} {self.layer.matrix_shape} on {store.samples:,} samples, {store.blocks} blocks",
-            "samples": store.samples,
+            "what": f"overfit {self.layer.name} {self.layer.matrix_shape} on {samples}, {store.blocks} blocks",
+            "samples": store.samples // repeats,
             "blocks": store.blocks,
             "bytes": store.nbytes,
         }
@@ -82,10 +84,10 @@ class Collect(SharedStage):
     def check(self) -> None:
         """A batch goes through model and loss, the loss depends on the layer, the conditioning can be captured, and the
         settings fit one another."""
-        check_recipe(self.settings)
+        check_recipe(self.settings, self.task)
         few = self._tried
         # It looks at the first few rows, and at the labels of all.
-        others = [row for row in range(len(self.rows)) if row not in few]
+        others = [row for row in range(0, len(self.rows), self.settings.repeats) if row not in few]
         check_task(self.task, self.base_to_overfit, self.rows.select(torch.as_tensor([*few, *others])))
         check_condition(self.task, self.base_to_overfit, self.layer, to_device(self.rows.inputs(few), self.device))
         Part.check(self._part, self._store(Path(), "").blocks, SMALLER_BLOCKS)
@@ -154,7 +156,8 @@ class Collect(SharedStage):
 
     @cached_property
     def rows(self) -> Split:
-        """The rows to overfit, in a seeded order, so that more samples later are the same ones and some."""
+        """The rows to overfit, in a seeded order, so that more samples later are the same ones and some; each as often as it is
+        overfitted, one after the other."""
         if self.settings.split == "validation" and self.validation_is_given:
             raise SettingsError(
                 "collect.split = 'validation': the task has a validation set of its own, not rows of train",
@@ -163,7 +166,7 @@ class Collect(SharedStage):
         split = self.splits[self.settings.split]
         wanted = len(split) if self.settings.samples == "all" else min(self.settings.samples, len(split))
         order = torch.randperm(len(split), generator=generator(self.seed, "collect", "order"))
-        return split.select(order[:wanted])
+        return split.select(order[:wanted].repeat_interleave(self.settings.repeats))
 
     @cached_property
     def engine(self) -> Engine:
@@ -173,28 +176,30 @@ class Collect(SharedStage):
     @cached_property
     def _collector(self) -> Collector:
         kind = type(self.layer.module(self.base))
-        return Collector(self.task, self.engine, kind, self.rows, self.device, self.seed)
+        return Collector(self.task, self.engine, kind, self.rows, self.device, self.seed, self.settings.repeats)
 
     @cached_property
     def _tried(self) -> list[int]:
         """The rows that self-checks are made on; where bad samples are left out, some with inputs that are none."""
-        first = range(min(PROBE, len(self.rows)))
+        repeats = self.settings.repeats
+        first = range(0, min(PROBE * repeats, len(self.rows)), repeats)
         if not self.settings.skip_bad:
             return list(first)
-        more = range(min(8 * PROBE, len(self.rows)))
+        more = range(0, min(8 * PROBE * repeats, len(self.rows)), repeats)
         return [row for row in more if is_finite(self.rows.inputs([row]))][:PROBE] or list(first)
 
     @cached_property
-    def _probe(self) -> Any:
-        return to_device(self.rows.inputs([self._tried[i % len(self._tried)] for i in range(PROBE)]), self.device)
+    def _probe(self) -> tuple[Tree, Tree]:
+        return self.rows.batch([self._tried[i % len(self._tried)] for i in range(PROBE)])
 
     @cached_property
     def _operations(self) -> int:
-        return forward_operations(self.base_to_overfit, self.forward, self._probe)
+        return forward_operations(self.base_to_overfit, self.forward, to_device(self._probe[0], self.device))
 
     @cached_property
     def _sample_bytes(self) -> int:
-        given = (self.engine, self.layer, self.base_to_overfit, self.forward, self._probe)
+        x, of_step = (to_device(given[0], self.device) for given in (self._probe, any_views(self.task, *self._probe)))
+        given = (self.engine, self.layer, self.base_to_overfit, self.forward, x, of_step)
         return sample_bytes(*given, factored=self.settings.store == "factored")
 
     def _batch_size(self, rows: int) -> int:
@@ -238,8 +243,9 @@ class Collect(SharedStage):
     def _finished(self, store: DeltaStore) -> Finished:
         description, totals = store.describe(), store.totals()
         more = {"until_converged": self.settings.until_converged, "pooled": self._pooled[1]}
-        summary = summary_of(self.layer, store, totals, self.engine) | more
+        summary = summary_of(self.layer, store, totals, self.engine, self.settings.repeats) | more
         content = digest([description, sorted(totals.hashes.items())])
-        exhausted = store.samples == len(self.splits[self.settings.split])
-        reached = {"value": self.settings.samples, "reached": store.samples, "exhausted": exhausted}
+        samples = store.samples // self.settings.repeats
+        exhausted = samples == len(self.splits[self.settings.split])
+        reached = {"value": self.settings.samples, "reached": samples, "exhausted": exhausted}
         return Finished(summary, content, {"collect.samples": reached}, {"store": description}, totals.hashes)

@@ -16,16 +16,15 @@ from stages.artifacts.background import Workers, read_ahead
 from stages.artifacts.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.config import CollectTable
 from stages.errors import ComputeError, SettingsError
-from stages.seeds import generator
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import ArrayDataset, Split
-from stages.tasks.loader import forward, losses, uses_default
+from stages.tasks.loader import forward, losses
 from stages.tasks.protocol import Task
-from stages.tasks.user_code import user_code
-from stages.trees import Tree, leaves, take, to_device
+from stages.tasks.views import any_views, has_views, views_of
+from stages.trees import Tree, leaves, to_device
 from stages.weights.engine import Engine
 from stages.weights.layer import Layer
-from stages.weights.overfit import Recipe
+from stages.weights.overfit import Recipe, Views
 
 # Samples overfitted so far, and the mean losses of the last block written.
 Heard = Callable[[int, dict[str, float]], None]
@@ -33,18 +32,13 @@ Buffers = dict[str, Tensor]
 SUMMED = ("rho", "degenerate", "base_loss", "overfit_loss", "steps")
 
 
-def has_views(task: Task) -> bool:
-    """Whether the task shows another part of a sample at each gradient step."""
-    return not uses_default(task, "view")
-
-
 def recipe_of(settings: CollectTable) -> Recipe:
     """How a sample is overfitted, as `[collect]` says."""
     return Recipe(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)})
 
 
-def check_recipe(settings: CollectTable) -> None:
-    """Refuse settings that do not go together.
+def check_recipe(settings: CollectTable, task: Task) -> None:
+    """Refuse settings that do not go together, or not with the task.
 
     Raises:
         SettingsError: with the reason.
@@ -60,6 +54,11 @@ def check_recipe(settings: CollectTable) -> None:
                     f"collect.{key} = {value} is of until_converged, which is not set",
                     "use --set collect.until_converged=true, or leave it out",
                 )
+    if settings.repeats > 1 and not has_views(task):
+        raise SettingsError(
+            f"collect.repeats = {settings.repeats}: the task has no view(), so every overfit of a sample is the same",
+            "leave it out, or draw a part of the sample for each gradient step in view()",
+        )
     if settings.store == "factored":
         why = "Adam's steps are none" if settings.optimizer == "adam" else ""
         why = "with weight decay they are none" if settings.weight_decay else why
@@ -70,17 +69,19 @@ def check_recipe(settings: CollectTable) -> None:
             )
 
 
-def make_engine(task: Task, model: nn.Module, layer: Layer, settings: CollectTable, x: Tree) -> Engine:
-    """How a task's samples are overfitted; `x` are a few of its inputs."""
+def make_engine(task: Task, model: nn.Module, layer: Layer, settings: CollectTable, given: tuple[Tree, Tree]) -> Engine:
+    """How a task's samples are overfitted; `given` are a few of them, (x, y)."""
+    device = layer.weight(model).device
     return Engine(
         model,
         layer,
         lambda net, batch: forward(task, net, batch),
         lambda output, labels: losses(task, output, labels),
         recipe_of(settings),
-        x,
+        to_device(any_views(task, *given)[0], device),
         views=has_views(task),
         factored=settings.store == "factored",
+        watched=task.watched,
     )
 
 
@@ -89,13 +90,14 @@ def writers(setting: int | str) -> int:
     return setting if isinstance(setting, int) else min(2, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
-def summary_of(layer: Layer, store: DeltaStore, totals: Totals, engine: Engine) -> dict[str, Any]:
-    """Figures worth printing of a store that is whole."""
+def summary_of(layer: Layer, store: DeltaStore, totals: Totals, engine: Engine, repeats: int) -> dict[str, Any]:
+    """Figures worth printing of a store that is whole, which holds `repeats` rows a sample."""
     good = max(1, store.samples - len(totals.skipped))
     return {
         "layer": layer.name,
         "shape": list(layer.matrix_shape),
-        "samples": store.samples,
+        "samples": store.samples // repeats,
+        **({"repeats": repeats} if repeats > 1 else {}),
         "blocks": store.blocks,
         "degenerate": int(totals.sums["degenerate"]),
         "skipped": sorted(totals.skipped),
@@ -113,20 +115,22 @@ class Collector:
         task: gives views and conditioning.
         engine: overfits a batch.
         layer_kind: the type of the layer's module.
-        rows: the samples, in the store's order.
+        rows: the samples, in the store's order; each as often as it is overfitted, one after the other.
         device: where to compute.
         seed: of the run, for views.
+        repeats: how often each is overfitted.
     """
 
-    def __init__(self, task: Task, engine: Engine, layer_kind: type, rows: Split, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, task: Task, engine: Engine, layer_kind: type, rows: Split, device: torch.device, seed: int, repeats: int = 1
+    ) -> None:
         self._task, self._engine, self._layer_kind = task, engine, layer_kind
-        self._rows, self._device, self._seed = rows, device, seed
+        self._rows, self._device, self._seed, self._repeats = rows, device, seed, repeats
 
     def confirm(self, positions: Sequence[int], given: tuple[Tree, Tree]) -> None:
         """Compare the engine with the plain loop on some rows, given as (x, y)."""
-        numbers = self._rows.rows[torch.as_tensor(positions)]
         x, y = (to_device(tree, self._device) for tree in given)
-        self._engine.confirm(x, y, (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None)
+        self._engine.confirm(x, y, self._views(positions, given))
 
     def seconds_per_sample(self, positions: range) -> float:
         """How long overfitting takes, measured on a few rows."""
@@ -144,20 +148,27 @@ class Collector:
         x, y = (to_device(tree, self._device) for tree in given)
         first = self._engine.first_pass(x)
         fields, _ = fields_of(self._task, self._layer_kind, x, first.output, first.captured)
-        views = (lambda step: self._views(*given, numbers, step)) if has_views(self._task) else None
-        found = self._engine.overfit(first, x, y, views, out, check)
+        found = self._engine.overfit(first, x, y, self._views(positions, given), out, check)
         delta = dict(zip(FACTORS, found.delta, strict=True)) if isinstance(found.delta, tuple) else {DELTA: found.delta}
         results = {name: getattr(found, name) for name in SUMMED}
         return {**delta, **results, "sample_index": numbers, **fields}
 
-    def _views(self, x: Tree, y: Tree, numbers: Tensor, step: int) -> tuple[Tree, Tree]:
-        """What each sample shows of itself at a gradient step. The task cuts it out on the CPU, where its generator lives."""
-        parts = []
-        for i, row in enumerate(numbers.tolist()):
-            with user_code("view()"):
-                parts.append(self._task.view(take(x, i), take(y, i), generator(self._seed, "collect", row, step)))
-        split = Split(parts, name="view()")
-        return tuple(to_device(tree, self._device) for tree in split.batch(range(len(parts))))
+    def _views(self, positions: Sequence[int], given: tuple[Tree, Tree]) -> Views | None:
+        """What each sample shows of itself at a gradient step; None: always all of it. A repeat has other parts drawn."""
+        if not has_views(self._task):
+            return None
+        numbers = self._rows.rows[torch.as_tensor(positions)].tolist()
+        repeats = [int(position) % self._repeats for position in positions]
+
+        def at(step: int) -> tuple[Tree, Tree]:
+            # What there is to draw without repeats is drawn first.
+            seeds = [
+                (self._seed, "collect", row, step, *([repeat] if repeat else []))
+                for row, repeat in zip(numbers, repeats, strict=True)
+            ]
+            return tuple(to_device(tree, self._device) for tree in views_of(self._task, *given, seeds))
+
+        return at
 
     def work(self, store: DeltaStore, blocks: list[int], batch: int, writers: int, skip_bad: bool, heard: Heard) -> None:
         """Overfit and write some blocks of the store. Reading, computing, and compressing and writing overlap; at most

@@ -116,6 +116,7 @@ class CollectTable(Table):
         "train", "rows of train to overfit: those the base was trained on, those held out from it, or both"
     )
     samples: Count | Literal["all"] = extent("all", "how many of them, in a seeded order")
+    repeats: int = identity(1, "overfits of each sample, each with other parts of it, for tasks that draw them: view()", ge=1)
     condition_on_x: bool = identity(False, "also condition on x itself, which the paper does not: a further field, x")
     store: Literal["dense", "factored"] = identity(
         "dense", "factored: two factors in place of each delta, where sgd makes it one outer product"

@@ -60,7 +60,7 @@ from stages.training_deltas import StoredDeltas
 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"
 # With fewer validation samples a strength would be noise.
-FEWEST_VALIDATION = 8
+FEWEST_VALIDATION = 5
 NO_VALIDATION = f"there are not {FEWEST_VALIDATION} validation samples that neither base nor denoiser was trained on"
 IMPORTED = "the base's weights were imported: nobody can know whether it was trained on the validation samples"
 
@@ -213,8 +213,9 @@ class Evaluate(Stage):
 
     def _find_neighbours(self) -> dict[str, str]:
         """Nearest training samples of test and validation samples; what they cannot be found in, with the reason."""
-        known = self.training.field("layer_input")
-        given = (self.splits["all"], self.training.sample_index, known, self.settings.neighbours, self._size)
+        first, known = self.training.first_rows, self.training.field("layer_input")
+        known = None if known is None else known[first]
+        given = (self.splits["all"], self.training.sample_index[first], known, self.settings.neighbours, self._size)
         missing: dict[str, str] = {}
         for examined in filter(None, (self._test, self._validation)):
             missing |= with_neighbours(self.subject, examined, *given, self._heard("neighbours", len(self.training)))

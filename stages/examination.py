@@ -14,7 +14,7 @@ from stages.diffusion.dataset import usable_split
 from stages.errors import TaskError
 from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
-from stages.evaluation.neighbours import Neighbours, flat_inputs, input_blocks, nearest
+from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
 from stages.materials import Materials
@@ -23,15 +23,16 @@ from stages.seeds import generator, global_seed
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.user_code import user_code
+from stages.tasks.views import any_views
 from stages.training_deltas import StoredDeltas
-from stages.trees import Tree, to_device
+from stages.trees import Tree, leaves, to_device
 from stages.weights.batch_size import sample_bytes
 from stages.weights.layer import Layer
 
 PROBE = 4
 # Deltas of a batch, all members of it, with what is computed from them.
 BATCH_BYTES = 192 << 20
-FEWEST, LARGEST = 4, 256
+FEWEST, LARGEST = 2, 256
 MEMORY_SHARE = 0.25
 QUERY_NUMBERS = 1 << 27
 # Numbers that the classes' mean deltas may have, in float64.
@@ -75,16 +76,16 @@ def samples_at_once(materials: Materials, subject: Subject) -> int:
     if setting != AUTO:
         return setting
     members = 3 * 4 * subject.layer.numel * subject.ensemble
-    each = members + sample_bytes(
-        subject.engine, subject.layer, subject.base, materials.forward, probe_of(materials), factored=False
-    )
+    probe = probe_of(materials)
+    x, of_step = (to_device(given[0], subject.device) for given in (probe, any_views(subject.task, *probe)))
+    each = members + sample_bytes(subject.engine, subject.layer, subject.base, materials.forward, x, of_step, factored=False)
     return max(FEWEST, min(LARGEST, BATCH_BYTES // members, int(MEMORY_SHARE * (available_memory() or BATCH_BYTES)) // each))
 
 
-def probe_of(materials: Materials) -> Tree:
-    """A few inputs to try things on."""
+def probe_of(materials: Materials) -> tuple[Tree, Tree]:
+    """A few training samples to try things on."""
     rows = materials.splits["train"]
-    return to_device(rows.inputs([i % len(rows) for i in range(PROBE)]), materials.device)
+    return rows.batch([i % len(rows) for i in range(PROBE)])
 
 
 def with_neighbours(
@@ -115,7 +116,7 @@ def with_neighbours(
     missing = {}
     asked = examined.order.sort().values
     count, own = len(examined.split), own_rows(examined.split, split, asked, numbers)
-    if flat_inputs(examined.split.inputs(asked[:1])) is None:
+    if places_of(subject.task, examined.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
         examined.neighbours[row.IN_X] = _nearest_in_x(subject, examined.split, asked, split, numbers, own, k, heard)
@@ -132,10 +133,10 @@ def _nearest_in_x(
     subject: Subject, examined: Split, asked: Tensor, split: Split, numbers: Tensor, own: Tensor | None, k: int, heard: Heard
 ) -> Neighbours:
     """As `with_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
-    width, parts = flat_inputs(examined.inputs(asked[:1])).shape[1], []
-    for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // width)):
-        queries = flat_inputs(examined.inputs(asked[part])).to(subject.device)
-        blocks = input_blocks(split, numbers, subject.device)
+    parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(examined.inputs(asked[:1])).values())
+    for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // numbers_each)):
+        queries = places_of(subject.task, examined.inputs(asked[part])).to(subject.device)
+        blocks = input_blocks(subject.task, split, numbers, subject.device)
         found = nearest(queries, blocks, k, heard, None if own is None else own[part])
         parts.append(found.spread(asked[part], len(examined)))
     return parts[0].joined(parts[1:])
@@ -213,7 +214,7 @@ def unseen(materials: Materials, training: StoredDeltas) -> Tensor:
         return torch.ones(len(split), dtype=torch.bool)
     allowed = torch.zeros(len(training), dtype=torch.bool)
     share = min(settings.train_diffusion.held_out, settings.train_scale.held_out)
-    held_out = usable_split(training.degenerate, training.rho, share, materials.seed)[1]
+    held_out = usable_split(training.degenerate, training.rho, training.sample_index, share, materials.seed)[1]
     allowed[held_out] = True
     others = torch.nonzero(training.degenerate).squeeze(1)
     part = round(len(others) * len(held_out) / len(training.usable))
@@ -244,3 +245,27 @@ def _guarded(name: str, predict: Callable[[Tree], Tree]) -> Callable[[Batch], Tr
             return predict(batch.x)
 
     return output
+
+
+class OverfittedOnDemand:
+    """The deltas of training samples, each overfitted when it is asked for.
+
+    Args:
+        subject: overfits.
+        split: the training samples.
+        positions: theirs, in the order that rows are counted in.
+    """
+
+    def __init__(self, subject: Subject, split: Split, positions: Tensor) -> None:
+        self._subject, self._split, self._positions = subject, split, positions
+        self.usable = torch.arange(len(positions))
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Deltas of some rows, (n,) to (n, out, in)."""
+        positions = self._positions[rows.cpu()]
+        deltas, degenerate = self._subject.overfit(self._split, positions, self._split.batch(positions))
+        return deltas * ~degenerate.view(-1, 1, 1)
+
+    def of_samples(self, places: Tensor) -> Tensor:
+        """The same: a row is a sample."""
+        return self.take(places)

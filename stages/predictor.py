@@ -36,7 +36,7 @@ def load_personalised(materials: Materials, strength: float | None = None) -> tu
     """
     task, base, layer, device = materials.task, materials.base_to_overfit, materials.layer, materials.device
     sample = materials.splits["all"].inputs([0])
-    runner = Runner(base, layer, materials.forward, to_device(concatenate([sample, sample]), device))
+    runner = Runner(base, layer, materials.forward, to_device(concatenate([sample, sample]), device), watched=task.watched)
     kind = type(layer.module(base))
 
     def conditioned(x: Tree, output: Tree, captured: dict[str, Tensor]) -> dict[str, Tensor]:

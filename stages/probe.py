@@ -21,12 +21,12 @@ from stages.errors import DataError, OcdError
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.headroom import Trial, headroom
-from stages.evaluation.neighbours import Neighbours, flat_inputs, input_blocks, nearest
+from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
 from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
-from stages.examination import LAYER_INPUT, make_subject, probe_of
+from stages.examination import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
 from stages.materials import Materials
 from stages.seeds import seed_of
 from stages.tasks.conditioning import check_condition
@@ -86,26 +86,6 @@ def probe(
     require_done(States(project, materials.hash_dataset), ("train-base",), "probing")
     found = Probe(materials, layers, samples or SAMPLES, report or Silent())
     return {"what": found.plan()} if dry_run else found.run()
-
-
-class OverfittedOnDemand:
-    """The deltas of training samples, each overfitted when it is asked for.
-
-    Args:
-        subject: overfits.
-        split: the training samples.
-        positions: theirs, in the order that rows are counted in.
-    """
-
-    def __init__(self, subject: Subject, split: Split, positions: Tensor) -> None:
-        self._subject, self._split, self._positions = subject, split, positions
-        self.usable = torch.arange(len(positions))
-
-    def take(self, rows: Tensor) -> Tensor:
-        """Deltas of some rows, (n,) to (n, out, in)."""
-        positions = self._positions[rows.cpu()]
-        deltas, degenerate = self._subject.overfit(self._split, positions, self._split.batch(positions))
-        return deltas * ~degenerate.view(-1, 1, 1)
 
 
 class Probe:
@@ -186,7 +166,7 @@ class Probe:
     def _try(self, layer: Layer, settings: dict[str, Any]) -> tuple[Trial, dict[str, Any]]:
         """One layer with one recipe: every row on the held-out samples, and what a full run would cost."""
         subject = make_subject(self._materials, layer, **settings)
-        check_condition(subject.task, subject.base, layer, probe_of(self._materials))
+        check_condition(subject.task, subject.base, layer, to_device(probe_of(self._materials)[0], subject.device))
         subject = dataclasses.replace(
             subject, training=OverfittedOnDemand(subject, self._materials.splits["train"], self._searched)
         )
@@ -212,8 +192,8 @@ class Probe:
         """In x, found once, and in what the layer sees, found once a layer."""
         train, searched, examined = self._materials.splits["train"], self._searched, self._examined
         order, count = examined.order, len(examined.split)
-        if self._in_x is None and (queries := flat_inputs(examined.split.inputs(order))) is not None:
-            found = nearest(queries.to(subject.device), input_blocks(train, searched, subject.device), NEIGHBOURS)
+        if self._in_x is None and (queries := places_of(subject.task, examined.split.inputs(order))) is not None:
+            found = nearest(queries.to(subject.device), input_blocks(subject.task, train, searched, subject.device), NEIGHBOURS)
             self._in_x = found.spread(order, count)
         name = subject.layer.name
         if name not in self._seen:

@@ -96,7 +96,13 @@ class TrainBase(Stage):
         with user_code("train_base()"), global_seed(self.seed, "train-base"):
             options = self.settings.model_dump()
             self.task.train_base(
-                model, self.splits["train"], self.splits["validation"], seed=self.seed, device=self.device, **options
+                model,
+                self.splits["train"],
+                self.splits["validation"],
+                seed=self.seed,
+                device=self.device,
+                report=self.report,
+                **options,
             )
         return {"trained": "by the task"}
 

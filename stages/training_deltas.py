@@ -86,6 +86,23 @@ class StoredDeltas:
         return (sums / sizes.clamp_min(1).view(-1, 1, 1)).float()
 
     @cached_property
+    def first_rows(self) -> Tensor:
+        """The first row of each sample, in the store's order; the rows of a sample follow one another."""
+        begins = torch.ones(len(self), dtype=torch.bool)
+        begins[1:] = self.sample_index[1:] != self.sample_index[:-1]
+        return torch.nonzero(begins).squeeze(1)
+
+    def of_samples(self, places: Tensor) -> Tensor:
+        """The mean of the deltas of some samples, which are counted as in `first_rows`: (n,) to (n, out, in)."""
+        first = self.first_rows[places]
+        counts = torch.cat([self.first_rows, torch.tensor([len(self)])]).diff()[places]
+        if int(counts.max()) == 1:
+            return self.take(first)
+        return torch.stack(
+            [self.take(row + torch.arange(count)).mean(0) for row, count in zip(first.tolist(), counts.tolist(), strict=True)]
+        )
+
+    @cached_property
     def mean(self) -> Tensor:
         """The mean of the usable deltas, (out, in)."""
         return self.means(torch.zeros(len(self), dtype=torch.long), 1)[0]
@@ -95,13 +112,13 @@ class StoredDeltas:
 
         Args:
             queries: deltas.
-            own: rows that a query is not compared with, its own, (Q,); −1 for none.
+            own: rows that a query is not compared with, its own, nor with others of their sample, (Q,); −1 for none.
         """
         queries = F.normalize(queries.flatten(1).cpu(), dim=1)
         best = torch.full((len(queries),), -1.0)
         for rows, deltas in self.blocks():
             cosines = queries @ F.normalize(deltas.flatten(1), dim=1).T
-            cosines[own.view(-1, 1) == rows] = -1.0
+            cosines[(own >= 0).view(-1, 1) & (self.sample_index[own].view(-1, 1) == self.sample_index[rows])] = -1.0
             best = torch.maximum(best, cosines.max(1).values)
         return best
 

@@ -59,7 +59,8 @@ class TrainingRows:
         self._factors = arrays[DELTA].get("factors") if deltas else None
         self._names = [*(self._factors or [DELTA] * deltas), *reader.field_names()]
         self._rho = reader.read("rho")
-        train, held = usable_split(torch.from_numpy(reader.read("degenerate")), torch.from_numpy(self._rho), held_out, seed)
+        known = (torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho", "sample_index"))
+        train, held = usable_split(*known, held_out, seed)
         self._usable = np.zeros(len(reader), bool)
         self._usable[train.numpy()] = True
         self.count, self.batch_size = len(train), min(batch_size, len(train))

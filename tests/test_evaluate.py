@@ -327,7 +327,7 @@ def test_without_validation_samples_no_strength_is_fitted(ocd, project):
     results = evaluated(ocd, folder)
     left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
     for name in ("ocd validated strength", "temperature-scaled base"):
-        assert left_out[name] == "there are not 8 validation samples that neither base nor denoiser was trained on"
+        assert left_out[name] == "there are not 5 validation samples that neither base nor denoiser was trained on"
     # What a sceptic would try is there all the same, at OCD's own strength; but without a temperature nothing is proved.
     for name in ("random training deltas", "shuffled conditioning"):
         assert rows_of(results)[name]["strength"] == 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from stages.evaluation import neighbours
 from stages.evaluation.neighbours import CANDIDATES_AT_ONCE, Neighbours, flat_inputs, input_blocks, nearest
 from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.protocol import Task
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
@@ -146,7 +147,7 @@ def test_blocks_are_of_the_positions_in_their_order(make, monkeypatch):
     """Numbers count the positions that were asked for, not rows of the dataset."""
     x, rows, positions = random(30, 2, 2, dtype=torch.float32), torch.arange(29, -1, -1), torch.tensor([3, 20, 4, 11, 7])
     monkeypatch.setattr(neighbours, "CANDIDATES_AT_ONCE", 2)
-    found = list(input_blocks(Split(make(x), rows), positions, CPU))
+    found = list(input_blocks(Task(), Split(make(x), rows), positions, CPU))
     assert [start for start, _ in found] == [0, 2, 4]
     assert torch.equal(torch.cat([block for _, block in found]), x[29 - positions].flatten(1))
 
@@ -154,6 +155,6 @@ def test_blocks_are_of_the_positions_in_their_order(make, monkeypatch):
 def test_neighbours_by_blocks_of_a_split_larger_than_one_block():
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(CANDIDATES_AT_ONCE + 900, 3)).astype(np.float32))
     split, positions, asked = Split(ArrayDataset(x, None)), torch.arange(0, len(x)), random(20, 3, dtype=torch.float32)
-    found = nearest(asked, input_blocks(split, positions, CPU), 1)
+    found = nearest(asked, input_blocks(Task(), split, positions, CPU), 1)
     assert torch.equal(found.row, brute_force(asked.double(), x.double(), 1)[1])
     assert (found.row >= CANDIDATES_AT_ONCE).any()

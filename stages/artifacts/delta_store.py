@@ -56,7 +56,7 @@ def block_rows(specs: dict[str, ArraySpec], samples: int, most: int = LARGEST_BL
     """Rows to a block so that the widest array's chunk is about 16 MiB; fewer where `most` says that more would take too long
     to lose, or where a store of `samples` rows would have fewer than sixteen blocks, but not fewer than 64 for that."""
     widest = max(spec.row_bytes for spec in specs.values())
-    by_time = max(SMALL_BLOCK, min(most, -(-samples // FEWEST_BLOCKS)))
+    by_time = min(most, max(SMALL_BLOCK, -(-samples // FEWEST_BLOCKS)))
     return max(1, min(LARGEST_BLOCK, by_time, CHUNK_BYTES // widest))
 
 

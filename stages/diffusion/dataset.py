@@ -50,13 +50,14 @@ class Rows:
         return Rows(fields, change(self.rho), deltas, numbers)
 
 
-def usable_split(degenerate: Tensor, rho: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def usable_split(degenerate: Tensor, rho: Tensor, sample_index: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Row numbers for training and held out, each ascending, of the rows that are neither degenerate nor zero.
 
     Args:
         degenerate: (N,) bool.
         rho: (N,).
-        fraction: part held out, at least one row and at most 512.
+        sample_index: of the sample that each row comes from, (N,); all rows of a sample go the same way.
+        fraction: part of the samples held out, at least one and at most 512.
         seed: the run's; both trainings hold out the same rows.
 
     Raises:
@@ -68,6 +69,13 @@ def usable_split(degenerate: Tensor, rho: Tensor, fraction: float, seed: int) ->
             f"of {len(rho):,} deltas {len(usable)} are usable; the others are degenerate: the base fits these samples already",
             'collect rows the base has not seen with collect.split = "validation", or stop the base\'s training earlier',
         )
-    held = max(1, min(MOST_HELD_OUT, len(usable) - 1, round(len(usable) * fraction)))
-    order = usable[torch.randperm(len(usable), generator=generator(seed, "held-out"))]
-    return order[held:].sort().values, order[:held].sort().values
+    # The first row of each sample, in the order of the rows.
+    samples, group = sample_index[usable].unique(return_inverse=True)
+    first = torch.full((len(samples),), len(usable)).scatter_reduce(0, group, torch.arange(len(usable)), "amin")
+    if len(samples) < 2:
+        raise ComputeError("only one sample has usable deltas, at least 2 are needed to hold one out", "collect more samples")
+    held = max(1, min(MOST_HELD_OUT, len(samples) - 1, round(len(samples) * fraction)))
+    order = first.sort().indices[torch.randperm(len(samples), generator=generator(seed, "held-out"))]
+    chosen = torch.zeros(len(samples), dtype=torch.bool)
+    chosen[order[:held]] = True
+    return usable[~chosen[group]], usable[chosen[group]]

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.errors import TaskError
 from stages.tasks.data import Split
-from stages.trees import Tree, leaves
+from stages.tasks.protocol import Task
+from stages.tasks.user_code import user_code
+from stages.trees import Tree, batch_size, leaves
 
 QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 2048, 4096
 # Numbers of a block of candidates: large inputs come in smaller blocks.
@@ -79,6 +82,24 @@ def _squared(queries: Tensor, block: Tensor) -> Tensor:
     return queries.square().sum(1, keepdim=True) - 2 * queries @ block.T + block.square().sum(1)
 
 
+def places_of(task: Task, x: Tree) -> Tensor | None:
+    """Where inputs lie, (B, d) float32: as the task has it, else as `flat_inputs`.
+
+    Raises:
+        TaskError: `coordinates` gives something else.
+    """
+    with user_code("coordinates()"):
+        found = task.coordinates(x)
+    if found is not None:
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != batch_size(x):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise TaskError(
+                f"coordinates() gave {shape} for a batch of {batch_size(x)}", "give one row of numbers a sample, (B, d)"
+            )
+        return found.float()
+    return flat_inputs(x)
+
+
 def flat_inputs(x: Tree) -> Tensor | None:
     """The numbers of each input side by side, (B, d) float32; None where they hold integers, whose distance means nothing."""
     parts = list(leaves(x).values())
@@ -87,9 +108,10 @@ def flat_inputs(x: Tree) -> Tensor | None:
     return torch.cat([part.float().reshape(len(part), -1) for part in parts], dim=1)
 
 
-def input_blocks(split: Split, positions: Tensor, device: torch.device) -> Iterable[tuple[int, Tensor]]:
-    """The flat inputs of some samples, block by block, with the number of the first."""
-    width = flat_inputs(split.inputs(positions[:1])).shape[1]
+def input_blocks(task: Task, split: Split, positions: Tensor, device: torch.device) -> Iterable[tuple[int, Tensor]]:
+    """Where some samples lie, block by block, with the number of the first."""
+    x = split.inputs(positions[:1])
+    width = max(places_of(task, x).shape[1], sum(leaf[0].numel() for leaf in leaves(x).values()))
     size = max(1, min(CANDIDATES_AT_ONCE, BLOCK_NUMBERS // width))
     for start in range(0, len(positions), size):
-        yield start, flat_inputs(split.inputs(positions[start : start + size])).to(device)
+        yield start, places_of(task, split.inputs(positions[start : start + size])).to(device)

@@ -36,6 +36,9 @@ class TrainingDeltas(Protocol):
     def take(self, rows: Tensor) -> Tensor:
         """Deltas of some rows, (n,) to (n, out, in)."""
 
+    def of_samples(self, places: Tensor) -> Tensor:
+        """Of some samples, by their place among those that have rows, the mean of their deltas: (n,) to (n, out, in)."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -162,7 +165,7 @@ class Batch:
         """Their deltas, (B, k, out, in)."""
         if kind not in self._of_neighbours:
             row = self.neighbours(kind).row
-            taken = self.subject.training.take(row.reshape(-1)).to(self.subject.device)
+            taken = self.subject.training.of_samples(row.reshape(-1)).to(self.subject.device)
             self._of_neighbours[kind] = taken.view(*row.shape, *self.subject.layer.matrix_shape)
         return self._of_neighbours[kind]
 

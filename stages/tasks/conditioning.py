@@ -32,7 +32,7 @@ def condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> tuple[Tree
     Raises:
         TaskError: the task's fields are no tensors of B rows.
     """
-    output, captured = capture(model, layer, lambda net, batch: forward(task, net, batch), x)
+    output, captured = capture(model, layer, lambda net, batch: forward(task, net, batch), x, task.watched)
     return output, *fields_of(task, type(layer.module(model)), x, output, captured)
 
 
@@ -46,7 +46,7 @@ def fields_of(
         layer_kind: the type of the layer's module.
         x: inputs (B, …).
         output: the base's output (B, …).
-        captured: layer_input, activation and base_output, each (B, …).
+        captured: layer_input, activation, base_output and what is watched, each (B, …).
 
     Returns:
         the fields by name, each (B, …) float32; and how wide fields were made smaller.
@@ -56,11 +56,11 @@ def fields_of(
     """
     if task.condition_on_x:
         captured = captured | {INPUT: _numbers(x)}
-    with user_code("reduce()"):
-        fields, notes = reduce_fields(captured, layer_kind, task.reduce)
     with user_code("conditioning()"):
-        own = task.conditioning(x, output, fields)
+        own = task.conditioning(x, output, captured)
     if own is None:
+        with user_code("reduce()"):
+            fields, notes = reduce_fields(captured, layer_kind, task.reduce)
         return {name: _rows(value) for name, value in fields.items()}, notes
     if task.condition_on_x:
         raise SettingsError(

@@ -15,6 +15,7 @@ from stages.tasks.losses import CLASSIFICATION, LabelError, check_labels
 from stages.tasks.protocol import Task
 from stages.tasks.supervised import SupervisedTask
 from stages.tasks.user_code import load_object, user_code
+from stages.tasks.views import any_views
 from stages.trees import Tree, batch_size, leaves, take, to_device, tree_map
 from stages.weights.single_precision import HALF
 
@@ -157,8 +158,10 @@ def check_task(task: Task, model: nn.Module, split: Split) -> None:
         if batch_size(x) > 1:
             _check_independent(task, model, x, output)
     if any(parameter.requires_grad for parameter in model.parameters()):
+        # Of one sample, and of what a gradient step shows of it: what autograd keeps of a large one fills the memory.
+        x, y = (to_device(tree, device) for tree in any_views(task, *split.batch([0])))
         with torch.enable_grad():
-            if not losses(task, forward(task, model, tree_map(torch.clone, x)), y).requires_grad:
+            if not losses(task, forward(task, model, x), y).requires_grad:
                 raise TaskError(
                     "the loss does not depend on the model's weights",
                     "let it keep its gradient: no detach(), no item(), no numpy",

@@ -1,6 +1,6 @@
 """The Task: everything `ocd` asks of a problem. Only the first four methods have no default."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Task:
     kind: str = OTHER
     # Whether x is a field of the conditioning, too: set from `[collect] condition_on_x`.
     condition_on_x: bool = False
+    # Further submodules of the model, by name, whose outputs are fields of the conditioning, too.
+    watched: Sequence[str] = ()
 
     def model(self) -> nn.Module:
         """The base network, freshly made."""
@@ -81,7 +83,7 @@ class Task:
     def conditioning(self, x: Tree, output: Tree, captured: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Named fields (B, …) in place of I(x) = [layer_input, activation, base_output], or None for those three.
 
-        `captured` holds the three fields as they would be stored.
+        `captured` holds the three fields, and those of `watched`, as the model has them: neither reduced nor pooled.
         """
         return None
 
@@ -93,6 +95,9 @@ class Task:
     def picture(self, x: Tree, output: Tree) -> Tensor | None:
         """A picture (H, W, 3) or (H, W) in [0, 1] of one sample's output (no batch axis), for people to look at; also given y
         in place of an output, for the pane of the truth. By default none."""
+
+    def coordinates(self, x: Tree) -> Tensor | None:
+        """Where inputs lie, (B, d), for the rows that look up the nearest training samples; None: at their own numbers."""
         return None
 
     def extra_rows(self, model: nn.Module, train: Any, validation: Any, **options: Any) -> dict[str, Callable[[Tree], Tree]]:
@@ -106,6 +111,7 @@ class Task:
     def train_base(self, model: nn.Module, train: Any, validation: Any, **options: Any) -> None:
         """Train `model` in place; when a task defines this, the default trainer is not used.
 
-        `options` holds `seed`, `device` and the settings of `[train-base]`.
+        `options` holds `seed`, `device`, the settings of `[train-base]`, and `report`, which may be told of progress:
+        `report.progress(done, total, "steps", loss=0.5)`, `report.message("one line")`.
         """
         raise NotImplementedError

@@ -10,8 +10,11 @@ from stages.tasks.loader import forward, losses, naming_rows, one_per_sample
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, batch_size, to_device
+from stages.weights.batch_size import largest_output
 
 EVALUATION_BATCH = 256
+# What a batch's largest tensor may take; samples of many rows go a few at a time.
+OUTPUT_BYTES = 256 << 20
 
 
 def metrics_of(task: Task, output: Tree, y: Tree) -> dict[str, Tensor]:
@@ -33,8 +36,11 @@ def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -
     totals: dict[str, float] = {}
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(split), EVALUATION_BATCH):
-            positions = range(start, min(len(split), start + EVALUATION_BATCH))
+        first = to_device(split.inputs([0]), device)
+        largest = largest_output(model, lambda net, x: forward(task, net, x), first)
+        size = max(1, min(EVALUATION_BATCH, OUTPUT_BYTES // max(1, largest)))
+        for start in range(0, len(split), size):
+            positions = range(start, min(len(split), start + size))
             x, y = split.batch(positions)
             x, y = to_device(x, device), to_device(y, device)
             output = forward(task, model, x)

@@ -25,7 +25,7 @@ PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 256 << 20
 # Of the memory that is free, what a batch may take.
 MEMORY_SHARE = 0.25
 # Fewer are not worth the name of a batch, however little memory is said to be free.
-LEAST = 8
+LEAST, LEAST_BYTES = 8, 1 << 30
 # Below this many floating-point operations in a pass over a batch, several threads wait for each other more than they compute.
 SMALL_PASS = 20e6
 # Half a minute of a core's work, and samples that the slow ways take about as long for.
@@ -34,13 +34,25 @@ BLOCK_OPERATIONS, SLOW_BLOCK = 1_500_000_000_000, 256
 MOSTLY_COMPUTING = 100
 
 
-def sample_bytes(engine: Engine, layer: Layer, model: nn.Module, forward: Forward, x: Tree, *, factored: bool) -> int:
+def sample_bytes(
+    engine: Engine, layer: Layer, model: nn.Module, forward: Forward, x: Tree, of_step: Tree, *, factored: bool
+) -> int:
     """Memory that one sample takes while it is overfitted: its weight with gradient, moments and a temporary (less in closed
-    form, none where factors are all there is), what the backward pass keeps, the prefix's record and the largest outputs."""
+    form, none where factors are all there is), what the backward pass keeps, the prefix's record and the largest outputs.
+
+    Args:
+        engine: overfits it.
+        layer: the layer.
+        model: the base.
+        forward: the task's forward pass.
+        x: a few inputs.
+        of_step: what a gradient step uses of them.
+        factored: whether deltas are kept as factors.
+    """
     copies = 5 if engine.why_dense else 0 if factored else 2
     record = engine.first_pass(x).record
     recorded = _storage(record.tensors) // batch_size(x) if record is not None else 0
-    kept = activation_bytes(model, layer, forward, x)
+    kept = activation_bytes(model, layer, forward, of_step)
     return max(1, 4 * copies * layer.numel + 2 * kept + recorded + 2 * largest_output(model, forward, x))
 
 
@@ -84,7 +96,7 @@ def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | Non
     else:
         wanted = min(LARGEST, max(SMALLEST, CACHE_BYTES // sample))
         if available is not None:
-            wanted = min(wanted, max(LEAST, int(MEMORY_SHARE * available) // sample))
+            wanted = min(wanted, max(min(LEAST, LEAST_BYTES // sample), int(MEMORY_SHARE * available) // sample))
     wanted = max(1, min(rows, wanted))
     return -(-rows // -(-rows // wanted))
 

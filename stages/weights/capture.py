@@ -1,6 +1,7 @@
 """Capturing I(x) (Eq. 7) from any model, unchanged, by hooks on the selected layer's module."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ FIELDS = (LAYER_INPUT, ACTIVATION, BASE_OUTPUT)
 WIDEST = 4096
 
 
-def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[Tree, dict[str, Tensor]]:
+def capture(
+    model: nn.Module, layer: Layer, forward: Forward, x: Tree, watched: Sequence[str] = ()
+) -> tuple[Tree, dict[str, Tensor]]:
     """Run the base and keep what its selected layer sees and gives, I(x) = [i_L(x), a_L(x), f_θ(x)] (Eq. 7).
 
     Args:
@@ -24,25 +27,29 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
         layer: the selected layer; of several calls in one pass, the last counts.
         forward: the task's forward pass.
         x: inputs (B, …).
+        watched: further submodules, by name, whose outputs are kept, too.
 
     Returns:
-        the output (B, …), and the fields layer_input, activation and base_output, each (B, …), not yet pooled.
+        the output (B, …), and the fields layer_input, activation, base_output and those of `watched` (a dot in a name becomes
+        an underscore), each (B, …), not yet pooled.
 
     Raises:
-        TaskError: the layer's module is not called, or its rows do not divide into B samples.
+        TaskError: the layer's module or a watched one is not called or does not exist, or its rows do not divide into B
+            samples.
     """
     seen: dict[str, Any] = {}
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen[LAYER_INPUT] = _first_tensor([*args, *named.values()])
 
-    def keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[ACTIVATION] = _first_tensor([output])
+    def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[name] = _first_tensor([output])
 
-    module = layer.module(model)
+    module, others = layer.module(model), _watched_modules(model, watched)
     handles = [module.register_forward_pre_hook(keep_input, with_kwargs=True)]
-    # The layer's own output, before other hooks have it.
-    handles.append(module.register_forward_hook(keep_output, prepend=True))
+    for name, one in {ACTIVATION: module, **others}.items():
+        # Its own output, before other hooks have it.
+        handles.append(one.register_forward_hook(functools.partial(keep_output, name), prepend=True))
     try:
         with torch.no_grad():
             output = plain(forward)(model, x)
@@ -54,9 +61,23 @@ def capture(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[
             f"the module of {layer.name} is not called in the forward pass, so it has no input to condition on",
             "choose another layer with: ocd select-layer --layer NAME",
         )
+    if absent := [name for name in others if seen.get(name) is None]:
+        raise TaskError(f"the watched module {absent[0]} gives no tensor in the forward pass", "mend `watched` of the task")
     fields = {name: _per_sample(value, batch_size(x), layer.name) for name, value in seen.items()}
     whole = list(leaves(output).values())
     return output, fields | {BASE_OUTPUT: whole[0] if len(whole) == 1 and whole[0].dim() > 1 else flat_output(output)}
+
+
+def _watched_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """By the names of their fields."""
+    modules, found = dict(model.named_modules()), {}
+    for name in names:
+        field = name.replace(".", "_")
+        if name not in modules or field in (*FIELDS, *found):
+            why = "has no module of that name" if name not in modules else f"would have two fields called {field}"
+            raise TaskError(f"watched = {name!r}: the model {why}", f"it has {', '.join(filter(None, modules))[:200]}")
+        found[field] = modules[name]
+    return found
 
 
 def _first_tensor(values: list[Any]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """How one layer of one model is overfitted: the fastest way that a self-check finds right, and what of it is reused."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Engine(Runner):
         x: a probe batch, a few samples.
         views: the task shows another part of a sample at each step: nothing is reused then.
         factored: give the deltas' factors.
+        watched: as `capture`.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Engine(Runner):
         *,
         views: bool = False,
         factored: bool = False,
+        watched: Sequence[str] = (),
     ) -> None:
-        super().__init__(model, layer, forward, x, reuse=not views)
+        super().__init__(model, layer, forward, x, reuse=not views, watched=watched)
         self._loss, self.recipe, self._factored, self._changed = loss, recipe, factored, 0
         self.why_dense = self._why_dense(x, views)
 

@@ -20,6 +20,9 @@ from stages.weights.products import Product, product_of
 from stages.weights.record import Record
 
 Forward = Callable[[nn.Module, Tree], Tree]
+# Numbers that the layer sees of a batch, above which its outputs are not kept from one strength to the next: a product is about
+# as fast as reading them, and each member of an ensemble would have its own.
+MOST_KEPT = 1 << 22
 
 
 def plain(forward: Forward, *, channels_last: bool = False) -> Forward:
@@ -190,6 +193,8 @@ class Substitution:
                 if not kept:
                     if input.shape[0] % len(deltas):
                         raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {len(deltas)}")
+                    if input.numel() > MOST_KEPT:
+                        return self._product(input, self.module.weight + strength * deltas)
                     kept[:] = type(self.module).forward(self.module, input), self._change(input, deltas)
                 return kept[0] + strength * kept[1]
 

@@ -1,7 +1,7 @@
 """One model run with a weight of its own for each sample: the fastest way that a self-check finds right, and what comes before
 the layer computed once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ class FirstPass:
 
     Attributes:
         output: f_θ(x), (B, …).
-        captured: the fields layer_input, activation and base_output as the model has them.
+        captured: the fields layer_input, activation, base_output and those watched, as the model has them.
         record: what came before the layer, or None.
     """
 
@@ -39,10 +39,13 @@ class Runner:
         forward: the task's forward pass.
         x: a probe batch, a few samples.
         reuse: record what comes before the layer.
+        watched: as `capture`.
     """
 
-    def __init__(self, model: nn.Module, layer: Layer, forward: Forward, x: Tree, *, reuse: bool = True) -> None:
-        self.model, self.layer = model, layer
+    def __init__(
+        self, model: nn.Module, layer: Layer, forward: Forward, x: Tree, *, reuse: bool = True, watched: Sequence[str] = ()
+    ) -> None:
+        self.model, self.layer, self._watched = model, layer, watched
         self.forward = with_best_format(model, forward, x)
         self.way, self.reason = choose(model, layer, self.forward, x)
         self.prefix = find_prefix(self.way, model, layer, self.forward, x) if reuse else None
@@ -51,7 +54,7 @@ class Runner:
         """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""
 
         def run() -> tuple[Tree, dict[str, Tensor]]:
-            return capture(self.model, self.layer, self.forward, x)
+            return capture(self.model, self.layer, self.forward, x, self._watched)
 
         if self.prefix is None:
             (output, captured), record = run(), None

@@ -1,0 +1,137 @@
+"""TinyNeRF on one scene: a sample is a view, x its rays and y its picture; each view gets weights of its own."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from nerf import TinyNeRF
+from scenes import Scene, Views, load_scene
+from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+
+from stages.artifacts.progress import Report
+from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.losses import REGRESSION, mse
+from stages.tasks.protocol import Task
+
+REPORTED_STEPS, GRID = 10, 10
+# The window of the paper that defined it.
+SSIM = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+
+
+class NerfTask(Task):
+    """Posed views of a scene.
+
+    Args:
+        scene: a folder in Blender's format or an npz file, from this folder; by default Lego, from OCD_DATA or downloaded.
+        rays: of a view, drawn anew for each gradient step of overfitting.
+        base_steps: gradient steps that train the base, each on `[train-base] batch_size` rays of all views.
+        options: `size`, `train_views`, `validation_views`, `test_views` and `sha256` of `scenes.load_scene`.
+    """
+
+    kind = REGRESSION
+    watched = ("compositing",)
+
+    def __init__(self, scene: str | None = None, *, rays: int = 2048, base_steps: int = 1500, **options: Any) -> None:
+        self._given, self._rays, self._base_steps = (scene, options), rays, base_steps
+
+    @cached_property
+    def scene(self) -> Scene:
+        """The views, loaded when first asked for."""
+        source, options = self._given
+        return load_scene(source, Path(__file__).parent, **options)
+
+    def model(self) -> nn.Module:
+        """Three layers."""
+        return TinyNeRF()
+
+    def train(self) -> ArrayDataset:
+        """Rays (R, 6) and colours (R, 3) of the training views."""
+        return _dataset(self.scene.train)
+
+    def validation(self) -> ArrayDataset | None:
+        """Of the validation views."""
+        return None if self.scene.validation is None else _dataset(self.scene.validation)
+
+    def test(self) -> ArrayDataset:
+        """Of the test views."""
+        return _dataset(self.scene.test)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean squared error of the colours, (B, R, 3), (B, R, 3) to (B,)."""
+        return mse(output, y)
+
+    def metrics(self, output: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Mean squared error, peak signal-to-noise ratio in dB, and structural similarity (Wang et al., 2004) of views."""
+        error = mse(output, y)
+        pairs = zip(*(self._pictures(colours).cpu().numpy() for colours in (output, y)), strict=True)
+        similarity = torch.tensor([structural_similarity(*pair, channel_axis=2, **SSIM) for pair in pairs])
+        return {"mse": error, "psnr": -10 * error.clamp_min(1e-10).log10(), "ssim": similarity.to(error)}
+
+    def view(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Some rays of the view, and their colours."""
+        drawn = torch.randperm(len(x), generator=generator)[: self._rays]
+        return x[drawn], y[drawn]
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Where the cameras are, (B, R, 6) to (B, 3)."""
+        return x[:, 0, :3]
+
+    def conditioning(self, x: Tensor, output: Tensor, captured: dict[str, Tensor]) -> dict[str, Tensor]:
+        """I(x): what the base renders, its latents as the picture sees them (averaged with the weights they are rendered with),
+        and where the camera is."""
+        weights = captured["compositing"]
+        total = weights.sum((1, 2)).clamp_min(1e-6).unsqueeze(1)
+        latents = {
+            name: torch.einsum("brs,brsf->bf", weights, captured[name]) / total for name in ("layer_input", "activation")
+        }
+        return {**latents, "base_output": self._pictures(output).movedim(-1, 1), "camera": self.coordinates(x)}
+
+    def picture(self, x: Tensor, output: Tensor) -> Tensor:
+        """Colours (R, 3) as a picture (H, W, 3)."""
+        return self._pictures(output)
+
+    def train_base(
+        self, model: nn.Module, train: Split, validation: Split, *, report: Report, device: torch.device, **options: Any
+    ) -> None:
+        """Adam on random rays of random views; what is to be known of the scene is said before."""
+        for note in self.scene.notes:
+            report.message(note)
+        x, y = (part.flatten(0, 1).to(device) for part in train.batch(range(len(train))))
+        optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"])
+        for step in range(1, self._base_steps + 1):
+            rows = torch.randint(len(x), (options["batch_size"],), device=device)
+            error = F.mse_loss(model(x[rows].unsqueeze(0))[0], y[rows])
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            if step % REPORTED_STEPS == 0 or step == self._base_steps:
+                report.progress(step, self._base_steps, "steps", mse=float(error))
+
+    def _pictures(self, colours: Tensor) -> Tensor:
+        """(…, H·W, 3) to (…, H, W, 3)."""
+        return colours.reshape(*colours.shape[:-2], *self.scene.size, 3)
+
+
+def _dataset(views: Views) -> ArrayDataset:
+    return ArrayDataset(views.rays, views.colours)
+
+
+class PooledPicture(nn.Module):
+    """The default encoder of a rendered picture: averaged over a grid of 10×10 places, then one fully connected layer.
+
+    Args:
+        shape: of the field, (3, H, W).
+        width: of what it gives.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.shape, self.channels = shape, shape[0]
+        self.layer = nn.Linear(shape[0] * GRID * GRID, width)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, 3·H·W) to (B, width)."""
+        return self.layer(F.adaptive_avg_pool2d(values.view(-1, *self.shape), GRID).flatten(1))
