@@ -1,6 +1,7 @@
 """The commands of `ocd`: each parses, makes one library call, and renders what it returns."""
 
 import importlib.metadata
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def options(
 
 def main() -> None:
     """Run the command line. A request to terminate, and a cluster's warning (SIGUSR1), are interruptions: the run can go on."""
+    # Models of large tensors spend half their time having memory mapped page by page; torch reads this when it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     app(prog_name="ocd")

@@ -161,6 +161,15 @@ class TrainDiffusionTable(Table):
         "constant", "cosine falls to zero at max_steps, and makes max_steps part of the result"
     )
     batch_size: Count | Auto = identity("auto", "deltas a step; auto: 256 (mlp, factored), 128 (U-Nets)")
+    conditioning_noise: float = identity(
+        0.0,
+        "Gaussian noise on the normalised conditioning while training, which keeps few samples from being learned by heart",
+        ge=0,
+    )
+    task_weight: float = identity(
+        0.0, "weight of the task's own loss with generated deltas applied, beside the deltas' own; 0 is the paper", ge=0
+    )
+    task_samples: int = identity(2, "samples a step that the task's loss is computed on, where it has a weight", ge=1)
     max_steps: int = extent(10_000, "gradient steps, at most", ge=1)
     patience: int = identity(
         10, "evaluations in which the held-out loss falls by less than 1 % before stopping; 0: never stop early", ge=0

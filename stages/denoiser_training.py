@@ -18,7 +18,7 @@ from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, UNETS, resol
 from stages.diffusion.denoising import step_draws
 from stages.diffusion.memory import operations, parameters, training_bytes
 from stages.diffusion.schedule import EPSILON, NoiseSchedule, make_schedule
-from stages.diffusion.steps import DenoisingSteps, Ready
+from stages.diffusion.steps import DenoisingSteps, Further, Ready
 from stages.diffusion.training import Trainer
 from stages.encoding import build_denoiser, described_encoders
 from stages.errors import TryAgainError
@@ -208,7 +208,13 @@ class Training:
 
 
 def begin_training(
-    choice: Choice, reader: StoreReader, micro: int, device: torch.device, ranks: Ranks, smaller: Callable[[int], None]
+    choice: Choice,
+    reader: StoreReader,
+    micro: int,
+    device: torch.device,
+    ranks: Ranks,
+    smaller: Callable[[int], None],
+    further: Further | None = None,
 ) -> Training:
     """Make everything anew, as it is before the first step.
 
@@ -219,6 +225,7 @@ def begin_training(
         device: where it trains.
         ranks: the processes that share each batch.
         smaller: hears of a micro-batch that had to be halved.
+        further: as `DenoisingSteps`.
     """
     project, settings = choice.project, choice.project.settings.train_diffusion
     wanted = {"held_out": settings.held_out, "batch_size": choice.batch_size, "memory": settings.store_memory}
@@ -234,6 +241,7 @@ def begin_training(
         ranks=ranks,
         seed=project.seed,
         smaller=smaller,
+        further=further,
     )
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=choice.lr, weight_decay=0.0, fused=True)
@@ -249,6 +257,7 @@ def _new_denoiser(choice: Choice, rows: TrainingRows, device: torch.device) -> D
     with global_seed(choice.project.seed, STAGE, "network"):
         denoiser = build_denoiser(choice.project, choice.description, begin=True)
     denoiser.encoder.normalise.fit(rows.parts())
+    denoiser.encoder.noise = choice.project.settings.train_diffusion.conditioning_noise
     if device.type == "cuda" and choice.description["preset"] in UNETS:
         return denoiser.to(device, memory_format=torch.channels_last)
     return denoiser.to(device)

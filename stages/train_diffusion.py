@@ -14,6 +14,7 @@ from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
+from stages.collector import make_engine
 from stages.denoiser_training import Choice, Training, begin_training, choose_denoiser, micro_batch
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoising import judge
@@ -23,10 +24,13 @@ from stages.diffusion.training import threads_for
 from stages.encoding import build_denoiser
 from stages.outcome import Finished, Outcome
 from stages.stage import Stage
+from stages.task_term import TaskTerm
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"
 # Predicting nothing gives 1: a hundred times as much is no bad batch.
 LARGEST_LOSS = 100.0
+# Samples that the ways of running the model are tried on.
+PROBE = 2
 
 
 def train_diffusion(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
@@ -78,6 +82,9 @@ class TrainDiffusion(Stage):
 
     def auto_threads(self) -> int:
         """By the size of a step."""
+        if self.settings.task_weight:
+            # The model's own passes are the larger part of it.
+            return torch.get_num_threads()
         return threads_for(self._planned.operations, self._planned.batch_size)
 
     def plan(self) -> dict[str, Any]:
@@ -127,7 +134,19 @@ class TrainDiffusion(Stage):
             if self.ranks.leads:
                 self.change_execution(micro_batch_size=left)
 
-        return begin_training(choice, reader, micro, self.device, self.ranks, smaller)
+        return begin_training(choice, reader, micro, self.device, self.ranks, smaller, self._task_term(choice, reader))
+
+    def _task_term(self, choice: Choice, reader: StoreReader) -> TaskTerm | None:
+        settings, whole = self.settings, self.splits["all"]
+        if not settings.task_weight:
+            return None
+        collect, rows = self.project.settings.collect, self.splits["train"]
+        probe = rows.batch([i % len(rows) for i in range(PROBE)])
+        engine = make_engine(self.task, self.base_to_overfit, self.layer, collect, probe)
+        index = torch.from_numpy(reader.read("sample_index"))
+        mean_loss = float(reader.read("base_loss").astype(float).mean())
+        given = (self.task, engine, whole, index, mean_loss, choice.schedule, self.seed)
+        return TaskTerm(*given, settings.task_weight, settings.task_samples)
 
     def _run(self, wip: Path, choice: Choice, training: Training) -> Trained:
         settings, trainer, steps = self.settings, training.trainer, training.steps
@@ -145,13 +164,21 @@ class TrainDiffusion(Stage):
             wip,
             self.fingerprint,
             trainer,
-            lambda: judge(trainer.averaged, schedule, held_out, self.seed, steps.micro_batch),
+            lambda: self._judged(judge(trainer.averaged, schedule, held_out, self.seed, steps.micro_batch), training),
             lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
             training.blame,
             self.ranks,
         ).run()
+
+    def _judged(self, figures: dict[str, float], training: Training) -> dict[str, float]:
+        """Figures of the deltas themselves, and what they do to the task's loss where that has a weight."""
+        if (term := training.steps.further) is None:
+            return figures
+        found = term.judge(training.trainer.averaged, training.rows.held_out)
+        score = figures["score"] + term.weight * found
+        return {**figures, "score": score, "denoising_loss": figures["score"], "task_loss": found}
 
     def _follow(self, begun: dict[str, Any]) -> None:
         """Take part in the training that rank 0 drives."""
@@ -170,7 +197,8 @@ class TrainDiffusion(Stage):
             "steps": trained.steps,
             "stopped_early": trained.stopped_early,
             "best_step": trained.best["step"],
-            "held_out_loss": trained.best["score"],
+            "held_out_loss": trained.best.get("denoising_loss", trained.best["score"]),
+            **({"held_out_task_loss": trained.best["task_loss"]} if "task_loss" in trained.best else {}),
             "cosine": trained.best["cosine"],
             "cosine_shuffled": trained.best["cosine_shuffled"],
             "samples": samples,

@@ -112,6 +112,8 @@ class ConditioningEncoder(nn.Module):
         given = given or {}
         shared = {name: encoder.channels for name, encoder in given.items() if hasattr(encoder, "channels")}
         self.normalise = NormalisedFields(widths, shared)
+        # Of the Gaussian that is added to every normalised number while training.
+        self.noise = 0.0
         self.encoders = nn.ModuleDict(
             {f"of_{name}": given[name] if name in given else nn.Linear(width, dim) for name, width in widths.items()}
         )
@@ -119,4 +121,6 @@ class ConditioningEncoder(nn.Module):
     def forward(self, fields: Fields) -> Tensor:
         """Fields (B, …) to (B, dim)."""
         normalised = self.normalise(fields)
+        if self.training and self.noise:
+            normalised = {name: value + self.noise * torch.randn_like(value) for name, value in normalised.items()}
         return torch.stack([self.encoders[f"of_{name}"](value) for name, value in normalised.items()]).sum(0)

@@ -15,6 +15,7 @@ from stages.seeds import global_seed
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[Rows, Tensor, Tensor]
+Further = Callable[[Denoiser, Rows, int], Tensor]
 
 
 class DenoisingSteps:
@@ -28,8 +29,9 @@ class DenoisingSteps:
         micro_batch: rows whose activations are in memory at a time.
         half: bfloat16 autocast.
         ranks: the processes that share each batch.
-        seed: of the run, for dropout.
+        seed: of the run, for dropout and noise on the conditioning.
         smaller: hears of a micro-batch that had to be halved.
+        further: another part of the loss: denoiser, this rank's rows and the step to a scalar.
     """
 
     def __init__(
@@ -44,12 +46,13 @@ class DenoisingSteps:
         ranks: Ranks,
         seed: int,
         smaller: Callable[[int], None] = lambda rows: None,
+        further: Further | None = None,
     ) -> None:
         self._denoiser, self._schedule = denoiser, schedule
         self.batch_size, self.micro_batch, self._half = batch_size, micro_batch, half
-        self._ranks, self._seed, self._smaller = ranks, seed, smaller
+        self._ranks, self._seed, self._smaller, self.further = ranks, seed, smaller, further
         self._device = next(denoiser.parameters()).device
-        self._drops = any(
+        self._draws = denoiser.encoder.noise > 0 or any(
             isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in denoiser.modules()
         )
         self._stream, self._step = Stream(batches), 0
@@ -61,6 +64,9 @@ class DenoisingSteps:
         for number, start in enumerate(range(0, len(rows), self.micro_batch)):
             part = slice(start, start + self.micro_batch)
             yield self._errors(rows.take(part), t[part], noise[part], step, number).sum() / self.batch_size
+        if self.further is not None:
+            with global_seed(self._seed, "train-diffusion", "further", step, self._ranks.rank):
+                yield self.further(self._denoiser, rows, step) / self._ranks.count
 
     def errors(self) -> tuple[Tensor, Tensor]:
         """The last batch's rows in the store and each one's loss now, (B,) each."""
@@ -84,7 +90,7 @@ class DenoisingSteps:
         on = rows.to(self._device)
         noise, t = noise.to(self._device, non_blocking=True), t.to(self._device, non_blocking=True)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-            if not self._drops:
+            if not self._draws:
                 return denoising_errors(self._denoiser, self._schedule, on, t, noise)
             with global_seed(self._seed, "train-diffusion", "dropout", step, self._ranks.rank, number):
                 return denoising_errors(self._denoiser, self._schedule, on, t, noise)

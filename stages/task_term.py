@@ -1,0 +1,87 @@
+"""What a generated delta does to the task's loss, as a part of the denoiser's own: beyond the paper."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.diffusion.dataset import Rows
+from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.drawing import drawn_with_gradient
+from stages.diffusion.sampler import Noise
+from stages.diffusion.schedule import NoiseSchedule
+from stages.seeds import generator, seed_of
+from stages.tasks.data import Split
+from stages.tasks.loader import losses
+from stages.tasks.protocol import Task
+from stages.tasks.views import views_of
+from stages.trees import to_device
+from stages.weights.engine import Engine
+
+STAGE = "train-diffusion"
+# Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
+SAMPLE_STEPS = 10
+# Held-out rows that the term is judged on.
+JUDGED = 16
+
+
+@dataclass(frozen=True)
+class TaskTerm:
+    """L(f_{θ + ρ·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's mean loss.
+
+    The delta has the length ρ of the row's own; samples are seen as at a gradient step of overfitting.
+
+    Attributes:
+        task: gives views and loss.
+        engine: runs the base with a weight for each sample.
+        split: all training samples.
+        sample_index: of each row of the store, its sample's position there, (N,).
+        mean_loss: L̄, of the base over the store.
+        schedule: the denoiser's.
+        seed: the run's.
+        weight: of the term beside the denoiser's loss.
+        samples: rows it is computed on at each step.
+    """
+
+    task: Task
+    engine: Engine
+    split: Split
+    sample_index: Tensor
+    mean_loss: float
+    schedule: NoiseSchedule
+    seed: int
+    weight: float
+    samples: int
+
+    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor:
+        """The weighted term on the first rows of a step's batch, after as many passes of the sampler as the step draws."""
+        passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
+        few = rows.take(slice(0, self.samples))
+        return self.weight * self._losses(denoiser, few, passes, (STAGE, "task", step)).mean()
+
+    @torch.no_grad()
+    def judge(self, denoiser: Denoiser, held_out: Rows) -> float:
+        """The term without its weight, on held-out rows, the same draws every time."""
+        denoiser.eval()
+        rows = torch.arange(len(held_out))
+        rows = rows[torch.linspace(0, len(rows) - 1, min(JUDGED, len(rows))).long()]
+        found = [
+            self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge task"))
+            for part in rows.split(self.samples)
+        ]
+        return float(torch.cat(found).mean())
+
+    def _losses(self, denoiser: Denoiser, rows: Rows, passes: int, seed: tuple[str | int, ...]) -> Tensor:
+        """(B,)."""
+        device, shape = next(denoiser.parameters()).device, denoiser.shape
+        numbers = rows.numbers.tolist()
+        seeds = [(self.seed, *seed, number) for number in numbers]
+        noise = Noise([generator(*one) for one in seeds], shape, device).draw()
+        on = rows.to(device)
+        drawn = drawn_with_gradient(denoiser, self.schedule, on.fields, noise, passes, SAMPLE_STEPS)
+        length = on.rho / (shape[0] * shape[1]) ** 0.5
+        weight = self.engine.layer.weight(self.engine.model)
+        deltas = (drawn * length.view(-1, 1, 1)).reshape(len(rows), *self.engine.layer.shape)
+        given = self.split.batch(self.sample_index[numbers])
+        x, y = (to_device(tree, device) for tree in views_of(self.task, *given, seeds))
+        return losses(self.task, self.engine.way(x, weight + deltas.to(weight)), y) / self.mean_loss

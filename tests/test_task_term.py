@@ -1,0 +1,187 @@
+"""The task's own loss in the denoiser's training: deltas drawn with a gradient, the term itself, and what it brings."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from planted import helping
+from torch import nn
+
+from stages.diffusion.conditioning import ConditioningEncoder
+from stages.diffusion.dataset import Rows
+from stages.diffusion.denoiser import unit
+from stages.diffusion.drawing import drawn_with_gradient
+from stages.diffusion.sampler import DDIM, Noise, sample
+from stages.diffusion.schedule import EPSILON, MEAN, X0, make_schedule
+from stages.seeds import generator
+from stages.task_term import SAMPLE_STEPS, TaskTerm
+from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.protocol import Task
+
+SHAPE = (3, 4)
+
+
+class Made(nn.Module):
+    """A denoiser of one fully connected layer, which notes what it is shown."""
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.shape, self.prediction, self.seen = SHAPE, prediction, []
+        self.encoder = ConditioningEncoder({"a": 2}, 8)
+        self.layer = nn.Linear(12 + 8 + 1, 12)
+
+    def encode(self, fields):
+        return self.encoder(fields)
+
+    def forward(self, noisy, t, encoded):
+        self.seen.append((noisy.detach().clone(), t.clone(), torch.is_grad_enabled()))
+        return self.layer(torch.cat([noisy.flatten(1), encoded, t.unsqueeze(1) / 1000], dim=1)).view(-1, *SHAPE)
+
+
+def made(prediction=X0):
+    torch.manual_seed(0)
+    return Made(prediction)
+
+
+def first_noise(count):
+    return Noise([generator("test", i) for i in range(count)], SHAPE, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("prediction", [X0, EPSILON, MEAN])
+def test_after_all_passes_it_is_the_sampler(prediction):
+    denoiser, schedule = made(prediction), make_schedule("ddpm", 12, X0)
+    fields = {"a": torch.randn(5, 2)}
+    encoded = denoiser.encode(fields)
+    wanted = sample(
+        lambda noisy, t: denoiser(noisy, t, encoded),
+        schedule,
+        first_noise(5),
+        prediction=prediction,
+        sampler=DDIM,
+        sample_steps=10,
+    )
+    found = drawn_with_gradient(denoiser, schedule, fields, first_noise(5).draw(), 10, 10)
+    torch.testing.assert_close(found, unit(wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_last_pass():
+    denoiser, schedule = made(), make_schedule("ddpm", 12, X0)
+    fields, direction = {"a": torch.randn(5, 2)}, torch.randn(5, *SHAPE)
+    found = drawn_with_gradient(denoiser, schedule, fields, first_noise(5).draw(), 3, 10)
+    assert [grad for *_, grad in denoiser.seen] == [False, False, True]
+    gradient = torch.autograd.grad((found * direction).sum(), list(denoiser.parameters()), allow_unused=True)
+    noisy, t, _ = denoiser.seen[-1]
+    alone = unit(denoiser(noisy, t, denoiser.encode(fields)))
+    wanted = torch.autograd.grad((alone * direction).sum(), list(denoiser.parameters()), allow_unused=True)
+    for one, other in zip(gradient, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_denoiser_that_begins_with_zeros_has_a_gradient():
+    denoiser, schedule = made(), make_schedule("ddpm", 12, X0)
+    nn.init.zeros_(denoiser.layer.weight)
+    nn.init.zeros_(denoiser.layer.bias)
+    found = drawn_with_gradient(denoiser, schedule, {"a": torch.randn(5, 2)}, first_noise(5).draw(), 1, 10)
+    (gradient,) = torch.autograd.grad(found.sum(), denoiser.layer.bias)
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().min() > 0
+
+
+class Fit(Task):
+    def loss(self, output, y):
+        return (output - y).square().mean(1)
+
+
+def term(weight=2.0, samples=3):
+    """A term on y = W x, with rows that are samples 4, 4, 1, 1, 3, 3 of five."""
+    torch.manual_seed(1)
+    x, y, base = torch.randn(5, 4), torch.randn(5, 3), torch.randn(*SHAPE)
+    engine = SimpleNamespace(
+        model=None,
+        layer=SimpleNamespace(weight=lambda model: base, shape=SHAPE),
+        way=lambda inputs, weights: torch.einsum("boi,bi->bo", weights, inputs),
+    )
+    index, schedule = torch.tensor([4, 4, 1, 1, 3, 3]), make_schedule("ddpm", 12, X0)
+    return TaskTerm(Fit(), engine, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, weight, samples), (x, y, base)
+
+
+def some_rows(numbers):
+    count = len(numbers)
+    return Rows({"a": torch.randn(count, 2)}, torch.rand(count) + 0.5, torch.randn(count, *SHAPE), torch.tensor(numbers))
+
+
+def test_the_term_is_the_loss_with_the_drawn_delta():
+    (found, (x, y, base)), denoiser, rows = term(), made(), some_rows([5, 2, 0, 1])
+    value = found(denoiser, rows, 7)
+    passes = len(denoiser.seen)
+    assert 1 <= passes <= SAMPLE_STEPS
+    noise = torch.stack(
+        [torch.randn(SHAPE, generator=generator(0, "train-diffusion", "task", 7, number)) for number in (5, 2, 0)]
+    )
+    fields = {"a": rows.fields["a"][:3]}
+    drawn = drawn_with_gradient(denoiser, found.schedule, fields, noise, passes, SAMPLE_STEPS)
+    wanted = []
+    for place, sample_number in enumerate((3, 1, 4)):
+        weight = base + rows.rho[place] * drawn[place] / drawn[place].norm()
+        wanted.append((weight @ x[sample_number] - y[sample_number]).square().mean() / 0.5)
+    torch.testing.assert_close(value, 2.0 * torch.stack(wanted).mean(), rtol=1e-5, atol=1e-6)
+    assert value.requires_grad
+
+
+def test_it_is_computed_after_every_number_of_passes():
+    found, denoiser, rows = term()[0], made(), some_rows([0, 1, 2])
+    seen = set()
+    for step in range(100):
+        denoiser.seen.clear()
+        found(denoiser, rows, step)
+        seen.add(len(denoiser.seen))
+    assert seen == set(range(1, SAMPLE_STEPS + 1))
+
+
+def test_judging_repeats_itself_and_leaves_the_weight_out():
+    (found, _), denoiser, held_out = term(weight=5.0), made(), some_rows([5, 0, 3])
+    value = found.judge(denoiser, held_out)
+    assert value == found.judge(denoiser, held_out)
+    assert value == pytest.approx(term(weight=1.0)[0].judge(denoiser, held_out))
+
+
+def test_noise_on_the_conditioning_is_for_training_alone():
+    encoder, fields = ConditioningEncoder({"a": 3}, 8), {"a": torch.randn(4000, 3)}
+    encoder.noise = 0.5
+    assert torch.equal(encoder.eval()(fields), encoder(fields))
+    noisy = encoder.train()(fields) - encoder.eval()(fields)
+    wanted = 0.5 * encoder.encoders["of_a"].weight.norm(dim=1)
+    # The standard deviation of 4,000 draws is right to about 1 %.
+    torch.testing.assert_close(noisy.std(0), wanted, rtol=0.06, atol=0)
+
+
+def ensemble_loss(ocd, folder):
+    results = json.loads(ocd(folder, "infer", "--json", "--quiet").stdout)
+    return results["metrics"]["ocd ensemble"]["mse"]
+
+
+def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, tmp_path):
+    """A base whose residual is a known function of what the layer sees: with the task's loss it falls further."""
+    folder = helping(tmp_path / "project")
+    ocd(folder, "run")
+    plain = ensemble_loss(ocd, folder)
+    changed = {"task_weight": 1.0, "task_samples": 32, "conditioning_noise": 0.05}
+    words = [word for key, value in changed.items() for word in ("--set", f"train-diffusion.{key}={value}")]
+    found = json.loads(ocd(folder, "train-diffusion", "--force", "--json", *words).stdout)
+    assert found["held_out_task_loss"] < 1
+    ocd(folder, "infer", *words)
+    assert json.loads(ocd(folder, "infer", "--json", *words).stdout)["metrics"]["ocd ensemble"]["mse"] < 0.9 * plain
+
+
+def test_an_extended_training_is_the_same_as_a_whole_one(ocd, tmp_path):
+    folder = helping(tmp_path / "project")
+    words = ["--set", "train-diffusion.task_weight=0.5", "--set", "train-diffusion.conditioning_noise=0.1"]
+    ocd(folder, "run", "--until", "collect")
+    weights = folder.run / "train-diffusion" / "denoiser.safetensors"
+    ocd(folder, "train-diffusion", *words, "--set", "train-diffusion.max_steps=40")
+    whole = weights.read_bytes()
+    ocd(folder, "train-diffusion", "--force", *words, "--set", "train-diffusion.max_steps=15")
+    assert weights.read_bytes() != whole
+    ocd(folder, "train-diffusion", *words, "--set", "train-diffusion.max_steps=40")
+    assert weights.read_bytes() == whole
