@@ -1,5 +1,7 @@
 """TinyNeRF on one scene: a sample is a view, x its rays and y its picture; each view gets weights of its own."""
 
+import copy
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,27 @@ class NerfTask(Task):
     Args:
         scene: a folder in Blender's format or an npz file, from this folder; by default Lego, from OCD_DATA or downloaded.
         rays: of a view, drawn anew for each gradient step of overfitting.
-        base_steps: gradient steps that train the base, each on `[train-base] batch_size` rays of all views.
+        base_steps, base_rays, base_lr: gradient steps of Adam that train the base, rays of any views at each, learning rate.
+        longer_steps: more of them for a further row of `evaluate`, the base trained on; 0: no such row.
         options: `size`, `train_views`, `validation_views`, `test_views` and `sha256` of `scenes.load_scene`.
     """
 
     kind = REGRESSION
     watched = ("compositing",)
 
-    def __init__(self, scene: str | None = None, *, rays: int = 2048, base_steps: int = 1500, **options: Any) -> None:
-        self._given, self._rays, self._base_steps = (scene, options), rays, base_steps
+    def __init__(
+        self,
+        scene: str | None = None,
+        *,
+        rays: int = 2048,
+        base_steps: int = 1500,
+        base_rays: int = 1024,
+        base_lr: float = 5e-3,
+        longer_steps: int = 4500,
+        **options: Any,
+    ) -> None:
+        self._given, self._rays, self._base_steps, self._longer_steps = (scene, options), rays, base_steps, longer_steps
+        self._base_rays, self._base_lr = base_rays, base_lr
 
     @cached_property
     def scene(self) -> Scene:
@@ -99,16 +113,34 @@ class NerfTask(Task):
         """Adam on random rays of random views; what is to be known of the scene is said before."""
         for note in self.scene.notes:
             report.message(note)
+        for step, error in enumerate(self._trained(model, train, self._base_steps, device), 1):
+            if step % REPORTED_STEPS == 0 or step == self._base_steps:
+                report.progress(step, self._base_steps, "steps", mse=float(error))
+
+    def extra_rows(
+        self, model: nn.Module, train: Split, validation: Split, *, seed: int, device: torch.device
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What the base becomes when it is trained on, as a sceptic would do with the time that OCD takes."""
+        if not self._longer_steps:
+            return {}
+        longer = copy.deepcopy(model).requires_grad_(True)
+        with torch.enable_grad():
+            for _ in self._trained(longer.train(), train, self._longer_steps, device):
+                pass
+        longer.eval()
+        return {f"base trained {1 + self._longer_steps / self._base_steps:g} times as long": longer}
+
+    def _trained(self, model: nn.Module, train: Split, steps: int, device: torch.device) -> Iterator[Tensor]:
+        """Train; the mean squared error of each step."""
         x, y = (part.flatten(0, 1).to(device) for part in train.batch(range(len(train))))
-        optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"])
-        for step in range(1, self._base_steps + 1):
-            rows = torch.randint(len(x), (options["batch_size"],), device=device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=self._base_lr)
+        for _ in range(steps):
+            rows = torch.randint(len(x), (self._base_rays,), device=device)
             error = F.mse_loss(model(x[rows].unsqueeze(0))[0], y[rows])
             optimizer.zero_grad()
             error.backward()
             optimizer.step()
-            if step % REPORTED_STEPS == 0 or step == self._base_steps:
-                report.progress(step, self._base_steps, "steps", mse=float(error))
+            yield error.detach()
 
     def _pictures(self, colours: Tensor) -> Tensor:
         """(…, H·W, 3) to (…, H, W, 3)."""
