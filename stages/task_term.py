@@ -14,7 +14,7 @@ from stages.seeds import generator, seed_of
 from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.protocol import Task
-from stages.tasks.views import views_of
+from stages.tasks.views import glances_of
 from stages.trees import to_device
 from stages.weights.engine import Engine
 
@@ -29,10 +29,10 @@ JUDGED = 16
 class TaskTerm:
     """L(f_{θ + ρ·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's mean loss.
 
-    The delta has the length ρ of the row's own; samples are seen as at a gradient step of overfitting.
+    The delta has the length ρ of the row's own; of large samples the task shows a part.
 
     Attributes:
-        task: gives views and loss.
+        task: gives the loss, and parts of samples.
         engine: runs the base with a weight for each sample.
         split: all training samples.
         sample_index: of each row of the store, its sample's position there, (N,).
@@ -41,6 +41,7 @@ class TaskTerm:
         seed: the run's.
         weight: of the term beside the denoiser's loss.
         samples: rows it is computed on at each step.
+        after: steps before it counts: the deltas alone are learned sooner.
     """
 
     task: Task
@@ -52,9 +53,13 @@ class TaskTerm:
     seed: int
     weight: float
     samples: int
+    after: int = 0
 
-    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor:
-        """The weighted term on the first rows of a step's batch, after as many passes of the sampler as the step draws."""
+    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor | None:
+        """The weighted term on the first rows of a step's batch, after as many passes of the sampler as the step draws; None
+        before it counts."""
+        if step < self.after:
+            return None
         passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
         few = rows.take(slice(0, self.samples))
         return self.weight * self._losses(denoiser, few, passes, (STAGE, "task", step)).mean()
@@ -83,5 +88,5 @@ class TaskTerm:
         weight = self.engine.layer.weight(self.engine.model)
         deltas = (drawn * length.view(-1, 1, 1)).reshape(len(rows), *self.engine.layer.shape)
         given = self.split.batch(self.sample_index[numbers])
-        x, y = (to_device(tree, device) for tree in views_of(self.task, *given, seeds))
+        x, y = (to_device(tree, device) for tree in glances_of(self.task, *given, seeds))
         return losses(self.task, self.engine.way(x, weight + deltas.to(weight)), y) / self.mean_loss

@@ -146,7 +146,7 @@ class TrainDiffusion(Stage):
         index = torch.from_numpy(reader.read("sample_index"))
         mean_loss = float(reader.read("base_loss").astype(float).mean())
         given = (self.task, engine, whole, index, mean_loss, choice.schedule, self.seed)
-        return TaskTerm(*given, settings.task_weight, settings.task_samples)
+        return TaskTerm(*given, settings.task_weight, settings.task_samples, settings.task_after)
 
     def _run(self, wip: Path, choice: Choice, training: Training) -> Trained:
         settings, trainer, steps = self.settings, training.trainer, training.steps

@@ -29,6 +29,7 @@ class NerfTask(Task):
     Args:
         scene: a folder in Blender's format or an npz file, from this folder; by default Lego, from OCD_DATA or downloaded.
         rays: of a view, drawn anew for each gradient step of overfitting.
+        glanced_rays: of a view, for each step that trains the denoiser by the rendering error.
         base_steps, base_rays, base_lr: gradient steps of Adam that train the base, rays of any views at each, learning rate.
         longer_steps: more of them for a further row of `evaluate`, the base trained on; 0: no such row.
         options: `size`, `train_views`, `validation_views`, `test_views` and `sha256` of `scenes.load_scene`.
@@ -42,6 +43,7 @@ class NerfTask(Task):
         scene: str | None = None,
         *,
         rays: int = 2048,
+        glanced_rays: int = 512,
         base_steps: int = 1500,
         base_rays: int = 1024,
         base_lr: float = 5e-3,
@@ -49,7 +51,7 @@ class NerfTask(Task):
         **options: Any,
     ) -> None:
         self._given, self._rays, self._base_steps, self._longer_steps = (scene, options), rays, base_steps, longer_steps
-        self._base_rays, self._base_lr = base_rays, base_lr
+        self._glanced_rays, self._base_rays, self._base_lr = glanced_rays, base_rays, base_lr
 
     @cached_property
     def scene(self) -> Scene:
@@ -87,6 +89,11 @@ class NerfTask(Task):
     def view(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Some rays of the view, and their colours."""
         drawn = torch.randperm(len(x), generator=generator)[: self._rays]
+        return x[drawn], y[drawn]
+
+    def glance(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Fewer rays, so that a step takes in more views."""
+        drawn = torch.randperm(len(x), generator=generator)[: self._glanced_rays]
         return x[drawn], y[drawn]
 
     def coordinates(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from stages.seeds import global_seed
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[Rows, Tensor, Tensor]
-Further = Callable[[Denoiser, Rows, int], Tensor]
+Further = Callable[[Denoiser, Rows, int], Tensor | None]
 
 
 class DenoisingSteps:
@@ -31,7 +31,7 @@ class DenoisingSteps:
         ranks: the processes that share each batch.
         seed: of the run, for dropout and noise on the conditioning.
         smaller: hears of a micro-batch that had to be halved.
-        further: another part of the loss: denoiser, this rank's rows and the step to a scalar.
+        further: another part of the loss: denoiser, this rank's rows and the step to a scalar, or None.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class DenoisingSteps:
             yield self._errors(rows.take(part), t[part], noise[part], step, number).sum() / self.batch_size
         if self.further is not None:
             with global_seed(self._seed, "train-diffusion", "further", step, self._ranks.rank):
-                yield self.further(self._denoiser, rows, step) / self._ranks.count
+                part = self.further(self._denoiser, rows, step)
+            if part is not None:
+                yield part / self._ranks.count
 
     def errors(self) -> tuple[Tensor, Tensor]:
         """The last batch's rows in the store and each one's loss now, (B,) each."""

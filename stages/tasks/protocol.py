@@ -80,6 +80,11 @@ class Task:
         """The part of one sample (no batch axis) used at one gradient step of overfitting; by default all of it."""
         return x, y
 
+    def glance(self, x: Tree, y: Tree, generator: torch.Generator) -> tuple[Tree, Tree]:
+        """The part of one sample (no batch axis) used at one step of training the denoiser by the task's loss; by default as
+        `view`. Where a sample is many rows, few rows of many samples teach more than many rows of few."""
+        return self.view(x, y, generator)
+
     def conditioning(self, x: Tree, output: Tree, captured: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Named fields (B, …) in place of I(x) = [layer_input, activation, base_output], or None for those three.
 

@@ -1,6 +1,8 @@
 """What a sample shows of itself at a gradient step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
 
 from stages.seeds import generator
 from stages.tasks.data import Split
@@ -27,13 +29,27 @@ def views_of(task: Task, x: Tree, y: Tree, seeds: Sequence[tuple[str | int, ...]
         TaskError: `view` raises, or gives no pairs.
         DataError: the samples' parts do not stack.
     """
-    if not has_views(task):
-        return x, y
+    return _parts("view()", task.view, x, y, seeds) if has_views(task) else (x, y)
+
+
+def glances_of(task: Task, x: Tree, y: Tree, seeds: Sequence[tuple[str | int, ...]]) -> tuple[Tree, Tree]:
+    """As `views_of`, of what is used at one step of training the denoiser by the task's loss."""
+    whole = not has_views(task) and type(task).glance is Task.glance
+    return (x, y) if whole else _parts("glance()", task.glance, x, y, seeds)
+
+
+def _parts(
+    name: str,
+    cut: Callable[[Tree, Tree, torch.Generator], tuple[Tree, Tree]],
+    x: Tree,
+    y: Tree,
+    seeds: Sequence[tuple[str | int, ...]],
+) -> tuple[Tree, Tree]:
     parts = []
     for i, seed in enumerate(seeds):
-        with user_code("view()"):
-            parts.append(task.view(take(x, i), take(y, i), generator(*seed)))
-    return Split(parts, name="view()").batch(range(len(parts)))
+        with user_code(name):
+            parts.append(cut(take(x, i), take(y, i), generator(*seed)))
+    return Split(parts, name=name).batch(range(len(parts)))
 
 
 def any_views(task: Task, x: Tree, y: Tree) -> tuple[Tree, Tree]:
