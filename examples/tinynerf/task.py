@@ -19,6 +19,8 @@ from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task
 
 REPORTED_STEPS, GRID = 10, 10
+# Initialisations that training is begun from, at most.
+MOST_BEGUN = 50
 # The window of the paper that defined it.
 SSIM = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 
@@ -117,12 +119,16 @@ class NerfTask(Task):
     def train_base(
         self, model: nn.Module, train: Split, validation: Split, *, report: Report, device: torch.device, **options: Any
     ) -> None:
-        """Adam on random rays of random views; what is to be known of the scene is said before."""
+        """Adam on random rays of random views; what is to be known of the scene is said before.
+
+        Where the network comes to render nothing at all, as most initialisations do in the first few steps, it begins anew from
+        another one: every density is on the flat side of its ReLU, and no gradient leads out of there.
+        """
         for note in self.scene.notes:
             report.message(note)
-        for step, error in enumerate(self._trained(model, train, self._base_steps, device), 1):
+        for step, error in self._trained(model, train, self._base_steps, device, report.message):
             if step % REPORTED_STEPS == 0 or step == self._base_steps:
-                report.progress(step, self._base_steps, "steps", mse=float(error))
+                report.progress(step, self._base_steps, "steps", mse=error.item())
 
     def extra_rows(
         self, model: nn.Module, train: Split, validation: Split, *, seed: int, device: torch.device
@@ -132,22 +138,32 @@ class NerfTask(Task):
             return {}
         longer = copy.deepcopy(model).requires_grad_(True)
         with torch.enable_grad():
-            for _ in self._trained(longer.train(), train, self._longer_steps, device):
+            for _ in self._trained(longer.train(), train, self._longer_steps, device, lambda text: None):
                 pass
         longer.eval()
         return {f"base trained {1 + self._longer_steps / self._base_steps:g} times as long": longer}
 
-    def _trained(self, model: nn.Module, train: Split, steps: int, device: torch.device) -> Iterator[Tensor]:
-        """Train; the mean squared error of each step."""
+    def _trained(
+        self, model: nn.Module, train: Split, steps: int, device: torch.device, tell: Callable[[str], None]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Train: the number of each step, and its mean squared error."""
         x, y = (part.flatten(0, 1).to(device) for part in train.batch(range(len(train))))
-        optimizer = torch.optim.Adam(model.parameters(), lr=self._base_lr)
-        for _ in range(steps):
+        optimizer, step, begun = torch.optim.Adam(model.parameters(), lr=self._base_lr), 0, 1
+        while step < steps:
             rows = torch.randint(len(x), (self._base_rays,), device=device)
             error = F.mse_loss(model(x[rows].unsqueeze(0))[0], y[rows])
             optimizer.zero_grad()
             error.backward()
+            if begun < MOST_BEGUN and not model.layer1.weight.grad.any():
+                for layer in (model.layer1, model.layer2, model.layer3):
+                    layer.reset_parameters()
+                optimizer, step, begun = torch.optim.Adam(model.parameters(), lr=self._base_lr), 0, begun + 1
+                continue
             optimizer.step()
-            yield error.detach()
+            step += 1
+            yield step, error.detach()
+        if begun > 1:
+            tell(f"begun {begun} times: after the other initialisations the network rendered nothing")
 
     def _pictures(self, colours: Tensor) -> Tensor:
         """(…, H·W, 3) to (…, H, W, 3)."""
