@@ -123,8 +123,10 @@ def _collect(out: Console, summary: dict[str, Any]) -> None:
     shape = "×".join(map(str, summary["shape"]))
     degenerate = f", {summary['degenerate']:,} degenerate" if summary["degenerate"] else ""
     degenerate += f", {len(summary['skipped']):,} left out (not finite)" if summary["skipped"] else ""
+    repeats = summary.get("repeats", 1)
+    each = f", {repeats:,} of each sample" if repeats > 1 else ""
     out.print(
-        f"deltas: {summary['samples']:,} of {summary['layer']} ({shape}), by {summary['engine']}{degenerate}",
+        f"deltas: {repeats * summary['samples']:,} of {summary['layer']} ({shape}){each}, by {summary['engine']}{degenerate}",
         markup=False,
     )
     out.print(

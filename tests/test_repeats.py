@@ -1,0 +1,324 @@
+"""Several overfits of one sample, each with other parts of it: the store, who reads it, and what is refused."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import Folder, blocks_of, counted_blocks, reader_of, results, states, store
+from test_new_settings import forget
+
+from stages.artifacts.project import load_project
+from stages.evaluate import Evaluate
+from stages.evaluation.subject import Batch, Examined
+from stages.examination import with_neighbours
+from stages.training_deltas import StoredDeltas
+from stages.training_rows import TrainingRows
+
+# A sample is five points and a number at each; two of them are shown at each step. The environment spoils a sample.
+TASK = """\
+import os
+import torch
+from torch import nn
+from stages.seeds import generator
+from stages.tasks.data import ArrayDataset
+from stages.tasks.losses import REGRESSION, mse
+from stages.tasks.protocol import Task
+
+
+class Points(Task):
+    kind = REGRESSION
+
+    def model(self):
+        return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(1))
+
+    def points(self, name, count):
+        x = torch.randn(count, 5, 3, generator=generator("points", name))
+        return ArrayDataset(x, x[..., 0].sin() + x[:, :1, 1])
+
+    def train(self):
+        return self.points("train", 18)
+
+    def validation(self):
+        return self.points("validation", 6)
+
+    def test(self):
+        return self.points("test", 7)
+
+    def loss(self, output, y):
+        return mse(output, y)
+
+    def view(self, x, y, generator):
+        shown = torch.randperm(5, generator=generator)[:2]
+        if float(x[0, 0]) == float(os.environ.get("SPOILED", "nan")):
+            return x[shown] * torch.nan, y[shown]
+        return x[shown], y[shown]
+"""
+WITHOUT_VIEW = TASK[: TASK.index("    def view")]
+SAMPLES, REPEATS = 18, 3
+SETTINGS = {
+    "task": {"class": "mytask:Points", **dict.fromkeys(("model", "loss", "train", "test"))},
+    "select-layer": {"layer": "0.weight", "draws": 0},
+    "collect": {"lr": 0.02, "steps": 2, "repeats": REPEATS, "block_samples": 9, "batch_size": 9},
+    "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]},
+}
+ONCE = ("--set", "collect.repeats=1", "--set", "collect.block_samples=3", "--set", "collect.batch_size=3")
+
+
+@pytest.fixture(scope="module")
+def repeated_run(ocd, tmp_path_factory):
+    """A project with everything done; not to be changed."""
+    root = tmp_path_factory.mktemp("repeated") / "project"
+    root.mkdir()
+    folder = Folder(root)
+    folder.write(SETTINGS)
+    (root / "mytask.py").write_text(TASK)
+    ocd(folder, "run", "--quiet")
+    return folder
+
+
+@pytest.fixture
+def repeated(repeated_run, tmp_path):
+    """A copy of it."""
+    shutil.copytree(repeated_run.root, tmp_path / "repeated")
+    return Folder(tmp_path / "repeated")
+
+
+@pytest.fixture
+def ready(repeated):
+    """The same, about to collect."""
+    for stage in ("collect", "train-diffusion", "train-scale", "infer"):
+        shutil.rmtree(repeated.run / stage)
+    return repeated
+
+
+@pytest.fixture(scope="module")
+def deltas(repeated_run):
+    return StoredDeltas(reader_of(repeated_run))
+
+
+@pytest.fixture
+def evaluation(repeated_run):
+    """The stage, about to work, four samples at a time."""
+    stage = Evaluate(load_project(repeated_run.config, overrides=["run.device=cpu"]), {})
+    stage._size = 4
+    return stage
+
+
+# The store
+
+
+def test_rows_follow_one_another_by_sample(repeated_run):
+    arrays = store(repeated_run)
+    numbers = arrays["sample_index"].reshape(SAMPLES, REPEATS)
+    assert (numbers == numbers[:, :1]).all()
+    assert sorted(numbers[:, 0].tolist()) == list(range(SAMPLES)) != numbers[:, 0].tolist()
+    each = arrays["delta"].reshape(SAMPLES, REPEATS, -1)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (np.abs(each[:, one] - each[:, other]).max(1) > 1e-4).all()
+    for name in ("layer_input", "activation", "base_output", "base_loss"):
+        fields = arrays[name].reshape(SAMPLES, REPEATS, -1)
+        np.testing.assert_allclose(fields, np.repeat(fields[:, :1], REPEATS, axis=1), rtol=1e-5, atol=1e-6)
+    summary = json.loads((repeated_run.run / "collect" / "manifest.json").read_text())["summary"]
+    assert (summary["samples"], summary["repeats"], summary["blocks"]) == (SAMPLES, REPEATS, 6)
+
+
+def test_the_first_of_them_is_what_there_is_without_repeats(ocd, ready):
+    """One sample at a time, for in a batch a sample's place decides how its sums are rounded."""
+    alone = ("--set", "collect.batch_size=1")
+    ocd(ready, "collect", "--quiet", *ONCE, *alone)
+    found = store(ready)
+    assert "repeats" not in json.loads((ready.run / "collect" / "manifest.json").read_text())["summary"]
+    ocd(ready, "collect", "--quiet", "--force", *alone)
+    wanted = store(ready)
+    assert found.keys() == wanted.keys()
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, wanted[name][::REPEATS], err_msg=name)
+
+
+def test_more_samples_keep_the_blocks_there_are(ocd, ready, repeated_run):
+    ocd(ready, "collect", "--quiet", "--set", "collect.samples=12")
+    assert store(ready)["delta"].shape[0] == 12 * REPEATS
+    with counted_blocks() as written:
+        ocd(ready, "collect", "--quiet")
+    assert sorted(written) == [4, 5]
+    assert results(ready, "collect") == results(repeated_run, "collect")
+    assert states(ocd, ready)["collect"] == "done"
+
+
+def test_a_block_that_ends_within_a_sample(ocd, ready, repeated_run):
+    """Blocks count rows: samples need not be whole in them."""
+    uneven = ("--set", "collect.block_samples=7", "--set", "collect.batch_size=4")
+    ocd(ready, "collect", "--quiet", "--set", "collect.samples=5", *uneven)
+    ocd(ready, "collect", "--quiet", *uneven)
+    found, wanted = store(ready), store(repeated_run)
+    np.testing.assert_array_equal(found["sample_index"], wanted["sample_index"])
+    np.testing.assert_allclose(found["delta"], wanted["delta"], atol=1e-6)
+
+
+def test_two_parts_make_the_whole(ocd, ready, repeated_run):
+    for part in ("2/2", "1/2"):
+        ocd(ready, "collect", "--quiet", "--part", part)
+    assert results(ready, "collect") == results(repeated_run, "collect")
+
+
+def test_what_the_commands_say(ocd, ready):
+    plan = json.loads(ocd(ready, "collect", "--dry-run", "--json").stdout)
+    assert plan["what"] == "overfit 0.weight (6, 3) on 18 samples, 3 times each, 6 blocks"
+    assert (plan["samples"], plan["blocks"]) == (SAMPLES, 6)
+    assert "deltas: 54 of 0.weight (6×3), 3 of each sample, by substitution\n" in ocd(ready, "collect").stdout
+    assert "deltas: 18 of 0.weight (6×3), by substitution\n" in ocd(ready, "collect", "--force", *ONCE).stdout
+
+
+def test_samples_left_out_are_named_once(ocd, ready, monkeypatch, repeated_run):
+    module = {}
+    exec(TASK, module)
+    monkeypatch.setenv("SPOILED", str(float(module["Points"]().train().x[11, 0, 0])))
+    summary = json.loads(ocd(ready, "collect", "--json", "--quiet", "--set", "collect.skip_bad=true").stdout)
+    assert summary["skipped"] == [11]
+    arrays, whole = store(ready), store(repeated_run)
+    bad = arrays["sample_index"] == 11
+    assert bad.sum() == REPEATS
+    assert arrays["degenerate"][bad].all()
+    assert summary["overfit_loss"] == pytest.approx(whole["overfit_loss"][~bad].mean(), rel=1e-5)
+
+
+# Refusals and states
+
+
+def test_repeats_need_parts_to_draw(ocd, ready):
+    (ready.root / "mytask.py").write_text(WITHOUT_VIEW)
+    for stage in ("train-base", "select-layer"):
+        ocd(ready, stage, "--force", "--quiet")
+    result = ocd(ready, "collect", "--quiet", code=2)
+    assert result.stderr == (
+        "error: collect.repeats = 3: the task has no view(), so every overfit of a sample is the same\n"
+        "  leave it out, or draw a part of the sample for each gradient step in view()\n"
+    )
+    assert not (ready.run / "collect").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", '"all"'])
+def test_no_number_of_repeats(ocd, ready, value):
+    assert "collect.repeats" in ocd(ready, "collect", "--quiet", "--set", f"collect.repeats={value}", code=2).stderr
+
+
+def test_other_repeats_are_another_store(ocd, repeated):
+    found = states(ocd, repeated, "collect.repeats=2")
+    assert {name: state for name, state in found.items() if state != "done"} == dict.fromkeys(
+        ("collect", "train-diffusion", "train-scale", "infer"), "stale"
+    )
+    shown = ocd(repeated, "collect", "--quiet", "--set", "collect.repeats=2", code=3).stderr
+    assert "collect.repeats was 3, is now 2" in shown
+
+
+def test_a_store_from_before_there_were_repeats(ocd, ready):
+    ocd(ready, "collect", "--quiet", *ONCE)
+    forget(ready, "collect", "collect.repeats")
+    assert states(ocd, ready, "collect.repeats=1")["collect"] == "done"
+    assert states(ocd, ready)["collect"] == "stale"
+    assert "collect.repeats was not there, is now 3" in ocd(ready, "collect", "--quiet", code=3).stderr
+
+
+# Who reads it
+
+
+def test_the_delta_of_a_sample_is_the_mean_of_its_rows(deltas, repeated_run):
+    arrays = store(repeated_run)
+    assert deltas.first_rows.tolist() == list(range(0, SAMPLES * REPEATS, REPEATS))
+    places = torch.tensor([4, 0, 17, 4])
+    wanted = arrays["delta"].reshape(SAMPLES, REPEATS, 6, 3).mean(1)[places.numpy()]
+    np.testing.assert_allclose(deltas.of_samples(places).numpy(), wanted, atol=1e-7)
+    np.testing.assert_allclose(deltas.mean.numpy(), arrays["delta"].mean(0), atol=1e-6)
+
+
+def test_without_repeats_it_is_the_row(ocd, ready):
+    ocd(ready, "collect", "--quiet", *ONCE)
+    found = StoredDeltas(reader_of(ready))
+    assert found.first_rows.tolist() == list(range(SAMPLES))
+    assert torch.equal(found.of_samples(torch.tensor([3, 1])), found.take(torch.tensor([3, 1])))
+
+
+def test_a_delta_is_not_compared_with_others_of_its_sample(deltas, repeated_run):
+    arrays = store(repeated_run)
+    flat = torch.from_numpy(arrays["delta"]).flatten(1).double()
+    cosines = torch.nn.functional.normalize(flat, dim=1) @ torch.nn.functional.normalize(flat, dim=1).T
+    numbers = torch.from_numpy(arrays["sample_index"])
+    rows = torch.tensor([0, 1, 7, 53])
+    found = deltas.nearest_cosines(deltas.take(rows), rows)
+    others = numbers[rows].unsqueeze(1) != numbers
+    wanted = torch.where(others, cosines[rows], -1.0).max(1).values
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    assert (deltas.nearest_cosines(deltas.take(rows), torch.full((4,), -1)) > 1 - 1e-5).all()
+
+
+@pytest.mark.parametrize("with_deltas", [True, False])
+def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
+    rows = TrainingRows(
+        reader_of(repeated_run),
+        deltas=with_deltas,
+        held_out=0.2,
+        batch_size=7,
+        seed=1,
+        device=torch.device("cpu"),
+        memory="auto",
+    )
+    numbers = torch.from_numpy(store(repeated_run)["sample_index"])
+    held = rows.held_out.numbers
+    assert len(held) == round(0.2 * SAMPLES) * REPEATS
+    assert len(numbers[held].unique()) == round(0.2 * SAMPLES)
+    stream = rows.batches(0)
+    drawn = torch.cat([next(stream).numbers for _ in range(20)])
+    assert set(drawn.tolist()) == set(range(len(numbers))) - set(held.tolist())
+    other = TrainingRows(
+        reader_of(repeated_run), deltas=True, held_out=0.2, batch_size=4, seed=1, device=torch.device("cpu"), memory=0.0
+    )
+    assert torch.equal(other.held_out.numbers, held)
+
+
+def test_neighbours_are_samples_not_rows(evaluation):
+    assert evaluation._find_neighbours() == {}
+    split = evaluation.splits["all"]
+    first = evaluation.training.sample_index[evaluation.training.first_rows]
+    known, asked = split.inputs(first).flatten(1), evaluation.test_split.inputs(range(7)).flatten(1)
+    wanted = torch.cdist(asked.double(), known.double()).sort(dim=1)
+    batch = Batch(evaluation.subject, evaluation._test, torch.arange(7))
+    for kind in ("x", "layer_input"):
+        found = batch.neighbours(kind).row
+        assert found.shape == (7, 5)
+        assert all(len(set(row)) == 5 for row in found.tolist())
+        # The first layer sees x itself.
+        assert torch.equal(found, wanted.indices[:, :5])
+        torch.testing.assert_close(batch.neighbours(kind).distance.double(), wanted.values[:, :5])
+        torch.testing.assert_close(
+            batch.neighbour_deltas(kind).flatten(0, 1), evaluation.training.of_samples(found.flatten()), rtol=0, atol=0
+        )
+
+
+def test_training_samples_are_not_their_own_neighbours(evaluation):
+    """Where training samples are examined, none of their rows counts."""
+    training = evaluation.training
+    examined = Examined(evaluation.splits["all"], torch.tensor([3, 0, 5]))
+    known = training.field("layer_input")[training.first_rows]
+    numbers = training.sample_index[training.first_rows]
+    assert with_neighbours(evaluation.subject, examined, evaluation.splits["all"], numbers, known, 17, 2, print) == {}
+    for kind in ("x", "layer_input"):
+        for position in (3, 0, 5):
+            row = examined.neighbours[kind].row[position]
+            assert sorted(numbers[row].tolist()) == [number for number in range(SAMPLES) if number != position]
+
+
+def test_evaluate_blends_neighbours(ocd, repeated):
+    found = {row["name"] for row in json.loads(ocd(repeated, "evaluate", "--json", "--quiet").stdout)["rows"]}
+    assert {"nearest neighbour", "nearest k blended", "nearest k blended in layer input", "random training deltas"} <= found
+    assert "ocd validated strength" in found
+
+
+def test_everything_is_whole(ocd, repeated_run):
+    assert set(states(ocd, repeated_run).values()) == {"done"}
+    ocd(repeated_run, "verify")
+    assert len(blocks_of(repeated_run, "collect")) == 6
+    log = (repeated_run.run / "collect" / "log.txt").read_text()
+    assert re.search(r"54/54 samples", log)
