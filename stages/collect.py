@@ -227,7 +227,7 @@ class Collect(SharedStage):
         _, fields, notes = condition(self.task, self.base_to_overfit, self.layer, x)
         if clash := sorted(fields.keys() & set(RESULT_ARRAYS)):
             raise TaskError(
-                f"conditioning() gave a field named {clash[0]!r}, which the store uses itself", "give it another name"
+                f"the conditioning has a field named {clash[0]!r}, which the store uses itself", "give it another name"
             )
         return {name: ArraySpec("float32", tuple(value.shape[1:])) for name, value in fields.items()}, notes
 

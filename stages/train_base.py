@@ -26,6 +26,7 @@ from stages.tasks.protocol import Task
 from stages.tasks.scoring import evaluate, finite
 from stages.tasks.user_code import user_code
 from stages.trees import to_device
+from stages.weights.capture import watched_modules
 from stages.weights.layer import find_layer
 
 
@@ -59,6 +60,7 @@ class TrainBase(Stage):
         layer = self.project.settings.select_layer.layer
         if layer != AUTO:
             find_layer(self._initial, layer)
+        watched_modules(self._initial, self.task.watched)
 
     @cached_property
     def _initial(self) -> nn.Module:

@@ -45,7 +45,7 @@ def capture(
     def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen[name] = _first_tensor([output])
 
-    module, others = layer.module(model), _watched_modules(model, watched)
+    module, others = layer.module(model), watched_modules(model, watched)
     handles = [module.register_forward_pre_hook(keep_input, with_kwargs=True)]
     for name, one in {ACTIVATION: module, **others}.items():
         # Its own output, before other hooks have it.
@@ -68,14 +68,20 @@ def capture(
     return output, fields | {BASE_OUTPUT: whole[0] if len(whole) == 1 and whole[0].dim() > 1 else flat_output(output)}
 
 
-def _watched_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """By the names of their fields."""
-    modules, found = dict(model.named_modules()), {}
+def watched_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that a task watches, by the names of their fields.
+
+    Raises:
+        TaskError: one does not exist, or has the field of another.
+    """
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TaskError(f"watched = {names!r}: expected names of modules", 'for example: watched = ("encoder.norm",)')
+    modules, found = {name: module for name, module in model.named_modules() if name}, {}
     for name in names:
         field = name.replace(".", "_")
         if name not in modules or field in (*FIELDS, *found):
             why = "has no module of that name" if name not in modules else f"would have two fields called {field}"
-            raise TaskError(f"watched = {name!r}: the model {why}", f"it has {', '.join(filter(None, modules))[:200]}")
+            raise TaskError(f"watched = {name!r}: the model {why}", f"it has {', '.join(modules)[:200]}")
         found[field] = modules[name]
     return found
 
