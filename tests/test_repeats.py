@@ -14,6 +14,8 @@ from stages.artifacts.project import load_project
 from stages.evaluate import Evaluate
 from stages.evaluation.subject import Batch, Examined
 from stages.examination import with_neighbours
+from stages.infer import open_run
+from stages.seeds import generator
 from stages.training_deltas import StoredDeltas
 from stages.training_rows import TrainingRows
 
@@ -65,6 +67,12 @@ SETTINGS = {
     "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]},
 }
 ONCE = ("--set", "collect.repeats=1", "--set", "collect.block_samples=3", "--set", "collect.batch_size=3")
+
+
+def known_task():
+    known = {}
+    exec(TASK, known)
+    return known["Points"]()
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +133,25 @@ def test_rows_follow_one_another_by_sample(repeated_run):
     assert (summary["samples"], summary["repeats"], summary["blocks"]) == (SAMPLES, REPEATS, 6)
 
 
+@pytest.mark.parametrize("row", [0, 1, 5, 30])
+def test_a_row_is_what_a_plain_loop_gives(repeated_run, row):
+    """Adam on one sample and the layer alone; the first repeat draws what there is to draw without repeats."""
+    arrays, task = store(repeated_run), known_task()
+    model = open_run(repeated_run.config, overrides=["run.device=cpu"]).model
+    data, sample, repeat = task.train(), int(arrays["sample_index"][row]), row % REPEATS
+    weight = model.get_parameter("0.weight").clone().requires_grad_()
+    optimizer = torch.optim.Adam([weight], lr=0.02)
+    for step in range(2):
+        seed = (1, "collect", sample, step, *([repeat] if repeat else []))
+        x, y = task.view(data.x[sample], data.y[sample], generator(*seed))
+        output = torch.func.functional_call(model, {"0.weight": weight}, (x.unsqueeze(0),))
+        optimizer.zero_grad()
+        (output[0] - y).square().mean().backward()
+        optimizer.step()
+    wanted = weight.detach() - model.get_parameter("0.weight")
+    np.testing.assert_allclose(arrays["delta"][row], wanted.numpy(), atol=1e-5)
+
+
 def test_the_first_of_them_is_what_there_is_without_repeats(ocd, ready):
     """One sample at a time, for in a batch a sample's place decides how its sums are rounded."""
     alone = ("--set", "collect.batch_size=1")
@@ -173,9 +200,7 @@ def test_what_the_commands_say(ocd, ready):
 
 
 def test_samples_left_out_are_named_once(ocd, ready, monkeypatch, repeated_run):
-    module = {}
-    exec(TASK, module)
-    monkeypatch.setenv("SPOILED", str(float(module["Points"]().train().x[11, 0, 0])))
+    monkeypatch.setenv("SPOILED", str(float(known_task().train().x[11, 0, 0])))
     summary = json.loads(ocd(ready, "collect", "--json", "--quiet", "--set", "collect.skip_bad=true").stdout)
     assert summary["skipped"] == [11]
     arrays, whole = store(ready), store(repeated_run)

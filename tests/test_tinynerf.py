@@ -106,7 +106,8 @@ def example(finished_example, tmp_path):
 @pytest.fixture(scope="module")
 def scene_task(finished_example):
     """The task on the same scene, and the trained base."""
-    return task.NerfTask(str(finished_example.root / "scene"), rays=RAYS), open_run(finished_example.config).model
+    base = open_run(finished_example.config, overrides=["run.device=cpu"]).model
+    return task.NerfTask(str(finished_example.root / "scene"), rays=RAYS), base
 
 
 # Rendering
@@ -465,6 +466,20 @@ def test_collect_goes_on_where_it_was_stopped(ocd, example):
         ocd(example, "collect", "--quiet")
     assert sorted(written) == [2, 3]
     assert results(example, "collect") == whole
+
+
+def test_rays_of_pictures_of_another_size(ocd, example):
+    np.savez(example.root / "few.npz", x=np.ones((2, 10, 6), np.float32))
+    shown = ocd(example, "infer", "--quiet", "--input", example.root / "few.npz", code=2).stderr
+    assert shown.startswith("error: few.npz")
+    assert "(10, 6)" in shown
+    assert f"({SIZE * SIZE}, 6)" in shown
+    assert not (example.run / "infer" / "few").exists()
+
+
+def test_another_picture_is_another_scene(ocd, example):
+    shutil.copy(example.root / "scene" / "train" / "r_1.png", example.root / "scene" / "train" / "r_0.png")
+    assert "train" in ocd(example, "train-base", "--quiet", code=3).stderr
 
 
 # Other scenes
