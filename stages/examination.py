@@ -214,9 +214,11 @@ def unseen(materials: Materials, training: StoredDeltas) -> Tensor:
         return torch.ones(len(split), dtype=torch.bool)
     allowed = torch.zeros(len(training), dtype=torch.bool)
     share = min(settings.train_diffusion.held_out, settings.train_scale.held_out)
-    held_out = usable_split(training.degenerate, training.rho, training.sample_index, share, materials.seed)[1]
+    train, held_out = usable_split(training.degenerate, training.rho, training.sample_index, share, materials.seed)
     allowed[held_out] = True
-    others = torch.nonzero(training.degenerate).squeeze(1)
+    # Of a sample with several rows one may be degenerate and another be drawn.
+    drawn = torch.isin(training.sample_index, training.sample_index[train])
+    others = torch.nonzero(training.degenerate & ~drawn).squeeze(1)
     part = round(len(others) * len(held_out) / len(training.usable))
     allowed[others[torch.randperm(len(others), generator=generator(materials.seed, "evaluate", "degenerate"))[:part]]] = True
     in_store, free = (torch.isin(split.rows, index) for index in (training.sample_index, training.sample_index[allowed]))
