@@ -166,11 +166,12 @@ class TrainDiffusionTable(Table):
         "Gaussian noise on the normalised conditioning while training, which keeps few samples from being learned by heart",
         ge=0,
     )
-    task_weight: float = identity(
-        0.0, "weight of the task's own loss with generated deltas applied, beside the deltas' own; 0 is the paper", ge=0
+    tune_after: int = identity(
+        0,
+        "steps on the deltas, after which the denoiser is tuned by the task's own loss with its deltas applied; 0: never",
+        ge=0,
     )
-    task_samples: int = identity(4, "samples a step that the task's loss is computed on, where it has a weight", ge=1)
-    task_after: int = identity(0, "steps on the deltas alone, which are fast, before the task's loss counts", ge=0)
+    tune_samples: int = identity(4, "samples a step of tuning", ge=1)
     max_steps: int = extent(10_000, "gradient steps, at most", ge=1)
     patience: int = identity(
         10, "evaluations in which the held-out loss falls by less than 1 % before stopping; 0: never stop early", ge=0

@@ -18,7 +18,7 @@ from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, UNETS, resol
 from stages.diffusion.denoising import step_draws
 from stages.diffusion.memory import operations, parameters, training_bytes
 from stages.diffusion.schedule import EPSILON, NoiseSchedule, make_schedule
-from stages.diffusion.steps import DenoisingSteps, Further, Ready
+from stages.diffusion.steps import DenoisingSteps, Ready, Tune
 from stages.diffusion.training import Trainer
 from stages.encoding import build_denoiser, described_encoders
 from stages.errors import TryAgainError
@@ -214,7 +214,7 @@ def begin_training(
     device: torch.device,
     ranks: Ranks,
     smaller: Callable[[int], None],
-    further: Further | None = None,
+    tuning: Tune | None = None,
 ) -> Training:
     """Make everything anew, as it is before the first step.
 
@@ -225,7 +225,7 @@ def begin_training(
         device: where it trains.
         ranks: the processes that share each batch.
         smaller: hears of a micro-batch that had to be halved.
-        further: as `DenoisingSteps`.
+        tuning: as `DenoisingSteps`.
     """
     project, settings = choice.project, choice.project.settings.train_diffusion
     wanted = {"held_out": settings.held_out, "batch_size": choice.batch_size, "memory": settings.store_memory}
@@ -241,7 +241,8 @@ def begin_training(
         ranks=ranks,
         seed=project.seed,
         smaller=smaller,
-        further=further,
+        tuning=tuning,
+        tune_after=settings.tune_after,
     )
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=choice.lr, weight_decay=0.0, fused=True)

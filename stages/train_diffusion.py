@@ -24,7 +24,7 @@ from stages.diffusion.training import threads_for
 from stages.encoding import build_denoiser
 from stages.outcome import Finished, Outcome
 from stages.stage import Stage
-from stages.task_term import TaskTerm
+from stages.tuning import Tuning
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"
 # Predicting nothing gives 1: a hundred times as much is no bad batch.
@@ -82,7 +82,7 @@ class TrainDiffusion(Stage):
 
     def auto_threads(self) -> int:
         """By the size of a step."""
-        if self.settings.task_weight:
+        if self.settings.tune_after:
             # The model's own passes are the larger part of it.
             return torch.get_num_threads()
         return threads_for(self._planned.operations, self._planned.batch_size)
@@ -134,11 +134,11 @@ class TrainDiffusion(Stage):
             if self.ranks.leads:
                 self.change_execution(micro_batch_size=left)
 
-        return begin_training(choice, reader, micro, self.device, self.ranks, smaller, self._task_term(choice, reader))
+        return begin_training(choice, reader, micro, self.device, self.ranks, smaller, self._tuning(choice, reader))
 
-    def _task_term(self, choice: Choice, reader: StoreReader) -> TaskTerm | None:
+    def _tuning(self, choice: Choice, reader: StoreReader) -> Tuning | None:
         settings, whole = self.settings, self.splits["all"]
-        if not settings.task_weight:
+        if not settings.tune_after:
             return None
         collect, rows = self.project.settings.collect, self.splits["train"]
         probe = rows.batch([i % len(rows) for i in range(PROBE)])
@@ -146,7 +146,7 @@ class TrainDiffusion(Stage):
         index = torch.from_numpy(reader.read("sample_index"))
         mean_loss = float(reader.read("base_loss").astype(float).mean())
         given = (self.task, engine, whole, index, mean_loss, choice.schedule, self.seed)
-        return TaskTerm(*given, settings.task_weight, settings.task_samples, settings.task_after)
+        return Tuning(*given, settings.tune_samples)
 
     def _run(self, wip: Path, choice: Choice, training: Training) -> Trained:
         settings, trainer, steps = self.settings, training.trainer, training.steps
@@ -173,12 +173,11 @@ class TrainDiffusion(Stage):
         ).run()
 
     def _judged(self, figures: dict[str, float], training: Training) -> dict[str, float]:
-        """Figures of the deltas themselves, and what they do to the task's loss where that has a weight."""
-        if (term := training.steps.further) is None:
+        """Figures of the deltas; where they are tuned, what they do to the task's loss decides."""
+        if (tuning := training.steps.tuning) is None:
             return figures
-        found = term.judge(training.trainer.averaged, training.rows.held_out)
-        score = figures["score"] + term.weight * found
-        return {**figures, "score": score, "denoising_loss": figures["score"], "task_loss": found}
+        found = tuning.judge(training.trainer.averaged, training.rows.held_out)
+        return {**figures, "score": found, "denoising_loss": figures["score"]}
 
     def _follow(self, begun: dict[str, Any]) -> None:
         """Take part in the training that rank 0 drives."""
@@ -198,7 +197,7 @@ class TrainDiffusion(Stage):
             "stopped_early": trained.stopped_early,
             "best_step": trained.best["step"],
             "held_out_loss": trained.best.get("denoising_loss", trained.best["score"]),
-            **({"held_out_task_loss": trained.best["task_loss"]} if "task_loss" in trained.best else {}),
+            **({"held_out_task_loss": trained.best["score"]} if self.settings.tune_after else {}),
             "cosine": trained.best["cosine"],
             "cosine_shuffled": trained.best["cosine_shuffled"],
             "samples": samples,

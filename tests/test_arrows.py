@@ -39,7 +39,7 @@ ALLOWED = {
     "training_rows": {"artifacts", "diffusion"},
     "encoding": {"artifacts", "diffusion", "tasks"},
     "denoiser_training": {"artifacts", "diffusion", "encoding", "training_rows"},
-    "task_term": {"diffusion", "tasks", "weights"},
+    "tuning": {"diffusion", "tasks", "weights"},
     "hooks": {"artifacts", "materials", "outcome"},
     "stage": {"artifacts", "hooks", "materials", "outcome"},
     "sharing": {"artifacts", "outcome", "stage"},

@@ -15,7 +15,7 @@ from stages.seeds import global_seed
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[Rows, Tensor, Tensor]
-Further = Callable[[Denoiser, Rows, int], Tensor | None]
+Tune = Callable[[Denoiser, Rows, int], Tensor]
 
 
 class DenoisingSteps:
@@ -31,7 +31,8 @@ class DenoisingSteps:
         ranks: the processes that share each batch.
         seed: of the run, for dropout and noise on the conditioning.
         smaller: hears of a micro-batch that had to be halved.
-        further: another part of the loss: denoiser, this rank's rows and the step to a scalar, or None.
+        tuning: from `tune_after` on the whole loss: denoiser, this rank's rows and the step to a scalar.
+        tune_after: steps on the deltas.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class DenoisingSteps:
         ranks: Ranks,
         seed: int,
         smaller: Callable[[int], None] = lambda rows: None,
-        further: Further | None = None,
+        tuning: Tune | None = None,
+        tune_after: int = 0,
     ) -> None:
         self._denoiser, self._schedule = denoiser, schedule
         self.batch_size, self.micro_batch, self._half = batch_size, micro_batch, half
-        self._ranks, self._seed, self._smaller, self.further = ranks, seed, smaller, further
+        self._ranks, self._seed, self._smaller = ranks, seed, smaller
+        self.tuning, self._tune_after = tuning, tune_after
         self._device = next(denoiser.parameters()).device
         self._draws = denoiser.encoder.noise > 0 or any(
             isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in denoiser.modules()
@@ -61,14 +64,13 @@ class DenoisingSteps:
         """The losses of a step's micro-batches, each weighted by its share of the whole batch."""
         self._step = step
         rows, t, noise = self._stream.at(step)
+        if self.tuning is not None and step >= self._tune_after:
+            with global_seed(self._seed, "train-diffusion", "tune", step, self._ranks.rank):
+                yield self.tuning(self._denoiser, rows, step) / self._ranks.count
+            return
         for number, start in enumerate(range(0, len(rows), self.micro_batch)):
             part = slice(start, start + self.micro_batch)
             yield self._errors(rows.take(part), t[part], noise[part], step, number).sum() / self.batch_size
-        if self.further is not None:
-            with global_seed(self._seed, "train-diffusion", "further", step, self._ranks.rank):
-                part = self.further(self._denoiser, rows, step)
-            if part is not None:
-                yield part / self._ranks.count
 
     def errors(self) -> tuple[Tensor, Tensor]:
         """The last batch's rows in the store and each one's loss now, (B,) each."""

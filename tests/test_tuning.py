@@ -1,4 +1,4 @@
-"""The task's own loss in the denoiser's training: deltas drawn with a gradient, the term itself, and what it brings."""
+"""Tuning by the task's own loss: deltas drawn with a gradient, the loss itself, and what it brings."""
 
 import json
 from types import SimpleNamespace
@@ -15,9 +15,9 @@ from stages.diffusion.drawing import drawn_with_gradient
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import EPSILON, MEAN, X0, make_schedule
 from stages.seeds import generator
-from stages.task_term import SAMPLE_STEPS, TaskTerm
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
+from stages.tuning import SAMPLE_STEPS, Tuning
 
 SHAPE = (3, 4)
 
@@ -93,8 +93,8 @@ class Fit(Task):
         return (output - y).square().mean(1)
 
 
-def term(weight=2.0, samples=3):
-    """A term on y = W x, with rows that are samples 4, 4, 1, 1, 3, 3 of five."""
+def tuning(samples=3):
+    """Of y = W x, with rows that are samples 4, 4, 1, 1, 3, 3 of five."""
     torch.manual_seed(1)
     x, y, base = torch.randn(5, 4), torch.randn(5, 3), torch.randn(*SHAPE)
     engine = SimpleNamespace(
@@ -103,7 +103,7 @@ def term(weight=2.0, samples=3):
         way=lambda inputs, weights: torch.einsum("boi,bi->bo", weights, inputs),
     )
     index, schedule = torch.tensor([4, 4, 1, 1, 3, 3]), make_schedule("ddpm", 12, X0)
-    return TaskTerm(Fit(), engine, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, weight, samples), (x, y, base)
+    return Tuning(Fit(), engine, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, samples), (x, y, base)
 
 
 def some_rows(numbers):
@@ -111,13 +111,13 @@ def some_rows(numbers):
     return Rows({"a": torch.randn(count, 2)}, torch.rand(count) + 0.5, torch.randn(count, *SHAPE), torch.tensor(numbers))
 
 
-def test_the_term_is_the_loss_with_the_drawn_delta():
-    (found, (x, y, base)), denoiser, rows = term(), made(), some_rows([5, 2, 0, 1])
+def test_it_is_the_loss_with_the_drawn_delta():
+    (found, (x, y, base)), denoiser, rows = tuning(), made(), some_rows([5, 2, 0, 1])
     value = found(denoiser, rows, 7)
     passes = len(denoiser.seen)
     assert 1 <= passes <= SAMPLE_STEPS
     noise = torch.stack(
-        [torch.randn(SHAPE, generator=generator(0, "train-diffusion", "task", 7, number)) for number in (5, 2, 0)]
+        [torch.randn(SHAPE, generator=generator(0, "train-diffusion", "tune", 7, number)) for number in (5, 2, 0)]
     )
     fields = {"a": rows.fields["a"][:3]}
     drawn = drawn_with_gradient(denoiser, found.schedule, fields, noise, passes, SAMPLE_STEPS)
@@ -125,12 +125,12 @@ def test_the_term_is_the_loss_with_the_drawn_delta():
     for place, sample_number in enumerate((3, 1, 4)):
         weight = base + rows.rho[place] * drawn[place] / drawn[place].norm()
         wanted.append((weight @ x[sample_number] - y[sample_number]).square().mean() / 0.5)
-    torch.testing.assert_close(value, 2.0 * torch.stack(wanted).mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(value, torch.stack(wanted).mean(), rtol=1e-5, atol=1e-6)
     assert value.requires_grad
 
 
 def test_it_is_computed_after_every_number_of_passes():
-    found, denoiser, rows = term()[0], made(), some_rows([0, 1, 2])
+    found, denoiser, rows = tuning()[0], made(), some_rows([0, 1, 2])
     seen = set()
     for step in range(100):
         denoiser.seen.clear()
@@ -139,11 +139,10 @@ def test_it_is_computed_after_every_number_of_passes():
     assert seen == set(range(1, SAMPLE_STEPS + 1))
 
 
-def test_judging_repeats_itself_and_leaves_the_weight_out():
-    (found, _), denoiser, held_out = term(weight=5.0), made(), some_rows([5, 0, 3])
+def test_judging_repeats_itself():
+    (found, _), denoiser, held_out = tuning(), made(), some_rows([5, 0, 3])
     value = found.judge(denoiser, held_out)
     assert value == found.judge(denoiser, held_out)
-    assert value == pytest.approx(term(weight=1.0)[0].judge(denoiser, held_out))
 
 
 def test_noise_on_the_conditioning_is_for_training_alone():
@@ -166,7 +165,7 @@ def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, tmp_path):
     folder = helping(tmp_path / "project")
     ocd(folder, "run")
     plain = ensemble_loss(ocd, folder)
-    changed = {"task_weight": 1.0, "task_samples": 32, "conditioning_noise": 0.05}
+    changed = {"tune_after": 100, "tune_samples": 32, "conditioning_noise": 0.05}
     words = [word for key, value in changed.items() for word in ("--set", f"train-diffusion.{key}={value}")]
     found = json.loads(ocd(folder, "train-diffusion", "--force", "--json", *words).stdout)
     assert found["held_out_task_loss"] < 1
@@ -176,7 +175,7 @@ def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, tmp_path):
 
 def test_an_extended_training_is_the_same_as_a_whole_one(ocd, tmp_path):
     folder = helping(tmp_path / "project")
-    words = ["--set", "train-diffusion.task_weight=0.5", "--set", "train-diffusion.conditioning_noise=0.1"]
+    words = ["--set", "train-diffusion.tune_after=10", "--set", "train-diffusion.conditioning_noise=0.1"]
     ocd(folder, "run", "--until", "collect")
     weights = folder.run / "train-diffusion" / "denoiser.safetensors"
     ocd(folder, "train-diffusion", *words, "--set", "train-diffusion.max_steps=40")

@@ -1,4 +1,4 @@
-"""What a generated delta does to the task's loss, as a part of the denoiser's own: beyond the paper."""
+"""Tuning a denoiser by what its deltas do to the task's loss: beyond the paper."""
 
 from dataclasses import dataclass
 
@@ -21,12 +21,12 @@ from stages.weights.engine import Engine
 STAGE = "train-diffusion"
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
 SAMPLE_STEPS = 10
-# Held-out rows that the term is judged on.
+# Held-out rows that it is judged on.
 JUDGED = 16
 
 
 @dataclass(frozen=True)
-class TaskTerm:
+class Tuning:
     """L(f_{θ + ρ·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's mean loss.
 
     The delta has the length ρ of the row's own; of large samples the task shows a part.
@@ -39,9 +39,7 @@ class TaskTerm:
         mean_loss: L̄, of the base over the store.
         schedule: the denoiser's.
         seed: the run's.
-        weight: of the term beside the denoiser's loss.
-        samples: rows it is computed on at each step.
-        after: steps before it counts: the deltas alone are learned sooner.
+        samples: rows of a step.
     """
 
     task: Task
@@ -51,27 +49,21 @@ class TaskTerm:
     mean_loss: float
     schedule: NoiseSchedule
     seed: int
-    weight: float
     samples: int
-    after: int = 0
 
-    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor | None:
-        """The weighted term on the first rows of a step's batch, after as many passes of the sampler as the step draws; None
-        before it counts."""
-        if step < self.after:
-            return None
+    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor:
+        """The loss of a step, on the first rows of its batch, after as many passes of the sampler as the step draws."""
         passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
-        few = rows.take(slice(0, self.samples))
-        return self.weight * self._losses(denoiser, few, passes, (STAGE, "task", step)).mean()
+        return self._losses(denoiser, rows.take(slice(0, self.samples)), passes, (STAGE, "tune", step)).mean()
 
     @torch.no_grad()
     def judge(self, denoiser: Denoiser, held_out: Rows) -> float:
-        """The term without its weight, on held-out rows, the same draws every time."""
+        """The loss on held-out rows, the same draws every time."""
         denoiser.eval()
         rows = torch.arange(len(held_out))
         rows = rows[torch.linspace(0, len(rows) - 1, min(JUDGED, len(rows))).long()]
         found = [
-            self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge task"))
+            self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge tuning"))
             for part in rows.split(self.samples)
         ]
         return float(torch.cat(found).mean())
