@@ -43,6 +43,7 @@ ROWS = [
     "nearest k blended",
     "nearest k blended in layer input",
     "shuffled conditioning",
+    "base trained 1.5 times as long",
 ]
 
 
@@ -66,15 +67,24 @@ def make_example(folder, scene):
     tables = {
         "run": {"seed": 1},
         "task": {"class": "task:NerfTask"},
-        "train-base": {"lr": 0.005, "batch_size": 128},
         "select-layer": {"layer": LAYER, "draws": 0},
         "collect": {"lr": LR, "steps": STEPS, "repeats": REPEATS, "block_samples": 4, "batch_size": 2},
-        "train-diffusion": {"preset": "mlp", "width": 16, "blocks": 1, "batch_size": 8, "max_steps": 20, "evaluate_steps": 10},
+        "train-diffusion": {
+            "preset": "mlp",
+            "width": 16,
+            "blocks": 1,
+            "batch_size": 8,
+            "max_steps": 20,
+            "evaluate_steps": 10,
+            "tune_after": 10,
+            "conditioning_noise": 0.1,
+        },
         "train-scale": {"width": 8, "batch_size": 8, "max_steps": 20, "evaluate_steps": 10},
         "infer": {"ensemble": 2, "sample_steps": 3},
         "evaluate": {"resamples": 100, "strengths": [0.0, 0.5, 1.0]},
     }
-    lines = [f'[task]\nargs = {{ scene = "{scene}", rays = {RAYS}, base_steps = 60 }}\nclass = "task:NerfTask"']
+    args = f'scene = "{scene}", rays = {RAYS}, glanced_rays = 32, base_steps = 60, base_rays = 128, longer_steps = 30'
+    lines = [f'[task]\nargs = {{ {args} }}\nclass = "task:NerfTask"']
     lines.append('[train-diffusion.encoders]\nbase_output = "task:PooledPicture"')
     for table, values in tables.items():
         if table != "task":
@@ -349,12 +359,12 @@ class Heard:
 def test_a_network_that_renders_nothing_begins_anew(scene_task):
     """Most of these seeds die in the first steps, which no gradient mends."""
     nerf_task, begun = scene_task[0], 0
-    short, rows = task.NerfTask(base_steps=60), Split(nerf_task.train())
+    short, rows = task.NerfTask(base_steps=60, base_rays=32), Split(nerf_task.train())
     short.scene = nerf_task.scene
     for seed in range(4):
         torch.manual_seed(seed)
         model, heard = nerf.TinyNeRF(), Heard()
-        short.train_base(model, rows, rows, report=heard, device=torch.device("cpu"), lr=0.005, batch_size=32)
+        short.train_base(model, rows, rows, report=heard, device=torch.device("cpu"))
         with torch.no_grad():
             assert model.eval()(rows.batch([0])[0]).max() > 0.05
         assert heard.steps[-2:] == [(50, 60, "steps", "mse"), (60, 60, "steps", "mse")]
