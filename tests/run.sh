@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the checks: ruff, then the tests. Arguments go to pytest; --slow adds what takes minutes.
+# Sets up .venv and runs the checks: ruff, then the tests, in two processes. Arguments go to pytest; --slow adds what takes minutes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh" test,examples
 cd "$root"
@@ -12,4 +12,5 @@ for argument in "$@"; do
 done
 ruff check --quiet .
 ruff format --quiet --check .
-python -m pytest "${arguments[@]}"
+# By file, since tests of a file share what they are made on.
+python -m pytest --numprocesses 2 --dist loadfile "${arguments[@]}"
