@@ -159,6 +159,8 @@ class TrainDiffusion(Stage):
             settings.checkpoint_minutes,
             LARGEST_LOSS,
             f"try a smaller learning rate: --set {self.name}.lr={choice.lr / 4:g} --force",
+            # Of what tuning will do nothing is known before.
+            settings.tune_after,
         )
         held_out, schedule = training.rows.held_out.to(self.device), choice.schedule
         return TrainingRun(

@@ -263,6 +263,12 @@ def run_of(folder, counter, blame=lambda: "", **plan):
     return TrainingRun(folder, "print", counter, lambda: score, lambda: counter.state(), plan, Silent(), blame)
 
 
+@pytest.mark.parametrize(("until", "steps"), [(0, 15), (12, 20), (20, 30)])
+def test_patience_waits_no_sooner_than_it_is_told(tmp_path, until, steps):
+    ended = run_of(tmp_path, Counter(), max_steps=60, patience=2, patient_until=until).run()
+    assert (ended.steps, ended.stopped_early) == (steps, True)
+
+
 def test_the_last_two_checkpoints_are_kept(tmp_path):
     kept = []
 

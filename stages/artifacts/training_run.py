@@ -35,6 +35,7 @@ class Plan:
         patience: evaluations without a better score before stopping; 0: never.
         largest_loss: a loss above it has exploded.
         advice: what to try where the loss is lost.
+        patient_until: steps before which patience does not wait yet.
     """
 
     max_steps: int
@@ -44,6 +45,7 @@ class Plan:
     checkpoint_minutes: float = math.inf
     largest_loss: float = math.inf
     advice: str = "try a smaller lr with --force"
+    patient_until: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class TrainingRun:
         score = figures["score"]
         if not math.isfinite(score):
             raise ComputeError(f"the held-out loss at step {step:,} is {score}", self._plan.advice)
-        if self._mark is None or score < self._mark - WORTH_WAITING * abs(self._mark):
+        early = step <= self._plan.patient_until
+        if early or self._mark is None or score < self._mark - WORTH_WAITING * abs(self._mark):
             self._mark, self._waited = score, 0
         else:
             self._waited += 1
