@@ -1,5 +1,6 @@
 """Which denoiser a run trains, whether it fits memory, and everything that takes part in training it."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -265,11 +266,20 @@ def _new_denoiser(choice: Choice, rows: TrainingRows, device: torch.device) -> D
 
 
 def _ready(choice: Choice, rows: TrainingRows, ranks: Ranks, step: int, device: torch.device) -> Iterator[Ready]:
-    """This rank's share of each batch from a step on, with its draws, those of the whole batch; made in a thread of its own."""
+    """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
+    settings = choice.project.settings.train_diffusion
+    on_deltas = max(0, settings.tune_after - step) if settings.tune_after else None
+    yield from itertools.islice(_shares(choice, rows, ranks.share(rows.batch_size), step, device), on_deltas)
+    tuned = ranks.share(min(settings.tune_samples, rows.batch_size))
+    yield from _shares(choice, rows, tuned, step + on_deltas, device)
+
+
+def _shares(choice: Choice, rows: TrainingRows, share: slice, step: int, device: torch.device) -> Iterator[Ready]:
+    """A part of each batch from a step on, with its draws, those of the whole batch."""
     pinned = device.type == "cuda"
     if pinned:
         torch.cuda.set_device(device)
-    share, schedule, shape = ranks.share(rows.batch_size), choice.schedule, tuple(choice.description["shape"])
+    schedule, shape = choice.schedule, tuple(choice.description["shape"])
     for batch in rows.batches(step, share):
         t, noise = step_draws(rows.batch_size, shape, schedule.steps, choice.project.seed, STAGE, step)
         t, noise = t[share], noise[share]

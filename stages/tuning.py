@@ -52,9 +52,9 @@ class Tuning:
     samples: int
 
     def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor:
-        """The loss of a step, on the first rows of its batch, after as many passes of the sampler as the step draws."""
+        """The losses of a step, (B,), after as many passes of the sampler as the step draws."""
         passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
-        return self._losses(denoiser, rows.take(slice(0, self.samples)), passes, (STAGE, "tune", step)).mean()
+        return self._losses(denoiser, rows, passes, (STAGE, "tune", step))
 
     @torch.no_grad()
     def judge(self, denoiser: Denoiser, held_out: Rows) -> float:

@@ -225,6 +225,18 @@ def test_micro_batches_train_as_whole_batches_do(micro):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
 
 
+def test_a_step_of_tuning_is_not_divided():
+    def tuning(*given):
+        raise torch.OutOfMemoryError
+
+    heard = []
+    trainer, steps, _ = training(BATCH, heard)
+    steps.tuning = tuning
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.advance()
+    assert heard == []
+
+
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on():
     whole, _ = losses(BATCH)
     heard = []

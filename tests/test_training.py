@@ -156,15 +156,20 @@ def ranks(folder, count, *more, timeout=120):
     return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("preset", ["mlp", pytest.param("small", marks=pytest.mark.slow)])  # four starts of torch: 20 s
-def test_two_ranks_train_as_one_process(ocd, quick, preset):
-    """Nine rows of a batch: one rank has four, the other five."""
+TUNED = {"tune_after": 20, "tune_samples": 3}
+
+
+# Four starts of torch: 20 s.
+@pytest.mark.parametrize(("preset", "more"), [("mlp", TUNED), pytest.param("small", {}, marks=pytest.mark.slow)])
+def test_two_ranks_train_as_one_process(ocd, quick, preset, more):
+    """Nine rows of a batch: one rank has four, the other five; of three that are tuned one and two."""
 
     def metrics():
         lines = (quick.run / "train-diffusion" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    settings = words(QUICK | PRESETS[preset])
+    wanted = QUICK | PRESETS[preset] | more
+    settings = words(wanted)
     ocd(quick, "train-diffusion", *settings)
     alone = metrics()
     done = ranks(quick, 2, *settings, "--force")
@@ -174,7 +179,7 @@ def test_two_ranks_train_as_one_process(ocd, quick, preset):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
         assert other["score"] == pytest.approx(one["score"], abs=1e-4)
     # One process goes on where two were.
-    assert "continues from step 40" in ocd(quick, "train-diffusion", *words(QUICK | PRESETS[preset] | {"max_steps": 50})).stderr
+    assert "continues from step 40" in ocd(quick, "train-diffusion", *words(wanted | {"max_steps": 50})).stderr
 
 
 # Asked to stop

@@ -1,6 +1,7 @@
 """The losses of a denoiser's training steps: batches made ready while the last one is computed, micro-batches, precision."""
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,19 @@ from stages.seeds import global_seed
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[Rows, Tensor, Tensor]
-Tune = Callable[[Denoiser, Rows, int], Tensor]
+
+
+class Tune(Protocol):
+    """The loss of a step of tuning.
+
+    Attributes:
+        samples: rows of a step, all ranks' shares.
+    """
+
+    samples: int
+
+    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor:
+        """Of this rank's rows, (B,)."""
 
 
 class DenoisingSteps:
@@ -31,7 +44,7 @@ class DenoisingSteps:
         ranks: the processes that share each batch.
         seed: of the run, for dropout and noise on the conditioning.
         smaller: hears of a micro-batch that had to be halved.
-        tuning: from `tune_after` on the whole loss: denoiser, this rank's rows and the step to a scalar.
+        tuning: from `tune_after` on the whole loss, of batches of its own size.
         tune_after: steps on the deltas.
     """
 
@@ -64,9 +77,10 @@ class DenoisingSteps:
         """The losses of a step's micro-batches, each weighted by its share of the whole batch."""
         self._step = step
         rows, t, noise = self._stream.at(step)
-        if self.tuning is not None and step >= self._tune_after:
-            with global_seed(self._seed, "train-diffusion", "tune", step, self._ranks.rank):
-                yield self.tuning(self._denoiser, rows, step) / self._ranks.count
+        if self._tunes:
+            if len(rows):
+                with global_seed(self._seed, "train-diffusion", "tune", step, self._ranks.rank):
+                    yield self.tuning(self._denoiser, rows, step).sum() / min(self.tuning.samples, self.batch_size)
             return
         for number, start in enumerate(range(0, len(rows), self.micro_batch)):
             part = slice(start, start + self.micro_batch)
@@ -82,13 +96,17 @@ class DenoisingSteps:
         return rows.numbers.cpu(), torch.cat([torch.empty(0), *found])
 
     def halve(self) -> bool:
-        """Take half the micro-batch, where memory ran out; False where there is no half."""
-        if self.micro_batch == 1:
+        """Take half the micro-batch, where memory ran out; False where there is no half, or a step is not divided."""
+        if self.micro_batch == 1 or self._tunes:
             return False
         self.micro_batch = -(-min(self.micro_batch, self.batch_size) // 2)
         torch.cuda.empty_cache()
         self._smaller(self.micro_batch)
         return True
+
+    @property
+    def _tunes(self) -> bool:
+        return self.tuning is not None and self._step >= self._tune_after
 
     def _errors(self, rows: Rows, t: Tensor, noise: Tensor, step: int, number: int) -> Tensor:
         on = rows.to(self._device)
