@@ -153,6 +153,10 @@ def _training(out: Console, summary: dict[str, Any]) -> None:
         f"with another sample's conditioning {figure(summary['cosine_shuffled'])}",
         markup=False,
     )
+    if "held_out_task_loss" in summary:
+        out.print(
+            f"held-out loss of the task with generated deltas {figure(summary['held_out_task_loss'])} (the base: 1 on average)"
+        )
 
 
 def _scale(out: Console, summary: dict[str, Any]) -> None:
