@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stages.artifacts.files import link_or_copy, remove
-from stages.artifacts.pipeline import STAGES, extent_settings, identity_settings
+from stages.artifacts.pipeline import STAGES, extent_settings, identity_settings, spec_of
 from stages.artifacts.project import Project, check_settings
 from stages.artifacts.run_directory import MANIFEST, folder_of, prepare_run
 from stages.artifacts.states import DONE, MISSING, PARTIAL, States
@@ -77,7 +77,7 @@ def _to_link(project: Project, branch: Project, name: str) -> bool:
 
 def _is_shared(project: Project, branch: Project, name: str) -> bool:
     """Whether the project's own result is what the branch's settings and earlier stages would give."""
-    spec, manifest = STAGES[name], folder_of(project, name).manifest()
+    spec, manifest = spec_of(branch, name), folder_of(project, name).manifest()
     if manifest is None:
         return False
     recorded = manifest["identity"]
@@ -85,7 +85,7 @@ def _is_shared(project: Project, branch: Project, name: str) -> bool:
         return False
     for earlier in spec.reads:
         mine = folder_of(branch, earlier).manifest()
-        if mine is None or mine["content"] != recorded["inputs"][STAGES[earlier].content]:
+        if mine is None or mine["content"] != recorded["inputs"].get(STAGES[earlier].content):
             return False
     return True
 

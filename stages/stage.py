@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
-from stages.artifacts.inputs import encoder_sources, task_sources
+from stages.artifacts.inputs import sources_of
 from stages.artifacts.pipeline import AUTO, STAGES, extent_settings
 from stages.artifacts.progress import Logged
 from stages.artifacts.provenance import made, now, threads_restored
@@ -150,9 +150,7 @@ class Stage(StageHooks):
     def _fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""
         roles = tuple(self.splits_read.get(role, role) for role in self.spec.data)
-        inputs, sources = task_sources(self.project, roles, None, self.hash_dataset) if self.spec.task else ({}, {})
-        if self.spec.name == "train-diffusion":
-            inputs, sources = encoder_sources(self.project, None)
+        inputs, sources = sources_of(self.project, self.spec, roles, None, self.hash_dataset)
         for name in self.spec.reads:
             inputs[STAGES[name].content] = self.manifest_of(name)["content"]
         return make_identity(self.project, self.spec, inputs | self.content_inputs(), None), sources

@@ -184,3 +184,29 @@ def test_an_extended_training_is_the_same_as_a_whole_one(ocd, tmp_path):
     assert weights.read_bytes() != whole
     ocd(folder, "train-diffusion", *words, "--set", "train-diffusion.max_steps=40")
     assert weights.read_bytes() == whole
+
+
+def test_only_a_tuned_denoiser_depends_on_the_task(ocd, tmp_path):
+    """What only tuning reads of the task leaves base and deltas as they are."""
+    folder = helping(tmp_path / "project")
+    short = ["--set", "train-diffusion.max_steps=20"]
+    tuned = [*short, "--set", "train-diffusion.tune_after=10"]
+    code, weights = folder.root / "mytask.py", folder.run / "train-diffusion" / "denoiser.safetensors"
+
+    def with_glance(factor):
+        start = code.read_text().partition("    def glance")[0]
+        code.write_text(f"{start}    def glance(self, x, y, generator):\n        return {factor} * x, y\n")
+        for stage in ("train-base", "select-layer", "collect"):
+            ocd(folder, stage, "--force")
+
+    with_glance(1)
+    ocd(folder, "train-diffusion", *tuned)
+    assert "up to date" in ocd(folder, "train-diffusion", *tuned).stdout
+    before = weights.read_bytes()
+    with_glance(0)
+    assert "code mytask.py" in ocd(folder, "train-diffusion", *tuned, code=3).stderr
+    ocd(folder, "train-diffusion", *tuned, "--force")
+    assert weights.read_bytes() != before
+    ocd(folder, "train-diffusion", *short, "--force")
+    with_glance(2)
+    assert "up to date" in ocd(folder, "train-diffusion", *short).stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts.files import sha256_file
+from stages.artifacts.pipeline import StageSpec
 from stages.artifacts.project import Project
 from stages.errors import DataError, TaskError
 from stages.specs import is_code, module_file
@@ -120,6 +121,21 @@ def encoder_sources(project: Project, recorded: Mapping[str, Any] | None) -> tup
             name = f"encoder code {path.relative_to(project.root)}"
             sources[name] = source_record(path, known.get(name), hash_code)
     return {name: record["sha256"] for name, record in sources.items()}, sources
+
+
+def sources_of(
+    project: Project,
+    spec: StageSpec,
+    roles: tuple[str, ...],
+    recorded: Mapping[str, Any] | None,
+    hash_dataset: Callable[[str], str | None] | None,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """As `task_sources`, of all that a stage reads beside the results of others; the task only where it runs its code."""
+    hashes, sources = task_sources(project, roles, recorded, hash_dataset) if spec.task else ({}, {})
+    if spec.name == "train-diffusion":
+        more = encoder_sources(project, recorded)
+        return hashes | more[0], sources | more[1]
+    return hashes, sources
 
 
 def task_sources(

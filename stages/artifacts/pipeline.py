@@ -53,8 +53,11 @@ ORDER = tuple(STAGES)
 
 
 def spec_of(project: Project, name: str) -> StageSpec:
-    """A stage's place in the pipeline; predictions at the strength that `evaluate` fitted come after it."""
+    """A stage's place in the pipeline; predictions at the strength that `evaluate` fitted come after it, and a denoiser that is
+    tuned reads what the task's loss is computed from."""
     spec = STAGES[name]
+    if name == "train-diffusion" and project.settings.train_diffusion.tune_after:
+        return dataclasses.replace(spec, reads=STAGES["collect"].reads + spec.reads, data=("train",), task=True)
     if name == "infer" and project.settings.infer.strength == AUTO:
         return dataclasses.replace(spec, reads=(*spec.reads, "evaluate"))
     return spec

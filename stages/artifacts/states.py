@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts.files import digest
-from stages.artifacts.inputs import encoder_sources, task_sources
+from stages.artifacts.inputs import sources_of
 from stages.artifacts.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings, spec_of
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import StageFolder, damaged_files, folder_of, manifest_hash
@@ -146,11 +146,7 @@ class States:
         if recorded is None and self._waits(spec):
             return StageState(spec.name, MISSING)
         roles = tuple(renamed.get(role, role) for role in spec.data)
-        inputs, sources = {}, {}
-        if spec.task:
-            inputs, sources = task_sources(self.project, tuple(filter(None, roles)), recorded, self._hash_dataset)
-        if spec.name == "train-diffusion":
-            inputs, sources = encoder_sources(self.project, recorded)
+        inputs, sources = sources_of(self.project, spec, tuple(filter(None, roles)), recorded, self._hash_dataset)
         inputs |= self._upstream_content(spec) | (extra or {})
 
         def identity(record: dict[str, Any] | None) -> dict[str, Any]:
