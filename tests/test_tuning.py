@@ -207,6 +207,8 @@ def test_only_a_tuned_denoiser_depends_on_the_task(ocd, tmp_path):
     assert "code mytask.py" in ocd(folder, "train-diffusion", *tuned, code=3).stderr
     ocd(folder, "train-diffusion", *tuned, "--force")
     assert weights.read_bytes() != before
+    shown = ocd(folder, "train-diffusion", *short, code=3).stderr
+    assert "stale: train-diffusion.tune_after was 10, is now 0\n" in shown
     ocd(folder, "train-diffusion", *short, "--force")
     with_glance(2)
     assert "up to date" in ocd(folder, "train-diffusion", *short).stdout

@@ -69,16 +69,19 @@ def make_identity(project: Project, spec: StageSpec, inputs: dict[str, Any], rec
 
 
 def identity_changes(was: dict[str, Any], now: dict[str, Any]) -> tuple[Change, ...]:
-    """Every setting and input that differs between two identities."""
-    changes = []
+    """Every setting and input that differs between two identities. Where a changed setting has brought the whole task with it,
+    or taken it away, that setting stands for the rest."""
+    changes, came_along = [], []
+    one_has_task = len({any(key.startswith("task.") for key in one.get("settings", {})) for one in (was, now)}) > 1
     for group, prefix in (("settings", ""), ("inputs", "content of ")):
         before, after = was.get(group, {}), now.get(group, {})
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 # A dataset that code makes is known by the name the setting gives it.
                 name = f"task.{key.removesuffix(' by')}" if key.endswith(" by") else prefix + key
-                changes.append(Change(name, before.get(key), after.get(key)))
-    return tuple(changes)
+                with_task = key.startswith("task.") or (group == "inputs" and (key in before) != (key in after))
+                (came_along if one_has_task and with_task else changes).append(Change(name, before.get(key), after.get(key)))
+    return tuple(changes or came_along)
 
 
 def extent_change(recorded: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> tuple[str, Change | None]:
