@@ -144,9 +144,9 @@ class TrainDiffusion(Stage):
         probe = rows.batch([i % len(rows) for i in range(PROBE)])
         engine = make_engine(self.task, self.base_to_overfit, self.layer, collect, probe)
         index = torch.from_numpy(reader.read("sample_index"))
-        # Where the base fits everything, in units of 1e-12.
-        mean_loss = max(1e-12, float(reader.read("base_loss").astype(float).mean()))
-        given = (self.task, engine, whole, index, mean_loss, choice.schedule, self.seed)
+        # Some losses are negative, such as a density's. Where the base fits everything, in units of 1e-12.
+        loss_size = max(1e-12, float(abs(reader.read("base_loss").astype(float)).mean()))
+        given = (self.task, engine, whole, index, loss_size, choice.schedule, self.seed)
         return Tuning(*given, settings.tune_samples)
 
     def _run(self, wip: Path, choice: Choice, training: Training) -> Trained:

@@ -27,7 +27,7 @@ JUDGED = 16
 
 @dataclass(frozen=True)
 class Tuning:
-    """L(f_{θ + ρ·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's mean loss.
+    """L(f_{θ + ρ·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's.
 
     The delta has the length ρ of the row's own; of large samples the task shows a part.
 
@@ -36,7 +36,7 @@ class Tuning:
         engine: runs the base with a weight for each sample.
         split: all training samples.
         sample_index: of each row of the store, its sample's position there, (N,).
-        mean_loss: L̄, of the base over the store.
+        loss_size: L̄, the mean size of the base's losses over the store.
         schedule: the denoiser's.
         seed: the run's.
         samples: rows of a step.
@@ -46,7 +46,7 @@ class Tuning:
     engine: Engine
     split: Split
     sample_index: Tensor
-    mean_loss: float
+    loss_size: float
     schedule: NoiseSchedule
     seed: int
     samples: int
@@ -81,4 +81,4 @@ class Tuning:
         deltas = (drawn * length.view(-1, 1, 1)).reshape(len(rows), *self.engine.layer.shape)
         given = self.split.batch(self.sample_index[numbers])
         x, y = (to_device(tree, device) for tree in glances_of(self.task, *given, seeds))
-        return losses(self.task, self.engine.way(x, weight + deltas.to(weight)), y) / self.mean_loss
+        return losses(self.task, self.engine.way(x, weight + deltas.to(weight)), y) / self.loss_size

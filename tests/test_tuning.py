@@ -212,3 +212,13 @@ def test_only_a_tuned_denoiser_depends_on_the_task(ocd, tmp_path):
     ocd(folder, "train-diffusion", *short, "--force")
     with_glance(2)
     assert "up to date" in ocd(folder, "train-diffusion", *short).stdout
+
+
+def test_losses_may_be_negative(ocd, tmp_path):
+    folder = helping(tmp_path / "project")
+    code = folder.root / "mytask.py"
+    code.write_text(code.read_text().replace("return mse(output, y)", "return mse(output, y) - 5"))
+    ocd(folder, "run", "--until", "collect")
+    words = ["--set", "train-diffusion.tune_after=5", "--set", "train-diffusion.max_steps=10"]
+    # A unit is about five, and the error itself about one.
+    assert -1.5 < json.loads(ocd(folder, "train-diffusion", "--json", *words).stdout)["held_out_task_loss"] < 0
