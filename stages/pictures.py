@@ -16,8 +16,7 @@ from stages.evaluation.subject import Batch, Examined
 from stages.examination import make_subject
 from stages.materials import Materials
 from stages.tasks.data import Split
-from stages.tasks.loader import uses_default
-from stages.tasks.protocol import Task
+from stages.tasks.protocol import Task, uses_default
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, leaves, take, tree_map
 

@@ -22,7 +22,7 @@ from stages.seeds import global_seed
 from stages.stage import Stage
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses, naming_rows
-from stages.tasks.protocol import Task
+from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import evaluate, finite
 from stages.tasks.user_code import user_code
 from stages.trees import to_device
@@ -76,7 +76,7 @@ class TrainBase(Stage):
         weights = data_path(self.project, "weights")
         if weights is not None:
             how, epochs = {"imported": weights.name}, {}
-        elif type(self.task).train_base is not Task.train_base:
+        elif not uses_default(self.task, "train_base"):
             how, epochs = self._train_by_task(model), {}
         else:
             how, epochs = self._train(model, wip)

@@ -12,7 +12,7 @@ from stages.config import TaskTable
 from stages.errors import ComputeError, DataError, TaskError
 from stages.tasks.data import ArrayDataset, Split, require_tensors, split_rows
 from stages.tasks.losses import CLASSIFICATION, LabelError, check_labels
-from stages.tasks.protocol import Task
+from stages.tasks.protocol import Task, uses_default
 from stages.tasks.supervised import SupervisedTask
 from stages.tasks.user_code import load_object, user_code
 from stages.tasks.views import any_views
@@ -76,11 +76,6 @@ def forward(task: Task, model: nn.Module, x: Tree) -> Tree:
         output = task.forward(model, x)
     require_tensors(output, "the model")
     return tree_map(lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, output)
-
-
-def uses_default(task: Task, method: str) -> bool:
-    """Whether a task has not defined a method of its own."""
-    return getattr(type(task), method) is getattr(Task, method)
 
 
 def _recurrent_gradients(model: nn.Module) -> contextlib.AbstractContextManager[object]:

@@ -120,3 +120,8 @@ class Task:
         `report.progress(done, total, "steps", loss=0.5)`, `report.message("one line")`.
         """
         raise NotImplementedError
+
+
+def uses_default(task: Task, method: str) -> bool:
+    """Whether a task has not defined a method of its own."""
+    return getattr(type(task), method) is getattr(Task, method)

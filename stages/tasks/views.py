@@ -6,14 +6,14 @@ import torch
 
 from stages.seeds import generator
 from stages.tasks.data import Split
-from stages.tasks.protocol import Task
+from stages.tasks.protocol import Task, uses_default
 from stages.tasks.user_code import user_code
 from stages.trees import Tree, batch_size, take
 
 
 def has_views(task: Task) -> bool:
     """Whether the task shows another part of a sample at each gradient step."""
-    return type(task).view is not Task.view
+    return not uses_default(task, "view")
 
 
 def views_of(task: Task, x: Tree, y: Tree, seeds: Sequence[tuple[str | int, ...]]) -> tuple[Tree, Tree]:
@@ -34,7 +34,7 @@ def views_of(task: Task, x: Tree, y: Tree, seeds: Sequence[tuple[str | int, ...]
 
 def glances_of(task: Task, x: Tree, y: Tree, seeds: Sequence[tuple[str | int, ...]]) -> tuple[Tree, Tree]:
     """As `views_of`, of what is used at one step of training the denoiser by the task's loss."""
-    whole = not has_views(task) and type(task).glance is Task.glance
+    whole = uses_default(task, "view") and uses_default(task, "glance")
     return (x, y) if whole else _parts("glance()", task.glance, x, y, seeds)
 
 
