@@ -22,6 +22,7 @@ from stages.diffusion.memory import training_bytes
 from stages.diffusion.schedule import schedule_warning
 from stages.diffusion.training import threads_for
 from stages.encoding import build_denoiser
+from stages.errors import SettingsError
 from stages.outcome import Finished, Outcome
 from stages.stage import Stage
 from stages.tuning import Tuning
@@ -97,7 +98,13 @@ class TrainDiffusion(Stage):
         return {"what": what, "preset": choice.description["preset"], "memory_bytes": memory, "bytes": 40 * size}
 
     def check(self) -> None:
-        """The encoders fit their fields, and the training fits memory."""
+        """Tuning begins before the end, the encoders fit their fields, and the training fits memory."""
+        after, last = self.settings.tune_after, self.settings.max_steps
+        if after >= last:
+            raise SettingsError(
+                f"train-diffusion.tune_after = {after:,}, but the training ends at max_steps = {last:,}: nothing would be tuned",
+                f"give it fewer than {last:,} steps on deltas, or 0 for no tuning",
+            )
         if self._planned.description.get("encoders"):
             build_denoiser(self.project, self._planned.description, begin=True)
         self._micro_batch(self._planned)

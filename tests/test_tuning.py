@@ -222,3 +222,12 @@ def test_losses_may_be_negative(ocd, tmp_path):
     words = ["--set", "train-diffusion.tune_after=5", "--set", "train-diffusion.max_steps=10"]
     # A unit is about five, and the error itself about one.
     assert -1.5 < json.loads(ocd(folder, "train-diffusion", "--json", *words).stdout)["held_out_task_loss"] < 0
+
+
+def test_tuning_that_would_never_begin_is_refused(ocd, tmp_path):
+    folder = helping(tmp_path / "project")
+    ocd(folder, "run", "--until", "collect")
+    words = ["--set", "train-diffusion.tune_after=40", "--set", "train-diffusion.max_steps=40"]
+    stderr = ocd(folder, "train-diffusion", *words, code=2).stderr
+    assert "train-diffusion.tune_after = 40, but the training ends at max_steps = 40: nothing would be tuned" in stderr
+    assert "give it fewer than 40 steps on deltas, or 0 for no tuning" in stderr
