@@ -102,7 +102,7 @@ class TrainDiffusion(Stage):
         after, last = self.settings.tune_after, self.settings.max_steps
         if after >= last:
             raise SettingsError(
-                f"train-diffusion.tune_after = {after:,}, but the training ends at max_steps = {last:,}: nothing would be tuned",
+                f"train-diffusion.tune_after = {after:,}, but the training ends at max_steps = {last:,}: nothing is tuned",
                 f"give it fewer than {last:,} steps on deltas, or 0 for no tuning",
             )
         if self._planned.description.get("encoders"):

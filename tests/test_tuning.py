@@ -229,5 +229,5 @@ def test_tuning_that_would_never_begin_is_refused(ocd, tmp_path):
     ocd(folder, "run", "--until", "collect")
     words = ["--set", "train-diffusion.tune_after=40", "--set", "train-diffusion.max_steps=40"]
     stderr = ocd(folder, "train-diffusion", *words, code=2).stderr
-    assert "train-diffusion.tune_after = 40, but the training ends at max_steps = 40: nothing would be tuned" in stderr
+    assert "train-diffusion.tune_after = 40, but the training ends at max_steps = 40: nothing is tuned" in stderr
     assert "give it fewer than 40 steps on deltas, or 0 for no tuning" in stderr
