@@ -44,7 +44,7 @@ GRID: tuple[dict[str, Any], ...] = (
 )
 # What the grid's settings are without, whatever `[collect]` has.
 PLAIN: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "until_converged": False}
-SAMPLES, FEWEST, BUDGET_S = 400, 8, 60.0
+SAMPLES, FEWEST, BUDGET_S = 400, 5, 60.0
 # Training samples that neighbours are looked for among: as many as the base sees in so many seconds.
 SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 20_000, 256
 NEIGHBOURS, STRENGTHS = 5, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -100,7 +100,9 @@ class Probe:
         if len(validation) < FEWEST:
             raise DataError(
                 f"there are {len(validation)} validation samples, too few to tell anything from: {FEWEST} are needed at least",
-                "give more, or hold a larger part of train out with task.validation_fraction",
+                "give more"
+                if materials.validation_is_given
+                else "hold a larger part of train out with task.validation_fraction",
             )
         self._examined = Examined(validation, seeded_order(len(validation), materials.seed, "probe", samples))
         self._searched = self._rows_to_search()

@@ -114,7 +114,7 @@ class Stage(StageHooks):
             return
         raise ArtifactError(
             f"{self.name} is stale: {state.detail}",
-            f"to redo it: {redo_command(state, self.project.overrides)}; to keep it, set back what changed",
+            f"to redo it: {redo_command(state, self.project)}; to keep it, set back what changed",
         )
 
     def _begin(self, state: StageState, force: bool) -> bool:

@@ -14,6 +14,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from stages.artifacts.progress import Report
+from stages.errors import SettingsError
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task
@@ -34,7 +35,7 @@ class NerfTask(Task):
         glanced_rays: of a view, for each step that trains the denoiser by the rendering error.
         base_steps, base_rays, base_lr: gradient steps of Adam that train the base, rays of any views at each, learning rate.
         longer_steps: more of them for a further row of `evaluate`, the base trained on; 0: no such row.
-        options: `size`, `train_views`, `validation_views`, `test_views` and `sha256` of `scenes.load_scene`.
+        size, train_views, validation_views, test_views, sha256: as `scenes.load_scene`.
     """
 
     kind = REGRESSION
@@ -50,9 +51,22 @@ class NerfTask(Task):
         base_rays: int = 1024,
         base_lr: float = 5e-3,
         longer_steps: int = 4500,
-        **options: Any,
+        size: int = 100,
+        train_views: int | None = None,
+        validation_views: int | None = None,
+        test_views: int | None = None,
+        sha256: str | None = None,
     ) -> None:
-        self._given, self._rays, self._base_steps, self._longer_steps = (scene, options), rays, base_steps, longer_steps
+        counts = {"rays": rays, "glanced_rays": glanced_rays, "base_steps": base_steps, "base_rays": base_rays}
+        for name, value in {**counts, "longer_steps": longer_steps}.items():
+            least = 1 if name in counts else 0
+            if not isinstance(value, int) or value < least:
+                raise SettingsError(f"task.args.{name} = {value!r}: expected an integer of at least {least}", "mend ocd.toml")
+        if not isinstance(base_lr, (int, float)) or not base_lr > 0:
+            raise SettingsError(f"task.args.base_lr = {base_lr!r}: expected a number above 0", "mend ocd.toml")
+        views = {"train_views": train_views, "validation_views": validation_views, "test_views": test_views}
+        self._given = scene, {"size": size, "sha256": sha256, **views}
+        self._rays, self._base_steps, self._longer_steps = rays, base_steps, longer_steps
         self._glanced_rays, self._base_rays, self._base_lr = glanced_rays, base_rays, base_lr
 
     @cached_property
@@ -141,7 +155,7 @@ class NerfTask(Task):
             for _ in self._trained(longer.train(), train, self._longer_steps, device, lambda text: None):
                 pass
         longer.eval()
-        return {f"base trained {1 + self._longer_steps / self._base_steps:g} times as long": longer}
+        return {f"base trained {1 + self._longer_steps / self._base_steps:.3g} times as long": longer}
 
     def _trained(
         self, model: nn.Module, train: Split, steps: int, device: torch.device, tell: Callable[[str], None]

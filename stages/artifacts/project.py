@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ class Project:
     config_path: Path
     run_path: Path
     overrides: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> str:
+        """What another command has to repeat to mean this run and this task, each flag after a space."""
+        named = self.root / Path(self.settings.run.directory).expanduser()
+        parts = [f"--run {shlex.quote(str(self.run_path))}"] if self.run_path != named else []
+        parts += [f"--set {shlex.quote(text)}" for text in self.overrides if text.startswith(("task.", "run."))]
+        return "".join(f" {part}" for part in parts)
 
     @property
     def root(self) -> Path:

@@ -247,16 +247,18 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def redo_command(state: StageState, overrides: tuple[str, ...] = ()) -> str:
-    """The command that redoes a stale stage as it would be made now: changed settings, further ones of the stage that were
-    given beside them, and imported weights are repeated."""
+def redo_command(state: StageState, project: Project) -> str:
+    """The command that redoes a stale stage as it would be made now: run and task, changed settings, further ones of the stage
+    that were given beside them, and imported weights are repeated."""
     changed = {change.setting: change.now for change in state.changes if change.is_setting}
     flags = "".join(f" --set {name}={str(now).lower() if isinstance(now, bool) else now}" for name, now in changed.items())
-    given = [text for text in overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed]
+    given = [
+        text for text in project.overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed
+    ]
     flags += "".join(f" --set {shlex.quote(text)}" for text in given)
     if "weights" in state.sources:
         flags += f" --weights {state.sources['weights']['path']}"
-    return f"ocd {state.name}{flags} --force"
+    return f"ocd {state.name}{project.flags}{flags} --force"
 
 
 def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
@@ -271,7 +273,8 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
         return
     lines = [f"  {state.name} is {state.state}{': ' + state.detail if state.detail else ''}" for state in wrong]
     commands = " && ".join(
-        redo_command(state, states.project.overrides) if state.state == STALE else f"ocd {state.name}" for state in wrong
+        redo_command(state, states.project) if state.state == STALE else f"ocd {state.name}{states.project.flags}"
+        for state in wrong
     )
     raise ArtifactError(f"{wanting} needs stages that are not done:\n" + "\n".join(lines), f"run: {commands}")
 

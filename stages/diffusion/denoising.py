@@ -54,7 +54,7 @@ def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int
     Returns:
         score: mean squared error of Ω̂_0, at most 1 a sample, over steps spread evenly from 0 to T − 1; predicting zero gives 1;
         cosine: of a generated delta with the true one, mean over up to 64 samples;
-        cosine_shuffled: the same when each sample is given its neighbour's conditioning.
+        cosine_shuffled: the same when each sample is given another one's conditioning.
     """
     denoiser.eval()
     count, shape = len(held_out), tuple(held_out.deltas.shape[1:])
@@ -71,7 +71,8 @@ def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int
         # A noise predicted badly at the noisiest steps stands for any x0; no error counts for more than predicting zero.
         total += float(error.flatten(1).square().mean(1).clamp_max(1.0).double().sum())
     few = held_out.take(torch.arange(min(count, JUDGED_SAMPLES), device=device))
-    shuffled = {name: value.roll(1, 0) for name, value in few.fields.items()}
+    # By half: rows of one sample follow one another, and its own conditioning would be no other's.
+    shuffled = {name: value.roll(len(few) // 2, 0) for name, value in few.fields.items()}
     return {
         "score": total / count,
         "cosine": _cosine(denoiser, schedule, few.fields, unit(few.deltas), seed, size),

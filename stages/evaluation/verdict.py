@@ -1,6 +1,6 @@
 """The verdict: does OCD's ensemble help, and is the gain its own?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from stages.evaluation.rows import (
     NEAREST_INPUT,
     RANDOM_TRAINING,
     SHUFFLED,
+    TABLE,
     TEMPERATURE,
 )
 from stages.evaluation.statistics import Estimate
@@ -55,7 +56,7 @@ def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
     return {
         name: Comparison.of(estimates[ENSEMBLE], estimates[name])
-        for name in (BASE, *RIVALS, *NEIGHBOURS)
+        for name in (BASE, *RIVALS, *NEIGHBOURS, *_further(estimates))
         if name in estimates and ENSEMBLE in estimates
     }
 
@@ -66,7 +67,8 @@ def verdict(
     """One sentence: OCD `helps`, `does not help` or `harms`, with the figures it is said from.
 
     It helps only if the paired interval of the loss favours the ensemble over each of base, temperature-scaled base, random
-    training deltas and shuffled conditioning. The nearest neighbour is named beside it, whoever wins.
+    training deltas and shuffled conditioning. The best of the neighbours and the best of the task's own
+    rows are named beside it, whoever wins.
 
     Args:
         comparisons: as `compared_with`.
@@ -95,7 +97,12 @@ def verdict(
         said = f"OCD does not help beyond doubt: {why}; {figures}, {_interval(base)}"
     else:
         said = f"OCD helps: {figures}, {_interval(base)}; {_listed(rivals)} do less"
-    return said + _beside_neighbour(comparisons, estimates)
+    return said + "".join(_beside(names, comparisons, estimates) for names in (NEIGHBOURS, _further(estimates)))
+
+
+def _further(estimates: Mapping[str, Estimate]) -> list[str]:
+    """The task's own rows."""
+    return [name for name in estimates if name not in TABLE]
 
 
 def _interval(comparison: Comparison) -> str:
@@ -107,8 +114,8 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _beside_neighbour(comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate]) -> str:
-    known = [name for name in NEIGHBOURS if name in comparisons]
+def _beside(names: Sequence[str], comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate]) -> str:
+    known = [name for name in names if name in comparisons]
     if not known:
         return ""
     name = min(known, key=lambda other: estimates[other].value)
