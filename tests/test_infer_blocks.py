@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 
@@ -279,6 +280,8 @@ def test_parts_redo_a_stale_answer(answered, ocd):
 def test_what_a_running_part_keeps_off(ready, start, ocd, whole):
     part = start(ready, "infer", "--part", "1/2", delay=0.03)
     wait_until(lambda: (ready.run / WIP / "blocks").exists())
+    # It holds what it holds for as long as the rest takes, however busy the machine is.
+    os.kill(part.pid, signal.SIGSTOP)
     for words, says in (
         (["--part", "1/2"], "infer/test --part 1/2 is in use by process {pid} on "),
         (["--part", "1/3"], "infer/test --part 1/3: others have divided the work in another way: process {pid} on "),
@@ -292,6 +295,7 @@ def test_what_a_running_part_keeps_off(ready, start, ocd, whole):
         assert says.format(pid=part.pid) in result.stderr
     # Another answer is no business of it.
     ocd(ready, "infer", "--split", "validation")
+    os.kill(part.pid, signal.SIGCONT)
     part.wait()
     shutil.rmtree(ready.run / "infer" / "validation")
     ocd(ready, "infer", "--part", "2/2")
