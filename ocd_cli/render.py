@@ -155,7 +155,8 @@ def _training(out: Console, summary: dict[str, Any]) -> None:
     )
     if "held_out_task_loss" in summary:
         out.print(
-            f"held-out loss of the task with generated deltas {figure(summary['held_out_task_loss'])} (the base: 1 on average)"
+            f"held-out loss of the task with generated deltas {figure(summary['held_out_task_loss'])} (the base: 1 on average)",
+            markup=False,
         )
 
 

@@ -104,13 +104,11 @@ class NerfTask(Task):
 
     def view(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Some rays of the view, and their colours."""
-        drawn = torch.randperm(len(x), generator=generator)[: self._rays]
-        return x[drawn], y[drawn]
+        return _some_rays(x, y, self._rays, generator)
 
     def glance(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Fewer rays, so that a step takes in more views."""
-        drawn = torch.randperm(len(x), generator=generator)[: self._glanced_rays]
-        return x[drawn], y[drawn]
+        return _some_rays(x, y, self._glanced_rays, generator)
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Where the cameras are, (B, R, 6) to (B, 3)."""
@@ -182,6 +180,12 @@ class NerfTask(Task):
     def _pictures(self, colours: Tensor) -> Tensor:
         """(…, H·W, 3) to (…, H, W, 3)."""
         return colours.reshape(*colours.shape[:-2], *self.scene.size, 3)
+
+
+def _some_rays(x: Tensor, y: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rays (R, 6) and colours (R, 3) to at most `count` of them, drawn at random."""
+    drawn = torch.randperm(len(x), generator=generator)[:count]
+    return x[drawn], y[drawn]
 
 
 def _dataset(views: Views) -> ArrayDataset:
