@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.artifacts.progress import Report
     from stages.artifacts.project import Project
+    from stages.foundation.progress import Report
     from stages.outcome import Outcome
 
 

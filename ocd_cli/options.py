@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from stages.artifacts.project import Project, load_project
-from stages.errors import OcdError, TryAgainError
+from stages.foundation.errors import OcdError, TryAgainError
 
 
 @dataclass(frozen=True)

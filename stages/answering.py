@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from stages.artifacts.answer import Answer
+from stages.foundation.trees import Tree, leaves, take, to_device, tree_map
 from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.mapping import mapped_array
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
-from stages.trees import Tree, leaves, take, to_device, tree_map
 from stages.weights.personalised import PersonalisedModel, Prediction
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
-from stages.artifacts.files import available_memory, digest, require_space, sweep
 from stages.artifacts.parts import Part
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.collector import (
     Collector,
@@ -22,15 +20,17 @@ from stages.collector import (
     summary_of,
     writers,
 )
-from stages.errors import SettingsError, TaskError
+from stages.foundation.errors import SettingsError, TaskError
+from stages.foundation.files import available_memory, digest, require_space, sweep
+from stages.foundation.progress import Report
+from stages.foundation.seeds import generator
+from stages.foundation.trees import Tree, to_device
 from stages.outcome import Finished, Outcome
-from stages.seeds import generator
 from stages.sharing import SharedStage
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task
 from stages.tasks.views import any_views
-from stages.trees import Tree, to_device
 from stages.weights.batch_size import auto_batch_size, auto_threads, forward_operations, rows_worth_keeping, sample_bytes
 from stages.weights.engine import Engine
 

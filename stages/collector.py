@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.background import Workers, read_ahead
 from stages.artifacts.delta_store import DELTA, FACTORS, DeltaStore, Totals
-from stages.config import CollectTable
-from stages.errors import ComputeError, SettingsError
+from stages.foundation.background import Workers, read_ahead
+from stages.foundation.config import CollectTable
+from stages.foundation.errors import ComputeError, SettingsError
+from stages.foundation.trees import Tree, leaves, to_device
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.loader import forward, losses
 from stages.tasks.protocol import Task
 from stages.tasks.views import any_views, has_views, views_of
-from stages.trees import Tree, leaves, to_device
 from stages.weights.engine import Engine
 from stages.weights.layer import Layer
 from stages.weights.overfit import Recipe, Views

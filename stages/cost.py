@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from stages.artifacts.pipeline import ORDER
+from stages.foundation.trees import batch_size, to_device
 from stages.materials import Materials
 from stages.predictor import load_generator, load_personalised
-from stages.trees import batch_size, to_device
 
 TIMED_SAMPLES = 64
 

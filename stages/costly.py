@@ -8,14 +8,14 @@ from stages.artifacts.pipeline import ORDER
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.branches import Command, branch_of, bring_up
-from stages.errors import ComputeError, SettingsError, TaskError
 from stages.evaluation import rows as row
 from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
 from stages.evaluation.subject import Batch, Subject
 from stages.examination import make_subject, with_denoiser
+from stages.foundation.errors import ComputeError, SettingsError, TaskError
+from stages.foundation.trees import Tree, concatenate, take, to_device
 from stages.materials import BASE_FILE, Materials
 from stages.tasks.loader import losses
-from stages.trees import Tree, concatenate, take, to_device
 from stages.weights.overfit import Recipe
 from stages.weights.whole import overfit_whole
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.background import read_ahead
-from stages.artifacts.files import available_memory
 from stages.artifacts.pipeline import AUTO
 from stages.artifacts.project import Project
 from stages.artifacts.store_reader import StoreReader, field_widths
@@ -22,9 +20,11 @@ from stages.diffusion.schedule import EPSILON, NoiseSchedule, make_schedule
 from stages.diffusion.steps import DenoisingSteps, Ready, Tune
 from stages.diffusion.training import Trainer
 from stages.encoding import build_denoiser, described_encoders
-from stages.errors import TryAgainError
-from stages.processes import local_count
-from stages.seeds import global_seed
+from stages.foundation.background import read_ahead
+from stages.foundation.errors import TryAgainError
+from stages.foundation.files import available_memory
+from stages.foundation.processes import local_count
+from stages.foundation.seeds import global_seed
 from stages.training_rows import TrainingRows, free_on_gpu
 
 STAGE = "train-diffusion"

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from stages.artifacts.inputs import encoder_weights
 from stages.artifacts.project import Project
-from stages.artifacts.tensors import load_tensors
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import make_denoiser
 from stages.diffusion.encoders import KINDS, LINEAR
-from stages.errors import ComputeError, DataError, SettingsError, TaskError
-from stages.specs import is_code
+from stages.foundation.errors import ComputeError, DataError, SettingsError, TaskError
+from stages.foundation.specs import is_code
+from stages.foundation.tensors import load_tensors
 from stages.tasks.user_code import load_object, user_code
 
 SETTING = "train-diffusion.encoders"

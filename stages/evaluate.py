@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stages.artifacts.files import digest, read_json, write_json
 from stages.artifacts.pipeline import AUTO
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
-from stages.artifacts.tensors import save_arrays
 from stages.branches import Command
 from stages.collector import recipe_of
 from stages.cost import cost
@@ -49,9 +46,12 @@ from stages.examination import (
     with_denoiser,
     with_neighbours,
 )
+from stages.foundation.files import digest, read_json, write_json
+from stages.foundation.progress import Report
+from stages.foundation.seeds import seed_of
+from stages.foundation.tensors import save_arrays
 from stages.outcome import Finished, Outcome
 from stages.predictor import STRENGTH_FILE
-from stages.seeds import seed_of
 from stages.stage import Stage
 from stages.tasks.loader import check_task
 from stages.tasks.losses import CLASSIFICATION

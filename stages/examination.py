@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.artifacts.files import available_memory
 from stages.artifacts.pipeline import AUTO
 from stages.collector import Collector, make_engine
 from stages.diffusion.dataset import usable_split
-from stages.errors import TaskError
 from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
+from stages.foundation.errors import TaskError
+from stages.foundation.files import available_memory
+from stages.foundation.seeds import generator, global_seed
+from stages.foundation.trees import Tree, leaves, to_device
 from stages.materials import Materials
 from stages.predictor import load_generator
-from stages.seeds import generator, global_seed
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.user_code import user_code
 from stages.tasks.views import any_views
 from stages.training_deltas import StoredDeltas
-from stages.trees import Tree, leaves, to_device
 from stages.weights.batch_size import sample_bytes
 from stages.weights.layer import Layer
 

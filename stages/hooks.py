@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from stages.artifacts.files import write_json
 from stages.artifacts.pipeline import StageSpec, spec_of
-from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import BEGUN, StageFolder, folder_of
 from stages.artifacts.states import States
+from stages.foundation.files import write_json
+from stages.foundation.progress import Report, Silent
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
 

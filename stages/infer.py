@@ -11,15 +11,16 @@ import torch
 from stages.answering import Answering, Smaller
 from stages.artifacts.answer import Answer, answer_rows
 from stages.artifacts.delta_store import STORE, ArraySpec
-from stages.artifacts.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
 from stages.artifacts.ledger import LEDGER
 from stages.artifacts.parts import Part
 from stages.artifacts.pipeline import AUTO, spec_of
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project, load_project
 from stages.artifacts.run_directory import StageFolder, check_run, folder_of
 from stages.artifacts.states import States, require_done
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
+from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
+from stages.foundation.progress import Report
+from stages.foundation.trees import Tree, leaves, to_device
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
 from stages.pictures import check_pictures, write_pictures
@@ -27,7 +28,6 @@ from stages.predictor import load_personalised, strength_of
 from stages.sharing import SharedStage
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task
-from stages.trees import Tree, leaves, to_device
 from stages.weights.batch_size import prediction_batch, prediction_bytes
 from stages.weights.personalised import PersonalisedModel
 

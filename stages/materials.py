@@ -9,15 +9,15 @@ from torch import nn
 
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import checked_file, folder_of
-from stages.artifacts.tensors import load_model
-from stages.errors import ArtifactError, SettingsError
-from stages.processes import local_rank, under_torchrun
-from stages.seeds import global_seed
+from stages.foundation.errors import ArtifactError, SettingsError
+from stages.foundation.processes import local_rank, under_torchrun
+from stages.foundation.seeds import global_seed
+from stages.foundation.tensors import load_model
+from stages.foundation.trees import Tree, to_device
 from stages.tasks.data import Split, dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, to_device
 from stages.weights.layer import Layer, find_layer
 from stages.weights.single_precision import in_single_precision
 

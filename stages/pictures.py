@@ -9,16 +9,16 @@ from torch import Tensor
 
 from stages.answering import BASE, OUTPUT, array_name, as_tree
 from stages.artifacts.answer import Answer
-from stages.artifacts.files import remove, write_bytes
-from stages.artifacts.progress import Report
-from stages.errors import TaskError
 from stages.evaluation.subject import Batch, Examined
 from stages.examination import make_subject
+from stages.foundation.errors import TaskError
+from stages.foundation.files import remove, write_bytes
+from stages.foundation.progress import Report
+from stages.foundation.trees import Tree, leaves, take, tree_map
 from stages.materials import Materials
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task, uses_default
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, leaves, take, tree_map
 
 FOLDER = "pictures"
 # In pixels: between two panes, the height of a caption, and the width that small pictures are enlarged to, or this height.

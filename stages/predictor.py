@@ -5,20 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.files import read_json
 from stages.artifacts.pipeline import AUTO
-from stages.artifacts.tensors import load_tensors
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.memory import activation_bytes
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
 from stages.encoding import build_denoiser
-from stages.errors import ArtifactError
+from stages.foundation.errors import ArtifactError
+from stages.foundation.files import read_json
+from stages.foundation.tensors import load_tensors
+from stages.foundation.trees import Tree, concatenate, to_device, tree_map
 from stages.materials import Materials
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, concatenate, to_device, tree_map
 from stages.weights.personalised import PersonalisedModel
 from stages.weights.runner import Runner
 

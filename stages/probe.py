@@ -11,13 +11,11 @@ from torch import Tensor
 
 from stages.artifacts.delta_store import result_specs
 from stages.artifacts.pipeline import AUTO
-from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import check_run
 from stages.artifacts.states import States, require_done
 from stages.diffusion.denoisers import MLP, make_denoiser, resolve
 from stages.diffusion.memory import operations
-from stages.errors import DataError, OcdError
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.headroom import Trial, headroom
@@ -27,12 +25,14 @@ from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
 from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
 from stages.examination import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
+from stages.foundation.errors import DataError, OcdError
+from stages.foundation.progress import Report, Silent
+from stages.foundation.seeds import seed_of
+from stages.foundation.trees import to_device
 from stages.materials import Materials
-from stages.seeds import seed_of
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task
-from stages.trees import to_device
 from stages.weights.layer import Layer, candidates, find_layer
 
 # What is tried beside the settings of `[collect]`.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from stages.artifacts.pipeline import AUTO, ORDER
 from stages.artifacts.project import Project
 from stages.artifacts.states import MISSING
-from stages.errors import ArtifactError, SettingsError
+from stages.foundation.errors import ArtifactError, SettingsError
 from stages.outcome import Outcome
 
 # A stage's command, with everything but its progress decided.

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.artifacts.files import write_json
 from stages.artifacts.pipeline import AUTO
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
-from stages.errors import ComputeError, SettingsError
+from stages.foundation.errors import ComputeError, SettingsError
+from stages.foundation.files import write_json
+from stages.foundation.progress import Report
+from stages.foundation.seeds import generator, seed_of
+from stages.foundation.trees import Tree, take, to_device
 from stages.outcome import Finished, Outcome
-from stages.seeds import generator, seed_of
 from stages.stage import Stage
 from stages.tasks.loader import losses
-from stages.trees import Tree, take, to_device
 from stages.weights.choice import choose
 from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
 from stages.weights.layer import Layer, candidates, find_layer

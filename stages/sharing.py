@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 
-from stages.artifacts.files import strays, sweep
 from stages.artifacts.ledger import Ledger
 from stages.artifacts.parts import WAIT, Part, gate, holders, lock_path, shared
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.states import progress_of
-from stages.errors import TryAgainError
+from stages.foundation.errors import TryAgainError
+from stages.foundation.files import strays, sweep
+from stages.foundation.progress import Report
 from stages.outcome import Outcome
 from stages.stage import Stage
 

@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.files import digest, disk_errors, remove, sync_folder, write_json
 from stages.artifacts.inputs import sources_of
 from stages.artifacts.pipeline import AUTO, STAGES, extent_settings
-from stages.artifacts.progress import Logged
 from stages.artifacts.provenance import made, now, threads_restored
 from stages.artifacts.run_directory import (
     BEGUN,
@@ -28,8 +26,10 @@ from stages.artifacts.states import (
     redo_command,
     require_done,
 )
-from stages.config import EXECUTION
-from stages.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
+from stages.foundation.config import EXECUTION
+from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
+from stages.foundation.files import digest, disk_errors, remove, sync_folder, write_json
+from stages.foundation.progress import Logged
 from stages.hooks import StageHooks
 from stages.outcome import Finished, Outcome
 

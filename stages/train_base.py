@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.files import sha256_file
 from stages.artifacts.inputs import data_path
 from stages.artifacts.pipeline import AUTO
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
-from stages.artifacts.tensors import import_weights, load_tensors, save_model
 from stages.artifacts.training_run import Plan, TrainingRun, take_up_training
 from stages.diffusion.training import Trainer, batch_rows
+from stages.foundation.files import sha256_file
+from stages.foundation.progress import Report
+from stages.foundation.seeds import global_seed
+from stages.foundation.tensors import import_weights, load_tensors, save_model
+from stages.foundation.trees import to_device
 from stages.materials import BASE_FILE
 from stages.outcome import Finished, Outcome
-from stages.seeds import global_seed
 from stages.stage import Stage
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses, naming_rows
 from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import evaluate, finite
 from stages.tasks.user_code import user_code
-from stages.trees import to_device
 from stages.weights.capture import watched_modules
 from stages.weights.layer import find_layer
 

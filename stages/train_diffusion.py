@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.artifacts.following import follow
 from stages.artifacts.pipeline import AUTO
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
@@ -22,7 +20,9 @@ from stages.diffusion.memory import training_bytes
 from stages.diffusion.schedule import schedule_warning
 from stages.diffusion.training import threads_for
 from stages.encoding import build_denoiser
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
+from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
+from stages.foundation.progress import Report
 from stages.outcome import Finished, Outcome
 from stages.stage import Stage
 from stages.tuning import Tuning

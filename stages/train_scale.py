@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.artifacts.background import read_ahead
-from stages.artifacts.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.artifacts.pipeline import AUTO
-from stages.artifacts.progress import Report
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader, field_widths
@@ -19,8 +16,11 @@ from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_tr
 from stages.diffusion.dataset import Rows
 from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
 from stages.diffusion.training import Stream, Trainer, threads_for
+from stages.foundation.background import read_ahead
+from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
+from stages.foundation.progress import Report
+from stages.foundation.seeds import global_seed
 from stages.outcome import Finished, Outcome
-from stages.seeds import global_seed
 from stages.stage import Stage
 from stages.training_rows import TrainingRows
 

@@ -10,12 +10,12 @@ from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.drawing import drawn_with_gradient
 from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
-from stages.seeds import generator, seed_of
+from stages.foundation.seeds import generator, seed_of
+from stages.foundation.trees import to_device
 from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.protocol import Task
 from stages.tasks.views import glances_of
-from stages.trees import to_device
 from stages.weights.engine import Engine
 
 STAGE = "train-diffusion"

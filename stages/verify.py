@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.files import digest, read_json
 from stages.artifacts.ledger import ledger_problems
 from stages.artifacts.pipeline import ORDER
-from stages.artifacts.progress import Report, Silent
 from stages.artifacts.project import Project
 from stages.artifacts.run_directory import StageFolder, check_run, damaged_files, folder_of, manifest_hash
 from stages.branches import BRANCHES
-from stages.errors import ArtifactError, OcdError
+from stages.foundation.errors import ArtifactError, OcdError
+from stages.foundation.files import digest, read_json
+from stages.foundation.progress import Report, Silent
 
 
 def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:

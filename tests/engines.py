@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.trees import leaves, take
+from stages.foundation.trees import leaves, take
 from stages.weights.choice import choose
 from stages.weights.descent import DenseDescent
 from stages.weights.engine import Engine

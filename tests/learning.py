@@ -8,7 +8,7 @@ from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import X0, add_noise, make_schedule, to_x0
 from stages.diffusion.training import Trainer, batch_rows
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 FIELDS, SHAPE, ROWS = {"kind": 2}, (4, 4), 4096
 DRAWS = 600

@@ -7,7 +7,7 @@ from conftest import Folder
 HELPS = """\
 import torch
 from torch import nn
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task
@@ -40,7 +40,7 @@ class Planted(Task):
 CANNOT = """\
 import torch
 from torch import nn
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import CLASSIFICATION, cross_entropy
 from stages.tasks.protocol import Task

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"config", "errors", "processes", "seeds", "specs", "trees"}
+LEAVES = {"foundation"}
 COMMANDS = {
     "init",
     "train_base",

@@ -7,7 +7,7 @@ from engines import forward
 from test_overfit import LAYERS, make_problem
 from torch import nn
 
-from stages.errors import TaskError
+from stages.foundation.errors import TaskError
 from stages.weights.capture import capture, reduce_fields
 from stages.weights.layer import find_layer
 

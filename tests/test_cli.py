@@ -12,7 +12,7 @@ from conftest import Folder, arrays, counted_blocks
 from typer.testing import CliRunner
 
 from ocd_cli.app import app
-from stages.config import tables
+from stages.foundation.config import tables
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
 COMMANDS = ("init", *STAGES, "run", "status", "verify")

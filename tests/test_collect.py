@@ -15,7 +15,7 @@ from torch import nn
 
 from stages.artifacts.project import load_project
 from stages.collect import Collect
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 
 NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
 LATER = ("train-diffusion", "train-scale", "infer")
@@ -154,7 +154,7 @@ from torch import nn
 
 from stages.artifacts.project import load_project
 from stages.collect import Collect
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 
 
 class Net(nn.Module):
@@ -370,7 +370,7 @@ from torch import nn
 
 from stages.artifacts.project import load_project
 from stages.collect import Collect
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 
 
 class Net(nn.Module):
@@ -387,7 +387,7 @@ from torch import nn
 
 from stages.artifacts.project import load_project
 from stages.collect import Collect
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 
 
 class Net(nn.Module):

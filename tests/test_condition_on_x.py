@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import store
 
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
 from stages.tasks.conditioning import fields_of
 from stages.tasks.protocol import Task
 

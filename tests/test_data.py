@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.errors import DataError, OcdError, TaskError
+from stages.foundation.errors import DataError, OcdError, TaskError
 from stages.tasks.data import ArrayDataset, Split, check_like, dataset_identity, load_npz, require_tensors, split_rows
 
 X, Y = np.arange(12.0).reshape(6, 2), np.arange(6) % 3

@@ -11,7 +11,7 @@ import pytest
 
 from ocd_cli.app import app
 from stages.artifacts.project import check_settings
-from stages.config import tables
+from stages.foundation.config import tables
 from stages.init import render, toml_value
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
 from stages.diffusion.training import Trainer
 from stages.encoding import OwnEncoder
-from stages.errors import DataError, SettingsError
+from stages.foundation.errors import DataError, SettingsError
 
 # Of torchvision's vgg11: places of the convolutions, channels in and out.
 CONVOLUTIONS = {
@@ -283,7 +283,7 @@ def test_an_encoder_with_channels_has_its_field_normalised_by_channel():
 TASK = """\
 import torch
 from torch import nn
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import CLASSIFICATION, cross_entropy
 from stages.tasks.protocol import Task

@@ -21,7 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.errors import TaskError
+from stages.foundation.errors import TaskError
 from stages.weights.engine import Engine
 from stages.weights.layer import find_layer
 from stages.weights.overfit import Recipe

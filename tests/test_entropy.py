@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
 from stages.weights.layer import find_layer
 from stages.weights.per_sample import Loop, Substitution

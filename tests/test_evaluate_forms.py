@@ -10,7 +10,7 @@ HEAD = """\
 import torch
 import torch.nn.functional as F
 from torch import nn
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import CLASSIFICATION, OTHER, REGRESSION
 from stages.tasks.protocol import Task

@@ -6,7 +6,7 @@ import torch
 
 from stages.diffusion.sampler import DDIM, DDPM, Noise, sample
 from stages.diffusion.schedule import X0, NoiseSchedule, linear_betas, make_schedule, rescale_terminal
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 NUMEL, DRAWS = 10_000, 400
 PRIOR = (0.55, 0.25, 0.15, 0.05)

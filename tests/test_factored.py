@@ -6,7 +6,6 @@ from learning import FIELDS, SHAPE, check_shares, distances, train, trained_on_f
 from test_networks import WIDTHS as FIELD_WIDTHS
 from test_networks import check_leaves_zero, check_rows_are_alone, make_fields, random, shaken
 
-from stages.config import TrainDiffusionTable
 from stages.diffusion.conditioning import ConditioningEncoder
 from stages.diffusion.dataset import Rows
 from stages.diffusion.denoiser import unit
@@ -15,7 +14,8 @@ from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.factored import FactoredDenoiser
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import EPSILON, MEAN, X0, make_schedule
-from stages.errors import SettingsError
+from stages.foundation.config import TrainDiffusionTable
+from stages.foundation.errors import SettingsError
 
 ROWS = 5
 

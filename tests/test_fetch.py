@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from serving import serving
 
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 from stages.tasks.fetch import fetch
 
 CONTENT = b"a data set, as far as this test is concerned" * 1000

@@ -18,7 +18,7 @@ from torch import nn
 
 from stages.artifacts.answer import Answer, answer_rows, chunk_rows
 from stages.artifacts.archives import Streamed, save_npz
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 from stages.infer import open_run
 from stages.tasks import mapping
 from stages.tasks.data import load_npz

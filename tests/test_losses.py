@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.losses import (

@@ -12,7 +12,7 @@ from stages.diffusion.denoising import denoising_errors, judge
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.sampler import Noise, sample
 from stages.diffusion.schedule import make_schedule
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 SCHEDULE = make_schedule("ddpm", 6, "mean")
 

@@ -10,7 +10,6 @@ from test_networks import random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages import denoiser_training
-from stages.config import TrainDiffusionTable
 from stages.denoiser_training import MEMORY_SHARE, MOST_ON_CPU, Choice, micro_batch
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.dataset import Rows
@@ -21,6 +20,7 @@ from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
 from stages.diffusion.steps import DenoisingSteps
 from stages.diffusion.training import Trainer
+from stages.foundation.config import TrainDiffusionTable
 
 FIELDS, CPU = {"layer_input": 7, "activation": 5}, torch.device("cpu")
 

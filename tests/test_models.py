@@ -9,7 +9,7 @@ from engines import RECIPES, Custom, cross_entropy, equal_to_the_loop, frozen, r
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from stages.errors import TaskError
+from stages.foundation.errors import TaskError
 
 CLASSES = torch.arange(5) % 3
 

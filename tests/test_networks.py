@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.config import TrainDiffusionTable
 from stages.diffusion.conditioning import ConditioningEncoder, NormalisedFields, positional_encoding
 from stages.diffusion.dataset import MOST_HELD_OUT, Rows, usable_split
 from stages.diffusion.denoiser import unit
@@ -21,7 +20,8 @@ from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.scale import ScaleNetwork, scale_loss
 from stages.diffusion.schedule import EPSILON, X0, make_schedule
 from stages.diffusion.training import CLIP_NORM, EMA_DECAY, WARM_UP_STEPS, Trainer, batch_rows, ema_decay
-from stages.errors import ArtifactError, ComputeError
+from stages.foundation.config import TrainDiffusionTable
+from stages.foundation.errors import ArtifactError, ComputeError
 
 SHAPE, WIDTHS = (3, 4), {"layer_input": 6, "activation": 3, "base_output": 2}
 ROWS = 5

@@ -4,8 +4,8 @@ import json
 
 from conftest import states
 
-from stages.artifacts.files import digest
 from stages.artifacts.run_directory import manifest_hash
+from stages.foundation.files import digest
 
 
 def forget(folder, stage, setting):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from engines import EXACT, RECIPES, assert_same, cross_entropy, forward, wanted_of
 from torch import nn
 
-from stages.errors import TaskError
+from stages.foundation.errors import TaskError
 from stages.weights.descent import DenseDescent
 from stages.weights.layer import find_layer
 from stages.weights.overfit import Recipe, overfit

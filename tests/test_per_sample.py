@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
 from stages.weights.layer import candidates, find_layer
 from stages.weights.per_sample import Loop, NotSubstitutable, Substitution, Vmap
 

@@ -15,7 +15,7 @@ from test_new_settings import forget
 
 from stages import pictures
 from stages.artifacts.answer import Answer
-from stages.errors import TaskError
+from stages.foundation.errors import TaskError
 from stages.infer import open_run
 from stages.pictures import CAPTION, GAP, enlarged, picture_of, strip
 from stages.tasks.losses import mse
@@ -27,7 +27,7 @@ TASK = """\
 import os
 import torch
 from torch import nn
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task

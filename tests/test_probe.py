@@ -9,7 +9,7 @@ from conftest import toml
 from planted import helping, hopeless
 
 from stages.artifacts.project import check_settings
-from stages.config import tables
+from stages.foundation.config import tables
 
 ROWS = {
     "base",

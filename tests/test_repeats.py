@@ -16,8 +16,8 @@ from stages.diffusion.dataset import usable_split
 from stages.evaluate import Evaluate
 from stages.evaluation.subject import Batch, Examined
 from stages.examination import unseen, with_neighbours
+from stages.foundation.seeds import generator
 from stages.infer import open_run
-from stages.seeds import generator
 from stages.tasks.data import ArrayDataset, Split
 from stages.training_deltas import StoredDeltas
 from stages.training_rows import TrainingRows
@@ -27,7 +27,7 @@ TASK = """\
 import os
 import torch
 from torch import nn
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task

@@ -14,7 +14,7 @@ from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.sampler import DDIM, DDPM, Noise, sample
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import EPSILON, LEADING, TRAILING, X0, NoiseSchedule, linear_betas, make_schedule
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 SHAPE = (3, 4)
 DIFFUSERS_NAME = {X0: "sample", EPSILON: "epsilon"}

@@ -12,7 +12,7 @@ from PIL import Image
 from serving import serving
 from spheres import ANGLE, SPHERES, bytes_of, cameras, focal_of, picture, pixel, sphere_npz, sphere_scene, trace
 
-from stages.errors import DataError, OcdError, SettingsError
+from stages.foundation.errors import DataError, OcdError, SettingsError
 from stages.tasks.fetch import cache_folder
 
 with pytest.MonkeyPatch.context() as patch:

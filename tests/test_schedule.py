@@ -25,7 +25,7 @@ from stages.diffusion.schedule import (
     schedule_warning,
     to_x0,
 )
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
 
 # name: first and last β, T
 LINEAR = {"ddpm": (1e-4, 2e-2, 1000), "authors": (1e-6, 1e-2, 1000), "paper": (1e-4, 1e-2, 10)}

@@ -17,9 +17,9 @@ from spheres import bytes_of, camera, cameras, focal_of, picture, sphere_npz, sp
 from test_examples import Example
 from test_infer import predictions
 
+from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.pictures import CAPTION, GAP
-from stages.seeds import generator
 from stages.tasks.data import Split
 from stages.weights.choice import choose
 from stages.weights.layer import find_layer

@@ -15,14 +15,14 @@ import torch
 from conftest import reader_of, results, wait_until
 
 from ocd_cli.progress import CURVE_WIDTH, Curve
-from stages.artifacts.interruption import deferred
-from stages.artifacts.progress import Silent
 from stages.artifacts.training_run import Plan, TrainingRun
-from stages.config import TrainDiffusionTable
 from stages.denoiser_training import choose_denoiser
 from stages.diffusion.steps import DenoisingSteps
 from stages.diffusion.training import Stream, Trainer
-from stages.errors import ComputeError
+from stages.foundation.config import TrainDiffusionTable
+from stages.foundation.errors import ComputeError
+from stages.foundation.interruption import deferred
+from stages.foundation.progress import Silent
 from stages.training_rows import TrainingRows
 
 # Small, and with checkpoints and evaluations that do not fall together.

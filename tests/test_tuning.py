@@ -14,7 +14,7 @@ from stages.diffusion.denoiser import unit
 from stages.diffusion.drawing import drawn_with_gradient
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import EPSILON, MEAN, X0, make_schedule
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
 from stages.tuning import SAMPLE_STEPS, Tuning

@@ -10,12 +10,12 @@ from diffusers.models.attention_processor import Attention
 from learning import FIELDS, SHAPE, check_shares, distances, trained_on_four
 from test_networks import check_leaves_zero, check_rows_are_alone, random, shaken
 
-from stages.config import TrainDiffusionTable
 from stages.diffusion.conditioning import ConditioningEncoder
 from stages.diffusion.denoisers import AUTHORS, PAPER, SMALL, UNETS, make_denoiser, resolve
 from stages.diffusion.schedule import EPSILON, X0
 from stages.diffusion.unet import UNetDenoiser, UNetPlan, _Attention
-from stages.errors import SettingsError
+from stages.foundation.config import TrainDiffusionTable
+from stages.foundation.errors import SettingsError
 
 WIDTHS = {"layer_input": 7, "activation": 5, "base_output": 3}
 ROWS = 5

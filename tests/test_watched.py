@@ -10,8 +10,8 @@ from conftest import Folder, reader_of, store
 from engines import forward
 from torch import nn
 
-from stages.errors import TaskError
 from stages.evaluation.neighbours import input_blocks, nearest, places_of
+from stages.foundation.errors import TaskError
 from stages.infer import open_run
 from stages.tasks.conditioning import condition
 from stages.tasks.data import ArrayDataset, Split
@@ -25,7 +25,7 @@ TASK = """\
 import os
 import torch
 from torch import nn
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task

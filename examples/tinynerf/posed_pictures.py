@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.errors import DataError, SettingsError
+from stages.foundation.errors import DataError, SettingsError
 
 TRAIN_VIEWS, VALIDATION_VIEWS, TEST_VIEWS = 100, 6, 20
 LEAST_VIEWS = 32  # of an npz file without a test part

@@ -9,7 +9,7 @@ import torch
 from posed_pictures import LAYOUTS, Part, blender_parts, npz_parts
 from torch import Tensor
 
-from stages.errors import DataError, SettingsError
+from stages.foundation.errors import DataError, SettingsError
 from stages.tasks.fetch import cache_folder, fetch
 
 LEGO = "tiny_nerf/tiny_nerf_data.npz"

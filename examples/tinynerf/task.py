@@ -13,8 +13,8 @@ from scenes import Scene, Views, load_scene
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
-from stages.artifacts.progress import Report
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
+from stages.foundation.progress import Report
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task

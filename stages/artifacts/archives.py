@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.files import written_whole
+from stages.foundation.files import written_whole
 
 
 @dataclass(frozen=True)

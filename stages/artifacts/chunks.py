@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numcodecs import Zstd
 
-from stages.artifacts.files import write_pieces
+from stages.foundation.files import write_pieces
 
 LEVEL = 1
 

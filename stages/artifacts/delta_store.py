@@ -12,9 +12,9 @@ import numpy as np
 import zarr
 
 from stages.artifacts.chunks import codecs, encode, write
-from stages.artifacts.files import inside, link_or_copy, read_json, remove, sync_folder
 from stages.artifacts.ledger import LEDGER, Ledger
-from stages.errors import ArtifactError
+from stages.foundation.errors import ArtifactError
+from stages.foundation.files import inside, link_or_copy, read_json, remove, sync_folder
 
 STORE = "deltas.zarr"
 CHUNK_BYTES = 16 << 20

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from stages.artifacts.interruption import deferred
-from stages.artifacts.tensors import load_tensors
+from stages.foundation.interruption import deferred
+from stages.foundation.tensors import load_tensors
 
 
 class Trainable(Protocol):

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.files import sha256_file
 from stages.artifacts.pipeline import StageSpec
 from stages.artifacts.project import Project
-from stages.errors import DataError, TaskError
-from stages.specs import is_code, module_file
+from stages.foundation.errors import DataError, TaskError
+from stages.foundation.files import sha256_file
+from stages.foundation.specs import is_code, module_file
 
 DATA_ROLES = ("train", "validation", "test")
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.files import digest, inside, read_json, remove, sha256_file, write_json
-from stages.errors import ArtifactError, OcdError
+from stages.foundation.errors import ArtifactError, OcdError
+from stages.foundation.files import digest, inside, read_json, remove, sha256_file, write_json
 
 LEDGER = "blocks"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from stages.errors import SettingsError, TryAgainError
+from stages.foundation.errors import SettingsError, TryAgainError
 
 WAIT = "wait for it to end, then run the same command again"
 

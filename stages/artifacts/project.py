@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.config import Settings, tables
-from stages.errors import SettingsError
+from stages.foundation.config import Settings, tables
+from stages.foundation.errors import SettingsError
 
 CONFIG_NAME = "ocd.toml"
 

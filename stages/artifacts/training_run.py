@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.artifacts.files import disk_errors, link_or_copy, read_json, remove, sha256_file, sweep, write_bytes, write_json
 from stages.artifacts.following import Alone, Leading, Trainable
-from stages.artifacts.interruption import deferred
-from stages.artifacts.progress import Report
-from stages.artifacts.tensors import load_tensors, save_tensors
-from stages.errors import ArtifactError, ComputeError
+from stages.foundation.errors import ArtifactError, ComputeError
+from stages.foundation.files import disk_errors, link_or_copy, read_json, remove, sha256_file, sweep, write_bytes, write_json
+from stages.foundation.interruption import deferred
+from stages.foundation.progress import Report
+from stages.foundation.tensors import load_tensors, save_tensors
 
 # Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01

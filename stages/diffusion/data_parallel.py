@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stages.errors import TryAgainError
-from stages.processes import local_rank, world_size
+from stages.foundation.errors import TryAgainError
+from stages.foundation.processes import local_rank, world_size
 
 # A process that waits longer than this for the others takes them for dead. Rank 0 judges and writes while they wait.
 TIMEOUT = datetime.timedelta(minutes=30)

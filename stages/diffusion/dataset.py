@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
-from stages.errors import ComputeError
-from stages.seeds import generator
+from stages.foundation.errors import ComputeError
+from stages.foundation.seeds import generator
 
 MOST_HELD_OUT = 512
 

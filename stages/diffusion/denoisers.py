@@ -13,7 +13,7 @@ from stages.diffusion.factored import FactoredDenoiser
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import EPSILON, X0
 from stages.diffusion.unet import UNetDenoiser, UNetPlan
-from stages.errors import ArtifactError, SettingsError
+from stages.foundation.errors import ArtifactError, SettingsError
 
 AUTO, MLP, FACTORED = "auto", "mlp", "factored"
 PAPER, AUTHORS, SMALL = "paper", "authors", "small"

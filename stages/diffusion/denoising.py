@@ -9,7 +9,7 @@ from stages.diffusion.dataset import Rows
 from stages.diffusion.denoiser import Denoiser, unit
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import EPSILON, MEAN, NoiseSchedule, add_noise, to_x0
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 JUDGED_SAMPLES, JUDGED_STEPS = 64, 10
 

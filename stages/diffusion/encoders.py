@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.errors import DataError, SettingsError
+from stages.foundation.errors import DataError, SettingsError
 
 LINEAR, PICTURE, SOUND = "linear", "vgg11", "spectrogram"
 

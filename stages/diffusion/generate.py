@@ -10,7 +10,7 @@ from stages.diffusion.denoiser import Denoiser, unit
 from stages.diffusion.sampler import Noise, sample
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import NoiseSchedule
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 
 @dataclass(frozen=True)

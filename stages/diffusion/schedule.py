@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
 
 EPSILON, X0, MEAN = "epsilon", "x0", "mean"
 TRAILING, LEADING = "trailing", "leading"

@@ -12,7 +12,7 @@ from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import denoising_errors
 from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.training import Stream
-from stages.seeds import global_seed
+from stages.foundation.seeds import global_seed
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[Rows, Tensor, Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.diffusion.data_parallel import Ranks
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 T = TypeVar("T")
 

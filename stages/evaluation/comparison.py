@@ -13,10 +13,10 @@ from stages.evaluation.metrics import LOSS, Gathered, Residuals, probabilities
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import minimum
 from stages.evaluation.subject import Batch, Examined, Subject
-from stages.seeds import generator
+from stages.foundation.seeds import generator
+from stages.foundation.trees import Tree, batch_size, take, tree_map
 from stages.tasks.loader import losses, naming_rows
 from stages.tasks.losses import REGRESSION
-from stages.trees import Tree, batch_size, take, tree_map
 
 # Told of the samples times rows done so far.
 Heard = Callable[[int], None]

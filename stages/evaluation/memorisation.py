@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.evaluation.subject import Batch, Examined, Subject
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 
 # deltas (Q, out, in) and rows not to compare them with (Q,) -> the largest cosine with a training delta (Q,)
 NearestCosine = Callable[[Tensor, Tensor], Tensor]

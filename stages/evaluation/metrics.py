@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.evaluation.statistics import Auroc, CalibrationError, Mean, RootMean, Statistic, minimum
+from stages.foundation.trees import Tree, batch_size, take
 from stages.tasks.loader import losses
 from stages.tasks.losses import CLASSIFICATION, REGRESSION
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import metrics_of
-from stages.trees import Tree, batch_size, take
 
 LOSS = "loss"
 # Half the width of a Gaussian's 95 % interval, in standard deviations.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.errors import TaskError
+from stages.foundation.errors import TaskError
+from stages.foundation.trees import Tree, batch_size, leaves
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, batch_size, leaves
 
 QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 2048, 4096
 # Numbers of a block of candidates: large inputs come in smaller blocks.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stages.evaluation.subject import Batch, Subject, as_member
-from stages.seeds import generator, seed_of
-from stages.trees import Tree
+from stages.foundation.seeds import generator, seed_of
+from stages.foundation.trees import Tree
 
 BASE, ENSEMBLE, ONE_DRAW, VALIDATED = "base", "ocd ensemble", "ocd one draw", "ocd validated strength"
 TEMPERATURE, RANDOM_TRAINING, SHUFFLED = "temperature-scaled base", "random training deltas", "shuffled conditioning"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.evaluation.neighbours import Neighbours
+from stages.foundation.trees import Tree, to_device, tree_map
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, to_device, tree_map
 from stages.weights.engine import Engine
 from stages.weights.layer import Layer
 from stages.weights.runner import FirstPass

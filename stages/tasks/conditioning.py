@@ -5,11 +5,11 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.errors import SettingsError, TaskError
+from stages.foundation.errors import SettingsError, TaskError
+from stages.foundation.trees import Tree, batch_size, flat_output, leaves, take
 from stages.tasks.loader import forward
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, batch_size, flat_output, leaves, take
 from stages.weights.capture import WIDEST, capture, reduce_fields
 from stages.weights.layer import Layer
 

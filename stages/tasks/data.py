@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from stages.errors import DataError, TaskError
-from stages.seeds import generator, global_seed, seed_of
+from stages.foundation.errors import DataError, TaskError
+from stages.foundation.seeds import generator, global_seed, seed_of
+from stages.foundation.trees import Tree, leaves, tree_map
 from stages.tasks.mapping import MappedRows, large_array
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, leaves, tree_map
 
 IDENTITY_ITEMS = 64
 PIECE_BYTES = 16 << 20

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 
 _CHUNK = 1 << 20
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.errors import DataError
+from stages.foundation.errors import DataError
 
 
 class LabelError(DataError):

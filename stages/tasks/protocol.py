@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.foundation.trees import Tree, tree_map
 from stages.tasks.losses import (
     CLASSIFICATION,
     OTHER,
@@ -18,7 +19,6 @@ from stages.tasks.losses import (
     mean_probability,
     mse,
 )
-from stages.trees import Tree, tree_map
 
 
 def _mean_probability(outputs: Tensor) -> Tensor:

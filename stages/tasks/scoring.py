@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stages.foundation.trees import Tree, batch_size, to_device
 from stages.tasks.data import Split
 from stages.tasks.loader import forward, losses, naming_rows, one_per_sample
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, batch_size, to_device
 from stages.weights.batch_size import largest_output
 
 EVALUATION_BATCH = 256

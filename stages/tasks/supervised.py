@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.config import TaskTable
-from stages.errors import SettingsError, TaskError
-from stages.specs import is_code
+from stages.foundation.config import TaskTable
+from stages.foundation.errors import SettingsError, TaskError
+from stages.foundation.specs import is_code
+from stages.foundation.trees import Tree, tree_map
 from stages.tasks.data import load_npz
 from stages.tasks.losses import LOSSES, OTHER, mean_binary_probability
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import load_object, user_code
-from stages.trees import Tree, tree_map
 
 
 class SupervisedTask(Task):

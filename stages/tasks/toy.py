@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stages.seeds import generator
+from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset
 from stages.tasks.losses import CLASSIFICATION, cross_entropy
 from stages.tasks.protocol import Task

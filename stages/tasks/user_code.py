@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from stages.errors import ComputeError, OcdError, TaskError
-from stages.seeds import seed_of
-from stages.specs import module_file, split_spec
+from stages.foundation.errors import ComputeError, OcdError, TaskError
+from stages.foundation.seeds import seed_of
+from stages.foundation.specs import module_file, split_spec
 
 _OURS = Path(__file__).resolve().parent.parent
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from stages.seeds import generator
+from stages.foundation.seeds import generator
+from stages.foundation.trees import Tree, batch_size, take
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task, uses_default
 from stages.tasks.user_code import user_code
-from stages.trees import Tree, batch_size, take
 
 
 def has_views(task: Task) -> bool:

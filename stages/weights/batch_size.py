@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.errors import OcdError
-from stages.trees import Tree, batch_size
+from stages.foundation.errors import OcdError
+from stages.foundation.trees import Tree, batch_size
 from stages.weights.engine import Engine
 from stages.weights.layer import Layer
 from stages.weights.per_sample import Bound, Forward, Loop

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.errors import TaskError
-from stages.trees import Tree, batch_size, flat_output, leaves
+from stages.foundation.errors import TaskError
+from stages.foundation.trees import Tree, batch_size, flat_output, leaves
 from stages.weights.layer import Layer
 from stages.weights.per_sample import Forward, plain
 

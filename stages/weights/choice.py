@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stages.trees import Tree, batch_size, leaves, take, tree_map
+from stages.foundation.trees import Tree, batch_size, leaves, take, tree_map
 from stages.weights.layer import Layer
 from stages.weights.per_sample import Forward, Loop, NotSubstitutable, PerSampleWeights, Substitution, Vmap, plain
 from stages.weights.prefix import Prefix

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.errors import TaskError
-from stages.trees import Tree, batch_size, take
+from stages.foundation.errors import TaskError
+from stages.foundation.trees import Tree, batch_size, take
 from stages.weights.overfit import LossFunction, Recipe, Views
 from stages.weights.per_sample import PerSampleWeights, Substitution
 from stages.weights.record import Record

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.errors import TaskError
-from stages.trees import Tree, leaves
+from stages.foundation.errors import TaskError
+from stages.foundation.trees import Tree, leaves
 from stages.weights.capture import ACTIVATION, LAYER_INPUT
 from stages.weights.choice import SELF_CHECK_TOLERANCE, equal
 from stages.weights.descent import DenseDescent, Recorded

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.seeds import generator
-from stages.trees import Tree, batch_size, repeat_batch
+from stages.foundation.seeds import generator
+from stages.foundation.trees import Tree, batch_size, repeat_batch
 from stages.weights.layer import Layer
 from stages.weights.per_sample import PerSampleWeights
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stages.errors import SettingsError, TaskError
+from stages.foundation.errors import SettingsError, TaskError
 
 
 @dataclass(frozen=True)

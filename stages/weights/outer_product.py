@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from stages.trees import Tree, take
+from stages.foundation.trees import Tree, take
 from stages.weights.descent import Recorded, own_gradients
 from stages.weights.overfit import LossFunction, Recipe
 from stages.weights.per_sample import Substitution

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.trees import Tree
+from stages.foundation.trees import Tree
 from stages.weights.record import PrefixChanged
 
 DEGENERATE_GRADIENT = 1e-6

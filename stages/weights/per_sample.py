@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stages.errors import OcdError
-from stages.trees import Tree, batch_size, concatenate, take, tree_map
+from stages.foundation.errors import OcdError
+from stages.foundation.trees import Tree, batch_size, concatenate, take, tree_map
 from stages.weights.layer import Layer
 from stages.weights.products import Product, product_of
 from stages.weights.record import Record

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.trees import Tree, batch_size
+from stages.foundation.trees import Tree, batch_size
 from stages.weights.runner import Runner
 
 # conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) and predicted rho (B,)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stages.trees import Tree, batch_size, take
+from stages.foundation.trees import Tree, batch_size, take
 from stages.weights.layer import Layer
 from stages.weights.record import Event, Record, tensors_in, watched
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stages.errors import OcdError
+from stages.foundation.errors import OcdError
 
 
 class PrefixChanged(OcdError):

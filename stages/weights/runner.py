@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stages.trees import Tree, tree_map
+from stages.foundation.trees import Tree, tree_map
 from stages.weights.capture import capture
 from stages.weights.choice import choose, find_prefix, with_best_format
 from stages.weights.layer import Layer

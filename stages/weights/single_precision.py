@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.errors import OcdError, TaskError
+from stages.foundation.errors import OcdError, TaskError
 from stages.weights.layer import Layer
 from stages.weights.record import tensors_in, with_tensors
 

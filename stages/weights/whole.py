@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stages.trees import Tree
+from stages.foundation.trees import Tree
 from stages.weights.overfit import LossFunction, Recipe
 from stages.weights.per_sample import Forward
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from stages.artifacts.files import write_bytes
-from stages.errors import ArtifactError, DataError
+from stages.foundation.errors import ArtifactError, DataError
+from stages.foundation.files import write_bytes
 
 ALIASES = "aliases"
 

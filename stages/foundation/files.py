@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stages.errors import ArtifactError, TryAgainError
+from stages.foundation.errors import ArtifactError, TryAgainError
 
 TEMPORARY = ".tmp"
 

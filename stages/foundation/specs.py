@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from stages.errors import SettingsError
+from stages.foundation.errors import SettingsError
 
 _SPEC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

@@ -1,0 +1,1 @@
+"""What everything stands on: settings, errors, seeds, nested tensors, files, background work."""
