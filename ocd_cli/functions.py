@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.artifacts.project import Project
     from stages.foundation.progress import Report
     from stages.outcome import Outcome
+    from stages.run_directory.project import Project
 
 
 def stage_functions() -> dict[str, Callable[..., "Outcome"]]:

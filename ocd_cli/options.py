@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from stages.artifacts.project import Project, load_project
 from stages.foundation.errors import OcdError, TryAgainError
+from stages.run_directory.project import Project, load_project
 
 
 @dataclass(frozen=True)

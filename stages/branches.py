@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from stages.artifacts.pipeline import STAGES, extent_settings, identity_settings, spec_of
-from stages.artifacts.project import Project, check_settings
-from stages.artifacts.run_directory import MANIFEST, folder_of, prepare_run
-from stages.artifacts.states import DONE, MISSING, PARTIAL, States
 from stages.foundation.files import link_or_copy, remove
 from stages.materials import Materials
 from stages.outcome import Outcome
+from stages.run_directory.folders import MANIFEST, folder_of, prepare_run
+from stages.run_directory.pipeline import STAGES, extent_settings, identity_settings, spec_of
+from stages.run_directory.project import Project, check_settings
+from stages.run_directory.states import DONE, MISSING, PARTIAL, States
 
 BRANCHES = "branches"
 # A stage's command: the project and whether to redo what is stale.

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 
 from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
-from stages.artifacts.parts import Part
-from stages.artifacts.project import Project
 from stages.collector import (
     Collector,
     bad_rows,
@@ -26,6 +24,8 @@ from stages.foundation.progress import Report
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, to_device
 from stages.outcome import Finished, Outcome
+from stages.run_directory.locks import Part
+from stages.run_directory.project import Project
 from stages.sharing import SharedStage
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.pipeline import ORDER
 from stages.foundation.trees import batch_size, to_device
 from stages.materials import Materials
 from stages.predictor import load_generator, load_personalised
+from stages.run_directory.pipeline import ORDER
 
 TIMED_SAMPLES = 64
 

@@ -4,9 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from stages.artifacts.pipeline import ORDER
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import folder_of
 from stages.branches import Command, branch_of, bring_up
 from stages.evaluation import rows as row
 from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
@@ -15,6 +12,9 @@ from stages.examination import make_subject, with_denoiser
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
 from stages.materials import BASE_FILE, Materials
+from stages.run_directory.folders import folder_of
+from stages.run_directory.pipeline import ORDER
+from stages.run_directory.project import Project
 from stages.tasks.loader import losses
 from stages.weights.overfit import Recipe
 from stages.weights.whole import overfit_whole

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.pipeline import AUTO
-from stages.artifacts.project import Project
 from stages.artifacts.store_reader import StoreReader, field_widths
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoiser import Denoiser
@@ -25,6 +23,8 @@ from stages.foundation.errors import TryAgainError
 from stages.foundation.files import available_memory
 from stages.foundation.processes import local_count
 from stages.foundation.seeds import global_seed
+from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
 from stages.training_rows import TrainingRows, free_on_gpu
 
 STAGE = "train-diffusion"

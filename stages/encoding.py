@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.inputs import encoder_weights
-from stages.artifacts.project import Project
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import make_denoiser
 from stages.diffusion.encoders import KINDS, LINEAR
 from stages.foundation.errors import ComputeError, DataError, SettingsError, TaskError
 from stages.foundation.specs import is_code
 from stages.foundation.tensors import load_tensors
+from stages.run_directory.project import Project
+from stages.run_directory.sources import encoder_weights
 from stages.tasks.user_code import load_object, user_code
 
 SETTING = "train-diffusion.encoders"

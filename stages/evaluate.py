@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stages.artifacts.pipeline import AUTO
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
 from stages.branches import Command
 from stages.collector import recipe_of
@@ -52,6 +49,9 @@ from stages.foundation.seeds import seed_of
 from stages.foundation.tensors import save_arrays
 from stages.outcome import Finished, Outcome
 from stages.predictor import STRENGTH_FILE
+from stages.run_directory.folders import folder_of
+from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
 from stages.stage import Stage
 from stages.tasks.loader import check_task
 from stages.tasks.losses import CLASSIFICATION

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.artifacts.pipeline import AUTO
 from stages.collector import Collector, make_engine
 from stages.diffusion.dataset import usable_split
 from stages.evaluation import rows as row
@@ -21,6 +20,7 @@ from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.materials import Materials
 from stages.predictor import load_generator
+from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.user_code import user_code

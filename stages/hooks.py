@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from stages.artifacts.pipeline import StageSpec, spec_of
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import BEGUN, StageFolder, folder_of
-from stages.artifacts.states import States
 from stages.foundation.files import write_json
 from stages.foundation.progress import Report, Silent
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
+from stages.run_directory.folders import BEGUN, StageFolder, folder_of
+from stages.run_directory.pipeline import StageSpec, spec_of
+from stages.run_directory.project import Project
+from stages.run_directory.states import States
 
 
 class StageHooks(Materials, ABC):

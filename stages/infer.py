@@ -12,11 +12,6 @@ from stages.answering import Answering, Smaller
 from stages.artifacts.answer import Answer, answer_rows
 from stages.artifacts.delta_store import STORE, ArraySpec
 from stages.artifacts.ledger import LEDGER
-from stages.artifacts.parts import Part
-from stages.artifacts.pipeline import AUTO, spec_of
-from stages.artifacts.project import Project, load_project
-from stages.artifacts.run_directory import StageFolder, check_run, folder_of
-from stages.artifacts.states import States, require_done
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
@@ -25,6 +20,11 @@ from stages.materials import Materials
 from stages.outcome import Finished, Outcome
 from stages.pictures import check_pictures, write_pictures
 from stages.predictor import load_personalised, strength_of
+from stages.run_directory.folders import StageFolder, check_run, folder_of
+from stages.run_directory.locks import Part
+from stages.run_directory.pipeline import AUTO, spec_of
+from stages.run_directory.project import Project, load_project
+from stages.run_directory.states import States, require_done
 from stages.sharing import SharedStage
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task

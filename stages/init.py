@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from stages.artifacts.project import CONFIG_NAME, check_settings, overridden
 from stages.foundation.config import Table, TaskTable, tables
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import write_bytes
+from stages.run_directory.project import CONFIG_NAME, check_settings, overridden
 
 HEADER = """\
 # Settings of one ocd project. Commented lines show the defaults; relative paths start at this file.

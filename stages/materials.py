@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import checked_file, folder_of
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.processes import local_rank, under_torchrun
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_model
 from stages.foundation.trees import Tree, to_device
+from stages.run_directory.folders import checked_file, folder_of
+from stages.run_directory.project import Project
 from stages.tasks.data import Split, dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
 from stages.tasks.protocol import Task

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.pipeline import AUTO
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.memory import activation_bytes
 from stages.diffusion.scale import ScaleNetwork
@@ -16,6 +15,7 @@ from stages.foundation.files import read_json
 from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, concatenate, to_device, tree_map
 from stages.materials import Materials
+from stages.run_directory.pipeline import AUTO
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code

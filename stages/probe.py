@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 
 from stages.artifacts.delta_store import result_specs
-from stages.artifacts.pipeline import AUTO
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import check_run
-from stages.artifacts.states import States, require_done
 from stages.diffusion.denoisers import MLP, make_denoiser, resolve
 from stages.diffusion.memory import operations
 from stages.evaluation import rows as row
@@ -30,6 +26,10 @@ from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of
 from stages.foundation.trees import to_device
 from stages.materials import Materials
+from stages.run_directory.folders import check_run
+from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
+from stages.run_directory.states import States, require_done
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from stages.artifacts.pipeline import AUTO, ORDER
-from stages.artifacts.project import Project
-from stages.artifacts.states import MISSING
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.outcome import Outcome
+from stages.run_directory.pipeline import AUTO, ORDER
+from stages.run_directory.project import Project
+from stages.run_directory.states import MISSING
 
 # A stage's command, with everything but its progress decided.
 StageCommand = Callable[[], Outcome]

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.artifacts.pipeline import AUTO
-from stages.artifacts.project import Project
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.files import write_json
 from stages.foundation.progress import Report
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import Tree, take, to_device
 from stages.outcome import Finished, Outcome
+from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
 from stages.stage import Stage
 from stages.tasks.loader import losses
 from stages.weights.choice import choose

@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Iterator
 
 from stages.artifacts.ledger import Ledger
-from stages.artifacts.parts import WAIT, Part, gate, holders, lock_path, shared
-from stages.artifacts.project import Project
-from stages.artifacts.states import progress_of
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import strays, sweep
 from stages.foundation.progress import Report
 from stages.outcome import Outcome
+from stages.run_directory.locks import WAIT, Part, gate, holders, lock_path, shared
+from stages.run_directory.project import Project
+from stages.run_directory.states import progress_of
 from stages.stage import Stage
 
 

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.inputs import sources_of
-from stages.artifacts.pipeline import AUTO, STAGES, extent_settings
-from stages.artifacts.provenance import made, now, threads_restored
-from stages.artifacts.run_directory import (
+from stages.foundation.config import EXECUTION
+from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
+from stages.foundation.files import digest, disk_errors, remove, sync_folder, write_json
+from stages.foundation.progress import Logged
+from stages.hooks import StageHooks
+from stages.outcome import Finished, Outcome
+from stages.run_directory.folders import (
     BEGUN,
     MANIFEST,
     check_run,
@@ -16,7 +19,10 @@ from stages.artifacts.run_directory import (
     manifest_hash,
     prepare_run,
 )
-from stages.artifacts.states import (
+from stages.run_directory.pipeline import AUTO, STAGES, extent_settings
+from stages.run_directory.provenance import made, now, threads_restored
+from stages.run_directory.sources import sources_of
+from stages.run_directory.states import (
     DONE,
     PARTIAL,
     STALE,
@@ -26,12 +32,6 @@ from stages.artifacts.states import (
     redo_command,
     require_done,
 )
-from stages.foundation.config import EXECUTION
-from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
-from stages.foundation.files import digest, disk_errors, remove, sync_folder, write_json
-from stages.foundation.progress import Logged
-from stages.hooks import StageHooks
-from stages.outcome import Finished, Outcome
 
 
 class Stage(StageHooks):

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from stages.artifacts.parts import holders
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import check_run, folder_of
-from stages.artifacts.states import MISSING, StageState, States
+from stages.run_directory.folders import check_run, folder_of
+from stages.run_directory.locks import holders
+from stages.run_directory.project import Project
+from stages.run_directory.states import MISSING, StageState, States
 
 
 def status(project: Project) -> dict[str, Any]:

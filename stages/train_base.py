@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.inputs import data_path
-from stages.artifacts.pipeline import AUTO
-from stages.artifacts.project import Project
 from stages.artifacts.training_run import Plan, TrainingRun, take_up_training
 from stages.diffusion.training import Trainer, batch_rows
 from stages.foundation.files import sha256_file
@@ -20,6 +17,9 @@ from stages.foundation.tensors import import_weights, load_tensors, save_model
 from stages.foundation.trees import to_device
 from stages.materials import BASE_FILE
 from stages.outcome import Finished, Outcome
+from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
+from stages.run_directory.sources import data_path
 from stages.stage import Stage
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses, naming_rows

@@ -7,9 +7,6 @@ from typing import Any
 import torch
 
 from stages.artifacts.following import follow
-from stages.artifacts.pipeline import AUTO
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.collector import make_engine
@@ -24,6 +21,9 @@ from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.foundation.progress import Report
 from stages.outcome import Finished, Outcome
+from stages.run_directory.folders import folder_of
+from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
 from stages.stage import Stage
 from stages.tuning import Tuning
 

@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.artifacts.pipeline import AUTO
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader, field_widths
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.diffusion.dataset import Rows
@@ -21,6 +18,9 @@ from stages.foundation.files import digest, link_or_copy, require_space, sha256_
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
 from stages.outcome import Finished, Outcome
+from stages.run_directory.folders import folder_of
+from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
 from stages.stage import Stage
 from stages.training_rows import TrainingRows
 

@@ -15,8 +15,8 @@ import torch
 from conftest import MODEL, arrays, counted_blocks, stopped_at
 from safetensors.torch import load_file, save_file
 
-from stages.artifacts.run_directory import StageFolder
 from stages.diffusion.training import Trainer
+from stages.run_directory.folders import StageFolder
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
 

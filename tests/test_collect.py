@@ -13,9 +13,9 @@ from conftest import MODEL, arrays, blocks_of, reader_of, store
 from safetensors.torch import load_file
 from torch import nn
 
-from stages.artifacts.project import load_project
 from stages.collect import Collect
 from stages.foundation.errors import DataError
+from stages.run_directory.project import load_project
 
 NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
 LATER = ("train-diffusion", "train-scale", "infer")
@@ -152,7 +152,7 @@ CONVOLUTION = (
 SEVERAL = """\
 from torch import nn
 
-from stages.artifacts.project import load_project
+from stages.run_directory.project import load_project
 from stages.collect import Collect
 from stages.foundation.errors import DataError
 
@@ -368,7 +368,7 @@ SLOW = {
     "in_proj_weight": """\
 from torch import nn
 
-from stages.artifacts.project import load_project
+from stages.run_directory.project import load_project
 from stages.collect import Collect
 from stages.foundation.errors import DataError
 
@@ -385,7 +385,7 @@ class Net(nn.Module):
     "weight_hh_l0": """\
 from torch import nn
 
-from stages.artifacts.project import load_project
+from stages.run_directory.project import load_project
 from stages.collect import Collect
 from stages.foundation.errors import DataError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ocd_cli.app import app
-from stages.artifacts.project import check_settings
 from stages.foundation.config import tables
 from stages.init import render, toml_value
+from stages.run_directory.project import check_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -4,8 +4,8 @@ import json
 
 from conftest import states
 
-from stages.artifacts.run_directory import manifest_hash
 from stages.foundation.files import digest
+from stages.run_directory.folders import manifest_hash
 
 
 def forget(folder, stage, setting):

@@ -7,7 +7,7 @@ import pytest
 import zarr
 from conftest import states
 
-from stages.artifacts import pipeline
+from stages.run_directory import pipeline
 
 # What `ocd run` does.
 ORDER = tuple(name for name in pipeline.ORDER if name != "evaluate")

@@ -8,8 +8,8 @@ import pytest
 from conftest import toml
 from planted import helping, hopeless
 
-from stages.artifacts.project import check_settings
 from stages.foundation.config import tables
+from stages.run_directory.project import check_settings
 
 ROWS = {
     "base",

@@ -11,13 +11,13 @@ import torch
 from conftest import Folder, blocks_of, counted_blocks, reader_of, results, states, store
 from test_new_settings import forget
 
-from stages.artifacts.project import load_project
 from stages.diffusion.dataset import usable_split
 from stages.evaluate import Evaluate
 from stages.evaluation.subject import Batch, Examined
 from stages.examination import unseen, with_neighbours
 from stages.foundation.seeds import generator
 from stages.infer import open_run
+from stages.run_directory.project import load_project
 from stages.tasks.data import ArrayDataset, Split
 from stages.training_deltas import StoredDeltas
 from stages.training_rows import TrainingRows

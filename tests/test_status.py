@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import MODEL, Folder, arrays, flip, stopped_at
 
-from stages.artifacts.run_directory import StageFolder
+from stages.run_directory.folders import StageFolder
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
 ALL_DONE = dict.fromkeys(STAGES, "done")

@@ -475,7 +475,7 @@ def test_the_curve_is_one_line_of_averages():
 
 def test_automatic_presets(finished, monkeypatch):
     """`paper` on a GPU that has room for it, `mlp` on another and on a CPU."""
-    from stages.artifacts.project import load_project
+    from stages.run_directory.project import load_project
 
     project = load_project(finished.config)
     store = json.loads((finished.run / "collect" / "manifest.json").read_text())["store"]

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from common import entry, main, project, seconds
 
 from stages.artifacts.delta_store import DeltaStore
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import folder_of
 from stages.artifacts.store_reader import StoreReader
 from stages.collect import Collect, collect
 from stages.collector import writers
+from stages.run_directory.folders import folder_of
+from stages.run_directory.project import Project
 from stages.select_layer import select_layer
 from stages.train_base import train_base
 

@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from stages.artifacts.project import Project, load_project  # noqa: E402
+from stages.run_directory.project import Project, load_project  # noqa: E402
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -19,11 +19,11 @@ import tasks
 import torch
 from common import entry, main, project, seconds
 
-from stages.artifacts.project import Project
 from stages.collect import collect
 from stages.infer import Infer
 from stages.materials import Materials
 from stages.predictor import load_generator
+from stages.run_directory.project import Project
 from stages.select_layer import select_layer
 from stages.tasks.conditioning import condition
 from stages.train_base import train_base

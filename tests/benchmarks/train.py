@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from common import entry, main, project
 
-from stages.artifacts.project import Project
 from stages.collect import collect
 from stages.denoiser_training import Training
 from stages.diffusion.denoisers import UNETS
@@ -24,6 +23,7 @@ from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.memory import training_bytes
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
+from stages.run_directory.project import Project
 from stages.select_layer import select_layer
 from stages.train_base import train_base
 from stages.train_diffusion import TrainDiffusion

@@ -7,8 +7,8 @@ import pytest
 from conftest import Folder, blocks_of, counted_blocks, make_folder
 
 from stages.artifacts.delta_store import DeltaStore
-from stages.artifacts.run_directory import StageFolder
 from stages.collect import Collect
+from stages.run_directory.folders import StageFolder
 
 WIDE = """\
 from torch import nn

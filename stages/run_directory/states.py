@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.inputs import sources_of
-from stages.artifacts.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings, spec_of
-from stages.artifacts.project import Project
-from stages.artifacts.run_directory import StageFolder, damaged_files, folder_of, manifest_hash
 from stages.foundation.config import FORMAT_VERSION
 from stages.foundation.errors import ArtifactError, OcdError
 from stages.foundation.files import digest
+from stages.run_directory.folders import StageFolder, damaged_files, folder_of, manifest_hash
+from stages.run_directory.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings, spec_of
+from stages.run_directory.project import Project
+from stages.run_directory.sources import sources_of
 
 # What `ocd run` asks of infer: the test split stands for its input.
 TEST_QUERY: tuple[dict[str, str], dict[str, Any]] = ({"input": "test"}, {"query": "test"})

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.parts import lock_path, locked
-from stages.artifacts.project import Project
 from stages.foundation.config import FORMAT_VERSION
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import digest, disk_errors, inside, read_json, remove, sha256_file, sync_folder, write_json
+from stages.run_directory.locks import lock_path, locked
+from stages.run_directory.project import Project
 
 MANIFEST, BEGUN, RUN_FILE = "manifest.json", "begun.json", "run.json"
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.pipeline import StageSpec
-from stages.artifacts.project import Project
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.files import sha256_file
 from stages.foundation.specs import is_code, module_file
+from stages.run_directory.pipeline import StageSpec
+from stages.run_directory.project import Project
 
 DATA_ROLES = ("train", "validation", "test")
 

@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from stages.artifacts.project import Project
 from stages.foundation.config import EXTENT, IDENTITY, Table
+from stages.run_directory.project import Project
 
 # `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that
 # `ocd select-layer --layer fc1.weight` followed by a plain `ocd collect` is no contradiction.
