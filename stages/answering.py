@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.artifacts.answer import Answer
 from stages.foundation.trees import Tree, leaves, take, to_device, tree_map
+from stages.store.predictions import Answer
 from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.mapping import mapped_array

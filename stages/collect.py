@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
 from stages.collector import (
     Collector,
     bad_rows,
@@ -27,6 +26,7 @@ from stages.outcome import Finished, Outcome
 from stages.run_directory.locks import Part
 from stages.run_directory.project import Project
 from stages.sharing import SharedStage
+from stages.store.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.config import CollectTable
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.trees import Tree, leaves, to_device
+from stages.store.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.loader import forward, losses

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.store_reader import StoreReader, field_widths
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, UNETS, resolve
@@ -25,6 +24,7 @@ from stages.foundation.processes import local_count
 from stages.foundation.seeds import global_seed
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
+from stages.store.reader import StoreReader, field_widths
 from stages.training_rows import TrainingRows, free_on_gpu
 
 STAGE = "train-diffusion"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stages.artifacts.store_reader import StoreReader
 from stages.branches import Command
 from stages.collector import recipe_of
 from stages.cost import cost
@@ -53,6 +52,7 @@ from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.stage import Stage
+from stages.store.reader import StoreReader
 from stages.tasks.loader import check_task
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.scoring import finite

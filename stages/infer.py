@@ -9,9 +9,6 @@ from typing import Any
 import torch
 
 from stages.answering import Answering, Smaller
-from stages.artifacts.answer import Answer, answer_rows
-from stages.artifacts.delta_store import STORE, ArraySpec
-from stages.artifacts.ledger import LEDGER
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
@@ -26,6 +23,9 @@ from stages.run_directory.pipeline import AUTO, spec_of
 from stages.run_directory.project import Project, load_project
 from stages.run_directory.states import States, require_done
 from stages.sharing import SharedStage
+from stages.store.delta_store import STORE, ArraySpec
+from stages.store.ledger import LEDGER
+from stages.store.predictions import Answer, answer_rows
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task
 from stages.weights.batch_size import prediction_batch, prediction_bytes

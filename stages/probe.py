@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.artifacts.delta_store import result_specs
 from stages.diffusion.denoisers import MLP, make_denoiser, resolve
 from stages.diffusion.memory import operations
 from stages.evaluation import rows as row
@@ -30,6 +29,7 @@ from stages.run_directory.folders import check_run
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.states import States, require_done
+from stages.store.delta_store import result_specs
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task

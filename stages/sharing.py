@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 
-from stages.artifacts.ledger import Ledger
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import strays, sweep
 from stages.foundation.progress import Report
@@ -12,6 +11,7 @@ from stages.run_directory.locks import WAIT, Part, gate, holders, lock_path, sha
 from stages.run_directory.project import Project
 from stages.run_directory.states import progress_of
 from stages.stage import Stage
+from stages.store.ledger import Ledger
 
 
 class SharedStage(Stage):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from stages.artifacts.following import follow
-from stages.artifacts.store_reader import StoreReader
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.collector import make_engine
 from stages.denoiser_training import Choice, Training, begin_training, choose_denoiser, micro_batch
@@ -25,6 +24,7 @@ from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.stage import Stage
+from stages.store.reader import StoreReader
 from stages.tuning import Tuning
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.artifacts.store_reader import StoreReader, field_widths
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.diffusion.dataset import Rows
 from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
@@ -22,6 +21,7 @@ from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.stage import Stage
+from stages.store.reader import StoreReader, field_widths
 from stages.training_rows import TrainingRows
 
 SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.artifacts.store_reader import StoreReader
 from stages.foundation.files import available_memory
+from stages.store.reader import StoreReader
 
 # Of the memory that is free, the part that blocks are kept in; a fixed amount where the system does not tell.
 MEMORY_SHARE, MEMORY_UNKNOWN = 0.25, 1 << 30

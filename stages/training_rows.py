@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.artifacts.delta_store import DELTA
-from stages.artifacts.store_reader import StoreReader
 from stages.diffusion.dataset import Rows, usable_split
 from stages.diffusion.training import epoch_spans
 from stages.foundation.files import available_memory
 from stages.foundation.processes import local_count
 from stages.run_directory.pipeline import AUTO
+from stages.store.delta_store import DELTA
+from stages.store.reader import StoreReader
 
 # Rows that are shuffled among each other lie in a buffer of this size; it decides the order, so it is no setting.
 BUFFER_BYTES = 512 << 20

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.ledger import ledger_problems
 from stages.branches import BRANCHES
 from stages.foundation.errors import ArtifactError, OcdError
 from stages.foundation.files import digest, read_json
@@ -11,6 +10,7 @@ from stages.foundation.progress import Report, Silent
 from stages.run_directory.folders import StageFolder, check_run, damaged_files, folder_of, manifest_hash
 from stages.run_directory.pipeline import ORDER
 from stages.run_directory.project import Project
+from stages.store.ledger import ledger_problems
 
 
 def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from typer.testing import CliRunner, Result
 
 from ocd_cli.app import app, main
 from stages.answering import Answering
-from stages.artifacts.answer import Answer
-from stages.artifacts.delta_store import DeltaStore
-from stages.artifacts.store_reader import StoreReader
 from stages.collector import Collector
+from stages.store.delta_store import DeltaStore
+from stages.store.predictions import Answer
+from stages.store.reader import StoreReader
 
 MODEL = """\
 from torch import nn

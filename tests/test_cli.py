@@ -312,7 +312,7 @@ def test_forced_work_keeps_the_old_until_the_new_is_whole(finished, ocd, monkeyp
         raise KeyboardInterrupt
 
     name = {
-        "collect": "stages.artifacts.delta_store.DeltaStore.write_block",
+        "collect": "stages.store.delta_store.DeltaStore.write_block",
         "train-scale": "stages.diffusion.training.Trainer.advance",
     }
     with monkeypatch.context() as patch:

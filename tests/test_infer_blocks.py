@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.artifacts.answer import Answer, answer_rows, chunk_rows
-from stages.artifacts.archives import Streamed, save_npz
 from stages.foundation.errors import DataError
 from stages.infer import open_run
+from stages.store.archives import Streamed, save_npz
+from stages.store.predictions import Answer, answer_rows, chunk_rows
 from stages.tasks import mapping
 from stages.tasks.data import load_npz
 from stages.weights.layer import find_layer

@@ -8,8 +8,8 @@ from conftest import store
 from engines import EXACT, RECIPES, copied, forward, frozen, random, squares
 from torch import nn
 
-from stages.artifacts.delta_store import FEWEST_BLOCKS, LARGEST_BLOCK, SMALL_BLOCK, ArraySpec, block_rows
 from stages.evaluation import neighbours
+from stages.store.delta_store import FEWEST_BLOCKS, LARGEST_BLOCK, SMALL_BLOCK, ArraySpec, block_rows
 from stages.tasks import scoring
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.losses import REGRESSION, mse

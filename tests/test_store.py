@@ -9,11 +9,11 @@ import pytest
 import zarr
 from conftest import wait_until
 
-from stages.artifacts.chunks import encode, write
-from stages.artifacts.delta_store import ArraySpec, DeltaStore, create_array, result_specs
-from stages.artifacts.store_reader import StoreReader
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.errors import ArtifactError
+from stages.store.chunks import encode, write
+from stages.store.delta_store import ArraySpec, DeltaStore, create_array, result_specs
+from stages.store.reader import StoreReader
 
 ROWS, SAMPLES = 7, 31
 SHAPE = (3, 5)

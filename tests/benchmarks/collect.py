@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from common import entry, main, project, seconds
 
-from stages.artifacts.delta_store import DeltaStore
-from stages.artifacts.store_reader import StoreReader
 from stages.collect import Collect, collect
 from stages.collector import writers
 from stages.run_directory.folders import folder_of
 from stages.run_directory.project import Project
 from stages.select_layer import select_layer
+from stages.store.delta_store import DeltaStore
+from stages.store.reader import StoreReader
 from stages.train_base import train_base
 
 ADAM = {"collect.optimizer": "adam", "collect.lr": 5e-4, "collect.steps": 3}

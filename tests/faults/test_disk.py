@@ -6,9 +6,9 @@ import shutil
 import pytest
 from conftest import Folder, blocks_of, counted_blocks, make_folder
 
-from stages.artifacts.delta_store import DeltaStore
 from stages.collect import Collect
 from stages.run_directory.folders import StageFolder
+from stages.store.delta_store import DeltaStore
 
 WIDE = """\
 from torch import nn

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from stages.artifacts.delta_store import STORE, ArraySpec, chunk_name, is_laid_out
 from stages.foundation.background import read_ahead
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import read_json
 from stages.foundation.seeds import seed_of
+from stages.store.delta_store import STORE, ArraySpec, chunk_name, is_laid_out
 
 # Threads that read and decompress blocks for a buffer.
 READERS = 2

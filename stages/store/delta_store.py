@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from stages.artifacts.chunks import codecs, encode, write
-from stages.artifacts.ledger import LEDGER, Ledger
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import inside, link_or_copy, read_json, remove, sync_folder
+from stages.store.chunks import codecs, encode, write
+from stages.store.ledger import LEDGER, Ledger
 
 STORE = "deltas.zarr"
 CHUNK_BYTES = 16 << 20

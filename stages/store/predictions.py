@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from stages.artifacts.archives import Streamed, save_npz, whole
-from stages.artifacts.chunks import encode, write
-from stages.artifacts.delta_store import CHUNK_BYTES, DELTA, STORE, ArraySpec, chunk_name, lay_out
-from stages.artifacts.ledger import LEDGER, Ledger
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import sha256_file, sync_folder
+from stages.store.archives import Streamed, save_npz, whole
+from stages.store.chunks import encode, write
+from stages.store.delta_store import CHUNK_BYTES, DELTA, STORE, ArraySpec, chunk_name, lay_out
+from stages.store.ledger import LEDGER, Ledger
 
 MOST_BLOCKS, LARGEST_BLOCK, BLOCK_BYTES = 64, 4096, 64 << 20
 
