@@ -19,6 +19,7 @@ from stages.foundation.files import available_memory
 from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.materials import Materials
+from stages.per_sample.layer import Layer
 from stages.predictor import load_generator
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
@@ -27,7 +28,6 @@ from stages.tasks.user_code import user_code
 from stages.tasks.views import any_views
 from stages.training_deltas import StoredDeltas
 from stages.weights.batch_size import sample_bytes
-from stages.weights.layer import Layer
 
 PROBE = 4
 # Deltas of a batch, all members of it, with what is computed from them.

@@ -12,14 +12,14 @@ from stages.foundation.processes import local_rank, under_torchrun
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_model
 from stages.foundation.trees import Tree, to_device
+from stages.per_sample.layer import Layer, find_layer
+from stages.per_sample.single_precision import in_single_precision
 from stages.run_directory.folders import checked_file, folder_of
 from stages.run_directory.project import Project
 from stages.tasks.data import Split, dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.weights.layer import Layer, find_layer
-from stages.weights.single_precision import in_single_precision
 
 BASE_FILE = "base.safetensors"
 

@@ -25,6 +25,7 @@ from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of
 from stages.foundation.trees import to_device
 from stages.materials import Materials
+from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.run_directory.folders import check_run
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
@@ -33,7 +34,6 @@ from stages.store.delta_store import result_specs
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task
-from stages.weights.layer import Layer, candidates, find_layer
 
 # What is tried beside the settings of `[collect]`.
 GRID: tuple[dict[str, Any], ...] = (

@@ -17,6 +17,8 @@ from stages.foundation.tensors import import_weights, load_tensors, save_model
 from stages.foundation.trees import to_device
 from stages.materials import BASE_FILE
 from stages.outcome import Finished, Outcome
+from stages.per_sample.capture import watched_modules
+from stages.per_sample.layer import find_layer
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.sources import data_path
@@ -26,8 +28,6 @@ from stages.tasks.loader import check_task, losses, naming_rows
 from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import evaluate, finite
 from stages.tasks.user_code import user_code
-from stages.weights.capture import watched_modules
-from stages.weights.layer import find_layer
 
 
 def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.foundation.trees import leaves, take
-from stages.weights.choice import choose
+from stages.per_sample.layer import find_layer
+from stages.per_sample.self_check import choose
 from stages.weights.descent import DenseDescent
 from stages.weights.engine import Engine
-from stages.weights.layer import find_layer
 from stages.weights.overfit import Recipe, overfit
 
 # float64: what differs beyond this is not rounding.

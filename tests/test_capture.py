@@ -8,8 +8,8 @@ from test_overfit import LAYERS, make_problem
 from torch import nn
 
 from stages.foundation.errors import TaskError
-from stages.weights.capture import capture, reduce_fields
-from stages.weights.layer import find_layer
+from stages.per_sample.capture import capture, reduce_fields
+from stages.per_sample.layer import find_layer
 
 
 def seen_by_a_hook(model, module, x):

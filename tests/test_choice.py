@@ -9,10 +9,10 @@ from engines import EXACT, Custom, Tied, by_copies, forward, frozen, random, twi
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from stages.per_sample.layer import find_layer
+from stages.per_sample.self_check import choose
+from stages.per_sample.weights import Loop, Vmap
 from stages.tasks.user_code import user_code
-from stages.weights.choice import choose
-from stages.weights.layer import find_layer
-from stages.weights.per_sample import Loop, Vmap
 
 
 def attention():

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stages.foundation.seeds import generator
-from stages.weights.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
-from stages.weights.layer import find_layer
-from stages.weights.per_sample import Loop, Substitution
+from stages.per_sample.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
+from stages.per_sample.layer import find_layer
+from stages.per_sample.weights import Loop, Substitution
 
 # The binned density is piecewise linear between points h/16 apart: 5e-4 of its value at most at the peak of a kernel.
 BINNING = 1e-3

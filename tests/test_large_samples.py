@@ -9,16 +9,16 @@ from engines import EXACT, RECIPES, copied, forward, frozen, random, squares
 from torch import nn
 
 from stages.evaluation import neighbours
+from stages.per_sample import weights as per_sample
+from stages.per_sample.layer import find_layer
+from stages.per_sample.weights import Substitution
 from stages.store.delta_store import FEWEST_BLOCKS, LARGEST_BLOCK, SMALL_BLOCK, ArraySpec, block_rows
 from stages.tasks import scoring
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task
-from stages.weights import per_sample
 from stages.weights.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, largest_output, sample_bytes
 from stages.weights.engine import Engine
-from stages.weights.layer import find_layer
-from stages.weights.per_sample import Substitution
 
 MIB, GIB, CPU = 1 << 20, 1 << 30, torch.device("cpu")
 

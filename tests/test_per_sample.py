@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stages.foundation.errors import SettingsError
-from stages.weights.layer import candidates, find_layer
-from stages.weights.per_sample import Loop, NotSubstitutable, Substitution, Vmap
+from stages.per_sample.layer import candidates, find_layer
+from stages.per_sample.weights import Loop, NotSubstitutable, Substitution, Vmap
 
 WAYS = (Loop, Vmap, Substitution)
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)

@@ -19,10 +19,10 @@ from test_infer import predictions
 
 from stages.foundation.seeds import generator
 from stages.infer import open_run
+from stages.per_sample.layer import find_layer
+from stages.per_sample.self_check import choose
 from stages.pictures import CAPTION, GAP
 from stages.tasks.data import Split
-from stages.weights.choice import choose
-from stages.weights.layer import find_layer
 
 SIZE, TRAIN, VALIDATION, TEST, REPEATS, STEPS, LR, RAYS = 12, 8, 5, 4, 2, 3, 0.005, 64
 LAYER, SAMPLES, NEAR, FAR = "layer1.weight", 32, 2.0, 6.0

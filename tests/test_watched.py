@@ -13,11 +13,11 @@ from torch import nn
 from stages.evaluation.neighbours import input_blocks, nearest, places_of
 from stages.foundation.errors import TaskError
 from stages.infer import open_run
+from stages.per_sample.capture import capture
+from stages.per_sample.layer import find_layer
 from stages.tasks.conditioning import condition
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
-from stages.weights.capture import capture
-from stages.weights.layer import find_layer
 
 # The environment says what is watched. Inputs are four numbers; the last, which the labels do not depend on, is by far the
 # widest, and where a sample lies is told by the others. `early` gives a field of 6,000 numbers, more than are kept.

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from stages.foundation.errors import SettingsError, TaskError
 from stages.foundation.trees import Tree, batch_size, flat_output, leaves, take
+from stages.per_sample.capture import WIDEST, capture, reduce_fields
+from stages.per_sample.layer import Layer
 from stages.tasks.loader import forward
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.weights.capture import WIDEST, capture, reduce_fields
-from stages.weights.layer import Layer
 
 # The field that `condition_on_x` adds.
 INPUT = "x"

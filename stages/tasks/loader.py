@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from stages.foundation.config import TaskTable
 from stages.foundation.errors import ComputeError, DataError, TaskError
 from stages.foundation.trees import Tree, batch_size, leaves, take, to_device, tree_map
+from stages.per_sample.single_precision import HALF
 from stages.tasks.data import ArrayDataset, Split, require_tensors, split_rows
 from stages.tasks.losses import CLASSIFICATION, LabelError, check_labels
 from stages.tasks.protocol import Task, uses_default
 from stages.tasks.supervised import SupervisedTask
 from stages.tasks.user_code import load_object, user_code
 from stages.tasks.views import any_views
-from stages.weights.single_precision import HALF
 
 LABELS_AT_ONCE = 1 << 16
 

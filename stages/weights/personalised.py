@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stages.foundation.trees import Tree, batch_size
-from stages.weights.runner import Runner
+from stages.per_sample.runner import Runner
 
 # conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) and predicted rho (B,)
 SampleDeltas = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]

@@ -22,6 +22,8 @@ from common import entry, main, project, seconds
 from stages.collect import collect
 from stages.infer import Infer
 from stages.materials import Materials
+from stages.per_sample.layer import find_layer
+from stages.per_sample.runner import Runner
 from stages.predictor import load_generator
 from stages.run_directory.project import Project
 from stages.select_layer import select_layer
@@ -29,8 +31,6 @@ from stages.tasks.conditioning import condition
 from stages.train_base import train_base
 from stages.train_diffusion import train_diffusion
 from stages.train_scale import train_scale
-from stages.weights.layer import find_layer
-from stages.weights.runner import Runner
 
 MEMBERS, SAMPLES, LOOPED = 5, 1000, 6
 # How well the networks are trained takes no time at inference.

@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from stages.foundation.errors import OcdError
 from stages.foundation.trees import Tree, batch_size, concatenate, take, tree_map
-from stages.weights.layer import Layer
-from stages.weights.products import Product, product_of
-from stages.weights.record import Record
+from stages.per_sample.layer import Layer
+from stages.per_sample.products import Product, product_of
+from stages.per_sample.record import Record
 
 Forward = Callable[[nn.Module, Tree], Tree]
 # Numbers that the layer sees of a batch, above which its outputs are not kept from one strength to the next: a product is about

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.foundation.trees import Tree, batch_size, leaves, take, tree_map
-from stages.weights.layer import Layer
-from stages.weights.per_sample import Forward, Loop, NotSubstitutable, PerSampleWeights, Substitution, Vmap, plain
-from stages.weights.prefix import Prefix
-from stages.weights.record import Record
+from stages.per_sample.layer import Layer
+from stages.per_sample.prefix import Prefix
+from stages.per_sample.record import Record
+from stages.per_sample.weights import Forward, Loop, NotSubstitutable, PerSampleWeights, Substitution, Vmap, plain
 
 # Single and batched products differ by rounding; a wrong path differs by the size of the result itself.
 SELF_CHECK_TOLERANCE = 1e-3

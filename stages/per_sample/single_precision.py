@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from stages.foundation.errors import OcdError, TaskError
-from stages.weights.layer import Layer
-from stages.weights.record import tensors_in, with_tensors
+from stages.per_sample.layer import Layer
+from stages.per_sample.record import tensors_in, with_tensors
 
 HALF = (torch.float16, torch.bfloat16)
 

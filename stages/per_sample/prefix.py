@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stages.foundation.trees import Tree, batch_size, take
-from stages.weights.layer import Layer
-from stages.weights.record import Event, Record, tensors_in, watched
+from stages.per_sample.layer import Layer
+from stages.per_sample.record import Event, Record, tensors_in, watched
 
 
 class _Recorder(TorchFunctionMode):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.foundation.trees import Tree, tree_map
-from stages.weights.capture import capture
-from stages.weights.choice import choose, find_prefix, with_best_format
-from stages.weights.layer import Layer
-from stages.weights.per_sample import Forward, Substitution
-from stages.weights.record import PrefixChanged, Record
+from stages.per_sample.capture import capture
+from stages.per_sample.layer import Layer
+from stages.per_sample.record import PrefixChanged, Record
+from stages.per_sample.self_check import choose, find_prefix, with_best_format
+from stages.per_sample.weights import Forward, Substitution
 
 
 @dataclass(frozen=True)

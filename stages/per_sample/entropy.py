@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, repeat_batch
-from stages.weights.layer import Layer
-from stages.weights.per_sample import PerSampleWeights
+from stages.per_sample.layer import Layer
+from stages.per_sample.weights import PerSampleWeights
 
 # Below this bandwidth a loss counts as constant: its entropy is then that of a Gaussian of this width, about −17 nats.
 SMALLEST_BANDWIDTH = 1e-8

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from stages.foundation.errors import TaskError
 from stages.foundation.trees import Tree, batch_size, flat_output, leaves
-from stages.weights.layer import Layer
-from stages.weights.per_sample import Forward, plain
+from stages.per_sample.layer import Layer
+from stages.per_sample.weights import Forward, plain
 
 LAYER_INPUT, ACTIVATION, BASE_OUTPUT = "layer_input", "activation", "base_output"
 FIELDS = (LAYER_INPUT, ACTIVATION, BASE_OUTPUT)
