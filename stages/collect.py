@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from stages.collector import (
+from stages.foundation.errors import SettingsError, TaskError
+from stages.foundation.files import available_memory, digest, require_space, sweep
+from stages.foundation.progress import Report
+from stages.foundation.seeds import generator
+from stages.foundation.trees import Tree, to_device
+from stages.outcome import Finished, Outcome
+from stages.overfitting.batch_size import auto_batch_size, auto_threads, forward_operations, rows_worth_keeping, sample_bytes
+from stages.overfitting.collector import (
     Collector,
     bad_rows,
     check_recipe,
@@ -17,12 +24,7 @@ from stages.collector import (
     summary_of,
     writers,
 )
-from stages.foundation.errors import SettingsError, TaskError
-from stages.foundation.files import available_memory, digest, require_space, sweep
-from stages.foundation.progress import Report
-from stages.foundation.seeds import generator
-from stages.foundation.trees import Tree, to_device
-from stages.outcome import Finished, Outcome
+from stages.overfitting.overfitter import Engine
 from stages.run_directory.locks import Part
 from stages.run_directory.project import Project
 from stages.sharing import SharedStage
@@ -31,8 +33,6 @@ from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task
 from stages.tasks.views import any_views
-from stages.weights.batch_size import auto_batch_size, auto_threads, forward_operations, rows_worth_keeping, sample_bytes
-from stages.weights.engine import Engine
 
 # Samples that self-checks are made on.
 PROBE = 4

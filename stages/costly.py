@@ -12,12 +12,12 @@ from stages.examination import make_subject, with_denoiser
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
 from stages.materials import BASE_FILE, Materials
+from stages.overfitting.overfit import Recipe
+from stages.overfitting.whole_network import overfit_whole
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import ORDER
 from stages.run_directory.project import Project
 from stages.tasks.loader import losses
-from stages.weights.overfit import Recipe
-from stages.weights.whole import overfit_whole
 
 # Overfitting all layers goes sample by sample: what would take longer has to be asked for.
 LONGEST_S = 180.0

@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 
 from stages.branches import Command
-from stages.collector import recipe_of
 from stages.cost import cost
 from stages.costly import LeftOut, costly_rows, seed_branches, whole_network_row
 from stages.diffusion.training import threads_for
@@ -47,6 +46,7 @@ from stages.foundation.progress import Report
 from stages.foundation.seeds import seed_of
 from stages.foundation.tensors import save_arrays
 from stages.outcome import Finished, Outcome
+from stages.overfitting.collector import recipe_of
 from stages.predictor import STRENGTH_FILE
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.collector import Collector, make_engine
 from stages.diffusion.dataset import usable_split
 from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
@@ -19,6 +18,8 @@ from stages.foundation.files import available_memory
 from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.materials import Materials
+from stages.overfitting.batch_size import sample_bytes
+from stages.overfitting.collector import Collector, make_engine
 from stages.per_sample.layer import Layer
 from stages.predictor import load_generator
 from stages.run_directory.pipeline import AUTO
@@ -27,7 +28,6 @@ from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.user_code import user_code
 from stages.tasks.views import any_views
 from stages.training_deltas import StoredDeltas
-from stages.weights.batch_size import sample_bytes
 
 PROBE = 4
 # Deltas of a batch, all members of it, with what is computed from them.

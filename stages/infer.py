@@ -15,6 +15,7 @@ from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.materials import Materials
 from stages.outcome import Finished, Outcome
+from stages.overfitting.batch_size import prediction_batch, prediction_bytes
 from stages.pictures import check_pictures, write_pictures
 from stages.predictor import load_personalised, strength_of
 from stages.run_directory.folders import StageFolder, check_run, folder_of
@@ -28,7 +29,6 @@ from stages.store.ledger import LEDGER
 from stages.store.predictions import Answer, answer_rows
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task
-from stages.weights.batch_size import prediction_batch, prediction_bytes
 from stages.weights.personalised import PersonalisedModel
 
 PREDICTIONS, SMALLER = "predictions.npz", "smaller.npz"

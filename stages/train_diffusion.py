@@ -8,7 +8,6 @@ import torch
 
 from stages.artifacts.following import follow
 from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
-from stages.collector import make_engine
 from stages.denoiser_training import Choice, Training, begin_training, choose_denoiser, micro_batch
 from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoising import judge
@@ -20,6 +19,7 @@ from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.foundation.progress import Report
 from stages.outcome import Finished, Outcome
+from stages.overfitting.collector import make_engine
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project

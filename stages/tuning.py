@@ -12,11 +12,11 @@ from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import to_device
+from stages.overfitting.overfitter import Engine
 from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.protocol import Task
 from stages.tasks.views import glances_of
-from stages.weights.engine import Engine
 
 STAGE = "train-diffusion"
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.foundation.trees import leaves, take
+from stages.overfitting.descent import DenseDescent
+from stages.overfitting.overfit import Recipe, overfit
+from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import find_layer
 from stages.per_sample.self_check import choose
-from stages.weights.descent import DenseDescent
-from stages.weights.engine import Engine
-from stages.weights.overfit import Recipe, overfit
 
 # float64: what differs beyond this is not rounding.
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

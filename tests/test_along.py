@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import find_layer
 from stages.per_sample.weights import Loop, NotSubstitutable, Substitution
-from stages.weights.engine import Engine
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 # Not in order, and one of them twice: what was computed for one strength must not show in the next.

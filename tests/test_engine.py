@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stages.foundation.errors import TaskError
+from stages.overfitting.overfit import Recipe
+from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import find_layer
-from stages.weights.engine import Engine
-from stages.weights.overfit import Recipe
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 

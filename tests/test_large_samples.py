@@ -9,6 +9,8 @@ from engines import EXACT, RECIPES, copied, forward, frozen, random, squares
 from torch import nn
 
 from stages.evaluation import neighbours
+from stages.overfitting.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, largest_output, sample_bytes
+from stages.overfitting.overfitter import Engine
 from stages.per_sample import weights as per_sample
 from stages.per_sample.layer import find_layer
 from stages.per_sample.weights import Substitution
@@ -17,8 +19,6 @@ from stages.tasks import scoring
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task
-from stages.weights.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, largest_output, sample_bytes
-from stages.weights.engine import Engine
 
 MIB, GIB, CPU = 1 << 20, 1 << 30, torch.device("cpu")
 

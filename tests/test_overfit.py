@@ -9,10 +9,10 @@ from engines import EXACT, RECIPES, assert_same, cross_entropy, forward, wanted_
 from torch import nn
 
 from stages.foundation.errors import TaskError
+from stages.overfitting.descent import DenseDescent
+from stages.overfitting.overfit import Recipe, overfit
 from stages.per_sample.layer import find_layer
 from stages.per_sample.weights import Loop, Substitution, Vmap
-from stages.weights.descent import DenseDescent
-from stages.weights.overfit import Recipe, overfit
 
 WAYS = [Loop, Vmap, Substitution]
 # The authors' for LeNet5, and a long one, beside those of the engine's tests.

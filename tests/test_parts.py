@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import blocks_of, counted_blocks, results, stopped_at, wait_until
 
-from stages.collector import Collector
+from stages.overfitting.collector import Collector
 
 BLOCKS = 9
 

@@ -7,10 +7,10 @@ from engines import EXACT, RECIPES, Custom, equal_to_the_loop, forward, frozen, 
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import find_layer
 from stages.per_sample.prefix import Prefix
 from stages.per_sample.record import PrefixChanged
-from stages.weights.engine import Engine
 
 
 def parts(**more):

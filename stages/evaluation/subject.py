@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from stages.evaluation.neighbours import Neighbours
 from stages.foundation.trees import Tree, to_device, tree_map
+from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import Layer
 from stages.per_sample.runner import FirstPass
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.weights.engine import Engine
 
 # conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) of strength 1 and predicted rho (B,)
 Generate = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.foundation.trees import Tree, batch_size, to_device
+from stages.overfitting.batch_size import largest_output
 from stages.tasks.data import Split
 from stages.tasks.loader import forward, losses, naming_rows, one_per_sample
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
-from stages.weights.batch_size import largest_output
 
 EVALUATION_BATCH = 256
 # What a batch's largest tensor may take; samples of many rows go a few at a time.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from common import entry, main, project, seconds
 
 from stages.collect import Collect, collect
-from stages.collector import writers
+from stages.overfitting.collector import writers
 from stages.run_directory.folders import folder_of
 from stages.run_directory.project import Project
 from stages.select_layer import select_layer

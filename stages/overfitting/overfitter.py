@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from stages.foundation.errors import TaskError
 from stages.foundation.trees import Tree, leaves
+from stages.overfitting.descent import DenseDescent, Recorded
+from stages.overfitting.outer_product import AdamDescent, SgdDescent
+from stages.overfitting.overfit import Descent, LossFunction, Overfit, Recipe, Views, overfit
 from stages.per_sample.capture import ACTIVATION, LAYER_INPUT
 from stages.per_sample.layer import Layer
 from stages.per_sample.record import PrefixChanged
 from stages.per_sample.runner import FirstPass, Runner
 from stages.per_sample.self_check import SELF_CHECK_TOLERANCE, equal
 from stages.per_sample.weights import Forward, Loop, NotSubstitutable, Substitution
-from stages.weights.descent import DenseDescent, Recorded
-from stages.weights.outer_product import AdamDescent, SgdDescent
-from stages.weights.overfit import Descent, LossFunction, Overfit, Recipe, Views, overfit
 
 # Adam makes much of small differences between gradients: this is far above them, and far below a wrong delta.
 CONFIRM_TOLERANCE = 0.05

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.foundation.errors import OcdError
 from stages.foundation.trees import Tree, batch_size
+from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import Layer
 from stages.per_sample.runner import Runner
 from stages.per_sample.weights import Bound, Forward, Loop
-from stages.weights.engine import Engine
 
 # Batches whose weights and activations fit the cache beat larger ones.
 CACHE_BYTES = 64 << 20

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.foundation.trees import Tree
+from stages.overfitting.overfit import LossFunction, Recipe
 from stages.per_sample.weights import Forward
-from stages.weights.overfit import LossFunction, Recipe
 
 
 def overfit_whole(model: nn.Module, forward: Forward, loss: LossFunction, recipe: Recipe, x: Tree, y: Tree) -> Tree:

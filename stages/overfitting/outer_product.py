@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stages.foundation.trees import Tree, take
+from stages.overfitting.descent import Recorded, own_gradients
+from stages.overfitting.overfit import LossFunction, Recipe
 from stages.per_sample.weights import Substitution
-from stages.weights.descent import Recorded, own_gradients
-from stages.weights.overfit import LossFunction, Recipe
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 # Samples whose deltas are made at once: what is worked on stays in the cache.

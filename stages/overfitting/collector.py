@@ -16,6 +16,8 @@ from stages.foundation.background import Workers, read_ahead
 from stages.foundation.config import CollectTable
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.trees import Tree, leaves, to_device
+from stages.overfitting.overfit import Recipe, Views
+from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import Layer
 from stages.store.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.tasks.conditioning import fields_of
@@ -23,8 +25,6 @@ from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.loader import forward, losses
 from stages.tasks.protocol import Task
 from stages.tasks.views import any_views, has_views, views_of
-from stages.weights.engine import Engine
-from stages.weights.overfit import Recipe, Views
 
 # Samples overfitted so far, and the mean losses of the last block written.
 Heard = Callable[[int, dict[str, float]], None]
