@@ -16,7 +16,7 @@ from ocd_cli.progress import ShownProgress
 from ocd_cli.render import console, show_outcome, show_status, show_verified
 
 if TYPE_CHECKING:
-    from stages.outcome import Outcome
+    from stages.lifecycle.outcome import Outcome
 
 app = typer.Typer(
     name="ocd",

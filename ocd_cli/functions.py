@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stages.foundation.progress import Report
-    from stages.outcome import Outcome
+    from stages.lifecycle.outcome import Outcome
     from stages.run_directory.project import Project
 
 

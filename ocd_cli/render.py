@@ -11,7 +11,7 @@ from ocd_cli.tables import show_evaluation
 from ocd_cli.text import bytes_text, figure
 
 if TYPE_CHECKING:
-    from stages.outcome import Outcome
+    from stages.lifecycle.outcome import Outcome
 
 BAR_WIDTH = 30
 _MARKS = {

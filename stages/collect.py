@@ -12,7 +12,8 @@ from stages.foundation.files import available_memory, digest, require_space, swe
 from stages.foundation.progress import Report
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, to_device
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.sharing import SharedStage
 from stages.overfitting.batch_size import auto_batch_size, auto_threads, forward_operations, rows_worth_keeping, sample_bytes
 from stages.overfitting.collector import (
     Collector,
@@ -27,7 +28,6 @@ from stages.overfitting.collector import (
 from stages.overfitting.overfitter import Engine
 from stages.run_directory.locks import Part
 from stages.run_directory.project import Project
-from stages.sharing import SharedStage
 from stages.store.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split

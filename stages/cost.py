@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stages.foundation.trees import batch_size, to_device
-from stages.materials import Materials
+from stages.lifecycle.materials import Materials
 from stages.predictor import load_generator, load_personalised
 from stages.run_directory.pipeline import ORDER
 

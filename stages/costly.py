@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from stages.branches import Command, branch_of, bring_up
 from stages.evaluation import rows as row
 from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
 from stages.evaluation.subject import Batch, Subject
 from stages.examination import make_subject, with_denoiser
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
-from stages.materials import BASE_FILE, Materials
+from stages.lifecycle.branches import Command, branch_of, bring_up
+from stages.lifecycle.materials import BASE_FILE, Materials
 from stages.overfitting.overfit import Recipe
 from stages.overfitting.whole_network import overfit_whole
 from stages.run_directory.folders import folder_of

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stages.branches import Command
 from stages.cost import cost
 from stages.costly import LeftOut, costly_rows, seed_branches, whole_network_row
 from stages.diffusion.training import threads_for
@@ -45,13 +44,14 @@ from stages.foundation.files import digest, read_json, write_json
 from stages.foundation.progress import Report
 from stages.foundation.seeds import seed_of
 from stages.foundation.tensors import save_arrays
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.branches import Command
+from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.stage import Stage
 from stages.overfitting.collector import recipe_of
 from stages.predictor import STRENGTH_FILE
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
-from stages.stage import Stage
 from stages.store.reader import StoreReader
 from stages.tasks.loader import check_task
 from stages.tasks.losses import CLASSIFICATION

@@ -17,7 +17,7 @@ from stages.foundation.errors import TaskError
 from stages.foundation.files import available_memory
 from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, leaves, to_device
-from stages.materials import Materials
+from stages.lifecycle.materials import Materials
 from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.collector import Collector, make_engine
 from stages.per_sample.layer import Layer

@@ -13,8 +13,9 @@ from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, to_device
-from stages.materials import Materials
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.materials import Materials
+from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.sharing import SharedStage
 from stages.overfitting.batch_size import prediction_batch, prediction_bytes
 from stages.pictures import check_pictures, write_pictures
 from stages.predictor import load_personalised, strength_of
@@ -23,7 +24,6 @@ from stages.run_directory.locks import Part
 from stages.run_directory.pipeline import AUTO, spec_of
 from stages.run_directory.project import Project, load_project
 from stages.run_directory.states import States, require_done
-from stages.sharing import SharedStage
 from stages.store.delta_store import STORE, ArraySpec
 from stages.store.ledger import LEDGER
 from stages.store.predictions import Answer, answer_rows

@@ -14,7 +14,7 @@ from stages.foundation.errors import TaskError
 from stages.foundation.files import remove, write_bytes
 from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, take, tree_map
-from stages.materials import Materials
+from stages.lifecycle.materials import Materials
 from stages.store.predictions import Answer
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task, uses_default

@@ -14,7 +14,7 @@ from stages.foundation.errors import ArtifactError
 from stages.foundation.files import read_json
 from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, concatenate, to_device, tree_map
-from stages.materials import Materials
+from stages.lifecycle.materials import Materials
 from stages.per_sample.runner import Runner
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.conditioning import fields_of

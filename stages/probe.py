@@ -24,7 +24,7 @@ from stages.foundation.errors import DataError, OcdError
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of
 from stages.foundation.trees import to_device
-from stages.materials import Materials
+from stages.lifecycle.materials import Materials
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.run_directory.folders import check_run
 from stages.run_directory.pipeline import AUTO

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from stages.foundation.errors import ArtifactError, SettingsError
-from stages.outcome import Outcome
+from stages.lifecycle.outcome import Outcome
 from stages.run_directory.pipeline import AUTO, ORDER
 from stages.run_directory.project import Project
 from stages.run_directory.states import MISSING

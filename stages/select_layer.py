@@ -11,13 +11,13 @@ from stages.foundation.files import write_json
 from stages.foundation.progress import Report
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import Tree, take, to_device
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.stage import Stage
 from stages.per_sample.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.per_sample.self_check import choose
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
-from stages.stage import Stage
 from stages.tasks.loader import losses
 
 LAYER_FILE = "layer.json"

@@ -15,14 +15,14 @@ from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import import_weights, load_tensors, save_model
 from stages.foundation.trees import to_device
-from stages.materials import BASE_FILE
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.materials import BASE_FILE
+from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.stage import Stage
 from stages.per_sample.capture import watched_modules
 from stages.per_sample.layer import find_layer
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.sources import data_path
-from stages.stage import Stage
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses, naming_rows
 from stages.tasks.protocol import uses_default

@@ -18,12 +18,12 @@ from stages.encoding import build_denoiser
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.foundation.progress import Report
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.stage import Stage
 from stages.overfitting.collector import make_engine
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
-from stages.stage import Stage
 from stages.store.reader import StoreReader
 from stages.tuning import Tuning
 

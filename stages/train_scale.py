@@ -16,11 +16,11 @@ from stages.foundation.background import read_ahead
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.stage import Stage
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
-from stages.stage import Stage
 from stages.store.reader import StoreReader, field_widths
 from stages.training_rows import TrainingRows
 

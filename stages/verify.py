@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from stages.branches import BRANCHES
 from stages.foundation.errors import ArtifactError, OcdError
 from stages.foundation.files import digest, read_json
 from stages.foundation.progress import Report, Silent
+from stages.lifecycle.branches import BRANCHES
 from stages.run_directory.folders import StageFolder, check_run, damaged_files, folder_of, manifest_hash
 from stages.run_directory.pipeline import ORDER
 from stages.run_directory.project import Project

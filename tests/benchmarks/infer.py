@@ -21,7 +21,7 @@ from common import entry, main, project, seconds
 
 from stages.collect import collect
 from stages.infer import Infer
-from stages.materials import Materials
+from stages.lifecycle.materials import Materials
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.predictor import load_generator

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import strays, sweep
 from stages.foundation.progress import Report
-from stages.outcome import Outcome
+from stages.lifecycle.outcome import Outcome
+from stages.lifecycle.stage import Stage
 from stages.run_directory.locks import WAIT, Part, gate, holders, lock_path, shared
 from stages.run_directory.project import Project
 from stages.run_directory.states import progress_of
-from stages.stage import Stage
 from stages.store.ledger import Ledger
 
 

@@ -9,8 +9,8 @@ from stages.foundation.config import EXECUTION
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import digest, disk_errors, remove, sync_folder, write_json
 from stages.foundation.progress import Logged
-from stages.hooks import StageHooks
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.hooks import StageHooks
+from stages.lifecycle.outcome import Finished, Outcome
 from stages.run_directory.folders import (
     BEGUN,
     MANIFEST,

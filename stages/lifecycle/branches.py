@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stages.foundation.files import link_or_copy, remove
-from stages.materials import Materials
-from stages.outcome import Outcome
+from stages.lifecycle.materials import Materials
+from stages.lifecycle.outcome import Outcome
 from stages.run_directory.folders import MANIFEST, folder_of, prepare_run
 from stages.run_directory.pipeline import STAGES, extent_settings, identity_settings, spec_of
 from stages.run_directory.project import Project, check_settings

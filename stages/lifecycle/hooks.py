@@ -9,8 +9,8 @@ import torch
 
 from stages.foundation.files import write_json
 from stages.foundation.progress import Report, Silent
-from stages.materials import Materials
-from stages.outcome import Finished, Outcome
+from stages.lifecycle.materials import Materials
+from stages.lifecycle.outcome import Finished, Outcome
 from stages.run_directory.folders import BEGUN, StageFolder, folder_of
 from stages.run_directory.pipeline import StageSpec, spec_of
 from stages.run_directory.project import Project
