@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stages.cost import cost
 from stages.costly import LeftOut, costly_rows, seed_branches, whole_network_row
-from stages.diffusion.training import threads_for
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import (
     Compared,
@@ -56,6 +55,7 @@ from stages.store.reader import StoreReader
 from stages.tasks.loader import check_task
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.scoring import finite
+from stages.training.trainer import threads_for
 from stages.training_deltas import StoredDeltas
 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"

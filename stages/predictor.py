@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.diffusion.generate import DeltaGenerator
-from stages.diffusion.memory import activation_bytes
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
-from stages.encoding import build_denoiser
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import read_json
 from stages.foundation.tensors import load_tensors
@@ -20,6 +18,8 @@ from stages.run_directory.pipeline import AUTO
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
+from stages.training.encoders import build_denoiser
+from stages.training.memory import activation_bytes
 from stages.weights.personalised import PersonalisedModel
 
 STRENGTH_FILE = "strength.json"

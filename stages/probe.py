@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.denoisers import MLP, make_denoiser, resolve
-from stages.diffusion.memory import operations
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.headroom import Trial, headroom
@@ -34,6 +33,7 @@ from stages.store.delta_store import result_specs
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task
+from stages.training.memory import operations
 
 # What is tried beside the settings of `[collect]`.
 GRID: tuple[dict[str, Any], ...] = (

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.training_run import Plan, TrainingRun, take_up_training
-from stages.diffusion.training import Trainer, batch_rows
 from stages.foundation.files import sha256_file
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
@@ -28,6 +26,8 @@ from stages.tasks.loader import check_task, losses, naming_rows
 from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import evaluate, finite
 from stages.tasks.user_code import user_code
+from stages.training.run import Plan, TrainingRun, take_up_training
+from stages.training.trainer import Trainer, batch_rows
 
 
 def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:

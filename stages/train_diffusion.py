@@ -6,15 +6,8 @@ from typing import Any
 
 import torch
 
-from stages.artifacts.following import follow
-from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
-from stages.denoiser_training import Choice, Training, begin_training, choose_denoiser, micro_batch
-from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoising import judge
-from stages.diffusion.memory import training_bytes
 from stages.diffusion.schedule import schedule_warning
-from stages.diffusion.training import threads_for
-from stages.encoding import build_denoiser
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.foundation.progress import Report
@@ -25,7 +18,14 @@ from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
-from stages.tuning import Tuning
+from stages.training.denoiser import Choice, Training, begin_training, choose_denoiser, micro_batch
+from stages.training.encoders import build_denoiser
+from stages.training.following import follow
+from stages.training.memory import training_bytes
+from stages.training.ranks import Ranks
+from stages.training.run import Plan, Trained, TrainingRun, take_up_training
+from stages.training.trainer import threads_for
+from stages.training.tuning import Tuning
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"
 # Predicting nothing gives 1: a hundred times as much is no bad batch.

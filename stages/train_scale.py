@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.artifacts.training_run import Plan, Trained, TrainingRun, take_up_training
 from stages.diffusion.dataset import Rows
 from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
-from stages.diffusion.training import Stream, Trainer, threads_for
 from stages.foundation.background import read_ahead
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.foundation.progress import Report
@@ -22,7 +20,9 @@ from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
-from stages.training_rows import TrainingRows
+from stages.training.batches import TrainingRows
+from stages.training.run import Plan, Trained, TrainingRun, take_up_training
+from stages.training.trainer import Stream, Trainer, threads_for
 
 SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"
 # So many times the loss of always predicting the mean is no bad batch.

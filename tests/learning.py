@@ -7,8 +7,8 @@ from test_networks import PRIORS, toy_deltas, toy_rows
 from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import X0, add_noise, make_schedule, to_x0
-from stages.diffusion.training import Trainer, batch_rows
 from stages.foundation.seeds import generator
+from stages.training.trainer import Trainer, batch_rows
 
 FIELDS, SHAPE, ROWS = {"kind": 2}, (4, 4), 4096
 DRAWS = 600

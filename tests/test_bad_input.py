@@ -15,8 +15,8 @@ import torch
 from conftest import MODEL, arrays, counted_blocks, stopped_at
 from safetensors.torch import load_file, save_file
 
-from stages.diffusion.training import Trainer
 from stages.run_directory.folders import StageFolder
+from stages.training.trainer import Trainer
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
 

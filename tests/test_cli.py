@@ -313,7 +313,7 @@ def test_forced_work_keeps_the_old_until_the_new_is_whole(finished, ocd, monkeyp
 
     name = {
         "collect": "stages.store.delta_store.DeltaStore.write_block",
-        "train-scale": "stages.diffusion.training.Trainer.advance",
+        "train-scale": "stages.training.trainer.Trainer.advance",
     }
     with monkeypatch.context() as patch:
         patch.setattr(name[stage], interrupted)

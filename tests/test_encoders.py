@@ -20,9 +20,9 @@ from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.encoders import KINDS, PictureEncoder, SoundEncoder, Vgg11, make_encoders
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
-from stages.diffusion.training import Trainer
-from stages.encoding import OwnEncoder
 from stages.foundation.errors import DataError, SettingsError
+from stages.training.encoders import OwnEncoder
+from stages.training.trainer import Trainer
 
 # Of torchvision's vgg11: places of the convolutions, channels in and out.
 CONVOLUTIONS = {

@@ -9,18 +9,18 @@ from conftest import results, store
 from test_networks import random
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages import denoiser_training
-from stages.denoiser_training import MEMORY_SHARE, MOST_ON_CPU, Choice, micro_batch
-from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.dataset import Rows
 from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, make_denoiser, resolve
 from stages.diffusion.denoising import denoising_errors, step_draws
-from stages.diffusion.memory import BYTES_PER_PARAMETER, activation_bytes, operations, parameters, training_bytes
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
-from stages.diffusion.steps import DenoisingSteps
-from stages.diffusion.training import Trainer
 from stages.foundation.config import TrainDiffusionTable
+from stages.training import denoiser as denoiser_training
+from stages.training.denoiser import MEMORY_SHARE, MOST_ON_CPU, Choice, micro_batch
+from stages.training.denoising_steps import DenoisingSteps
+from stages.training.memory import BYTES_PER_PARAMETER, activation_bytes, operations, parameters, training_bytes
+from stages.training.ranks import Ranks
+from stages.training.trainer import Trainer
 
 FIELDS, CPU = {"layer_input": 7, "activation": 5}, torch.device("cpu")
 

@@ -19,9 +19,9 @@ from stages.diffusion.denoising import denoising_errors, judge, step_draws
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.scale import ScaleNetwork, scale_loss
 from stages.diffusion.schedule import EPSILON, X0, make_schedule
-from stages.diffusion.training import CLIP_NORM, EMA_DECAY, WARM_UP_STEPS, Trainer, batch_rows, ema_decay
 from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import ArtifactError, ComputeError
+from stages.training.trainer import CLIP_NORM, EMA_DECAY, WARM_UP_STEPS, Trainer, batch_rows, ema_decay
 
 SHAPE, WIDTHS = (3, 4), {"layer_input": 6, "activation": 3, "base_output": 2}
 ROWS = 5

@@ -19,8 +19,8 @@ from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.run_directory.project import load_project
 from stages.tasks.data import ArrayDataset, Split
+from stages.training.batches import TrainingRows
 from stages.training_deltas import StoredDeltas
-from stages.training_rows import TrainingRows
 
 # A sample is five points and a number at each; two of them are shown at each step. The environment spoils a sample.
 TASK = """\

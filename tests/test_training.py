@@ -15,15 +15,15 @@ import torch
 from conftest import reader_of, results, wait_until
 
 from ocd_cli.progress import CURVE_WIDTH, Curve
-from stages.artifacts.training_run import Plan, TrainingRun
-from stages.denoiser_training import choose_denoiser
-from stages.diffusion.steps import DenoisingSteps
-from stages.diffusion.training import Stream, Trainer
 from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import ComputeError
 from stages.foundation.interruption import deferred
 from stages.foundation.progress import Silent
-from stages.training_rows import TrainingRows
+from stages.training.batches import TrainingRows
+from stages.training.denoiser import choose_denoiser
+from stages.training.denoising_steps import DenoisingSteps
+from stages.training.run import Plan, TrainingRun
+from stages.training.trainer import Stream, Trainer
 
 # Small, and with checkpoints and evaluations that do not fall together.
 QUICK = {"max_steps": 40, "evaluate_steps": 16, "checkpoint_steps": 7, "batch_size": 9}
@@ -62,7 +62,7 @@ def rows_of(folder, **options):
 @pytest.mark.parametrize("step", [0, 11])
 def test_rows_from_the_disk_are_those_from_memory(collected, monkeypatch, deltas, step):
     """Also where a buffer holds two of the nine blocks."""
-    monkeypatch.setattr("stages.training_rows.BUFFER_BYTES", 2 * 4 * 4 * (18 if deltas else 9))
+    monkeypatch.setattr("stages.training.batches.BUFFER_BYTES", 2 * 4 * 4 * (18 if deltas else 9))
     memory, disk = rows_of(collected, deltas=deltas), rows_of(collected, deltas=deltas, memory=0)
     assert (memory.place, disk.place) == ("kept in memory", "read from the disk while training")
     pairs = [(memory.held_out, disk.held_out), *zip(memory.batches(step), disk.batches(step), range(12), strict=False)]
@@ -101,7 +101,7 @@ def test_a_later_step_begins_where_it_would_have_come(collected):
 def test_a_store_too_large_for_memory_is_read_meanwhile(ocd, quick, monkeypatch, stage):
     ocd(quick, stage, *words(QUICK))
     wanted = results(quick, stage)
-    monkeypatch.setattr("stages.training_rows.available_memory", lambda: 0)
+    monkeypatch.setattr("stages.training.batches.available_memory", lambda: 0)
     ocd(quick, stage, *words(QUICK), "--force")
     assert results(quick, stage) == wanted
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import blocks_of, states, stopped_at
 
-from stages.artifacts.training_run import Plan, TrainingRun
 from stages.foundation.progress import Silent
+from stages.training.run import Plan, TrainingRun
 
 
 class Counter:

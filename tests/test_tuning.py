@@ -17,7 +17,7 @@ from stages.diffusion.schedule import EPSILON, MEAN, X0, make_schedule
 from stages.foundation.seeds import generator
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
-from stages.tuning import SAMPLE_STEPS, Tuning
+from stages.training.tuning import SAMPLE_STEPS, Tuning
 
 SHAPE = (3, 4)
 

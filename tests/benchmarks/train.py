@@ -16,17 +16,17 @@ import torch
 from common import entry, main, project
 
 from stages.collect import collect
-from stages.denoiser_training import Training
 from stages.diffusion.denoisers import UNETS
 from stages.diffusion.denoising import denoising_errors, judge, step_draws
 from stages.diffusion.generate import DeltaGenerator
-from stages.diffusion.memory import training_bytes
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
 from stages.run_directory.project import Project
 from stages.select_layer import select_layer
 from stages.train_base import train_base
 from stages.train_diffusion import TrainDiffusion
+from stages.training.denoiser import Training
+from stages.training.memory import training_bytes
 
 QUICK = {"train-base.epochs": 1, "train-base.batch_size": 128, "select-layer.draws": 0, "select-layer.layer": "fc1.weight"}
 ACCUMULATED = 8

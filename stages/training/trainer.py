@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stages.diffusion.data_parallel import Ranks
 from stages.foundation.seeds import generator
+from stages.training.ranks import Ranks
 
 T = TypeVar("T")
 

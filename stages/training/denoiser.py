@@ -8,15 +8,10 @@ from typing import Any
 
 import torch
 
-from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, UNETS, resolve
 from stages.diffusion.denoising import step_draws
-from stages.diffusion.memory import operations, parameters, training_bytes
 from stages.diffusion.schedule import EPSILON, NoiseSchedule, make_schedule
-from stages.diffusion.steps import DenoisingSteps, Ready, Tune
-from stages.diffusion.training import Trainer
-from stages.encoding import build_denoiser, described_encoders
 from stages.foundation.background import read_ahead
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import available_memory
@@ -25,7 +20,12 @@ from stages.foundation.seeds import global_seed
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
-from stages.training_rows import TrainingRows, free_on_gpu
+from stages.training.batches import TrainingRows, free_on_gpu
+from stages.training.denoising_steps import DenoisingSteps, Ready, Tune
+from stages.training.encoders import build_denoiser, described_encoders
+from stages.training.memory import operations, parameters, training_bytes
+from stages.training.ranks import Ranks
+from stages.training.trainer import Trainer
 
 STAGE = "train-diffusion"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.dataset import Rows, usable_split
-from stages.diffusion.training import epoch_spans
 from stages.foundation.files import available_memory
 from stages.foundation.processes import local_count
 from stages.run_directory.pipeline import AUTO
 from stages.store.delta_store import DELTA
 from stages.store.reader import StoreReader
+from stages.training.trainer import epoch_spans
 
 # Rows that are shuffled among each other lie in a buffer of this size; it decides the order, so it is no setting.
 BUFFER_BYTES = 512 << 20

@@ -6,13 +6,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.diffusion.data_parallel import Ranks
 from stages.diffusion.dataset import Rows
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import denoising_errors
 from stages.diffusion.schedule import NoiseSchedule
-from stages.diffusion.training import Stream
 from stages.foundation.seeds import global_seed
+from stages.training.ranks import Ranks
+from stages.training.trainer import Stream
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[Rows, Tensor, Tensor]

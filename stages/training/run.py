@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.artifacts.following import Alone, Leading, Trainable
 from stages.foundation.errors import ArtifactError, ComputeError
 from stages.foundation.files import disk_errors, link_or_copy, read_json, remove, sha256_file, sweep, write_bytes, write_json
 from stages.foundation.interruption import deferred
 from stages.foundation.progress import Report
 from stages.foundation.tensors import load_tensors, save_tensors
+from stages.training.following import Alone, Leading, Trainable
 
 # Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01
