@@ -9,7 +9,7 @@ import torch
 
 from stages.foundation.trees import batch_size, to_device
 from stages.lifecycle.materials import Materials
-from stages.predictor import load_generator, load_personalised
+from stages.prediction.predictor import load_generator, load_personalised
 from stages.run_directory.pipeline import ORDER
 
 TIMED_SAMPLES = 64

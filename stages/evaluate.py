@@ -47,7 +47,7 @@ from stages.lifecycle.branches import Command
 from stages.lifecycle.outcome import Finished, Outcome
 from stages.lifecycle.stage import Stage
 from stages.overfitting.collector import recipe_of
-from stages.predictor import STRENGTH_FILE
+from stages.prediction.predictor import STRENGTH_FILE
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project

@@ -21,7 +21,7 @@ from stages.lifecycle.materials import Materials
 from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.collector import Collector, make_engine
 from stages.per_sample.layer import Layer
-from stages.predictor import load_generator
+from stages.prediction.predictor import load_generator
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION

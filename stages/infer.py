@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from stages.answering import Answering, Smaller
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
@@ -18,7 +17,9 @@ from stages.lifecycle.outcome import Finished, Outcome
 from stages.lifecycle.sharing import SharedStage
 from stages.overfitting.batch_size import prediction_batch, prediction_bytes
 from stages.pictures import check_pictures, write_pictures
-from stages.predictor import load_personalised, strength_of
+from stages.prediction.personalised import PersonalisedModel
+from stages.prediction.predicting import Answering, Smaller
+from stages.prediction.predictor import load_personalised, strength_of
 from stages.run_directory.folders import StageFolder, check_run, folder_of
 from stages.run_directory.locks import Part
 from stages.run_directory.pipeline import AUTO, spec_of
@@ -29,7 +30,6 @@ from stages.store.ledger import LEDGER
 from stages.store.predictions import Answer, answer_rows
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task
-from stages.weights.personalised import PersonalisedModel
 
 PREDICTIONS, SMALLER = "predictions.npz", "smaller.npz"
 SPLITS = ("test", "validation", "train")

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.answering import BASE, OUTPUT, array_name, as_tree
 from stages.evaluation.subject import Batch, Examined
 from stages.examination import make_subject
 from stages.foundation.errors import TaskError
@@ -15,6 +14,7 @@ from stages.foundation.files import remove, write_bytes
 from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, take, tree_map
 from stages.lifecycle.materials import Materials
+from stages.prediction.predicting import BASE, OUTPUT, array_name, as_tree
 from stages.store.predictions import Answer
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task, uses_default

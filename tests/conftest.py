@@ -22,8 +22,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ocd_cli.app import app, main
-from stages.answering import Answering
 from stages.overfitting.collector import Collector
+from stages.prediction.predicting import Answering
 from stages.store.delta_store import DeltaStore
 from stages.store.predictions import Answer
 from stages.store.reader import StoreReader

@@ -21,11 +21,11 @@ from stages.infer import open_run
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.per_sample.weights import Loop, Substitution, Vmap
+from stages.prediction.personalised import PersonalisedModel
 from stages.store.archives import Streamed, save_npz
 from stages.store.predictions import Answer, answer_rows, chunk_rows
 from stages.tasks import mapping
 from stages.tasks.data import load_npz
-from stages.weights.personalised import PersonalisedModel
 
 BLOCKS = 12
 WIP = "infer/test.wip"

@@ -24,7 +24,7 @@ from stages.infer import Infer
 from stages.lifecycle.materials import Materials
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
-from stages.predictor import load_generator
+from stages.prediction.predictor import load_generator
 from stages.run_directory.project import Project
 from stages.select_layer import select_layer
 from stages.tasks.conditioning import condition

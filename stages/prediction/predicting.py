@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from stages.foundation.trees import Tree, leaves, take, to_device, tree_map
+from stages.prediction.personalised import PersonalisedModel, Prediction
 from stages.store.predictions import Answer
 from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.mapping import mapped_array
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
-from stages.weights.personalised import PersonalisedModel, Prediction
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
 CPU = torch.device("cpu")

@@ -14,13 +14,13 @@ from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, concatenate, to_device, tree_map
 from stages.lifecycle.materials import Materials
 from stages.per_sample.runner import Runner
+from stages.prediction.personalised import PersonalisedModel
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
 from stages.training.encoders import build_denoiser
 from stages.training.memory import activation_bytes
-from stages.weights.personalised import PersonalisedModel
 
 STRENGTH_FILE = "strength.json"
 # Memory that the denoiser's activations may take; more at once is no faster.
