@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stages.cost import cost
-from stages.costly import LeftOut, costly_rows, seed_branches, whole_network_row
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import (
     Compared,
@@ -21,13 +19,9 @@ from stages.evaluation.comparison import (
     scaled,
     seeded_order,
 )
-from stages.evaluation.memorisation import memorisation
-from stages.evaluation.metrics import LOSS
-from stages.evaluation.results import estimate_all, over_seeds, row_records
-from stages.evaluation.rows import Row
-from stages.evaluation.subject import Batch, Examined, Subject
-from stages.evaluation.verdict import as_json, compared_with, verdict
-from stages.examination import (
+from stages.evaluation.cost import cost
+from stages.evaluation.costly import LeftOut, costly_rows, seed_branches, whole_network_row
+from stages.evaluation.examination import (
     LARGEST,
     class_means,
     class_numbers,
@@ -39,6 +33,13 @@ from stages.examination import (
     with_denoiser,
     with_neighbours,
 )
+from stages.evaluation.memorisation import memorisation
+from stages.evaluation.metrics import LOSS
+from stages.evaluation.results import estimate_all, over_seeds, row_records
+from stages.evaluation.rows import Row
+from stages.evaluation.stored_deltas import StoredDeltas
+from stages.evaluation.subject import Batch, Examined, Subject
+from stages.evaluation.verdict import as_json, compared_with, verdict
 from stages.foundation.files import digest, read_json, write_json
 from stages.foundation.progress import Report
 from stages.foundation.seeds import seed_of
@@ -56,7 +57,6 @@ from stages.tasks.loader import check_task
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.scoring import finite
 from stages.training.trainer import threads_for
-from stages.training_deltas import StoredDeltas
 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"
 # With fewer validation samples a strength would be noise.

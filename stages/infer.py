@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stages.evaluation.pictures import check_pictures, write_pictures
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
@@ -16,7 +17,6 @@ from stages.lifecycle.materials import Materials
 from stages.lifecycle.outcome import Finished, Outcome
 from stages.lifecycle.sharing import SharedStage
 from stages.overfitting.batch_size import prediction_batch, prediction_bytes
-from stages.pictures import check_pictures, write_pictures
 from stages.prediction.personalised import PersonalisedModel
 from stages.prediction.predicting import Answering, Smaller
 from stages.prediction.predictor import load_personalised, strength_of

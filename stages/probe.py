@@ -12,13 +12,13 @@ from torch import Tensor
 from stages.diffusion.denoisers import MLP, make_denoiser, resolve
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
+from stages.evaluation.examination import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
 from stages.evaluation.headroom import Trial, headroom
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, Examined, Subject
 from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
-from stages.examination import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
 from stages.foundation.errors import DataError, OcdError
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of

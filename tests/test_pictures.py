@@ -13,10 +13,10 @@ from PIL import Image
 from test_infer import predictions
 from test_new_settings import forget
 
-from stages import pictures
+from stages.evaluation import pictures
+from stages.evaluation.pictures import CAPTION, GAP, enlarged, picture_of, strip
 from stages.foundation.errors import TaskError
 from stages.infer import open_run
-from stages.pictures import CAPTION, GAP, enlarged, picture_of, strip
 from stages.store.predictions import Answer
 from stages.tasks.losses import mse
 from stages.tasks.protocol import Task

@@ -13,14 +13,14 @@ from test_new_settings import forget
 
 from stages.diffusion.dataset import usable_split
 from stages.evaluate import Evaluate
+from stages.evaluation.examination import unseen, with_neighbours
+from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, Examined
-from stages.examination import unseen, with_neighbours
 from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.run_directory.project import load_project
 from stages.tasks.data import ArrayDataset, Split
 from stages.training.batches import TrainingRows
-from stages.training_deltas import StoredDeltas
 
 # A sample is five points and a number at each; two of them are shown at each step. The environment spoils a sample.
 TASK = """\

@@ -17,11 +17,11 @@ from spheres import bytes_of, camera, cameras, focal_of, picture, sphere_npz, sp
 from test_examples import Example
 from test_infer import predictions
 
+from stages.evaluation.pictures import CAPTION, GAP
 from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.per_sample.layer import find_layer
 from stages.per_sample.self_check import choose
-from stages.pictures import CAPTION, GAP
 from stages.tasks.data import Split
 
 SIZE, TRAIN, VALIDATION, TEST, REPEATS, STEPS, LR, RAYS = 12, 8, 5, 4, 2, 3, 0.005, 64

@@ -12,6 +12,7 @@ from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.rows import Row
+from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, Examined, Subject
 from stages.foundation.errors import TaskError
 from stages.foundation.files import available_memory
@@ -27,7 +28,6 @@ from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.user_code import user_code
 from stages.tasks.views import any_views
-from stages.training_deltas import StoredDeltas
 
 PROBE = 4
 # Deltas of a batch, all members of it, with what is computed from them.

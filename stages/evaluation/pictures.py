@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.evaluation.examination import make_subject
 from stages.evaluation.subject import Batch, Examined
-from stages.examination import make_subject
 from stages.foundation.errors import TaskError
 from stages.foundation.files import remove, write_bytes
 from stages.foundation.progress import Report

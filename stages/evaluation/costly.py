@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stages.evaluation import rows as row
+from stages.evaluation.examination import make_subject, with_denoiser
 from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
 from stages.evaluation.subject import Batch, Subject
-from stages.examination import make_subject, with_denoiser
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
 from stages.lifecycle.branches import Command, branch_of, bring_up
