@@ -14,7 +14,7 @@ from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, to_device
 from stages.lifecycle.outcome import Finished, Outcome
 from stages.lifecycle.sharing import SharedStage
-from stages.overfitting.batch_size import auto_batch_size, auto_threads, forward_operations, rows_worth_keeping, sample_bytes
+from stages.overfitting.batch_size import auto_batch_size, auto_threads, rows_worth_keeping, sample_bytes
 from stages.overfitting.collector import (
     Collector,
     bad_rows,
@@ -26,6 +26,7 @@ from stages.overfitting.collector import (
     writers,
 )
 from stages.overfitting.overfitter import Engine
+from stages.per_sample.pass_size import forward_operations
 from stages.run_directory.locks import Part
 from stages.run_directory.project import Project
 from stages.store.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs

@@ -16,7 +16,7 @@ from stages.foundation.trees import Tree, leaves, to_device
 from stages.lifecycle.materials import Materials
 from stages.lifecycle.outcome import Finished, Outcome
 from stages.lifecycle.sharing import SharedStage
-from stages.overfitting.batch_size import prediction_batch, prediction_bytes
+from stages.prediction.batch_size import prediction_batch, prediction_bytes
 from stages.prediction.personalised import PersonalisedModel
 from stages.prediction.predicting import Answering, Smaller
 from stages.prediction.predictor import load_personalised, strength_of

@@ -1,27 +1,16 @@
 """How many samples to overfit at once, and on how many threads: from the cache, the memory and the size of the work."""
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from stages.foundation.errors import OcdError
-from stages.foundation.trees import Tree, batch_size
+from stages.foundation.trees import Tree
 from stages.overfitting.overfitter import Engine
 from stages.per_sample.layer import Layer
-from stages.per_sample.runner import Runner
-from stages.per_sample.weights import Bound, Forward, Loop
+from stages.per_sample.pass_size import CACHE_BYTES, activation_bytes, largest_output, recorded_bytes
+from stages.per_sample.weights import Forward, Loop
 
-# Batches whose weights and activations fit the cache beat larger ones.
-CACHE_BYTES = 64 << 20
 SMALLEST, LARGEST = 32, 512
 LARGEST_ON_GPU = 4096
-LARGEST_PREDICTED = 1024
-# Deltas of a batch, all members of it: the sampler goes over them several times a step, which wants them in the cache; the
-# denoiser's products want many.
-PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 256 << 20
 # Of the memory that is free, what a batch may take.
 MEMORY_SHARE = 0.25
 # Fewer are not worth the name of a batch, however little memory is said to be free.
@@ -50,33 +39,9 @@ def sample_bytes(
         factored: whether deltas are kept as factors.
     """
     copies = 5 if engine.why_dense else 0 if factored else 2
-    record = engine.first_pass(x).record
-    recorded = _storage(record.tensors) // batch_size(x) if record is not None else 0
+    recorded = recorded_bytes(engine.first_pass(x).record, x)
     kept = activation_bytes(model, layer, forward, of_step)
     return max(1, 4 * copies * layer.numel + 2 * kept + recorded + 2 * largest_output(model, forward, x))
-
-
-def _storage(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def largest_output(model: nn.Module, forward: Forward, x: Tree) -> int:
-    """Bytes of the largest tensor that a module of the model gives, for one sample."""
-    largest = 0
-
-    def look(module: nn.Module, given: tuple[object, ...], output: object) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.numel() * output.element_size())
-
-    handles = [module.register_forward_hook(look) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            forward(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return largest // batch_size(x)
 
 
 def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | None, device: torch.device) -> int:
@@ -99,56 +64,6 @@ def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | Non
             wanted = min(wanted, max(min(LEAST, LEAST_BYTES // sample), int(MEMORY_SHARE * available) // sample))
     wanted = max(1, min(rows, wanted))
     return -(-rows // -(-rows // wanted))
-
-
-def prediction_bytes(runner: Runner, x: Tree) -> int:
-    """Memory that a sample of x takes while its members are predicted, without its deltas: the prefix's record, and the largest
-    outputs."""
-    record = runner.first_pass(x).record
-    recorded = _storage(record.tensors) // batch_size(x) if record is not None else 0
-    return recorded + 2 * largest_output(runner.model, runner.forward, x)
-
-
-def prediction_batch(sample: int, numel: int, members: int, device: torch.device) -> int:
-    """Samples to predict at once, with all members of each.
-
-    Args:
-        sample: bytes of one, as `prediction_bytes`.
-        numel: numbers of a delta.
-        members: of the ensemble.
-        device: where.
-    """
-    deltas = (PREDICTED_ON_GPU if device.type == "cuda" else PREDICTED_BYTES) // (4 * numel * members)
-    most = max(1, min(LARGEST_PREDICTED, deltas, CACHE_BYTES // sample if sample else LARGEST_PREDICTED))
-    # Parts of it are chunks of sampled deltas.
-    return most // 16 * 16 if most >= 16 else 1 << (most.bit_length() - 1)
-
-
-def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> int:
-    """Bytes that autograd keeps of one sample for the gradient in the layer's weight; 0 where it cannot be told."""
-    seen: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    leaf = layer.weight(model).clone().requires_grad_()
-    named = {f"model.{layer.name}": leaf}
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = functional_call(Bound(model, forward), named, (x,))
-        del output
-    except (OcdError, RuntimeError):
-        return 0
-    ours = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), leaf)}
-    return sum(size for place, size in seen.items() if place not in ours) // batch_size(x)
-
-
-def forward_operations(model: nn.Module, forward: Forward, x: Tree) -> int:
-    """Floating-point operations (products of matrices, convolutions, attention) of one sample's forward pass."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward(model, x)
-    return counter.get_total_flops() // batch_size(x)
 
 
 def rows_worth_keeping(engine: Engine, operations: int) -> int:

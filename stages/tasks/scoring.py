@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.foundation.trees import Tree, batch_size, to_device
-from stages.overfitting.batch_size import largest_output
+from stages.per_sample.pass_size import largest_output
 from stages.tasks.data import Split
 from stages.tasks.loader import forward, losses, naming_rows, one_per_sample
 from stages.tasks.protocol import Task

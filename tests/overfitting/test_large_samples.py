@@ -9,10 +9,11 @@ from engines import EXACT, RECIPES, copied, forward, frozen, random, squares
 from torch import nn
 
 from stages.evaluation import neighbours
-from stages.overfitting.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, largest_output, sample_bytes
+from stages.overfitting.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, sample_bytes
 from stages.overfitting.overfitter import Engine
 from stages.per_sample import weights as per_sample
 from stages.per_sample.layer import find_layer
+from stages.per_sample.pass_size import largest_output
 from stages.per_sample.weights import Substitution
 from stages.store.delta_store import FEWEST_BLOCKS, LARGEST_BLOCK, SMALL_BLOCK, ArraySpec, block_rows
 from stages.tasks import scoring

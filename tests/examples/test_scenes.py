@@ -16,7 +16,7 @@ from stages.foundation.errors import DataError, OcdError, SettingsError
 from stages.tasks.fetch import cache_folder
 
 with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(Path(__file__).parent.parent / "examples" / "tinynerf")
+    patch.syspath_prepend(Path(__file__).parent.parent.parent / "examples" / "tinynerf")
     import scenes
     from posed_pictures import ARRAYS, FORM, LAYOUTS, POSE
     from scenes import load_scene, pixel_rays

@@ -10,7 +10,7 @@ import pytest
 
 from stages.tasks.fetch import cache_folder
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MNIST_FILE = "mnist/train-images-idx3-ubyte.gz"
 # Taken before the tests' own fixture hides it.
 OCD_DATA = os.environ.get("OCD_DATA")

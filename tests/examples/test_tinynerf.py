@@ -49,7 +49,7 @@ ROWS = [
 
 def load(name):
     """A module of the example, under a name that no other test's `task` has."""
-    path = Path(__file__).parent.parent / "examples" / "tinynerf" / f"{name}.py"
+    path = Path(__file__).parent.parent.parent / "examples" / "tinynerf" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"tinynerf_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,7 +57,7 @@ def load(name):
 
 
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "examples" / "tinynerf")])
+    patch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent.parent / "examples" / "tinynerf")])
     nerf, task = load("nerf"), load("task")
 
 

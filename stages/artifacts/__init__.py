@@ -1,1 +1,0 @@
-"""Everything that touches the disk: projects, run directories, stages' folders, the delta store, checkpoints."""

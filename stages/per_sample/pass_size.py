@@ -1,0 +1,68 @@
+"""What one sample takes in a pass of a model: memory and floating-point operations."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.foundation.errors import OcdError
+from stages.foundation.trees import Tree, batch_size
+from stages.per_sample.layer import Layer
+from stages.per_sample.record import Record
+from stages.per_sample.weights import Bound, Forward
+
+# Batches whose weights and activations fit the cache beat larger ones.
+CACHE_BYTES = 64 << 20
+
+
+def recorded_bytes(record: Record | None, x: Tree) -> int:
+    """Memory of one sample of x in the record of what comes before the layer."""
+    tensors = record.tensors if record is not None else []
+    storage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storage.values()) // batch_size(x)
+
+
+def largest_output(model: nn.Module, forward: Forward, x: Tree) -> int:
+    """Bytes of the largest tensor that a module of the model gives, for one sample."""
+    largest = 0
+
+    def look(module: nn.Module, given: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            forward(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest // batch_size(x)
+
+
+def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> int:
+    """Bytes that autograd keeps of one sample for the gradient in the layer's weight; 0 where it cannot be told."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    leaf = layer.weight(model).clone().requires_grad_()
+    named = {f"model.{layer.name}": leaf}
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = functional_call(Bound(model, forward), named, (x,))
+        del output
+    except (OcdError, RuntimeError):
+        return 0
+    ours = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), leaf)}
+    return sum(size for place, size in seen.items() if place not in ours) // batch_size(x)
+
+
+def forward_operations(model: nn.Module, forward: Forward, x: Tree) -> int:
+    """Floating-point operations (products of matrices, convolutions, attention) of one sample's forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward(model, x)
+    return counter.get_total_flops() // batch_size(x)
