@@ -126,7 +126,7 @@ def _collect(out: Console, summary: dict[str, Any]) -> None:
     repeats = summary.get("repeats", 1)
     each = f", {repeats:,} of each sample" if repeats > 1 else ""
     out.print(
-        f"deltas: {repeats * summary['samples']:,} of {summary['layer']} ({shape}){each}, by {summary['engine']}{degenerate}",
+        f"deltas: {repeats * summary['samples']:,} of {summary['layer']} ({shape}){each}, by {summary['method']}{degenerate}",
         markup=False,
     )
     out.print(

@@ -20,12 +20,12 @@ from stages.overfitting.collector import (
     bad_rows,
     check_recipe,
     is_finite,
-    make_engine,
+    make_overfitter,
     not_finite,
     summary_of,
     writers,
 )
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.pass_size import forward_operations
 from stages.run_directory.locks import Part
 from stages.run_directory.project import Project
@@ -93,9 +93,9 @@ class Collect(SharedStage):
         check_condition(self.task, self.base_to_overfit, self.layer, to_device(self.rows.inputs(few), self.device))
         Part.check(self._part, self._store(Path(), "").blocks, SMALLER_BLOCKS)
         self._collector.confirm(few, self.rows.batch(few))
-        if self.settings.store == "factored" and self.engine.why_dense:
+        if self.settings.store == "factored" and self.overfitter.why_dense:
             raise SettingsError(
-                f"collect.store = 'factored' needs deltas that are one outer product: {self.engine.why_dense}",
+                f"collect.store = 'factored' needs deltas that are one outer product: {self.overfitter.why_dense}",
                 "use --set collect.store=dense",
             )
         found = self._collector.overfit_batch(few, self.rows.batch(few))
@@ -114,7 +114,7 @@ class Collect(SharedStage):
         """Settle what all parts share, and lay out the arrays."""
         store = self._store(wip, self.fingerprint)
         execution = self.keep_execution(
-            batch_size=self._batch_size(store.rows), block_samples=store.rows, engine=self.engine.name
+            batch_size=self._batch_size(store.rows), block_samples=store.rows, method=self.overfitter.name
         )
         store = self._store(wip, self.fingerprint, execution["block_samples"])
         self.tell_total(store.blocks, "blocks")
@@ -125,8 +125,8 @@ class Collect(SharedStage):
         if self._part is None:
             store.trim()
         self.divide(store)
-        if (kept := execution["engine"]) != self.engine.name:
-            self.report.message(f"begun by {kept}, it goes on by {self.engine.name}: deltas may differ by rounding")
+        if (kept := execution["method"]) != self.overfitter.name:
+            self.report.message(f"begun by {kept}, it goes on by {self.overfitter.name}: deltas may differ by rounding")
         if self.settings.block_samples not in ("auto", store.rows):
             self.report.message(f"begun with blocks of {store.rows:,} samples, it goes on with them")
 
@@ -137,7 +137,7 @@ class Collect(SharedStage):
         before = self.look_again(store, "samples")
         left = sum(len(store.block_range(block)) for block in self._pending)
         if self._pending:
-            self._tell_way(left)
+            self._tell_method(left)
             self._collector.work(
                 store,
                 self._pending,
@@ -170,14 +170,14 @@ class Collect(SharedStage):
         return split.select(order[:wanted].repeat_interleave(self.settings.repeats))
 
     @cached_property
-    def engine(self) -> Engine:
+    def overfitter(self) -> Overfitter:
         """How samples are overfitted."""
-        return make_engine(self.task, self.base_to_overfit, self.layer, self.settings, self._probe)
+        return make_overfitter(self.task, self.base_to_overfit, self.layer, self.settings, self._probe)
 
     @cached_property
     def _collector(self) -> Collector:
         kind = type(self.layer.module(self.base))
-        return Collector(self.task, self.engine, kind, self.rows, self.device, self.seed, self.settings.repeats)
+        return Collector(self.task, self.overfitter, kind, self.rows, self.device, self.seed, self.settings.repeats)
 
     @cached_property
     def _tried(self) -> list[int]:
@@ -200,24 +200,26 @@ class Collect(SharedStage):
     @cached_property
     def _sample_bytes(self) -> int:
         x, of_step = (to_device(given[0], self.device) for given in (self._probe, any_views(self.task, *self._probe)))
-        given = (self.engine, self.layer, self.base_to_overfit, self.forward, x, of_step)
+        given = (self.overfitter, self.layer, self.base_to_overfit, self.forward, x, of_step)
         return sample_bytes(*given, factored=self.settings.store == "factored")
 
     def _batch_size(self, rows: int) -> int:
-        if self.settings.batch_size != "auto" and self.engine.name != "loop":
+        if self.settings.batch_size != "auto" and self.overfitter.name != "loop":
             return self.settings.batch_size
-        return auto_batch_size(self.engine, self._sample_bytes, min(rows, len(self.rows)), available_memory(), self.device)
+        return auto_batch_size(self.overfitter, self._sample_bytes, min(rows, len(self.rows)), available_memory(), self.device)
 
-    def _tell_way(self, samples: int) -> None:
-        """Say which slow way is taken, why, and what it costs."""
-        if not self.engine.reason:
+    def _tell_method(self, samples: int) -> None:
+        """Say which slow method is taken, why, and what it costs."""
+        if not self.overfitter.reason:
             return
         each = self._collector.seconds_per_sample(range(min(self._begun["execution"]["batch_size"], samples, 8)))
-        way = (
-            "the plain loop, one sample at a time" if self.engine.name == "loop" else f"{self.engine.name}, not by substitution"
+        method = (
+            "the plain loop, one sample at a time"
+            if self.overfitter.name == "loop"
+            else f"{self.overfitter.name}, not by substitution"
         )
         self.report.message(
-            f"{self.layer.name} is overfitted by {way}: {self.engine.reason}; "
+            f"{self.layer.name} is overfitted by {method}: {self.overfitter.reason}; "
             f"about {each * 1e3:.3g} ms a sample, {datetime.timedelta(seconds=round(each * samples))} for {samples:,}"
         )
 
@@ -239,12 +241,12 @@ class Collect(SharedStage):
     def _block_rows(self, specs: dict[str, ArraySpec]) -> int:
         if self.settings.block_samples != "auto":
             return self.settings.block_samples
-        return block_rows(specs, len(self.rows), rows_worth_keeping(self.engine, self._operations))
+        return block_rows(specs, len(self.rows), rows_worth_keeping(self.overfitter, self._operations))
 
     def _finished(self, store: DeltaStore) -> Finished:
         description, totals = store.describe(), store.totals()
         more = {"until_converged": self.settings.until_converged, "pooled": self._pooled[1]}
-        summary = summary_of(self.layer, store, totals, self.engine, self.settings.repeats) | more
+        summary = summary_of(self.layer, store, totals, self.overfitter, self.settings.repeats) | more
         content = digest([description, sorted(totals.hashes.items())])
         samples = store.samples // self.settings.repeats
         exhausted = samples == len(self.splits[self.settings.split])

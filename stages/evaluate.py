@@ -127,8 +127,8 @@ class Evaluate(Stage):
         strengths = self._strengths(rows, fitted)
         compared = self._compare(rows, strengths)
         rng = np.random.default_rng(seed_of(self.seed, "evaluate", "bootstrap"))
-        heard = self._heard("resamples", self.settings.resamples)
-        found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, heard)
+        on_progress = self._heard("resamples", self.settings.resamples)
+        found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, on_progress)
         losses = {name: metrics[primary] for name, metrics in found.items()}
         comparisons = compared_with(losses)
         results = {
@@ -233,8 +233,8 @@ class Evaluate(Stage):
             left_out.setdefault(row.TEMPERATURE, NO_VALIDATION)
             return {}, None
         strengths, size = self.settings.strengths, self._size
-        heard = self._heard("validation samples × rows", len(validation.order) * len(wanting))
-        fitted = fit_strengths(self.subject, validation, wanting, strengths, size, heard)
+        on_progress = self._heard("validation samples × rows", len(validation.order) * len(wanting))
+        fitted = fit_strengths(self.subject, validation, wanting, strengths, size, on_progress)
         if not classification:
             return fitted, None
         if (found := fit_temperature(self.subject, validation, size)) is None:
@@ -259,10 +259,10 @@ class Evaluate(Stage):
         """Every row on the test samples."""
         subject, size, variances = self.subject, self._size, {}
         if self._validation is not None:
-            heard = self._heard("validation samples × rows", len(self._validation.order) * len(rows))
-            variances = fit_variances(subject, self._validation, rows, strengths, size, heard)
-        heard = self._heard("test samples × rows", len(self._test.order) * len(rows))
-        return compare(subject, self._test, rows, strengths, variances, size, heard)
+            on_progress = self._heard("validation samples × rows", len(self._validation.order) * len(rows))
+            variances = fit_variances(subject, self._validation, rows, strengths, size, on_progress)
+        on_progress = self._heard("test samples × rows", len(self._test.order) * len(rows))
+        return compare(subject, self._test, rows, strengths, variances, size, on_progress)
 
     def _heard(self, unit: str, total: int) -> Callable[[int], None]:
         return lambda done: self.report.progress(done, total, unit)

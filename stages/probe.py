@@ -211,7 +211,7 @@ class Probe:
             batch = Batch(subject, Examined(split, positions), part)
             fields = batch.fields
             seen = fields.get(LAYER_INPUT)
-            yield (subject.engine.first_pass(batch.x).captured[LAYER_INPUT].float() if seen is None else seen).flatten(1)
+            yield (subject.overfitter.first_pass(batch.x).captured[LAYER_INPUT].float() if seen is None else seen).flatten(1)
 
     def _numbered(self, subject: Subject, split: Split, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
         start = 0

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from stages.diffusion.denoising import judge
+from stages.diffusion.denoising import held_out_figures
 from stages.diffusion.schedule import schedule_warning
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
 from stages.foundation.progress import Report
 from stages.lifecycle.outcome import Finished, Outcome
 from stages.lifecycle.stage import Stage
-from stages.overfitting.collector import make_engine
+from stages.overfitting.collector import make_overfitter
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
@@ -149,11 +149,11 @@ class TrainDiffusion(Stage):
             return None
         collect, rows = self.project.settings.collect, self.splits["train"]
         probe = rows.batch([i % len(rows) for i in range(PROBE)])
-        engine = make_engine(self.task, self.base_to_overfit, self.layer, collect, probe)
+        overfitter = make_overfitter(self.task, self.base_to_overfit, self.layer, collect, probe)
         index = torch.from_numpy(reader.read("sample_index"))
         # Some losses are negative, such as a density's. Where the base fits everything, in units of 1e-12.
         loss_size = max(1e-12, float(abs(reader.read("base_loss").astype(float)).mean()))
-        given = (self.task, engine, whole, index, loss_size, choice.schedule, self.seed)
+        given = (self.task, overfitter, whole, index, loss_size, choice.schedule, self.seed)
         return Tuning(*given, settings.tune_samples)
 
     def _run(self, wip: Path, choice: Choice, training: Training) -> Trained:
@@ -174,7 +174,9 @@ class TrainDiffusion(Stage):
             wip,
             self.fingerprint,
             trainer,
-            lambda: self._judged(judge(trainer.averaged, schedule, held_out, self.seed, steps.micro_batch), training),
+            lambda: self._held_out(
+                held_out_figures(trainer.averaged, schedule, held_out, self.seed, steps.micro_batch), training
+            ),
             lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
@@ -182,11 +184,11 @@ class TrainDiffusion(Stage):
             self.ranks,
         ).run()
 
-    def _judged(self, figures: dict[str, float], training: Training) -> dict[str, float]:
+    def _held_out(self, figures: dict[str, float], training: Training) -> dict[str, float]:
         """Figures of the deltas; where they are tuned, what they do to the task's loss decides."""
         if (tuning := training.steps.tuning) is None:
             return figures
-        found = tuning.judge(training.trainer.averaged, training.rows.held_out)
+        found = tuning.held_out_loss(training.trainer.averaged, training.rows.held_out)
         return {**figures, "score": found, "denoising_loss": figures["score"]}
 
     def _follow(self, begun: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
 from stages.foundation.background import read_ahead
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
@@ -20,7 +20,7 @@ from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
-from stages.training.batches import TrainingRows
+from stages.training.batches import TrainingBatches
 from stages.training.run import Plan, Trained, TrainingRun, take_up_training
 from stages.training.trainer import Stream, Trainer, threads_for
 
@@ -39,7 +39,7 @@ def train_scale(project: Project, *, force: bool = False, dry_run: bool = False,
 
 
 @torch.no_grad()
-def judge_scale(network: ScaleNetwork, rows: Rows, loss: str) -> dict[str, float]:
+def scale_figures(network: ScaleNetwork, rows: DeltaBatch, loss: str) -> dict[str, float]:
     """Figures of a scale network on held-out samples.
 
     Returns:
@@ -105,7 +105,7 @@ class TrainScale(Stage):
             wip,
             self.fingerprint,
             trainer,
-            lambda: judge_scale(trainer.averaged, held_out, loss),
+            lambda: scale_figures(trainer.averaged, held_out, loss),
             lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
@@ -128,7 +128,7 @@ class TrainScale(Stage):
         )
 
     @torch.no_grad()
-    def _blame(self, rows: TrainingRows, network: ScaleNetwork, batch: Rows) -> str:
+    def _blame(self, rows: TrainingBatches, network: ScaleNetwork, batch: DeltaBatch) -> str:
         """The samples of a batch whose loss is worst."""
         on = batch.to(self.device)
         return rows.blame(batch.numbers, scale_loss(network(on.fields), on.rho, self.settings.loss).cpu())
@@ -137,9 +137,9 @@ class TrainScale(Stage):
         """Take up the finished training's last checkpoint."""
         take_up_training(finished, wip)
 
-    def _rows(self) -> TrainingRows:
+    def _rows(self) -> TrainingBatches:
         settings = self.settings
-        return TrainingRows(
+        return TrainingBatches(
             StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"]),
             deltas=False,
             held_out=settings.held_out,

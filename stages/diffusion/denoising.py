@@ -5,16 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser, unit
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import EPSILON, MEAN, NoiseSchedule, add_noise, to_x0
 from stages.foundation.seeds import generator
 
-JUDGED_SAMPLES, JUDGED_STEPS = 64, 10
+SAMPLED_ROWS, SAMPLED_STEPS = 64, 10
 
 
-def denoising_errors(denoiser: Denoiser, schedule: NoiseSchedule, rows: Rows, t: Tensor, noise: Tensor) -> Tensor:
+def denoising_errors(denoiser: Denoiser, schedule: NoiseSchedule, rows: DeltaBatch, t: Tensor, noise: Tensor) -> Tensor:
     """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers, for each sample (Eq. 9, Alg. 1 lines 7 to 10).
 
     Args:
@@ -48,7 +48,9 @@ def step_draws(count: int, shape: tuple[int, ...], steps: int, *seed: str | int)
 
 
 @torch.no_grad()
-def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int, size: int = 128) -> dict[str, float]:
+def held_out_figures(
+    denoiser: Denoiser, schedule: NoiseSchedule, held_out: DeltaBatch, seed: int, size: int = 128
+) -> dict[str, float]:
     """Figures of a denoiser on held-out samples, `size` at once, the same draws every time.
 
     Returns:
@@ -70,7 +72,7 @@ def judge(denoiser: Denoiser, schedule: NoiseSchedule, held_out: Rows, seed: int
         error = to_x0(output, noisy, steps, schedule.alpha_bar, denoiser.prediction) - clean
         # A noise predicted badly at the noisiest steps stands for any x0; no error counts for more than predicting zero.
         total += float(error.flatten(1).square().mean(1).clamp_max(1.0).double().sum())
-    few = held_out.take(torch.arange(min(count, JUDGED_SAMPLES), device=device))
+    few = held_out.take(torch.arange(min(count, SAMPLED_ROWS), device=device))
     # By half: rows of one sample follow one another, and its own conditioning would be no other's.
     shuffled = {name: value.roll(len(few) // 2, 0) for name, value in few.fields.items()}
     return {
@@ -92,7 +94,7 @@ def _cosine(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas:
             Noise(generators, tuple(deltas.shape[1:]), deltas.device),
             prediction=denoiser.prediction,
             sampler=DDIM,
-            sample_steps=min(JUDGED_STEPS, schedule.steps),
+            sample_steps=min(SAMPLED_STEPS, schedule.steps),
         )
         total += float(F.cosine_similarity(made.flatten(1), deltas[rows].flatten(1)).sum())
     return total / len(deltas)

@@ -19,7 +19,7 @@ from stages.tasks.loader import losses, naming_rows
 from stages.tasks.losses import REGRESSION
 
 # Told of the samples times rows done so far.
-Heard = Callable[[int], None]
+OnProgress = Callable[[int], None]
 COLDEST, HOTTEST = 0.05, 20.0
 
 
@@ -43,7 +43,7 @@ def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> T
 
 @torch.no_grad()
 def fit_strengths(
-    subject: Subject, examined: Examined, rows: Sequence[Row], grid: Sequence[float], size: int, heard: Heard
+    subject: Subject, examined: Examined, rows: Sequence[Row], grid: Sequence[float], size: int, on_progress: OnProgress
 ) -> dict[str, Fitted]:
     """The strength of the lowest mean loss for each row, by name.
 
@@ -53,7 +53,7 @@ def fit_strengths(
         rows: those to fit.
         grid: strengths to try; 0 is the base.
         size: samples at once.
-        heard: of progress.
+        on_progress: of progress.
     """
     sums = {row.name: dict.fromkeys(sorted(grid), 0.0) for row in rows}
     done = 0
@@ -67,7 +67,7 @@ def fit_strengths(
                 # Weights thrown far enough give no numbers: no strength to choose.
                 sums[row.name][strength] += float(torch.nan_to_num(values, nan=torch.inf).sum())
             done += len(positions)
-            heard(done)
+            on_progress(done)
     found = {}
     for name, by_strength in sums.items():
         means = {strength: total / len(examined.order) for strength, total in by_strength.items()}
@@ -109,7 +109,7 @@ def fit_temperature(subject: Subject, examined: Examined, size: int) -> tuple[fl
 
 @torch.no_grad()
 def fit_variances(
-    subject: Subject, examined: Examined, rows: Sequence[Row], strengths: dict[str, float], size: int, heard: Heard
+    subject: Subject, examined: Examined, rows: Sequence[Row], strengths: dict[str, float], size: int, on_progress: OnProgress
 ) -> dict[str, float | None]:
     """The variance of each row's residual on validation samples, by name; nothing unless the task is a regression."""
     if subject.task.kind != REGRESSION:
@@ -122,7 +122,7 @@ def fit_variances(
             members = row.members(batch)(strengths.get(row.name, 1.0))
             found[row.name].add(members, _combined(subject, members), batch.y)
             done += len(positions)
-            heard(done)
+            on_progress(done)
     return {name: residuals.variance() for name, residuals in found.items()}
 
 
@@ -149,7 +149,7 @@ def compare(
     strengths: dict[str, float],
     variances: dict[str, float | None],
     size: int,
-    heard: Heard,
+    on_progress: OnProgress,
 ) -> Compared:
     """Every row's metrics on labelled samples.
 
@@ -160,7 +160,7 @@ def compare(
         strengths: by name, 1 where there is none.
         variances: of a regression's residuals, by name.
         size: samples at once.
-        heard: of progress.
+        on_progress: of progress.
 
     Raises:
         DataError: a label is out of range; the row is named.
@@ -176,7 +176,7 @@ def compare(
                 gathered[row.name].add(outputs, _combined(subject, outputs), batch.y)
             members[row.name] = batch_size(outputs)
             done += len(positions)
-            heard(done)
+            on_progress(done)
     return Compared(gathered, members, examined.order)
 
 

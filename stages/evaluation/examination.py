@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.diffusion.dataset import usable_split
+from stages.diffusion.delta_batch import usable_split
 from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
@@ -20,7 +20,7 @@ from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.lifecycle.materials import Materials
 from stages.overfitting.batch_size import sample_bytes
-from stages.overfitting.collector import Collector, make_engine
+from stages.overfitting.collector import Collector, make_overfitter
 from stages.per_sample.layer import Layer
 from stages.prediction.predictor import load_generator
 from stages.run_directory.pipeline import AUTO
@@ -38,7 +38,7 @@ QUERY_NUMBERS = 1 << 27
 # Numbers that the classes' mean deltas may have, in float64.
 MOST_CLASSES, MOST_CLASS_NUMBERS = 1000, 1 << 27
 LAYER_INPUT = "layer_input"
-Heard = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject:
@@ -49,10 +49,10 @@ def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject
     """
     collect = materials.project.settings.collect.model_copy(update={"store": "dense", **settings})
     rows, task, base = materials.splits["train"], materials.task, materials.base_with(layer)
-    engine = make_engine(task, base, layer, collect, probe_of(materials))
+    overfitter = make_overfitter(task, base, layer, collect, probe_of(materials))
 
     def collector(split: Split) -> Collector:
-        return Collector(task, engine, type(layer.module(base)), split, materials.device, materials.seed)
+        return Collector(task, overfitter, type(layer.module(base)), split, materials.device, materials.seed)
 
     few = list(range(min(PROBE, len(rows))))
     collector(rows).confirm(few, rows.batch(few))
@@ -61,7 +61,7 @@ def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject
         found = collector(split).overfit_batch(positions, given, check=False)
         return found["delta"], found["degenerate"]
 
-    return Subject(task, base, layer, engine, overfit, materials.device, materials.seed)
+    return Subject(task, base, layer, overfitter, overfit, materials.device, materials.seed)
 
 
 def with_denoiser(subject: Subject, materials: Materials, training: StoredDeltas | None, members: int) -> Subject:
@@ -78,7 +78,9 @@ def samples_at_once(materials: Materials, subject: Subject) -> int:
     members = 3 * 4 * subject.layer.numel * subject.ensemble
     probe = probe_of(materials)
     x, of_step = (to_device(given[0], subject.device) for given in (probe, any_views(subject.task, *probe)))
-    each = members + sample_bytes(subject.engine, subject.layer, subject.base, materials.forward, x, of_step, factored=False)
+    each = members + sample_bytes(
+        subject.overfitter, subject.layer, subject.base, materials.forward, x, of_step, factored=False
+    )
     return max(FEWEST, min(LARGEST, BATCH_BYTES // members, int(MEMORY_SHARE * (available_memory() or BATCH_BYTES)) // each))
 
 
@@ -96,7 +98,7 @@ def with_neighbours(
     known: Tensor | None,
     k: int,
     size: int,
-    heard: Heard,
+    on_progress: OnProgress,
 ) -> dict[str, str]:
     """Find the nearest training samples of the examined samples, in x and in what the layer sees.
 
@@ -108,7 +110,7 @@ def with_neighbours(
         known: what the layer sees of each of them, (N, d), or None.
         k: how many.
         size: samples at once.
-        heard: of progress.
+        on_progress: of progress.
 
     Returns:
         what neighbours could not be found in, with the reason.
@@ -119,7 +121,7 @@ def with_neighbours(
     if places_of(subject.task, examined.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
-        examined.neighbours[row.IN_X] = _nearest_in_x(subject, examined.split, asked, split, numbers, own, k, heard)
+        examined.neighbours[row.IN_X] = _nearest_in_x(subject, examined.split, asked, split, numbers, own, k, on_progress)
     if known is None:
         missing[row.IN_LAYER_INPUT] = "the store has no field layer_input"
         return missing
@@ -130,14 +132,21 @@ def with_neighbours(
 
 
 def _nearest_in_x(
-    subject: Subject, examined: Split, asked: Tensor, split: Split, numbers: Tensor, own: Tensor | None, k: int, heard: Heard
+    subject: Subject,
+    examined: Split,
+    asked: Tensor,
+    split: Split,
+    numbers: Tensor,
+    own: Tensor | None,
+    k: int,
+    on_progress: OnProgress,
 ) -> Neighbours:
     """As `with_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
     parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(examined.inputs(asked[:1])).values())
     for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // numbers_each)):
         queries = places_of(subject.task, examined.inputs(asked[part])).to(subject.device)
         blocks = input_blocks(subject.task, split, numbers, subject.device)
-        found = nearest(queries, blocks, k, heard, None if own is None else own[part])
+        found = nearest(queries, blocks, k, on_progress, None if own is None else own[part])
         parts.append(found.spread(asked[part], len(examined)))
     return parts[0].joined(parts[1:])
 

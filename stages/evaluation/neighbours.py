@@ -48,7 +48,7 @@ def nearest(
     queries: Tensor,
     candidates: Iterable[tuple[int, Tensor]],
     k: int,
-    heard: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
     own: Tensor | None = None,
 ) -> Neighbours:
     """argmin_j ‖q − c_j‖ and its successors.
@@ -57,7 +57,7 @@ def nearest(
         queries: (N, d).
         candidates: (number of the first, (n, d)), block by block.
         k: how many; fewer where there are fewer candidates.
-        heard: told of the candidates seen so far.
+        on_progress: told of the candidates seen so far.
         own: the candidate that is the query itself and does not count, (N,); −1 for none.
     """
     distance = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
@@ -70,7 +70,7 @@ def nearest(
         joined = torch.cat([distance, found], dim=1)
         distance, picked = joined.topk(min(k, joined.shape[1]), dim=1, largest=False)
         row = torch.cat([row, numbers.expand(len(queries), -1)], dim=1).gather(1, picked)
-        heard(start + len(block))
+        on_progress(start + len(block))
     return Neighbours(distance.clamp_min(0).sqrt().to(queries.dtype), row)
 
 

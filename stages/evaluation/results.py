@@ -24,7 +24,7 @@ def primary_metric(base: Gathered) -> str:
 
 
 def estimate_all(
-    gathered: Mapping[str, Gathered], resamples: int, rng: np.random.Generator, heard: Callable[[int], None]
+    gathered: Mapping[str, Gathered], resamples: int, rng: np.random.Generator, on_progress: Callable[[int], None]
 ) -> tuple[Estimates, str]:
     """Every metric of every row, all over the same resamples, and the name of the loss among them."""
     primary = primary_metric(gathered[BASE])
@@ -36,7 +36,7 @@ def estimate_all(
     }
     samples = len(gathered[BASE].values(LOSS))
     found: Estimates = {row: {} for row in gathered}
-    for (row, name), estimate in estimates(statistics, samples, resamples, rng, heard).items():
+    for (row, name), estimate in estimates(statistics, samples, resamples, rng, on_progress).items():
         found[row][name] = estimate
     return found, primary
 

@@ -162,7 +162,7 @@ def estimates(
     samples: int,
     resamples: int,
     rng: np.random.Generator,
-    heard: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[Any, Estimate]:
     """Every figure over all samples and over the same bootstrap resamples.
 
@@ -171,7 +171,7 @@ def estimates(
         samples: N.
         resamples: R.
         rng: source of the resamples.
-        heard: told of the resamples done so far.
+        on_progress: told of the resamples done so far.
     """
     whole = np.full((1, samples), 1 / samples)
     parts: dict[Any, list[np.ndarray]] = {key: [] for key in statistics}
@@ -180,7 +180,7 @@ def estimates(
         for key, statistic in statistics.items():
             parts[key].append(statistic(weights))
         done += len(weights)
-        heard(done)
+        on_progress(done)
     found = {}
     for key, statistic in statistics.items():
         draws = np.concatenate(parts[key])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stages.evaluation.neighbours import Neighbours
 from stages.foundation.trees import Tree, to_device, tree_map
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import Layer
 from stages.per_sample.runner import FirstPass
 from stages.tasks.conditioning import fields_of
@@ -21,7 +21,7 @@ from stages.tasks.user_code import user_code
 # conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) of strength 1 and predicted rho (B,)
 Generate = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]
 # split, positions (B,), their (x, y) -> deltas (B, out, in), overfitted on the labels, and which are degenerate (B,) bool
-Overfit = Callable[[Split, Tensor, tuple[Tree, Tree]], tuple[Tensor, Tensor]]
+OverfitSamples = Callable[[Split, Tensor, tuple[Tree, Tree]], tuple[Tensor, Tensor]]
 
 
 class TrainingDeltas(Protocol):
@@ -48,7 +48,7 @@ class Subject:
         task: the task.
         base: the base, in eval mode.
         layer: the layer.
-        engine: runs the base with a weight for each sample, and reuses what comes before the layer.
+        overfitter: runs the base with a weight for each sample, and reuses what comes before the layer.
         overfit: the deltas that labels give.
         device: where to compute.
         seed: the run's.
@@ -60,8 +60,8 @@ class Subject:
     task: Task
     base: nn.Module
     layer: Layer
-    engine: Engine
-    overfit: Overfit
+    overfitter: Overfitter
+    overfit: OverfitSamples
     device: torch.device
     seed: int
     generate: Generate | None = None
@@ -123,7 +123,7 @@ class Batch:
     @cached_property
     def first(self) -> FirstPass:
         """The base's own pass."""
-        return self.subject.engine.first_pass(self.x)
+        return self.subject.overfitter.first_pass(self.x)
 
     @cached_property
     def fields(self) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ class Batch:
 
     def along(self, deltas: Tensor) -> Callable[[float], Tree]:
         """Outputs with θ + strength · delta as a function of the strength: deltas (B, E, out, in) to (E, B, …)."""
-        return self.subject.engine.members_along(self.first, self.x, deltas)
+        return self.subject.overfitter.members_along(self.first, self.x, deltas)
 
     def neighbours(self, kind: str) -> Neighbours:
         """The samples' nearest training samples."""

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from stages.foundation.trees import Tree
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import Layer
 from stages.per_sample.pass_size import CACHE_BYTES, activation_bytes, largest_output, recorded_bytes
 from stages.per_sample.weights import Forward, Loop
@@ -24,13 +24,13 @@ MOSTLY_COMPUTING = 100
 
 
 def sample_bytes(
-    engine: Engine, layer: Layer, model: nn.Module, forward: Forward, x: Tree, of_step: Tree, *, factored: bool
+    overfitter: Overfitter, layer: Layer, model: nn.Module, forward: Forward, x: Tree, of_step: Tree, *, factored: bool
 ) -> int:
     """Memory that one sample takes while it is overfitted: its weight with gradient, moments and a temporary (less in closed
     form, none where factors are all there is), what the backward pass keeps, the prefix's record and the largest outputs.
 
     Args:
-        engine: overfits it.
+        overfitter: overfits it.
         layer: the layer.
         model: the base.
         forward: the task's forward pass.
@@ -38,23 +38,23 @@ def sample_bytes(
         of_step: what a gradient step uses of them.
         factored: whether deltas are kept as factors.
     """
-    copies = 5 if engine.why_dense else 0 if factored else 2
-    recorded = recorded_bytes(engine.first_pass(x).record, x)
+    copies = 5 if overfitter.why_dense else 0 if factored else 2
+    recorded = recorded_bytes(overfitter.first_pass(x).record, x)
     kept = activation_bytes(model, layer, forward, of_step)
     return max(1, 4 * copies * layer.numel + 2 * kept + recorded + 2 * largest_output(model, forward, x))
 
 
-def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | None, device: torch.device) -> int:
+def auto_batch_size(overfitter: Overfitter, sample: int, rows: int, available: int | None, device: torch.device) -> int:
     """Samples at once, so that equal batches fill a block of `rows`.
 
     Args:
-        engine: how they are overfitted; the loop takes one at a time.
+        overfitter: how they are overfitted; the loop takes one at a time.
         sample: bytes of one, as `sample_bytes`.
         rows: samples to a block.
         available: bytes of memory that are free, None where that is not known.
         device: where.
     """
-    if isinstance(engine.way, Loop):
+    if isinstance(overfitter.method, Loop):
         return 1
     if device.type == "cuda":
         wanted = min(LARGEST_ON_GPU, int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) // sample)
@@ -66,14 +66,14 @@ def auto_batch_size(engine: Engine, sample: int, rows: int, available: int | Non
     return -(-rows // -(-rows // wanted))
 
 
-def rows_worth_keeping(engine: Engine, operations: int) -> int:
+def rows_worth_keeping(overfitter: Overfitter, operations: int) -> int:
     """Samples that take about half a minute on one core: what a kill may cost, which is the work of a block.
 
     Args:
-        engine: how they are overfitted; the slow ways do a few hundred samples in that time.
+        overfitter: how they are overfitted; the slow ways do a few hundred samples in that time.
         operations: floating-point operations of one sample's forward pass, of which there are about ten.
     """
-    return BLOCK_OPERATIONS // max(1, 10 * operations) if engine.way.name == "substitution" else SLOW_BLOCK
+    return BLOCK_OPERATIONS // max(1, 10 * operations) if overfitter.method.name == "substitution" else SLOW_BLOCK
 
 
 def auto_threads(operations: int, batch: int, row_bytes: int) -> int:

@@ -17,7 +17,7 @@ from stages.foundation.config import CollectTable
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.overfitting.overfit import Recipe, Views
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import Layer
 from stages.store.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.tasks.conditioning import fields_of
@@ -27,7 +27,7 @@ from stages.tasks.protocol import Task
 from stages.tasks.views import any_views, has_views, views_of
 
 # Samples overfitted so far, and the mean losses of the last block written.
-Heard = Callable[[int, dict[str, float]], None]
+OnProgress = Callable[[int, dict[str, float]], None]
 Buffers = dict[str, Tensor]
 SUMMED = ("rho", "degenerate", "base_loss", "overfit_loss", "steps")
 
@@ -69,10 +69,10 @@ def check_recipe(settings: CollectTable, task: Task) -> None:
             )
 
 
-def make_engine(task: Task, model: nn.Module, layer: Layer, settings: CollectTable, given: tuple[Tree, Tree]) -> Engine:
+def make_overfitter(task: Task, model: nn.Module, layer: Layer, settings: CollectTable, given: tuple[Tree, Tree]) -> Overfitter:
     """How a task's samples are overfitted; `given` are a few of them, (x, y)."""
     device = layer.weight(model).device
-    return Engine(
+    return Overfitter(
         model,
         layer,
         lambda net, batch: forward(task, net, batch),
@@ -90,7 +90,7 @@ def writers(setting: int | str) -> int:
     return setting if isinstance(setting, int) else min(2, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
-def summary_of(layer: Layer, store: DeltaStore, totals: Totals, engine: Engine, repeats: int) -> dict[str, Any]:
+def summary_of(layer: Layer, store: DeltaStore, totals: Totals, overfitter: Overfitter, repeats: int) -> dict[str, Any]:
     """Figures worth printing of a store that is whole, which holds `repeats` rows a sample."""
     good = max(1, store.samples - len(totals.skipped))
     return {
@@ -102,9 +102,9 @@ def summary_of(layer: Layer, store: DeltaStore, totals: Totals, engine: Engine, 
         "degenerate": int(totals.sums["degenerate"]),
         "skipped": sorted(set(totals.skipped)),
         **{name: totals.sums[name] / good for name in ("base_loss", "overfit_loss", "rho", "steps")},
-        "engine": engine.name,
-        "engine_reason": engine.reason,
-        "prefix_reused": engine.prefix is not None,
+        "method": overfitter.name,
+        "method_reason": overfitter.reason,
+        "prefix_reused": overfitter.prefix is not None,
     }
 
 
@@ -113,7 +113,7 @@ class Collector:
 
     Args:
         task: gives views and conditioning.
-        engine: overfits a batch.
+        overfitter: overfits a batch.
         layer_kind: the type of the layer's module.
         rows: the samples, in the store's order; each as often as it is overfitted, one after the other.
         device: where to compute.
@@ -122,15 +122,22 @@ class Collector:
     """
 
     def __init__(
-        self, task: Task, engine: Engine, layer_kind: type, rows: Split, device: torch.device, seed: int, repeats: int = 1
+        self,
+        task: Task,
+        overfitter: Overfitter,
+        layer_kind: type,
+        rows: Split,
+        device: torch.device,
+        seed: int,
+        repeats: int = 1,
     ) -> None:
-        self._task, self._engine, self._layer_kind = task, engine, layer_kind
+        self._task, self._overfitter, self._layer_kind = task, overfitter, layer_kind
         self._rows, self._device, self._seed, self._repeats = rows, device, seed, repeats
 
     def confirm(self, positions: Sequence[int], given: tuple[Tree, Tree]) -> None:
-        """Compare the engine with the plain loop on some rows, given as (x, y)."""
+        """Compare the overfitter with the plain loop on some rows, given as (x, y)."""
         x, y = (to_device(tree, self._device) for tree in given)
-        self._engine.confirm(x, y, self._views(positions, given))
+        self._overfitter.confirm(x, y, self._views(positions, given))
 
     def seconds_per_sample(self, positions: range) -> float:
         """How long overfitting takes, measured on a few rows."""
@@ -143,12 +150,12 @@ class Collector:
         self, positions: Sequence[int], given: tuple[Tree, Tree], out: Tensor | None = None, check: bool = True
     ) -> Buffers:
         """Overfit some rows, given as (x, y), and capture their conditioning: array name to (B, …). The deltas may be left in
-        `out`; `check` as `Engine.overfit`."""
+        `out`; `check` as `Overfitter.overfit`."""
         numbers = self._rows.rows[torch.as_tensor(positions)]
         x, y = (to_device(tree, self._device) for tree in given)
-        first = self._engine.first_pass(x)
+        first = self._overfitter.first_pass(x)
         fields, _ = fields_of(self._task, self._layer_kind, x, first.output, first.captured)
-        found = self._engine.overfit(first, x, y, self._views(positions, given), out, check)
+        found = self._overfitter.overfit(first, x, y, self._views(positions, given), out, check)
         delta = dict(zip(FACTORS, found.delta, strict=True)) if isinstance(found.delta, tuple) else {DELTA: found.delta}
         results = {name: getattr(found, name) for name in SUMMED}
         return {**delta, **results, "sample_index": numbers, **fields}
@@ -170,7 +177,9 @@ class Collector:
 
         return at
 
-    def work(self, store: DeltaStore, blocks: list[int], batch: int, writers: int, skip_bad: bool, heard: Heard) -> None:
+    def work(
+        self, store: DeltaStore, blocks: list[int], batch: int, writers: int, skip_bad: bool, on_progress: OnProgress
+    ) -> None:
         """Overfit and write some blocks of the store. Reading, computing, and compressing and writing overlap; at most
         `writers` + 2 blocks are in memory.
 
@@ -205,7 +214,7 @@ class Collector:
                     if value is not deltas:
                         buffers[name][rows].copy_(value, non_blocking=True)
                 done += len(positions)
-                heard(done, figures)
+                on_progress(done, figures)
                 if positions.stop == span.stop:
                     workers.submit(_Writing(store, block, buffers, free, self._arrival(), skip_bad))
 

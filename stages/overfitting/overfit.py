@@ -47,7 +47,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Overfit:
+class OverfitResult:
     """What overfitting a batch of B samples gives.
 
     Attributes:
@@ -101,7 +101,7 @@ class Descent(Protocol):
         """The Frobenius norm of that, (B,)."""
 
 
-def overfit(descent: Descent, base_loss: Tensor, recipe: Recipe) -> Overfit:
+def overfit(descent: Descent, base_loss: Tensor, recipe: Recipe) -> OverfitResult:
     """Overfit the layer on each sample of a batch by itself: θ_s = argmin L(f_θs(x), y), begun at θ (Alg. 1, lines 2 to 5).
 
     The paper's text has gradient descent until convergence and "3 gradient steps"; the authors' code has Adam. Samples that
@@ -173,7 +173,7 @@ class _Batch:
             self._rows, self._first_norm, self._gone = self._rows[here], self._first_norm[here], self._gone[here]
         return False
 
-    def finished(self, descent: Descent) -> Overfit:
+    def finished(self, descent: Descent) -> OverfitResult:
         """What all samples came to, in the batch's order."""
         if not self._left:
             parts = [*descent.delta(), descent.norm(), descent.losses()]
@@ -185,4 +185,4 @@ class _Batch:
             parts = [torch.cat(found)[order] for found in zip(*(values for _, values in self._left), strict=True)]
         *delta, rho, overfit_loss = parts
         whole = delta[0] if len(delta) == 1 else tuple(delta)
-        return Overfit(whole, rho, self._largest < DEGENERATE_GRADIENT, self._base_loss, overfit_loss, self._steps)
+        return OverfitResult(whole, rho, self._largest < DEGENERATE_GRADIENT, self._base_loss, overfit_loss, self._steps)

@@ -1,4 +1,4 @@
-"""How one layer of one model is overfitted: the fastest way that a self-check finds right, and what of it is reused."""
+"""How one layer of one model is overfitted: the fastest method that a self-check finds right, and what of it is reused."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from stages.foundation.errors import TaskError
 from stages.foundation.trees import Tree, leaves
 from stages.overfitting.descent import DenseDescent, Recorded
 from stages.overfitting.outer_product import AdamDescent, SgdDescent
-from stages.overfitting.overfit import Descent, LossFunction, Overfit, Recipe, Views, overfit
+from stages.overfitting.overfit import Descent, LossFunction, OverfitResult, Recipe, Views, overfit
 from stages.per_sample.capture import ACTIVATION, LAYER_INPUT
 from stages.per_sample.layer import Layer
 from stages.per_sample.record import PrefixChanged
@@ -25,7 +25,7 @@ MOST_CHANGED = 5
 TELLING_LOSS = 1e-3
 
 
-class Engine(Runner):
+class Overfitter(Runner):
     """Overfits one layer of one model.
 
     Args:
@@ -60,14 +60,14 @@ class Engine(Runner):
     @property
     def name(self) -> str:
         """What the store records."""
-        return self.way.name if self.why_dense else "outer product"
+        return self.method.name if self.why_dense else "outer product"
 
     def _why_dense(self, x: Tree, views: bool) -> str:
         """Why the closed forms do not apply; "" where they do."""
-        if not isinstance(self.way, Substitution):
-            return f"the layer is overfitted by {self.way.name}: {self.reason}"
-        if type(self.way.module).forward is not nn.Linear.forward:
-            return f"the layer is a {type(self.way.module).__name__}, not a Linear"
+        if not isinstance(self.method, Substitution):
+            return f"the layer is overfitted by {self.method.name}: {self.reason}"
+        if type(self.method.module).forward is not nn.Linear.forward:
+            return f"the layer is a {type(self.method.module).__name__}, not a Linear"
         if views:
             return "the task shows another view of a sample at each step"
         first = self.first_pass(x)
@@ -108,16 +108,16 @@ class Engine(Runner):
         right = (found.delta - wanted.delta).flatten(1).norm(dim=1) <= CONFIRM_TOLERANCE * wanted.rho
         if bool((telling & ~right).any()):
             self.reason = f"a self-check by the task's loss found {self.name} to give other deltas"
-            self.way, self.prefix = loop, None
+            self.method, self.prefix = loop, None
             self.why_dense = f"the layer is overfitted by loop: {self.reason}"
 
-    def _tried(self, first: FirstPass, x: Tree, y: Tree, recipe: Recipe, views: Views | None) -> Overfit:
+    def _tried(self, first: FirstPass, x: Tree, y: Tree, recipe: Recipe, views: Views | None) -> OverfitResult:
         descent = self._descent(not self.why_dense, first, x, y, self._loss, recipe, views)
         return overfit(descent, self._loss(first.output, y), recipe)
 
     def overfit(
         self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None, check: bool = True
-    ) -> Overfit:
+    ) -> OverfitResult:
         """Overfit each sample of a batch, (B, …) inputs and labels, by itself.
 
         Args:
@@ -171,11 +171,11 @@ class Engine(Runner):
                 "use --set collect.store=dense",
             )
         if not (closed and one_vector):
-            return DenseDescent(self.way, weight, x, y, loss, recipe, prefix, views, check)
-        given = (self.way, weight, first.captured[LAYER_INPUT], first.captured[ACTIVATION], x, y, loss, recipe, prefix)
+            return DenseDescent(self.method, weight, x, y, loss, recipe, prefix, views, check)
+        given = (self.method, weight, first.captured[LAYER_INPUT], first.captured[ACTIVATION], x, y, loss, recipe, prefix)
         if recipe.optimizer == "adam":
             return AdamDescent(*given, check, out=out)
-        return SgdDescent(*given, check, bias=self.way.module.bias, factored=factored)
+        return SgdDescent(*given, check, bias=self.method.module.bias, factored=factored)
 
 
 def _sum_of_squares(output: Tree, _: Tree) -> Tensor:

@@ -1,5 +1,5 @@
-"""One model run with a weight of its own for each sample: the fastest way that a self-check finds right, and what comes before
-the layer computed once."""
+"""One model run with a weight of its own for each sample, by the fastest method that a self-check finds right; what comes
+before the layer is computed once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class Runner:
     ) -> None:
         self.model, self.layer, self._watched = model, layer, watched
         self.forward = with_best_format(model, forward, x)
-        self.way, self.reason = choose(model, layer, self.forward, x)
-        self.prefix = find_prefix(self.way, model, layer, self.forward, x) if reuse else None
+        self.method, self.reason = choose(model, layer, self.forward, x)
+        self.prefix = find_prefix(self.method, model, layer, self.forward, x) if reuse else None
 
     def first_pass(self, x: Tree) -> FirstPass:
         """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""
@@ -78,9 +78,9 @@ class Runner:
         deltas = deltas.reshape(len(deltas), *self.layer.shape).to(weight)
 
         def line(record: Record | None) -> Callable[[float], Tree]:
-            if isinstance(self.way, Substitution):
-                return self.way.along(x, deltas, record)
-            return lambda strength: self.way(x, weight + strength * deltas, record)
+            if isinstance(self.method, Substitution):
+                return self.method.along(x, deltas, record)
+            return lambda strength: self.method(x, weight + strength * deltas, record)
 
         recorded, anew = line(first.record), line(None)
 

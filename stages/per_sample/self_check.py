@@ -1,4 +1,4 @@
-"""Which way to run a model with a weight for each sample, and what of a pass can be replayed: found by self-checks."""
+"""By which method to run a model with a weight for each sample, and what of a pass can be replayed: found by self-checks."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[P
     nothing; noise is put on them then.
 
     Returns:
-        the way to run the model, and what is wrong with those before it ("" for substitution).
+        the method to run the model by, and what is wrong with those before it ("" for substitution).
     """
     loop = Loop(model, layer, forward)
     weights = _different_weights(model, layer, batch_size(x))
@@ -35,14 +35,14 @@ def choose(model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> tuple[P
     reasons: list[str] = []
     for kind in (Substitution, Vmap):
         try:
-            way = kind(model, layer, forward)
-            if equal(outputs_and_gradient(way, x, weights), wanted, SELF_CHECK_TOLERANCE):
-                return way, "; ".join(reasons)
+            method = kind(model, layer, forward)
+            if equal(outputs_and_gradient(method, x, weights), wanted, SELF_CHECK_TOLERANCE):
+                return method, "; ".join(reasons)
             reasons.append(f"a self-check on a few samples found {kind.name} to give other results")
         except NotSubstitutable as reason:
             reasons.append(reason.message)
         except Exception as error:
-            # Whatever it is that torch cannot do with this model: a slower way can.
+            # Whatever it is that torch cannot do with this model: a slower method can.
             message = getattr(error, "message", str(error)) or type(error).__name__
             reasons.append(f"{kind.name} cannot run the model ({message.splitlines()[0][:160]})")
     return loop, "; ".join(reasons)
@@ -70,12 +70,14 @@ def _different_weights(model: nn.Module, layer: Layer, count: int) -> Tensor:
     return weight * scale.view(-1, *[1] * weight.dim())
 
 
-def outputs_and_gradient(way: PerSampleWeights, x: Tree, weights: Tensor, record: Record | None = None) -> tuple[Tensor, ...]:
+def outputs_and_gradient(
+    method: PerSampleWeights, x: Tree, weights: Tensor, record: Record | None = None
+) -> tuple[Tensor, ...]:
     """Every floating-point output, and the gradient in the weights (G, …) of a sum that each of them enters with the same
     weight, however large it is."""
     leaf = weights.clone().requires_grad_()
     with torch.enable_grad():
-        outputs = [part for part in leaves(way(x, leaf, record)).values() if part.is_floating_point()]
+        outputs = [part for part in leaves(method(x, leaf, record)).values() if part.is_floating_point()]
         total = sum((part / part.detach().norm().clamp(min=1e-12)).square().sum() for part in outputs)
         asked = isinstance(total, Tensor) and total.requires_grad
         gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if asked else None
@@ -90,17 +92,17 @@ def equal(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: floa
     )
 
 
-def find_prefix(way: PerSampleWeights, model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> Prefix | None:
+def find_prefix(method: PerSampleWeights, model: nn.Module, layer: Layer, forward: Forward, x: Tree) -> Prefix | None:
     """The prefix of the layer, if replaying it changes neither the base's output nor two successive gradients.
 
     Args:
-        way: how the model is run.
+        method: how the model is run.
         x: the probe batch, (B, …).
 
     Returns:
         None where the prefix has to be computed again in every pass.
     """
-    size = 1 if isinstance(way, Loop) else batch_size(x)
+    size = 1 if isinstance(method, Loop) else batch_size(x)
     x = take(x, slice(0, size))
     try:
         forward = plain(forward)
@@ -112,8 +114,8 @@ def find_prefix(way: PerSampleWeights, model: nn.Module, layer: Layer, forward: 
         if record is None or not equal(_flat(output), _flat(base), REPLAY_TOLERANCE):
             return None
         weights = _different_weights(model, layer, size)
-        wanted = outputs_and_gradient(way, x, weights)
-        again = [outputs_and_gradient(way, x, weights, record) for _ in range(2)]
+        wanted = outputs_and_gradient(method, x, weights)
+        again = [outputs_and_gradient(method, x, weights, record) for _ in range(2)]
     except Exception:
         # What cannot be recorded is computed again.
         return None

@@ -1,4 +1,4 @@
-"""One interface for weights of one's own for each sample, and the three ways behind it.
+"""One interface for weights of one's own for each sample, and the three methods behind it.
 
 `PerSampleWeights` runs the model with the selected layer's weight replaced: G weights serve a batch of G·S samples, weight
 g the samples g·S … (g+1)·S − 1. S = 1 is a weight per sample; G = 1 an ordinary forward pass with another weight.
@@ -48,7 +48,7 @@ def plain(forward: Forward, *, channels_last: bool = False) -> Forward:
 
 
 class PerSampleWeights(Protocol):
-    """A way to run one model with several weights for one layer."""
+    """A method to run one model with several weights for one layer."""
 
     name: str
 
@@ -96,7 +96,7 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
 
 
 class Loop:
-    """The plain way: one forward pass for each weight. Works for every parameter of every model."""
+    """The plain method: one forward pass for each weight. Works for every parameter of every model."""
 
     name = "loop"
 
@@ -150,7 +150,7 @@ class Vmap:
 
 
 class Substitution:
-    """The fast way for Linear, Conv1d and Conv2d: only the layer itself computes with per-sample weights, through one batched
+    """The fast method, for Linear, Conv1d and Conv2d: only the layer itself computes with per-sample weights, by one batched
     product (for a convolution, a grouped one); the rest of the model runs unchanged on the whole batch.
 
     Valid because in eval mode the samples of a batch do not interact, so that the gradient of the sum of the losses is each

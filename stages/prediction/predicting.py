@@ -71,8 +71,8 @@ class Answering:
         self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble
         self._like, self._smaller = like, smaller
 
-    def work(self, answer: Answer, blocks: list[int], batch: int, heard: Callable[[int], None]) -> None:
-        """Predict and write some blocks; `heard` is told how many inputs are done. One block is in memory.
+    def work(self, answer: Answer, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
+        """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
 
         Raises:
             OcdError: faults of the data and the task. Blocks finished before are written.
@@ -87,7 +87,7 @@ class Answering:
                     chunks |= answer.write_deltas(rows, found.deltas.cpu().numpy())
                 parts.append(self._arrays(rows, found))
                 done += len(rows)
-                heard(done)
+                on_progress(done)
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             answer.write_block(block, arrays, chunks)
 

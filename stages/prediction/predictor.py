@@ -54,7 +54,7 @@ def load_personalised(materials: Materials, strength: float | None = None) -> tu
     ensemble = materials.project.settings.infer.ensemble
     generate = load_generator(materials, strength)
     personalised = PersonalisedModel(runner, conditioned, generate, combined, prepared, ensemble)
-    return personalised, f"deltas are applied by {runner.way.name}: {runner.reason}" if runner.reason else ""
+    return personalised, f"deltas are applied by {runner.method.name}: {runner.reason}" if runner.reason else ""
 
 
 def strength_of(materials: Materials) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.diffusion.dataset import Rows, usable_split
+from stages.diffusion.delta_batch import DeltaBatch, usable_split
 from stages.foundation.files import available_memory
 from stages.foundation.processes import local_count
 from stages.run_directory.pipeline import AUTO
@@ -23,7 +23,7 @@ GPU_MEMORY_SHARE = 0.25
 Arrays = dict[str, np.ndarray]
 
 
-class TrainingRows:
+class TrainingBatches:
     """Rows of a store for one training.
 
     The order of the rows depends on the seed and the store alone: where they lie (in the GPU's memory, in the machine's, on the
@@ -110,7 +110,7 @@ class TrainingRows:
         """ρ of all rows for training, (count,)."""
         return torch.from_numpy(self._rho[self._usable])
 
-    def batches(self, step: int, share: slice = slice(None)) -> Iterator[Rows]:
+    def batches(self, step: int, share: slice = slice(None)) -> Iterator[DeltaBatch]:
         """The batches of the steps from `step` on, without end, `batch_size` rows each: epochs are seeded permutations, and a
         batch may straddle two of them.
 
@@ -149,7 +149,7 @@ class TrainingRows:
             self._orders = kept | {epoch: np.concatenate(list(order))}
         return self._orders[epoch]
 
-    def _some(self, rows: np.ndarray) -> Rows:
+    def _some(self, rows: np.ndarray) -> DeltaBatch:
         """Rows by number."""
         if self._resident is None:
             found = self._reader.take(self._names, rows)
@@ -159,13 +159,13 @@ class TrainingRows:
             return self._rows(rows, {name: value[at] for name, value in self._resident.items()})
         return self._rows(rows, {name: value[rows] for name, value in self._resident.items()})
 
-    def _rows(self, numbers: np.ndarray, arrays: dict[str, Tensor] | Arrays) -> Rows:
+    def _rows(self, numbers: np.ndarray, arrays: dict[str, Tensor] | Arrays) -> DeltaBatch:
         tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
         deltas = tensors.pop(DELTA, None)
         if self._factors:
             left, right = (tensors.pop(name) for name in self._factors)
             deltas = left[:, :, None] * right[:, None, :]
-        return Rows(tensors, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))
+        return DeltaBatch(tensors, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))
 
 
 def free_on_gpu(device: torch.device) -> int:

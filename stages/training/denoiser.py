@@ -20,7 +20,7 @@ from stages.foundation.seeds import global_seed
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
-from stages.training.batches import TrainingRows, free_on_gpu
+from stages.training.batches import TrainingBatches, free_on_gpu
 from stages.training.denoising_steps import DenoisingSteps, Ready, Tune
 from stages.training.encoders import build_denoiser, described_encoders
 from stages.training.memory import operations, parameters, training_bytes
@@ -198,7 +198,7 @@ class Training:
         trainer: takes the steps.
     """
 
-    rows: TrainingRows
+    rows: TrainingBatches
     denoiser: Denoiser
     steps: DenoisingSteps
     trainer: Trainer
@@ -230,7 +230,7 @@ def begin_training(
     """
     project, settings = choice.project, choice.project.settings.train_diffusion
     wanted = {"held_out": settings.held_out, "batch_size": choice.batch_size, "memory": settings.store_memory}
-    rows = TrainingRows(reader, deltas=True, seed=project.seed, device=device, **wanted)
+    rows = TrainingBatches(reader, deltas=True, seed=project.seed, device=device, **wanted)
     denoiser = _new_denoiser(choice, rows, device)
     steps = DenoisingSteps(
         denoiser,
@@ -255,7 +255,7 @@ def begin_training(
     return Training(rows, denoiser, steps, trainer)
 
 
-def _new_denoiser(choice: Choice, rows: TrainingRows, device: torch.device) -> Denoiser:
+def _new_denoiser(choice: Choice, rows: TrainingBatches, device: torch.device) -> Denoiser:
     with global_seed(choice.project.seed, STAGE, "network"):
         denoiser = build_denoiser(choice.project, choice.description, begin=True)
     denoiser.encoder.normalise.fit(rows.parts())
@@ -265,7 +265,7 @@ def _new_denoiser(choice: Choice, rows: TrainingRows, device: torch.device) -> D
     return denoiser.to(device)
 
 
-def _ready(choice: Choice, rows: TrainingRows, ranks: Ranks, step: int, device: torch.device) -> Iterator[Ready]:
+def _ready(choice: Choice, rows: TrainingBatches, ranks: Ranks, step: int, device: torch.device) -> Iterator[Ready]:
     """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
     settings = choice.project.settings.train_diffusion
     on_deltas = max(0, settings.tune_after - step) if settings.tune_after else None
@@ -274,7 +274,7 @@ def _ready(choice: Choice, rows: TrainingRows, ranks: Ranks, step: int, device: 
     yield from _shares(choice, rows, tuned, step + on_deltas, device)
 
 
-def _shares(choice: Choice, rows: TrainingRows, share: slice, step: int, device: torch.device) -> Iterator[Ready]:
+def _shares(choice: Choice, rows: TrainingBatches, share: slice, step: int, device: torch.device) -> Iterator[Ready]:
     """A part of each batch from a step on, with its draws, those of the whole batch."""
     pinned = device.type == "cuda"
     if pinned:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import denoising_errors
 from stages.diffusion.schedule import NoiseSchedule
@@ -15,7 +15,7 @@ from stages.training.ranks import Ranks
 from stages.training.trainer import Stream
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
-Ready = tuple[Rows, Tensor, Tensor]
+Ready = tuple[DeltaBatch, Tensor, Tensor]
 
 
 class Tune(Protocol):
@@ -27,7 +27,7 @@ class Tune(Protocol):
 
     samples: int
 
-    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor:
+    def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int) -> Tensor:
         """Of this rank's rows, (B,)."""
 
 
@@ -108,7 +108,7 @@ class DenoisingSteps:
     def _tunes(self) -> bool:
         return self.tuning is not None and self._step >= self._tune_after
 
-    def _errors(self, rows: Rows, t: Tensor, noise: Tensor, step: int, number: int) -> Tensor:
+    def _errors(self, rows: DeltaBatch, t: Tensor, noise: Tensor, step: int, number: int) -> Tensor:
         on = rows.to(self._device)
         noise, t = noise.to(self._device, non_blocking=True), t.to(self._device, non_blocking=True)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.drawing import drawn_with_gradient
 from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import to_device
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.protocol import Task
@@ -22,7 +22,7 @@ STAGE = "train-diffusion"
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
 SAMPLE_STEPS = 10
 # Held-out rows that it is judged on.
-JUDGED = 16
+HELD_OUT_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Tuning:
 
     Attributes:
         task: gives the loss, and parts of samples.
-        engine: runs the base with a weight for each sample.
+        overfitter: runs the base with a weight for each sample.
         split: all training samples.
         sample_index: of each row of the store, its sample's position there, (N,).
         loss_size: L̄, the mean size of the base's losses over the store.
@@ -43,7 +43,7 @@ class Tuning:
     """
 
     task: Task
-    engine: Engine
+    overfitter: Overfitter
     split: Split
     sample_index: Tensor
     loss_size: float
@@ -51,24 +51,24 @@ class Tuning:
     seed: int
     samples: int
 
-    def __call__(self, denoiser: Denoiser, rows: Rows, step: int) -> Tensor:
+    def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int) -> Tensor:
         """The losses of a step, (B,), after as many passes of the sampler as the step draws."""
         passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
         return self._losses(denoiser, rows, passes, (STAGE, "tune", step))
 
     @torch.no_grad()
-    def judge(self, denoiser: Denoiser, held_out: Rows) -> float:
+    def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch) -> float:
         """The loss on held-out rows, the same draws every time."""
         denoiser.eval()
         rows = torch.arange(len(held_out))
-        rows = rows[torch.linspace(0, len(rows) - 1, min(JUDGED, len(rows))).long()]
+        rows = rows[torch.linspace(0, len(rows) - 1, min(HELD_OUT_ROWS, len(rows))).long()]
         found = [
             self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge tuning"))
             for part in rows.split(self.samples)
         ]
         return float(torch.cat(found).mean())
 
-    def _losses(self, denoiser: Denoiser, rows: Rows, passes: int, seed: tuple[str | int, ...]) -> Tensor:
+    def _losses(self, denoiser: Denoiser, rows: DeltaBatch, passes: int, seed: tuple[str | int, ...]) -> Tensor:
         """(B,)."""
         device, shape = next(denoiser.parameters()).device, denoiser.shape
         numbers = rows.numbers.tolist()
@@ -77,8 +77,8 @@ class Tuning:
         on = rows.to(device)
         drawn = drawn_with_gradient(denoiser, self.schedule, on.fields, noise, passes, SAMPLE_STEPS)
         length = on.rho / (shape[0] * shape[1]) ** 0.5
-        weight = self.engine.layer.weight(self.engine.model)
-        deltas = (drawn * length.view(-1, 1, 1)).reshape(len(rows), *self.engine.layer.shape)
+        weight = self.overfitter.layer.weight(self.overfitter.model)
+        deltas = (drawn * length.view(-1, 1, 1)).reshape(len(rows), *self.overfitter.layer.shape)
         given = self.split.batch(self.sample_index[numbers])
         x, y = (to_device(tree, device) for tree in glances_of(self.task, *given, seeds))
-        return losses(self.task, self.engine.way(x, weight + deltas.to(weight)), y) / self.loss_size
+        return losses(self.task, self.overfitter.method(x, weight + deltas.to(weight)), y) / self.loss_size

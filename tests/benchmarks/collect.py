@@ -103,7 +103,7 @@ def against_loop(folder: Path, task: str, layer: str, settings: dict[str, Any], 
         "samples": len(stage.rows),
         "samples_per_second": round(1 / ours, 1),
         "seconds": round(ours * len(stage.rows), 2),
-        "engine": manifest["summary"]["engine"],
+        "method": manifest["summary"]["method"],
         "batch_size": manifest["execution"]["batch_size"],
         "threads": manifest["made"]["threads"],
     }

@@ -162,7 +162,7 @@ def prefix_once(folder: Path, device: str) -> dict[str, Any]:
 
     @torch.no_grad()
     def full(member: int = 0) -> torch.Tensor:
-        found = runner.way(x, weights[:, member])
+        found = runner.method(x, weights[:, member])
         materials.wait()
         return found
 

@@ -17,7 +17,7 @@ from common import entry, main, project
 
 from stages.collect import collect
 from stages.diffusion.denoisers import UNETS
-from stages.diffusion.denoising import denoising_errors, judge, step_draws
+from stages.diffusion.denoising import denoising_errors, held_out_figures, step_draws
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
@@ -174,7 +174,7 @@ def presets(folder: Path, device: str) -> dict[str, Any]:
         }
         if not slow:
             held_out = training.rows.held_out.to(stage.device)
-            figures = judge(training.trainer.averaged, choice.schedule, held_out, 0, training.steps.micro_batch)
+            figures = held_out_figures(training.trainer.averaged, choice.schedule, held_out, 0, training.steps.micro_batch)
             table[name] |= {"held_out_loss": round(figures["score"], 4), "cosine": round(figures["cosine"], 4)}
         print(f"  {name}: {table[name]}", file=sys.stderr, flush=True)
         del stage, training

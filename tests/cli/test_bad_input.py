@@ -491,7 +491,7 @@ def test_float64_is_converted(project, ocd, finished):
 BAD_DATASETS = {
     "raises at one row": (
         "class Rows:\n    def __len__(self):\n        return 9\n\n    def __getitem__(self, i):\n        if i == 5:\n"
-        "            raise OSError('row is unreadable')\n        return torch.zeros(4), 0\n\n\ntrain_set = Rows()\n",
+        "            raise OSError('row is unreadable')\n        return torch.zeros(4), 0\n\n\ntrain_set = DeltaBatch()\n",
         ["train[5] raised OSError", "row is unreadable", "mymodel.py, line"],
     ),
     "no length": ("def train_set():\n    return iter([(torch.zeros(4), 0)])\n", ["train has no length", "__len__"]),

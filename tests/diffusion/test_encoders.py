@@ -14,7 +14,7 @@ from test_networks import random
 from torch import nn
 
 from stages.diffusion.conditioning import ConditioningEncoder, NormalisedFields, _Moments
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import unit
 from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.encoders import KINDS, PictureEncoder, SoundEncoder, Vgg11, make_encoders
@@ -91,7 +91,7 @@ def test_vgg11_is_the_published_chain(torchvision_weights):
 def test_given_weights_stay_as_they_are_in_training(torchvision_weights):
     given = PictureEncoder((1, 4, 4), 8, torchvision_weights)
     denoiser = MlpDenoiser((2, 3), ConditioningEncoder({"picture": 16, "plain": 2}, 8, {"picture": given}), 8, 1, X0)
-    rows = Rows({"picture": random(4, 1, 4, 4), "plain": random(4, 2)}, torch.ones(4), unit(random(4, 2, 3)))
+    rows = DeltaBatch({"picture": random(4, 1, 4, 4), "plain": random(4, 2)}, torch.ones(4), unit(random(4, 2, 3)))
     denoiser.encoder.normalise.fit([rows.fields])
     schedule, before = make_schedule("ddpm", 6, X0), copy.deepcopy(denoiser.state_dict())
 

@@ -7,7 +7,7 @@ from test_networks import WIDTHS as FIELD_WIDTHS
 from test_networks import check_leaves_zero, check_rows_are_alone, make_fields, random, shaken
 
 from stages.diffusion.conditioning import ConditioningEncoder
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import unit
 from stages.diffusion.denoisers import FACTORED, make_denoiser, resolve
 from stages.diffusion.denoising import denoising_errors, step_draws
@@ -29,7 +29,7 @@ def make(shape=(3, 4), rank=2, new=False, fields=FIELD_WIDTHS):
 @pytest.mark.parametrize("rows", [1, ROWS])
 def test_every_parameter_gets_a_gradient(rows):
     denoiser, schedule = make(), make_schedule("ddpm", 12, X0)
-    data = Rows(make_fields(rows), torch.ones(rows), unit(random(rows, 3, 4)))
+    data = DeltaBatch(make_fields(rows), torch.ones(rows), unit(random(rows, 3, 4)))
     t, noise = step_draws(rows, (3, 4), schedule.steps, 0)
     denoising_errors(denoiser, schedule, data, t, noise).mean().backward()
     for name, parameter in denoiser.named_parameters():
@@ -132,7 +132,7 @@ def outer_products(count, seed):
     """Deltas u vᵀ of (20, 24) whose factors are linear in the conditioning, as one sample's gradient is."""
     back, seen = random(count, 6, seed=seed), random(count, 8, seed=seed + 1)
     u, v = back @ random(6, 20, seed=100), seen @ random(8, 24, seed=101)
-    return Rows({"back": back, "seen": seen}, torch.ones(count), unit(u[:, :, None] * v[:, None, :]))
+    return DeltaBatch({"back": back, "seen": seen}, torch.ones(count), unit(u[:, :, None] * v[:, None, :]))
 
 
 def test_outer_products_of_what_it_is_conditioned_on_are_learned_quickly():

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from stages.diffusion.conditioning import ConditioningEncoder
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import unit
-from stages.diffusion.denoising import denoising_errors, judge
+from stages.diffusion.denoising import denoising_errors, held_out_figures
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.sampler import Noise, sample
 from stages.diffusion.schedule import make_schedule
@@ -37,7 +37,7 @@ def test_its_loss_is_regression():
     torch.manual_seed(0)
     denoiser = MlpDenoiser((2, 3), ConditioningEncoder({"layer_input": 3}, 16), 16, 1, "mean")
     torch.nn.init.normal_(denoiser.leave[-1].weight)
-    rows = Rows({"layer_input": torch.randn(5, 3)}, torch.ones(5), unit(torch.randn(5, 2, 3)))
+    rows = DeltaBatch({"layer_input": torch.randn(5, 3)}, torch.ones(5), unit(torch.randn(5, 2, 3)))
     last = torch.full((5,), 999)
     wanted = (denoiser(torch.zeros(5, 2, 3), last, denoiser.encode(rows.fields)) - rows.deltas).square().mean()
     for t, noise in ((torch.arange(5), torch.randn(5, 2, 3)), (last, torch.zeros(5, 2, 3))):
@@ -48,13 +48,13 @@ def test_it_learns_a_function_of_the_conditioning():
     torch.manual_seed(1)
     denoiser = MlpDenoiser((2, 3), ConditioningEncoder({"layer_input": 2}, 32), 32, 1, "mean")
     fields = torch.randn(256, 2)
-    rows = Rows({"layer_input": fields}, torch.ones(256), unit(torch.einsum("bo,i->boi", fields.tanh(), torch.ones(3))))
+    rows = DeltaBatch({"layer_input": fields}, torch.ones(256), unit(torch.einsum("bo,i->boi", fields.tanh(), torch.ones(3))))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
     for _ in range(300):
         optimizer.zero_grad()
         denoising_errors(denoiser, SCHEDULE, rows, torch.zeros(256, dtype=torch.long), torch.zeros(256, 2, 3)).mean().backward()
         optimizer.step()
-    found = judge(denoiser, SCHEDULE, rows, seed=0)
+    found = held_out_figures(denoiser, SCHEDULE, rows, seed=0)
     assert found["score"] < 0.1
     assert found["cosine"] > 0.95
     assert found["cosine_shuffled"] < 0.5

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stages.diffusion.conditioning import ConditioningEncoder, NormalisedFields, positional_encoding
-from stages.diffusion.dataset import MOST_HELD_OUT, Rows, usable_split
+from stages.diffusion.delta_batch import MOST_HELD_OUT, DeltaBatch, usable_split
 from stages.diffusion.denoiser import unit
 from stages.diffusion.denoisers import make_denoiser, resolve, resolve_width
-from stages.diffusion.denoising import denoising_errors, judge, step_draws
+from stages.diffusion.denoising import denoising_errors, held_out_figures, step_draws
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.scale import ScaleNetwork, scale_loss
 from stages.diffusion.schedule import EPSILON, X0, make_schedule
@@ -126,7 +126,7 @@ def test_encoding_is_the_sum_of_one_linear_layer_a_field():
 def test_every_parameter_of_the_denoiser_gets_a_gradient(prediction, rows):
     denoiser = make_mlp(prediction)
     schedule = make_schedule("ddpm", 12, prediction)
-    data = Rows(make_fields(rows), torch.ones(rows), unit(random(rows, *SHAPE)))
+    data = DeltaBatch(make_fields(rows), torch.ones(rows), unit(random(rows, *SHAPE)))
     t, noise = step_draws(rows, SHAPE, schedule.steps, 0)
     denoising_errors(denoiser, schedule, data, t, noise).mean().backward()
     for name, parameter in denoiser.named_parameters():
@@ -479,7 +479,7 @@ def test_draws_of_a_step_depend_on_seed_and_step_alone():
 
 
 def test_loss_is_the_error_of_what_is_predicted():
-    schedule, data = make_schedule("ddpm", 12, X0), Rows(make_fields(), torch.ones(ROWS), unit(random(ROWS, *SHAPE)))
+    schedule, data = make_schedule("ddpm", 12, X0), DeltaBatch(make_fields(), torch.ones(ROWS), unit(random(ROWS, *SHAPE)))
     t, noise = step_draws(ROWS, SHAPE, schedule.steps, 0)
     signal = schedule.alpha_bar[t].float().view(-1, 1, 1)
     noisy = signal.sqrt() * data.deltas + (1 - signal).sqrt() * noise
@@ -499,7 +499,7 @@ def toy_rows(count, seed):
     draw = torch.Generator().manual_seed(seed)
     kind = torch.randint(2, (count,), generator=draw)
     picked = torch.multinomial(PRIORS[kind], 1, generator=draw).squeeze(1)
-    return Rows({"kind": F.one_hot(kind, 2).float()}, torch.ones(count), toy_deltas()[picked]), kind
+    return DeltaBatch({"kind": F.one_hot(kind, 2).float()}, torch.ones(count), toy_deltas()[picked]), kind
 
 
 def toy_deltas():
@@ -551,8 +551,8 @@ def test_judging_tells_true_conditioning_from_shuffled(trained):
     data, kind = toy_rows(64, seed=3)
     # One half of each kind: shuffling, which is by half, then always misleads.
     order = torch.cat([torch.nonzero(kind == k).squeeze(1)[:20] for k in (0, 1)])
-    found = judge(denoiser, schedule, data.take(order), seed=0)
-    assert found == judge(denoiser, schedule, data.take(order), seed=0)
+    found = held_out_figures(denoiser, schedule, data.take(order), seed=0)
+    assert found == held_out_figures(denoiser, schedule, data.take(order), seed=0)
     assert 0 < found["score"] < 0.8
     # Σ p² = 0.73 of the draws are the true delta, against Σ p·q = 0.09; 40 samples leave 0.1 of chance.
     assert found["cosine"] > found["cosine_shuffled"] + 0.3
@@ -562,5 +562,5 @@ def test_rows_of_one_sample_are_not_shuffled_among_each_other(trained):
     schedule, denoiser = trained
     data, kind = toy_rows(64, seed=3)
     rows = torch.stack([torch.nonzero(kind == k).squeeze(1)[0] for k in (0, 1)]).repeat_interleave(3)
-    found = judge(denoiser, schedule, data.take(rows), seed=0)
+    found = held_out_figures(denoiser, schedule, data.take(rows), seed=0)
     assert found["cosine"] != found["cosine_shuffled"]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from engines import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from overfitters import random
 
 from stages.evaluation import neighbours
 from stages.evaluation.neighbours import CANDIDATES_AT_ONCE, Neighbours, flat_inputs, input_blocks, nearest
@@ -87,9 +87,9 @@ def test_the_numbers_of_candidates_are_those_their_blocks_say():
 
 
 def test_progress_is_of_the_candidates_seen():
-    heard = []
-    nearest(random(2, 3), blocks_of(random(10, 3), 4), 1, heard.append)
-    assert heard == [4, 8, 10]
+    on_progress = []
+    nearest(random(2, 3), blocks_of(random(10, 3), 4), 1, on_progress.append)
+    assert on_progress == [4, 8, 10]
 
 
 def test_distances_are_roots_of_nothing_negative():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from overfitters import random
 from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from torch import nn

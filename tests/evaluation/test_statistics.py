@@ -221,15 +221,15 @@ def test_weights_are_those_of_drawing_with_replacement():
 def test_estimates_are_each_statistic_over_the_same_resamples():
     draw = np.random.default_rng(0)
     statistics = {name: make(draw.normal(size=60)) for name, (make, _) in FIGURES.items()}
-    heard = []
-    found = estimates(statistics, 60, 150, np.random.default_rng(5), heard.append)
+    on_progress = []
+    found = estimates(statistics, 60, 150, np.random.default_rng(5), on_progress.append)
     weights = resampled(60, 150, seed=5)
     assert found.keys() == statistics.keys()
     for name, statistic in statistics.items():
         assert found[name].value == pytest.approx(float(statistic(whole(60))[0]), abs=ROUNDING)
         np.testing.assert_allclose(found[name].draws, statistic(weights), rtol=ROUNDING, atol=ROUNDING)
         assert found[name].standard_error == pytest.approx(statistic.standard_error(found[name].draws), abs=ROUNDING)
-    assert heard == [64, 128, 150]
+    assert on_progress == [64, 128, 150]
 
 
 def test_a_figure_does_not_depend_on_those_beside_it():

@@ -343,7 +343,7 @@ def test_what_train_base_tells(finished_example):
     assert "60/60 steps mse=0." in log
 
 
-class Heard:
+class OnProgress:
     """A report that keeps what it hears."""
 
     def __init__(self):
@@ -363,12 +363,12 @@ def test_a_network_that_renders_nothing_begins_anew(scene_task):
     short.scene = nerf_task.scene
     for seed in range(4):
         torch.manual_seed(seed)
-        model, heard = nerf.TinyNeRF(), Heard()
-        short.train_base(model, rows, rows, report=heard, device=torch.device("cpu"))
+        model, on_progress = nerf.TinyNeRF(), OnProgress()
+        short.train_base(model, rows, rows, report=on_progress, device=torch.device("cpu"))
         with torch.no_grad():
             assert model.eval()(rows.batch([0])[0]).max() > 0.05
-        assert heard.steps[-2:] == [(50, 60, "steps", "mse"), (60, 60, "steps", "mse")]
-        begun += any(text.startswith("begun ") for text in heard.messages)
+        assert on_progress.steps[-2:] == [(50, 60, "steps", "mse"), (60, 60, "steps", "mse")]
+        begun += any(text.startswith("begun ") for text in on_progress.messages)
     assert begun >= 2
 
 
@@ -413,8 +413,8 @@ def test_deltas_are_those_of_a_plain_loop(finished_example, scene_task):
 
 def test_the_layer_is_substituted(scene_task):
     _, base = scene_task
-    way, reason = choose(base, find_layer(base, LAYER), lambda net, x: net(x), random(2, RAYS, 6))
-    assert (way.name, reason) == ("substitution", "")
+    method, reason = choose(base, find_layer(base, LAYER), lambda net, x: net(x), random(2, RAYS, 6))
+    assert (method.name, reason) == ("substitution", "")
 
 
 def test_pictures_of_every_test_view(finished_example, scene_task):

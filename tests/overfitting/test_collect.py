@@ -1,4 +1,4 @@
-"""collect through the command line: ways to overfit, to store and to leave out, and what later stages make of it."""
+"""collect through the command line: methods to overfit, to store and to leave out, and what later stages make of it."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def test_deltas_are_those_of_the_plain_loop(project, ocd, name, layer):
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     model.load_state_dict(base_of(folder))
     assert_as_wanted(found, reference_of(folder, model, layer, found, **recipe), rtol=1e-3, atol=2e-6)
-    assert summary["engine"] == "outer product"
+    assert summary["method"] == "outer product"
     assert summary["steps"] == pytest.approx(found["steps"].mean())
     assert summary["base_loss"] == pytest.approx(found["base_loss"].mean(), rel=1e-5)
     assert summary["rho"] == pytest.approx(found["rho"].mean(), rel=1e-5)
@@ -221,7 +221,7 @@ from pathlib import Path
 from stages.tasks.data import load_npz
 
 
-class Rows:
+class DeltaBatch:
     def __init__(self):
         self.data = load_npz(Path(__file__).with_name("train.npz"), labels=True)
 
@@ -361,7 +361,7 @@ def test_a_layer_whose_base_is_half_but_itself_single_is_left_alone(project, ocd
     assert store(folder)["rho"].min() > 0
 
 
-# Slow ways
+# Slow methods
 
 
 SLOW = {
@@ -410,13 +410,13 @@ def test_a_slow_way_is_told(project, ocd, parameter):
     ocd(folder, "select-layer", "--layer", name)
     result = ocd(folder, "collect", "--json")
     summary = json.loads(result.stdout)
-    assert summary["engine"] in ("vmap", "loop")
-    assert summary["engine_reason"]
-    way = {"vmap": "vmap, not by substitution", "loop": "the plain loop, one sample at a time"}[summary["engine"]]
+    assert summary["method"] in ("vmap", "loop")
+    assert summary["method_reason"]
+    method = {"vmap": "vmap, not by substitution", "loop": "the plain loop, one sample at a time"}[summary["method"]]
     (line,) = [line for line in result.stderr.splitlines() if "is overfitted by" in line]
-    assert line.startswith(f"collect: {name} is overfitted by {way}: {summary['engine_reason']}; about ")
+    assert line.startswith(f"collect: {name} is overfitted by {method}: {summary['method_reason']}; about ")
     assert re.search(r"; about [\d.]+ ms a sample, \d+:\d\d:\d\d for 12$", line)
-    assert f"by {summary['engine']}" in ocd(folder, "collect").stdout
+    assert f"by {summary['method']}" in ocd(folder, "collect").stdout
     # It is the truth, too.
     namespace = {}
     exec(SLOW[parameter], namespace)
@@ -432,8 +432,8 @@ def test_a_fast_way_is_not_worth_a_word(ready, ocd):
     result = ocd(ready, "collect", "--json")
     assert "is overfitted by" not in result.stderr
     found = json.loads(result.stdout)
-    assert found["engine"] == "outer product"
-    assert found["engine_reason"] == ""
+    assert found["method"] == "outer product"
+    assert found["method_reason"] == ""
     assert found["prefix_reused"] is True
 
 

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 from conftest import store
-from engines import EXACT, RECIPES, copied, forward, frozen, random, squares
+from overfitters import EXACT, RECIPES, copied, forward, frozen, random, squares
 from torch import nn
 
 from stages.evaluation import neighbours
 from stages.overfitting.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, sample_bytes
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample import weights as per_sample
 from stages.per_sample.layer import find_layer
 from stages.per_sample.pass_size import largest_output
@@ -49,10 +49,10 @@ def test_a_block_is_never_empty_and_no_chunk_too_large(most):
 
 
 @pytest.fixture(scope="module")
-def engine():
+def overfitter():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval().requires_grad_(False)
-    return Engine(model, find_layer(model, "0.weight"), forward, squares, RECIPES["adam"], torch.randn(4, 9, 6))
+    return Overfitter(model, find_layer(model, "0.weight"), forward, squares, RECIPES["adam"], torch.randn(4, 9, 6))
 
 
 @pytest.mark.parametrize(
@@ -70,27 +70,27 @@ def engine():
         (1, None, LARGEST),
     ],
 )
-def test_samples_at_once(engine, sample, available, wanted):
-    assert auto_batch_size(engine, sample, LARGEST, available, CPU) == wanted
+def test_samples_at_once(overfitter, sample, available, wanted):
+    assert auto_batch_size(overfitter, sample, LARGEST, available, CPU) == wanted
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_batches_of_a_block_are_alike(engine, rows):
+def test_batches_of_a_block_are_alike(overfitter, rows):
     for sample, available in itertools.product((1, MIB, 40 * MIB, 700 * MIB), (GIB, 64 * GIB)):
-        batch = auto_batch_size(engine, sample, rows, available, CPU)
+        batch = auto_batch_size(overfitter, sample, rows, available, CPU)
         count = -(-rows // batch)
         assert batch == -(-rows // count)
         assert batch * sample <= max(available / 4, GIB, sample)
 
 
-def test_a_samples_memory_grows_with_its_rows(engine):
-    model, layer = engine.model, engine.layer
+def test_a_samples_memory_grows_with_its_rows(overfitter):
+    model, layer = overfitter.model, overfitter.layer
     sizes = {}
     for rows in (10, 1000):
         x = torch.randn(4, rows, 6)
-        sizes[rows] = sample_bytes(engine, layer, model, forward, x, x, factored=False)
+        sizes[rows] = sample_bytes(overfitter, layer, model, forward, x, x, factored=False)
         assert largest_output(model, forward, x) == 4 * 5 * rows
-        few = sample_bytes(engine, layer, model, forward, x, x[:, :5], factored=False)
+        few = sample_bytes(overfitter, layer, model, forward, x, x[:, :5], factored=False)
         # A step that sees five rows keeps less for the way back; the losses before and after are of all of them.
         assert few < sizes[rows]
         assert few >= 2 * largest_output(model, forward, x)
@@ -108,11 +108,11 @@ def test_outputs_along_a_line_whether_or_not_they_are_kept(monkeypatch, shape):
     found, products = {}, {}
     for most in (x.numel(), x.numel() - 1):
         monkeypatch.setattr(per_sample, "MOST_KEPT", most)
-        way, calls = Substitution(model, layer, forward), []
-        product, change = way._product, way._change
-        way._product = lambda *args, product=product, calls=calls: calls.append("whole") or product(*args)
-        way._change = lambda *args, change=change, calls=calls: calls.append("change") or change(*args)
-        at = way.along(copied(x), deltas)
+        method, calls = Substitution(model, layer, forward), []
+        product, change = method._product, method._change
+        method._product = lambda *args, product=product, calls=calls: calls.append("whole") or product(*args)
+        method._change = lambda *args, change=change, calls=calls: calls.append("change") or change(*args)
+        at = method.along(copied(x), deltas)
         found[most] = [at(strength) for strength in (1.0, 0.0, -2.0, 1.0)]
         products[most] = calls
     assert products == {x.numel(): ["change"], x.numel() - 1: ["whole"] * 4}
@@ -171,7 +171,7 @@ def test_candidates_of_large_inputs_come_a_few_at_a_time(monkeypatch):
 
 
 def test_a_slow_store_has_small_blocks(ocd, project, monkeypatch):
-    monkeypatch.setattr("stages.collect.rows_worth_keeping", lambda engine, operations: 5)
+    monkeypatch.setattr("stages.collect.rows_worth_keeping", lambda overfitter, operations: 5)
     folder = project()
     ocd(folder, "run", "--quiet", "--until", "collect")
     assert len(list((folder.run / "collect" / "blocks").glob("*.json"))) == -(-len(store(folder)["rho"]) // 5)

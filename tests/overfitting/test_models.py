@@ -1,11 +1,11 @@
-"""Whole models through the engine: every sample's result is the loop's, by the way that was to be expected."""
+"""Whole models through the overfitter: every sample's result is the loop's, by the method that was to be expected."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import RECIPES, Custom, cross_entropy, equal_to_the_loop, frozen, random, squares, way_equal_to_the_loop
+from overfitters import RECIPES, Custom, cross_entropy, equal_to_the_loop, frozen, random, squares, way_equal_to_the_loop
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -93,7 +93,7 @@ CLASSIFIERS = {
     "lstm": (lambda: recurrent(nn.LSTM), (6, 4)),
     "gru": (lambda: recurrent(nn.GRU), (6, 4)),
 }
-# model, layer, way, whether a prefix is reused
+# model, layer, method, whether a prefix is reused
 EXPECTED = [
     ("mlp", "0.weight", "outer product", False),
     ("mlp", "2.weight", "outer product", True),
@@ -122,14 +122,14 @@ EXPECTED = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("model", "name", "way", "reused"), EXPECTED)
-def test_classifiers(model, name, way, reused, recipe):
+@pytest.mark.parametrize(("model", "name", "method", "reused"), EXPECTED)
+def test_classifiers(model, name, method, reused, recipe):
     make, shape = CLASSIFIERS[model]
     torch.manual_seed(1)
     net = frozen(make())
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    engine = equal_to_the_loop(net, name, random(5, *shape), RECIPES[recipe], cross_entropy, CLASSES)
-    assert (engine.name, engine.prefix is not None) == (way, reused), engine.reason or engine.why_dense
+    overfitter = equal_to_the_loop(net, name, random(5, *shape), RECIPES[recipe], cross_entropy, CLASSES)
+    assert (overfitter.name, overfitter.prefix is not None) == (method, reused), overfitter.reason or overfitter.why_dense
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
@@ -182,7 +182,7 @@ def with_parameter(run, *shape):
 
 VECTORS = random(5, 3)
 WORDS = torch.tensor([[0, 1, 1], [4, 2, 0], [3, 3, 3], [1, 0, 2], [2, 4, 4]])
-# name: how it is made, the layer, the inputs, the way
+# name: how it is made, the layer, the inputs, the method
 OTHERS = {
     "loop of its own": (dense(counting), "fc.weight", VECTORS, "loop"),
     "head after a loop of its own": (dense(counting), "head.weight", VECTORS, "outer product"),
@@ -236,24 +236,24 @@ OTHERS = {
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_of_other_forms(name, recipe):
-    make, layer, x, way = OTHERS[name]
+    make, layer, x, method = OTHERS[name]
     torch.manual_seed(2)
-    engine = equal_to_the_loop(frozen(make()), layer, x, RECIPES[recipe])
-    assert engine.name == way, engine.reason or engine.why_dense
+    overfitter = equal_to_the_loop(frozen(make()), layer, x, RECIPES[recipe])
+    assert overfitter.name == method, overfitter.reason or overfitter.why_dense
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
-    ("layer", "way"),
+    ("layer", "method"),
     [("0.linear1.weight", "substitution"), ("0.self_attn.in_proj_weight", "vmap"), ("1.weight", "substitution")],
 )
-def test_torchs_own_transformer(layer, way, recipe):
+def test_torchs_own_transformer(layer, method, recipe):
     """Without gradients torch would compute its encoder layer in one kernel: passes with and without must still agree."""
     torch.manual_seed(3)
     encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0, batch_first=True)
     model = frozen(nn.Sequential(encoder, nn.Linear(4, 2)))
     before = torch.backends.mha.get_fastpath_enabled()
-    assert equal_to_the_loop(model, layer, random(4, 5, 4), RECIPES[recipe]).name == way
+    assert equal_to_the_loop(model, layer, random(4, 5, 4), RECIPES[recipe]).name == method
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
@@ -280,15 +280,15 @@ UNSEEN = {
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", UNSEEN)
 def test_layers_that_see_no_input(name, recipe):
-    make, layer, x, way = UNSEEN[name]
+    make, layer, x, method = UNSEEN[name]
     torch.manual_seed(4)
     model = frozen(make())
     model(x)  # the old weight norm has a weight without gradients from here on, and can be copied
-    assert way_equal_to_the_loop(model, layer, x, RECIPES[recipe]) == way
+    assert way_equal_to_the_loop(model, layer, x, RECIPES[recipe]) == method
 
 
 @pytest.mark.parametrize("name", ["output projection", "parametrised", "called sample by sample"])
-def test_a_layer_that_sees_no_input_is_refused_by_the_engine(name):
+def test_a_layer_that_sees_no_input_is_refused_by_the_overfitter(name):
     make, layer, x, _ = UNSEEN[name]
     with pytest.raises(TaskError, match=f"of {layer} (is not called|has shape)"):
         equal_to_the_loop(frozen(make()), layer, x)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import EXACT, RECIPES, assert_same, cross_entropy, forward, wanted_of
+from overfitters import EXACT, RECIPES, assert_same, cross_entropy, forward, wanted_of
 from torch import nn
 
 from stages.foundation.errors import TaskError
@@ -14,8 +14,8 @@ from stages.overfitting.overfit import Recipe, overfit
 from stages.per_sample.layer import find_layer
 from stages.per_sample.weights import Loop, Substitution, Vmap
 
-WAYS = [Loop, Vmap, Substitution]
-# The authors' for LeNet5, and a long one, beside those of the engine's tests.
+METHODS = [Loop, Vmap, Substitution]
+# The authors' for LeNet5, and a long one, beside those of the overfitter's tests.
 RECIPES = {
     "authors": Recipe("adam", 5e-4, 3),
     "long": Recipe("adam", 5e-3, 10),
@@ -38,18 +38,18 @@ def make_problem(name, dtype, rows=6):
     return model, torch.randn(rows, *shape, dtype=dtype), torch.arange(rows) % 3
 
 
-def run_overfit(way, model, name, x, y, recipe=RECIPES["plain"], loss=cross_entropy, views=None):
+def run_overfit(method, model, name, x, y, recipe=RECIPES["plain"], loss=cross_entropy, views=None):
     layer = find_layer(model, name)
-    descent = DenseDescent(way(model, layer, forward), layer.weight(model), x, y, loss, recipe, views=views)
+    descent = DenseDescent(method(model, layer, forward), layer.weight(model), x, y, loss, recipe, views=views)
     return overfit(descent, loss(model(x), y), recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("model", "name"), LAYERS)
-def test_double_precision_equals_the_loop(model, name, way, recipe):
+def test_double_precision_equals_the_loop(model, name, method, recipe):
     net, x, y = make_problem(model, torch.float64)
-    found = run_overfit(way, net, name, x, y, RECIPES[recipe])
+    found = run_overfit(method, net, name, x, y, RECIPES[recipe])
     assert found.delta.shape == (6, *find_layer(net, name).matrix_shape)
     assert_same(found, wanted_of(net, name, x, y, RECIPES[recipe], cross_entropy))
     assert not found.degenerate.any()
@@ -57,34 +57,34 @@ def test_double_precision_equals_the_loop(model, name, way, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("model", "name"), LAYERS)
-def test_single_precision_equals_the_loop_to_a_thousandth(model, name, way, recipe):
+def test_single_precision_equals_the_loop_to_a_thousandth(model, name, method, recipe):
     net, x, y = make_problem(model, torch.float32)
     wanted = wanted_of(net, name, x, y, RECIPES[recipe], cross_entropy)
-    found = run_overfit(way, net, name, x, y, RECIPES[recipe])
+    found = run_overfit(method, net, name, x, y, RECIPES[recipe])
     # Where the loss is smaller, Adam normalises rounding noise, and no two correct programs agree.
     assert (wanted.base_loss > 1e-3).all()
     assert ((found.delta - wanted.delta).flatten(1).norm(dim=1) < 1e-3 * wanted.rho).all()
     torch.testing.assert_close(found.rho, wanted.rho, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_sample_does_not_depend_on_its_batch(way):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_does_not_depend_on_its_batch(method):
     net, x, y = make_problem("convolution", torch.float64)
-    whole = run_overfit(way, net, "2.weight", x, y, Recipe("adam", 1e-2, 3))
-    part = run_overfit(way, net, "2.weight", x[[4, 1]], y[[4, 1]], Recipe("adam", 1e-2, 3))
+    whole = run_overfit(method, net, "2.weight", x, y, Recipe("adam", 1e-2, 3))
+    part = run_overfit(method, net, "2.weight", x[[4, 1]], y[[4, 1]], Recipe("adam", 1e-2, 3))
     torch.testing.assert_close(part.delta, whole.delta[[4, 1]], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_degenerate_is_a_largest_gradient_below_a_millionth(way, optimizer):
+def test_degenerate_is_a_largest_gradient_below_a_millionth(method, optimizer):
     """The output is the weight times one, so the gradient is the label."""
     net = nn.Linear(1, 1, bias=False).double().requires_grad_(False)
     sizes = torch.tensor([0.0, 0.9e-6, -0.9e-6, 1.1e-6, -1.1e-6, 1.0], dtype=torch.float64)
     found = run_overfit(
-        way,
+        method,
         net,
         "weight",
         torch.ones(6, 1, dtype=torch.float64),
@@ -96,13 +96,13 @@ def test_degenerate_is_a_largest_gradient_below_a_millionth(way, optimizer):
     assert found.rho[0] == 0
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_largest_gradient_of_all_steps_counts(way):
+@pytest.mark.parametrize("method", METHODS)
+def test_largest_gradient_of_all_steps_counts(method):
     """A sample that is fitted after one step was not degenerate."""
     net = nn.Linear(1, 1, bias=False).double().requires_grad_(False)
     scale = torch.tensor([1.0, 0.0], dtype=torch.float64)
     found = run_overfit(
-        way,
+        method,
         net,
         "weight",
         torch.ones(2, 1, dtype=torch.float64),
@@ -110,12 +110,12 @@ def test_largest_gradient_of_all_steps_counts(way):
         Recipe("sgd", 0.5, 3),
         loss=lambda output, y: scale * (output.squeeze(1) - y).square(),
     )
-    # Half the gradient 2w is the way to the minimum: the second and third gradients are zero.
+    # Half the gradient 2w is the method to the minimum: the second and third gradients are zero.
     assert found.overfit_loss[0] == 0
     assert found.degenerate.tolist() == [False, True]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "loss",
     [
@@ -126,10 +126,10 @@ def test_largest_gradient_of_all_steps_counts(way):
     ],
     ids=["constant", "of the label", "detached", "without gradient"],
 )
-def test_loss_that_does_not_depend_on_the_layer(way, loss):
+def test_loss_that_does_not_depend_on_the_layer(method, loss):
     net, x, y = make_problem("dense", torch.float32)
     with pytest.raises(TaskError, match="the loss does not depend on the layer") as caught:
-        run_overfit(way, net, "0.weight", x, y, loss=loss)
+        run_overfit(method, net, "0.weight", x, y, loss=loss)
     assert caught.value.hint
 
 
@@ -150,8 +150,8 @@ def test_layer_that_is_not_used():
             run_overfit(Loop, net.requires_grad_(gradient), "unused.weight", x, y)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_each_step_sees_its_own_view(way):
+@pytest.mark.parametrize("method", METHODS)
+def test_each_step_sees_its_own_view(method):
     net, x, y = make_problem("dense", torch.float64)
     shown = torch.randn(3, *x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     asked = []
@@ -160,7 +160,7 @@ def test_each_step_sees_its_own_view(way):
         asked.append(step)
         return shown[step], (y + step) % 3
 
-    found = run_overfit(way, net, "0.weight", x, y, Recipe("sgd", 0.1, 3), views=views)
+    found = run_overfit(method, net, "0.weight", x, y, Recipe("sgd", 0.1, 3), views=views)
     assert asked == [0, 1, 2]
     for i in range(len(x)):
         theta = net[0].weight.clone()
@@ -179,8 +179,8 @@ def test_each_step_sees_its_own_view(way):
 def test_the_base_is_not_changed():
     net, x, y = make_problem("convolution", torch.float32)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    for way in WAYS:
-        run_overfit(way, net, "0.weight", x, y, Recipe("adam", 1e-2, 3))
+    for method in METHODS:
+        run_overfit(method, net, "0.weight", x, y, Recipe("adam", 1e-2, 3))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in net.parameters())
 
@@ -193,11 +193,13 @@ def quadratic(curvature):
     return net, x, y, lambda output, y: y / 2 * output.squeeze(1).square()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_samples_leave_when_their_own_gradient_has_fallen(way):
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_leave_when_their_own_gradient_has_fallen(method):
     curvature = [0.5, 0.1, 0.9, 0.0, 1.0, 0.7, 0.1]
     net, x, y, loss = quadratic(curvature)
-    found = run_overfit(way, net, "weight", x, y, Recipe("sgd", 1.0, until_converged=True, tolerance=0.05, max_steps=8), loss)
+    found = run_overfit(
+        method, net, "weight", x, y, Recipe("sgd", 1.0, until_converged=True, tolerance=0.05, max_steps=8), loss
+    )
     # The smallest k with (1 − c)^k <= 0.05, at most 8; none without a gradient, and one where that ends it.
     steps = [math.ceil(math.log(0.05) / math.log(1 - c)) if 0 < c < 1 else int(c) for c in curvature]
     assert found.steps.tolist() == [min(k, 8) for k in steps] == [5, 8, 2, 0, 1, 3, 8]
@@ -208,34 +210,36 @@ def test_samples_leave_when_their_own_gradient_has_fallen(way):
     assert found.degenerate.tolist() == [c == 0 for c in curvature]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_gradient_below_a_millionth_ends_the_descent(way):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_below_a_millionth_ends_the_descent(method):
     """However small the tolerance: the gradient c · (1 − c)^k of c = 0.9 is below a millionth at k = 6."""
     net, x, y, loss = quadratic([0.9, 0.5])
-    found = run_overfit(way, net, "weight", x, y, Recipe("sgd", 1.0, until_converged=True, tolerance=1e-12, max_steps=9), loss)
+    found = run_overfit(
+        method, net, "weight", x, y, Recipe("sgd", 1.0, until_converged=True, tolerance=1e-12, max_steps=9), loss
+    )
     assert found.steps.tolist() == [6, 9]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("way", WAYS)
-def test_the_optimizers_state_goes_with_the_samples_that_stay(way, optimizer):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_optimizers_state_goes_with_the_samples_that_stay(method, optimizer):
     net, x, y = make_problem("convolution", torch.float64)
     momentum = 0.8 if optimizer == "sgd" else 0.0
     recipe = Recipe(optimizer, 0.05, momentum=momentum, until_converged=True, tolerance=0.5, max_steps=20)
-    found = run_overfit(way, net, "2.weight", x, y, recipe)
+    found = run_overfit(method, net, "2.weight", x, y, recipe)
     assert len(set(found.steps.tolist())) > 2, "samples are to leave at different steps"
     assert_same(found, wanted_of(net, "2.weight", x, y, recipe, cross_entropy))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_views_stay_with_their_samples_when_others_leave(way):
+@pytest.mark.parametrize("method", METHODS)
+def test_views_stay_with_their_samples_when_others_leave(method):
     """The losses are those of the whole samples, for the ones that leave early as well."""
     curvature = [0.5, 0.1, 1e-7, 0.2]
     # What a sample shows at each step: the second leaves before step 1, the third at once, the last before step 2.
     scale = torch.tensor([[1, 2, 3], [1, 0.5, 1], [1, 1, 1], [1, 2, 0.1]], dtype=torch.float64)
     net, x, y, loss = quadratic(curvature)
     recipe = Recipe("sgd", 0.1, until_converged=True, tolerance=0.6, max_steps=3)
-    found = run_overfit(way, net, "weight", x, y, recipe, loss, views=lambda step: (x * scale[:, step : step + 1], y))
+    found = run_overfit(method, net, "weight", x, y, recipe, loss, views=lambda step: (x * scale[:, step : step + 1], y))
     assert found.steps.tolist() == [3, 1, 0, 2]
     for i, c in enumerate(curvature):
         w = 1.0

@@ -1,9 +1,11 @@
-"""The engine against the loop over copies of the model: drawn layers, closed forms, and what it refuses to take for granted."""
+"""The overfitter against the loop over copies of the model: drawn layers, closed forms, what it does not take for granted."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import (
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from overfitters import (
     EXACT,
     RECIPES,
     Custom,
@@ -17,13 +19,11 @@ from engines import (
     squares,
     wanted_of,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from stages.foundation.errors import TaskError
 from stages.overfitting.overfit import Recipe
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import find_layer
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -78,11 +78,11 @@ def test_linear(place, rows, sizes, bias, flat, batch, recipe):
     if flat:
         model = Custom(lambda self, x: self.net(x.flatten(0, -2)).view(*x.shape[:-1], -1), net=model)
         name = f"net.{name}"
-    engine = equal_to_the_loop(model, name, random(batch, *rows, sizes[0]), recipe)
+    overfitter = equal_to_the_loop(model, name, random(batch, *rows, sizes[0]), recipe)
     one = torch.Size(rows).numel() == 1
-    assert engine.name == ("outer product" if one else "substitution"), engine.why_dense
+    assert overfitter.name == ("outer product" if one else "substitution"), overfitter.why_dense
     # A flattening comes first as well.
-    assert (engine.prefix is not None) == (place != "first" or flat)
+    assert (overfitter.prefix is not None) == (place != "first" or flat)
 
 
 @st.composite
@@ -113,8 +113,8 @@ def test_convolutions(convolution, place, batch, recipe):
     kind, layer, size = convolution
     inputs, outputs = layer.in_channels, layer.out_channels
     model, name = surrounded(layer, kind(inputs, inputs, 1), kind(outputs, 2, 1), place)
-    engine = equal_to_the_loop(model, name, random(batch, inputs, *size), recipe)
-    assert (engine.name, engine.prefix is not None) == ("substitution", place != "first"), engine.reason
+    overfitter = equal_to_the_loop(model, name, random(batch, inputs, *size), recipe)
+    assert (overfitter.name, overfitter.prefix is not None) == ("substitution", place != "first"), overfitter.reason
 
 
 # name: the layers, the layer, the shape of a sample
@@ -133,8 +133,8 @@ def test_single_precision_equals_the_loop_to_a_thousandth(name, recipe):
     torch.manual_seed(1)
     model, x, y = nn.Sequential(*make()).requires_grad_(False), random(8, *shape, dtype=torch.float32), torch.arange(8) % 3
     wanted = wanted_of(model, layer, x, y, RECIPES[recipe], cross_entropy)
-    engine = Engine(model, find_layer(model, layer), forward, cross_entropy, RECIPES[recipe], x[:2])
-    found = engine.overfit(engine.first_pass(x), x, y)
+    overfitter = Overfitter(model, find_layer(model, layer), forward, cross_entropy, RECIPES[recipe], x[:2])
+    found = overfitter.overfit(overfitter.first_pass(x), x, y)
     # Where the loss is smaller, Adam normalises rounding noise, and no two correct programs agree.
     assert (wanted.base_loss > 1e-3).all()
     assert found.delta.dtype == torch.float32
@@ -149,8 +149,8 @@ def test_closed_forms_where_inputs_are_zero_small_or_negative(recipe):
     model, x = frozen(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))), random(5, 6)
     x[0], x[1, :3], x[2] = 0, 0, x[2] * 1e-8
     x[3, 0], x[4] = -1e-300, x[4] * 1e5
-    engine = equal_to_the_loop(model, "0.weight", x, RECIPES[recipe])
-    assert engine.name == "outer product"
+    overfitter = equal_to_the_loop(model, "0.weight", x, RECIPES[recipe])
+    assert overfitter.name == "outer product"
 
 
 @pytest.mark.parametrize("recipe", ["sgd", "adam"])
@@ -175,16 +175,16 @@ def test_factors_are_the_delta(momentum, decay):
     torch.manual_seed(4)
     model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
     recipe = Recipe("sgd", 0.05, 4, momentum, decay)
-    engine = equal_to_the_loop(model, "2.weight", random(5, 4), recipe, factored=True)
-    assert engine.name == "outer product"
+    overfitter = equal_to_the_loop(model, "2.weight", random(5, 4), recipe, factored=True)
+    assert overfitter.name == "outer product"
 
 
 def test_factors_of_samples_that_leave_early():
     torch.manual_seed(4)
     model, x, y = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))), random(6, 4), random(6, seed=5)
     recipe = Recipe("sgd", 0.1, momentum=0.5, until_converged=True, tolerance=0.5, max_steps=20)
-    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, recipe, x[:2], factored=True)
-    found = engine.overfit(engine.first_pass(x), x, y)
+    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, recipe, x[:2], factored=True)
+    found = overfitter.overfit(overfitter.first_pass(x), x, y)
     assert [part.shape for part in found.delta] == [(6, 3), (6, 5)]
     assert len(set(found.steps.tolist())) > 1, "samples are to leave at different steps"
     assert_same(found, wanted_of(model, "2.weight", x, y, recipe))
@@ -194,9 +194,9 @@ def test_views_take_the_place_of_the_prefix_and_of_closed_forms():
     torch.manual_seed(5)
     model, x, y = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))), random(4, 4), random(4, seed=5)
     recipe = Recipe("sgd", 0.1, 2)
-    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, recipe, x[:2], views=True)
-    assert (engine.name, engine.prefix) == ("substitution", None)
-    found = engine.overfit(engine.first_pass(x), x, y, lambda step: (x * (1 - step / 2), y))
+    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, recipe, x[:2], views=True)
+    assert (overfitter.name, overfitter.prefix) == ("substitution", None)
+    found = overfitter.overfit(overfitter.first_pass(x), x, y, lambda step: (x * (1 - step / 2), y))
     theta = model[2].weight.expand(4, 3, 5).clone()
     for step in range(2):
         theta.requires_grad_()
@@ -301,17 +301,17 @@ def test_a_probe_that_is_shorter_or_longer_than_the_batch(lengths):
 def test_what_is_right_is_confirmed(recipe):
     torch.manual_seed(7)
     model = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)))
-    for name, way in (("0.weight", "substitution"), ("3.weight", "outer product")):
-        assert equal_to_the_loop(model, name, random(6, 1, 3), RECIPES[recipe], confirm=True).name == way
+    for name, method in (("0.weight", "substitution"), ("3.weight", "outer product")):
+        assert equal_to_the_loop(model, name, random(6, 1, 3), RECIPES[recipe], confirm=True).name == method
 
 
 class Wrong:
-    """A way that takes each weight for a little larger than it is."""
+    """A method that takes each weight for a little larger than it is."""
 
     name = "substitution"
 
-    def __init__(self, way):
-        self._way = way
+    def __init__(self, method):
+        self._way = method
 
     def __call__(self, x, weights, record=None):
         return self._way(x, 1.1 * weights, record)
@@ -320,16 +320,16 @@ class Wrong:
 def test_what_is_wrong_is_not_confirmed_and_the_loop_is_taken():
     torch.manual_seed(7)
     model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
-    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
-    engine.way = Wrong(engine.way)
-    engine.confirm(x, y)
-    assert (engine.name, engine.prefix) == ("loop", None)
-    assert engine.reason == "a self-check by the task's loss found substitution to give other deltas"
-    assert_same(engine.overfit(engine.first_pass(x), x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
+    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    overfitter.method = Wrong(overfitter.method)
+    overfitter.confirm(x, y)
+    assert (overfitter.name, overfitter.prefix) == ("loop", None)
+    assert overfitter.reason == "a self-check by the task's loss found substitution to give other deltas"
+    assert_same(overfitter.overfit(overfitter.first_pass(x), x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
 
 
 class NotANumber(Wrong):
-    """A way whose gradients are no numbers, though its losses are."""
+    """A method whose gradients are no numbers, though its losses are."""
 
     def __call__(self, x, weights, record=None):
         return self._way(x, weights + (weights - weights.detach()) * float("nan") if weights.requires_grad else weights, record)
@@ -338,10 +338,10 @@ class NotANumber(Wrong):
 def test_what_is_no_number_is_not_confirmed():
     torch.manual_seed(7)
     model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
-    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
-    engine.way = NotANumber(engine.way)
-    engine.confirm(x, y)
-    assert engine.name == "loop"
+    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    overfitter.method = NotANumber(overfitter.method)
+    overfitter.confirm(x, y)
+    assert overfitter.name == "loop"
 
 
 def scaled_in_place(self, x):
@@ -367,7 +367,7 @@ def test_the_users_arrays_are_left_as_they_are():
     torch.manual_seed(8)
     model, x = frozen(Custom(shifted_in_place, fc=nn.Linear(3, 4), head=nn.Linear(4, 2))), random(5, 3)
     before = x.clone()
-    Engine(model, find_layer(model, "head.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    Overfitter(model, find_layer(model, "head.weight"), forward, squares, RECIPES["sgd"], x[:2])
     assert torch.equal(x, before)
 
 
@@ -376,10 +376,10 @@ def test_results_do_not_depend_on_how_samples_are_batched():
     model = frozen(nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3)))
     x, y = random(6, 1, 4, 4), random(6, seed=1)
     for name in ("0.weight", "3.weight", "5.weight"):
-        engine = Engine(model, find_layer(model, name), forward, squares, RECIPES["until converged"], x[:2])
-        whole = engine.overfit(engine.first_pass(x), x, y)
+        overfitter = Overfitter(model, find_layer(model, name), forward, squares, RECIPES["until converged"], x[:2])
+        whole = overfitter.overfit(overfitter.first_pass(x), x, y)
         rows = torch.tensor([5, 0, 3])
-        part = engine.overfit(engine.first_pass(x[rows]), x[rows], y[rows])
+        part = overfitter.overfit(overfitter.first_pass(x[rows]), x[rows], y[rows])
         torch.testing.assert_close(part.delta, whole.delta[rows], **EXACT)
         assert part.steps.tolist() == whole.steps[rows].tolist()
 
@@ -388,16 +388,16 @@ def test_two_first_passes_may_be_under_way():
     """What one batch recorded is not disturbed by the next."""
     torch.manual_seed(9)
     model, x, y = frozen(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), random(4, 3), random(4, seed=1)
-    engine = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
-    first = engine.first_pass(x)
-    engine.first_pass(copied(x) + 1)
-    assert_same(engine.overfit(first, x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
+    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    first = overfitter.first_pass(x)
+    overfitter.first_pass(copied(x) + 1)
+    assert_same(overfitter.overfit(first, x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
 
 
 def test_the_first_pass_gives_what_the_model_gives():
     torch.manual_seed(9)
     model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))), random(4, 3)
-    first = Engine(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2]).first_pass(x)
+    first = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2]).first_pass(x)
     hidden = F.linear(x, model[0].weight, model[0].bias).relu()
     torch.testing.assert_close(first.output, model(x), **EXACT)
     torch.testing.assert_close(first.captured["layer_input"], hidden, **EXACT)

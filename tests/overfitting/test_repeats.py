@@ -11,7 +11,7 @@ import torch
 from conftest import Folder, blocks_of, counted_blocks, reader_of, results, states, store
 from test_new_settings import forget
 
-from stages.diffusion.dataset import usable_split
+from stages.diffusion.delta_batch import usable_split
 from stages.evaluate import Evaluate
 from stages.evaluation.examination import unseen, with_neighbours
 from stages.evaluation.stored_deltas import StoredDeltas
@@ -20,7 +20,7 @@ from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.run_directory.project import load_project
 from stages.tasks.data import ArrayDataset, Split
-from stages.training.batches import TrainingRows
+from stages.training.batches import TrainingBatches
 
 # A sample is five points and a number at each; two of them are shown at each step. The environment spoils a sample.
 TASK = """\
@@ -284,7 +284,7 @@ def test_a_delta_is_not_compared_with_others_of_its_sample(deltas, repeated_run)
 
 @pytest.mark.parametrize("with_deltas", [True, False])
 def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
-    rows = TrainingRows(
+    rows = TrainingBatches(
         reader_of(repeated_run),
         deltas=with_deltas,
         held_out=0.2,
@@ -300,7 +300,7 @@ def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
     stream = rows.batches(0)
     drawn = torch.cat([next(stream).numbers for _ in range(20)])
     assert set(drawn.tolist()) == set(range(len(numbers))) - set(held.tolist())
-    other = TrainingRows(
+    other = TrainingBatches(
         reader_of(repeated_run), deltas=True, held_out=0.2, batch_size=4, seed=1, device=torch.device("cpu"), memory=0.0
     )
     assert torch.equal(other.held_out.numbers, held)

@@ -122,11 +122,11 @@ def problem():
     return model, torch.randn(6, 1, 5, 5, dtype=torch.float64), torch.arange(6) % 3
 
 
-def losses(problem, name, draws=20, at_once=20, way=Substitution, sigma=0.5, samples=slice(None)):
+def losses(problem, name, draws=20, at_once=20, method=Substitution, sigma=0.5, samples=slice(None)):
     model, x, y = problem
     layer = find_layer(model, name)
     parts = perturbed_losses(
-        way(model, layer, forward),
+        method(model, layer, forward),
         layer,
         layer.weight(model),
         x[samples],
@@ -144,13 +144,13 @@ NAMES = ["0.weight", "3.weight", "5.weight"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("way", [Substitution, Loop])
-def test_losses_and_entropies_equal_the_direct_way(problem, name, way):
+@pytest.mark.parametrize("method", [Substitution, Loop])
+def test_losses_and_entropies_equal_the_direct_way(problem, name, method):
     model, x, y = problem
     shape = model.get_parameter(name).shape
     noise = torch.stack([torch.randn(shape, generator=generator(4, "select-layer", name, j)) for j in range(20)]).double()
     wanted, entropies = reference.direct_entropy_score(model, name, cross_entropy, x, y, noise, sigma=0.5)
-    found = losses(problem, name, way=way)
+    found = losses(problem, name, method=method)
     np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose([kde_entropy(column) for column in found.T], entropies, atol=BINNING)
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import EXACT, RECIPES, Custom, equal_to_the_loop, forward, frozen, random, squares
+from overfitters import EXACT, RECIPES, Custom, equal_to_the_loop, forward, frozen, random, squares
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import find_layer
 from stages.per_sample.prefix import Prefix
 from stages.per_sample.record import PrefixChanged
@@ -113,8 +113,8 @@ def record_of(model, x, name="fc.weight", run=forward):
 @pytest.mark.parametrize("name", MODELS)
 def test_results_are_the_loops(name, recipe):
     model, x, reused = make(name)
-    engine = equal_to_the_loop(model, "fc.weight", x, RECIPES[recipe])
-    assert reused is None or (engine.prefix is not None) == reused
+    overfitter = equal_to_the_loop(model, "fc.weight", x, RECIPES[recipe])
+    assert reused is None or (overfitter.prefix is not None) == reused
 
 
 def test_a_pass_may_be_replayed_again_and_again():
@@ -160,11 +160,11 @@ def test_the_prefix_is_computed_once(recipe, layer):
 
     torch.manual_seed(2)
     model, x, y = frozen(Custom(run, **parts(enc=Counted(nn.Linear(3, 3))))), VECTORS, random(6, seed=5)
-    engine = Engine(model, find_layer(model, layer), forward, squares, RECIPES[recipe], x[:2])
-    assert engine.name == ("vmap" if layer == "head.weight" else "outer product")
+    overfitter = Overfitter(model, find_layer(model, layer), forward, squares, RECIPES[recipe], x[:2])
+    assert overfitter.name == ("vmap" if layer == "head.weight" else "outer product")
     model.enc.calls = 0
     with Executed() as executed:
-        engine.overfit(engine.first_pass(x), x, y)
+        overfitter.overfit(overfitter.first_pass(x), x, y)
     assert model.enc.calls == 1
     assert executed.names.count("max_pool1d") == 1
 
@@ -200,8 +200,8 @@ def counting(self, x):
 @pytest.mark.parametrize("run", [noisy, counting])
 def test_a_prefix_that_differs_from_pass_to_pass_is_not_reused(run):
     model = frozen(Custom(run, **parts(count=0)))
-    engine = Engine(model, find_layer(model, "fc.weight"), forward, squares, RECIPES["sgd"], VECTORS[:2])
-    assert engine.prefix is None
+    overfitter = Overfitter(model, find_layer(model, "fc.weight"), forward, squares, RECIPES["sgd"], VECTORS[:2])
+    assert overfitter.prefix is None
 
 
 def other_module(self, x):

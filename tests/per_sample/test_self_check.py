@@ -1,11 +1,11 @@
-"""The choice among the ways to give samples weights of their own: what is taken for which layer, and why."""
+"""The choice among the methods to give samples weights of their own: what is taken for which layer, and why."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import EXACT, Custom, Tied, by_copies, forward, frozen, random, twice
+from overfitters import EXACT, Custom, Tied, by_copies, forward, frozen, random, twice
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -46,7 +46,7 @@ def second_axis(self, x):
 PARAMETRISED = "it is parametrised, or not the weight of a module such as Linear"
 ELSEWHERE = "its module is not called; the weight is used from elsewhere"
 OTHERWISE = "a self-check on a few samples found substitution to give other results"
-# name: model, parameter, shape of a sample, the way, why not substitution
+# name: model, parameter, shape of a sample, the method, why not substitution
 NOT_SUBSTITUTABLE = {
     "tied": (Tied, "enter.weight", (3,), "vmap", "it is tied: enter.weight, leave.weight are one"),
     "called twice": (
@@ -130,13 +130,13 @@ def guarded(model, x):
 @pytest.mark.parametrize("name", NOT_SUBSTITUTABLE)
 @pytest.mark.parametrize("run_forward", [forward, guarded])
 def test_choice_falls_back_and_says_why(name, run_forward):
-    make, parameter, shape, way, reason = NOT_SUBSTITUTABLE[name]
+    make, parameter, shape, method, reason = NOT_SUBSTITUTABLE[name]
     torch.manual_seed(0)
     model, x = frozen(make()), random(2, *shape)
     run, found = choose(model, find_layer(model, parameter), run_forward, x)
-    assert run.name == way
+    assert run.name == method
     # What follows in the brackets are torch's words.
-    assert found.startswith(f"{reason}; vmap cannot run the model (") if way == "loop" else found == reason
+    assert found.startswith(f"{reason}; vmap cannot run the model (") if method == "loop" else found == reason
 
 
 @pytest.mark.parametrize("name", NOT_SUBSTITUTABLE)
@@ -153,9 +153,9 @@ def test_other_ways_are_right_where_substitution_is_not(name, gradient):
         net = copy.deepcopy(model)
         net.get_parameter(parameter).copy_(weight)
         parts.append(net(x[i : i + 1]))
-    for way in (Loop, Vmap) if chosen == "vmap" else (Loop,):
+    for method in (Loop, Vmap) if chosen == "vmap" else (Loop,):
         with torch.set_grad_enabled(gradient):
-            found = way(model, layer, forward)(x, weights.clone().requires_grad_(gradient))
+            found = method(model, layer, forward)(x, weights.clone().requires_grad_(gradient))
         torch.testing.assert_close(found.detach(), torch.cat(parts), **EXACT)
 
 

@@ -1,27 +1,27 @@
-"""Weights of one's own for each sample: every way against copies of the model, and the model left as it was."""
+"""Weights of one's own for each sample: every method against copies of the model, and the model left as it was."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import EXACT, Custom, Tied, by_copies, forward, frozen, random, twice
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from overfitters import EXACT, Custom, Tied, by_copies, forward, frozen, random, twice
 from torch import nn
 
 from stages.foundation.errors import SettingsError
 from stages.per_sample.layer import candidates, find_layer
 from stages.per_sample.weights import Loop, NotSubstitutable, Substitution, Vmap
 
-WAYS = (Loop, Vmap, Substitution)
+METHODS = (Loop, Vmap, Substitution)
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def outputs_and_gradient(way, x, weights):
-    """What a way gives, and the gradient in the weights of a sum that no two outputs enter alike."""
+def outputs_and_gradient(method, x, weights):
+    """What a method gives, and the gradient in the weights of a sum that no two outputs enter alike."""
     leaf = weights.clone().requires_grad_()
-    output = way(x, leaf)
+    output = method(x, leaf)
     share = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
     (gradient,) = torch.autograd.grad((share * output.sin()).sum(), leaf)
     return output.detach(), gradient
@@ -30,8 +30,8 @@ def outputs_and_gradient(way, x, weights):
 def assert_equal_ways(model, name, x, weights):
     layer = find_layer(model, name)
     wanted = outputs_and_gradient(by_copies(model, name), x, weights)
-    for way in WAYS:
-        found = outputs_and_gradient(way(model, layer, forward), x, weights)
+    for method in METHODS:
+        found = outputs_and_gradient(method(model, layer, forward), x, weights)
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, want, **EXACT)
 
@@ -68,8 +68,8 @@ def test_weight_g_serves_its_own_samples():
     model = frozen(nn.Linear(2, 2, bias=False))
     x, weights = random(6, 2), torch.stack([torch.eye(2), 10 * torch.eye(2), 100 * torch.eye(2)]).double()
     factors = torch.tensor([1.0, 1, 10, 10, 100, 100], dtype=torch.float64).view(-1, 1)
-    for way in WAYS:
-        found = way(model, find_layer(model, "weight"), forward)(x, weights)
+    for method in METHODS:
+        found = method(model, find_layer(model, "weight"), forward)(x, weights)
         torch.testing.assert_close(found, factors * x, **EXACT)
 
 
@@ -139,9 +139,9 @@ def test_a_layer_in_the_middle_of_a_model():
 
 def test_weights_that_do_not_divide_the_samples():
     model = frozen(nn.Linear(2, 2))
-    for way in WAYS:
+    for method in METHODS:
         with pytest.raises(ValueError, match="3 weights cannot share 4 samples equally"):
-            way(model, find_layer(model, "weight"), forward)(random(4, 2), random(3, 2, 2))
+            method(model, find_layer(model, "weight"), forward)(random(4, 2), random(3, 2, 2))
 
 
 def test_forward_is_restored_after_use():
@@ -170,8 +170,8 @@ def test_the_base_is_not_changed():
     model, x = frozen(Tied()), random(4, 3)
     before = copy.deepcopy(model.state_dict())
     layer = find_layer(model, "enter.weight")
-    for way in (Loop, Vmap):
-        outputs_and_gradient(way(model, layer, forward), x, random(4, 3, 3))
+    for method in (Loop, Vmap):
+        outputs_and_gradient(method(model, layer, forward), x, random(4, 3, 3))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.enter.weight is model.leave.weight
     assert not any(p.requires_grad for p in model.parameters())

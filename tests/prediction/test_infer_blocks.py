@@ -11,9 +11,9 @@ import reference
 import torch
 import zarr
 from conftest import SLOW_MODEL, Folder, blocks_of, counted_blocks, flip, make_folder, results, stopped_at, wait_until
-from engines import Custom, Tied, forward, frozen, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from overfitters import Custom, Tied, forward, frozen, random
 from torch import nn
 
 from stages.foundation.errors import DataError
@@ -124,16 +124,16 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("way", [None, Vmap, Loop])
+@pytest.mark.parametrize("method", [None, Vmap, Loop])
 @pytest.mark.parametrize("name", ["linear", "convolution", "tied"])
-def test_members_of_every_way(name, way):
+def test_members_of_every_method(name, method):
     torch.manual_seed(0)
     make, parameter, shape = MODELS[name]
     model, x = frozen(make()), random(5, *shape)
     layer = find_layer(model, parameter)
     runner = Runner(model, layer, forward, x[:2])
-    if way is not None:
-        runner.way = way(model, layer, forward)
+    if method is not None:
+        runner.method = method(model, layer, forward)
     deltas = random(5, 3, *layer.matrix_shape, seed=1)
     found = runner.members_along(runner.first_pass(x), x, deltas)(1.0)
     wanted = reference.predict_loop(model, parameter, x, deltas)
@@ -144,7 +144,7 @@ def test_members_of_every_way(name, way):
 def test_what_comes_before_the_layer_is_computed_once(answered_run, members):
     """Whatever the ensemble: the base, the conditioning and all members come from one pass through it."""
     model, calls = open_run(answered_run.config), []
-    assert isinstance(model.runner.way, Substitution)
+    assert isinstance(model.runner.method, Substitution)
     before, after = model.model[0], model.model[1]
     for module in (before, after):
         inner = module.forward

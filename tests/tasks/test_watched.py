@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Folder, reader_of, store
-from engines import forward
+from overfitters import forward
 from torch import nn
 
 from stages.evaluation.neighbours import input_blocks, nearest, places_of

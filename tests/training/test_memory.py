@@ -9,7 +9,7 @@ from conftest import results, store
 from test_networks import random
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, make_denoiser, resolve
 from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.mlp import MlpDenoiser
@@ -73,7 +73,7 @@ def held(denoiser, rows):
     live._known |= {p.untyped_storage()._cdata for p in denoiser.parameters()}
     with live:
         fields = {name: torch.randn(rows, width) for name, width in FIELDS.items()}
-        data = Rows(fields, torch.ones(rows), torch.randn(rows, *denoiser.shape))
+        data = DeltaBatch(fields, torch.ones(rows), torch.randn(rows, *denoiser.shape))
         t, noise = step_draws(rows, denoiser.shape, schedule.steps, 0)
         denoising_errors(denoiser, schedule, data, t, noise).sum().backward()
     denoiser.zero_grad(set_to_none=True)
@@ -190,7 +190,7 @@ class Full(MlpDenoiser):
         return super().forward(noisy, t, encoded)
 
 
-def training(micro, heard=None):
+def training(micro, on_progress=None):
     """A trainer of a few steps, its steps, and its denoiser."""
     torch.manual_seed(0)
     denoiser = Full(SHAPE, make_denoiser(describe(MLP, SHAPE, width=16)).encoder, 16, 2, X0)
@@ -198,11 +198,11 @@ def training(micro, heard=None):
     def batches(step):
         while True:
             fields = {name: random(BATCH, width, seed=step) for name, width in FIELDS.items()}
-            rows = Rows(fields, torch.ones(BATCH), random(BATCH, *SHAPE, seed=step), torch.arange(BATCH) + 100 * step)
+            rows = DeltaBatch(fields, torch.ones(BATCH), random(BATCH, *SHAPE, seed=step), torch.arange(BATCH) + 100 * step)
             yield rows, *step_draws(BATCH, SHAPE, SCHEDULE.steps, step)
             step += 1
 
-    smaller = (lambda rows: None) if heard is None else heard.append
+    smaller = (lambda rows: None) if on_progress is None else on_progress.append
     options = {"batch_size": BATCH, "micro_batch": micro, "half": False, "ranks": Ranks(), "seed": 0}
     steps = DenoisingSteps(denoiser, SCHEDULE, batches, smaller=smaller, **options)
     return Trainer(denoiser, torch.optim.AdamW(denoiser.parameters(), lr=1e-2), steps), steps, denoiser
@@ -229,25 +229,25 @@ def test_a_step_of_tuning_is_not_divided():
     def tuning(*given):
         raise torch.OutOfMemoryError
 
-    heard = []
-    trainer, steps, _ = training(BATCH, heard)
+    on_progress = []
+    trainer, steps, _ = training(BATCH, on_progress)
     steps.tuning = tuning
     with pytest.raises(torch.OutOfMemoryError):
         trainer.advance()
-    assert heard == []
+    assert on_progress == []
 
 
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on():
     whole, _ = losses(BATCH)
-    heard = []
-    trainer, steps, denoiser = training(BATCH, heard)
+    on_progress = []
+    trainer, steps, denoiser = training(BATCH, on_progress)
     denoiser.most = 5
     found = [trainer.advance() for _ in range(3)]
-    assert heard == [8, 4]
+    assert on_progress == [8, 4]
     # Later on there is less still.
     denoiser.most = 1
     found += [trainer.advance() for _ in range(7)]
-    assert heard == [8, 4, 2, 1]
+    assert on_progress == [8, 4, 2, 1]
     assert steps.micro_batch == 1
     assert trainer.step == 10
     # The same sums in another order, in float32.

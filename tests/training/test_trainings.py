@@ -19,7 +19,7 @@ from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import ComputeError
 from stages.foundation.interruption import deferred
 from stages.foundation.progress import Silent
-from stages.training.batches import TrainingRows
+from stages.training.batches import TrainingBatches
 from stages.training.denoiser import choose_denoiser
 from stages.training.denoising_steps import DenoisingSteps
 from stages.training.run import Plan, TrainingRun
@@ -55,7 +55,7 @@ def quick(finished):
 
 def rows_of(folder, **options):
     settings = {"deltas": True, "held_out": 0.1, "batch_size": 7, "seed": 3, "device": torch.device("cpu"), "memory": "auto"}
-    return TrainingRows(reader_of(folder), **(settings | options))
+    return TrainingBatches(reader_of(folder), **(settings | options))
 
 
 @pytest.mark.parametrize("deltas", [True, False])
@@ -336,7 +336,7 @@ def test_a_damaged_snapshot_falls_back(tmp_path):
 @pytest.mark.parametrize(("stage", "smaller"), [("train-diffusion", "0.000175"), ("train-scale", "0.00025")])
 def test_the_samples_are_named(ocd, quick, monkeypatch, stage, smaller):
     """One sample's conditioning is not finite: its number in the user's training set is said, and the first checkpoint kept."""
-    some, bad = TrainingRows._some, []
+    some, bad = TrainingBatches._some, []
 
     def broken(self, rows):
         found = some(self, rows)
@@ -346,7 +346,7 @@ def test_the_samples_are_named(ocd, quick, monkeypatch, stage, smaller):
         found.fields["layer_input"][at] = float("nan")
         return found
 
-    monkeypatch.setattr(TrainingRows, "_some", broken)
+    monkeypatch.setattr(TrainingBatches, "_some", broken)
     said = ocd(quick, stage, *[word.replace("train-diffusion", stage) for word in words(QUICK)], code=1).stderr
     number = int(reader_of(quick).read("sample_index")[bad[0]])
     assert f"error: the loss of step 1 is nan (samples {number})\n" in said

@@ -9,7 +9,7 @@ from planted import helping
 from torch import nn
 
 from stages.diffusion.conditioning import ConditioningEncoder
-from stages.diffusion.dataset import Rows
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import unit
 from stages.diffusion.drawing import drawn_with_gradient
 from stages.diffusion.sampler import DDIM, Noise, sample
@@ -97,18 +97,18 @@ def tuning(samples=3):
     """Of y = W x, with rows that are samples 4, 4, 1, 1, 3, 3 of five."""
     torch.manual_seed(1)
     x, y, base = torch.randn(5, 4), torch.randn(5, 3), torch.randn(*SHAPE)
-    engine = SimpleNamespace(
+    overfitter = SimpleNamespace(
         model=None,
         layer=SimpleNamespace(weight=lambda model: base, shape=SHAPE),
-        way=lambda inputs, weights: torch.einsum("boi,bi->bo", weights, inputs),
+        method=lambda inputs, weights: torch.einsum("boi,bi->bo", weights, inputs),
     )
     index, schedule = torch.tensor([4, 4, 1, 1, 3, 3]), make_schedule("ddpm", 12, X0)
-    return Tuning(Fit(), engine, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, samples), (x, y, base)
+    return Tuning(Fit(), overfitter, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, samples), (x, y, base)
 
 
 def some_rows(numbers):
     count = len(numbers)
-    return Rows({"a": torch.randn(count, 2)}, torch.rand(count) + 0.5, torch.randn(count, *SHAPE), torch.tensor(numbers))
+    return DeltaBatch({"a": torch.randn(count, 2)}, torch.rand(count) + 0.5, torch.randn(count, *SHAPE), torch.tensor(numbers))
 
 
 def test_it_is_the_loss_with_the_drawn_delta():
@@ -140,8 +140,8 @@ def test_it_is_computed_after_every_number_of_passes():
 
 def test_judging_repeats_itself():
     (found, _), denoiser, held_out = tuning(), made(), some_rows([5, 0, 3])
-    value = found.judge(denoiser, held_out)
-    assert value == found.judge(denoiser, held_out)
+    value = found.held_out_loss(denoiser, held_out)
+    assert value == found.held_out_loss(denoiser, held_out)
 
 
 def test_noise_on_the_conditioning_is_for_training_alone():

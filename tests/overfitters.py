@@ -1,4 +1,4 @@
-"""What the tests of the engine share: small models, and the comparison with the loop over copies of the model."""
+"""What the tests of the overfitter share: small models, and the comparison with the loop over copies of the model."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 from stages.foundation.trees import leaves, take
 from stages.overfitting.descent import DenseDescent
 from stages.overfitting.overfit import Recipe, overfit
-from stages.overfitting.overfitter import Engine
+from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import find_layer
 from stages.per_sample.self_check import choose
 
@@ -64,7 +64,7 @@ def twice(self, x):
 
 
 def by_copies(model, name):
-    """The oracle of the ways to run a model: a copy of the model for each weight, with the weight put in."""
+    """The oracle of the methods to run a model: a copy of the model for each weight, with the weight put in."""
 
     def run(x, weights):
         size, parts = len(x) // len(weights), []
@@ -116,7 +116,7 @@ def assert_same(found, wanted):
 
 
 def equal_to_the_loop(model, name, x, recipe=RECIPES["sgd"], loss=squares, y=None, factored=False, confirm=False):
-    """The engine for a layer, once its results for every sample of a batch are found equal to the loop's.
+    """The overfitter for a layer, once its results for every sample of a batch are found equal to the loop's.
 
     With `confirm` it first compares itself with the loop on that batch, as the collect stage has it do on some rows. It has its
     probe, and the batch, as copies of its own: some models work in place on what they are given.
@@ -124,24 +124,26 @@ def equal_to_the_loop(model, name, x, recipe=RECIPES["sgd"], loss=squares, y=Non
     count = len(next(iter(leaves(x).values())))
     y = random(count, seed=5) / 10 if y is None else y
     wanted = wanted_of(model, name, x, y, recipe, loss)
-    engine = Engine(model, find_layer(model, name), forward, loss, recipe, copied(take(x, slice(0, 2))), factored=factored)
+    overfitter = Overfitter(
+        model, find_layer(model, name), forward, loss, recipe, copied(take(x, slice(0, 2))), factored=factored
+    )
     if confirm:
-        engine.confirm(copied(x), y)
+        overfitter.confirm(copied(x), y)
     batch = copied(x)
-    assert_same(engine.overfit(engine.first_pass(batch), batch, y), wanted)
-    return engine
+    assert_same(overfitter.overfit(overfitter.first_pass(batch), batch, y), wanted)
+    return overfitter
 
 
 def way_equal_to_the_loop(model, name, x, recipe=RECIPES["sgd"], loss=squares):
-    """The name of the way chosen for a layer, once its results are found equal to the loop's; for layers that the engine
+    """The name of the method chosen for a layer, once its results are found equal to the loop's; for layers that the overfitter
     cannot condition on."""
     y = random(len(x), seed=5) / 10
     wanted = wanted_of(model, name, x, y, recipe, loss)
     layer = find_layer(model, name)
-    way, _ = choose(model, layer, forward, x[:2].clone())
-    descent = DenseDescent(way, layer.weight(model), x, y, loss, recipe)
+    method, _ = choose(model, layer, forward, x[:2].clone())
+    descent = DenseDescent(method, layer.weight(model), x, y, loss, recipe)
     assert_same(overfit(descent, loss(model(x), y), recipe), wanted)
-    return way.name
+    return method.name
 
 
 def copied(tree):

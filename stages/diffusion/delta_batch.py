@@ -1,4 +1,4 @@
-"""What the two trainings learn from: the store's rows that are not degenerate, a few of them held out."""
+"""What the two trainings learn from: samples of the store that are not degenerate, a few of them held out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MOST_HELD_OUT = 512
 
 
 @dataclass(frozen=True)
-class Rows:
+class DeltaBatch:
     """Samples of the store.
 
     Attributes:
@@ -32,22 +32,22 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rho)
 
-    def take(self, rows: Tensor | slice) -> "Rows":
+    def take(self, rows: Tensor | slice) -> "DeltaBatch":
         """Some of the rows."""
         return self._each(lambda value: value[rows])
 
-    def to(self, device: torch.device) -> "Rows":
+    def to(self, device: torch.device) -> "DeltaBatch":
         """On another device; page-locked memory is copied while other work goes on."""
         return self._each(lambda value: value.to(device, non_blocking=True))
 
-    def pinned(self) -> "Rows":
+    def pinned(self) -> "DeltaBatch":
         """In page-locked memory, from which a GPU copies by itself."""
         return self._each(lambda value: value.pin_memory() if value.device.type == "cpu" else value)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "DeltaBatch":
         fields = {name: change(value) for name, value in self.fields.items()}
         deltas, numbers = (None if value is None else change(value) for value in (self.deltas, self.numbers))
-        return Rows(fields, change(self.rho), deltas, numbers)
+        return DeltaBatch(fields, change(self.rho), deltas, numbers)
 
 
 def usable_split(degenerate: Tensor, rho: Tensor, sample_index: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
