@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ocd_cli.functions import stage_functions
 from ocd_cli.options import Shared, command, print_json
 from ocd_cli.progress import ShownProgress
-from ocd_cli.render import console, show_outcome, show_status, show_verified
+from ocd_cli.render import console, show_result, show_status, show_verified
 
 if TYPE_CHECKING:
-    from stages.lifecycle.outcome import Outcome
+    from stages.lifecycle.results import CommandResult
 
 app = typer.Typer(
     name="ocd",
@@ -53,22 +52,23 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _stage(shared: Shared, call: Callable[..., "Outcome"]) -> None:
-    """Run one stage's library function with progress shown, and print its outcome."""
+def _stage(shared: Shared, call: Callable[..., "CommandResult"]) -> None:
+    """Run one stage's library function with progress shown, and print its result."""
     with ShownProgress(shared.quiet) as report:
-        outcome = call(force=shared.force, dry_run=shared.dry_run, report=report)
-    _print(shared, outcome)
+        result = call(force=shared.force, dry_run=shared.dry_run, report=report)
+    _print(shared, result)
+    if shared.as_json and not result.follows:
+        print_json(result.summary)
 
 
-def _print(shared: Shared, outcome: "Outcome") -> None:
-    if outcome.follows:
+def _print(shared: Shared, result: "CommandResult") -> None:
+    """For people; with --json, on stderr, only that there was nothing to do."""
+    if result.follows:
         return
     if not shared.as_json:
-        show_outcome(outcome)
-        return
-    if outcome.up_to_date and not shared.quiet:
-        print(f"{outcome.stage}: up to date", file=sys.stderr)
-    print_json(outcome.summary)
+        show_result(result)
+    elif result.up_to_date and not shared.quiet:
+        print(f"{result.stage}: up to date", file=sys.stderr)
 
 
 @command(
@@ -213,19 +213,13 @@ def run(
     where it is named, or infer.strength is auto."""
     from stages.run import run as run_stages
 
-    functions = stage_functions()
     project = shared.project()
     summaries: dict[str, Any] = {}
     with ShownProgress(shared.quiet) as report:
-        options = {"force": shared.force, "dry_run": shared.dry_run, "report": report}
-        commands = {name: lambda stage=stage: stage(project, **options) for name, stage in functions.items()}
-        for outcome in run_stages(project, commands, start, until, dry_run=shared.dry_run):
-            summaries[outcome.stage] = outcome.summary
+        for result in run_stages(project, start, until, force=shared.force, dry_run=shared.dry_run, report=report):
+            summaries[result.stage] = result.summary
             report.close()
-            if not shared.as_json:
-                show_outcome(outcome)
-            elif outcome.up_to_date and not shared.quiet:
-                print(f"{outcome.stage}: up to date", file=sys.stderr)
+            _print(shared, result)
     if shared.as_json:
         print_json({"stages": summaries})
 
@@ -239,9 +233,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compare OCD with the base and with what a sceptic would try, on the labelled test split: table, intervals, verdict."""
+    from stages.evaluate import evaluate as stage
+
     given = {"evaluate.seeds": seeds, "evaluate.rows": list(add) if add else None}
     project = shared.project({key: value for key, value in given.items() if value is not None})
-    stage = stage_functions()["evaluate"]
     _stage(shared, lambda **options: stage(project, **options))
 
 

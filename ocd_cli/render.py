@@ -11,7 +11,7 @@ from ocd_cli.tables import show_evaluation
 from ocd_cli.text import bytes_text, figure
 
 if TYPE_CHECKING:
-    from stages.lifecycle.outcome import Outcome
+    from stages.lifecycle.results import CommandResult
 
 BAR_WIDTH = 30
 _MARKS = {
@@ -28,25 +28,25 @@ def console() -> Console:
     return Console(width=width, highlight=False)
 
 
-def show_outcome(outcome: "Outcome") -> None:
+def show_result(result: "CommandResult") -> None:
     """One stage's result."""
     out = console()
-    if outcome.planned:
-        size = outcome.summary.get("bytes")
+    if result.planned:
+        size = result.summary.get("bytes")
         disk = f", {bytes_text(size)} on disk at most" if size else ""
-        force = "; needs --force" if outcome.summary["state"] == "stale" and outcome.stage != "infer" else ""
-        out.print(f"{outcome.stage} ({outcome.summary['state']}{force}): {outcome.summary['what']}{disk}", markup=False)
+        force = "; needs --force" if result.summary["state"] == "stale" and result.stage != "infer" else ""
+        out.print(f"{result.stage} ({result.summary['state']}{force}): {result.summary['what']}{disk}", markup=False)
         return
-    if outcome.waits:
-        found = outcome.summary
+    if result.waits:
+        found = result.summary
         out.print(
-            f"{outcome.stage}: part {found['part']} is done; {found['done']:,} of {found['total']:,} {found['unit']} are "
+            f"{result.stage}: part {found['part']} is done; {found['done']:,} of {found['total']:,} {found['unit']} are "
             "there, the others are other parts' work",
             markup=False,
         )
         return
-    if outcome.up_to_date:
-        out.print(f"{outcome.stage}: up to date ({outcome.path})", markup=False)
+    if result.up_to_date:
+        out.print(f"{result.stage}: up to date ({result.path})", markup=False)
     show = {
         "train-base": _train_base,
         "select-layer": _select_layer,
@@ -56,11 +56,11 @@ def show_outcome(outcome: "Outcome") -> None:
         "infer": _infer,
         "evaluate": show_evaluation,
     }
-    show[outcome.stage](out, outcome.summary)
-    if count := outcome.summary.get("pictures"):
-        out.print(f"pictures of {count:,} inputs: {outcome.path / 'pictures'}", markup=False)
-    if not outcome.up_to_date:
-        out.print(f"{outcome.stage}: done ({outcome.path})", markup=False)
+    show[result.stage](out, result.summary)
+    if count := result.summary.get("pictures"):
+        out.print(f"pictures of {count:,} inputs: {result.path / 'pictures'}", markup=False)
+    if not result.up_to_date:
+        out.print(f"{result.stage}: done ({result.path})", markup=False)
 
 
 def _metrics(out: Console, rows: dict[str, dict[str, float]]) -> None:

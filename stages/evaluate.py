@@ -19,9 +19,7 @@ from stages.evaluation.comparison import (
     scaled,
     seeded_order,
 )
-from stages.evaluation.cost import cost
-from stages.evaluation.costly import LeftOut, costly_rows, seed_branches, whole_network_row
-from stages.evaluation.examination import (
+from stages.evaluation.from_run import (
     LARGEST,
     class_means,
     class_numbers,
@@ -35,21 +33,23 @@ from stages.evaluation.examination import (
 )
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS
+from stages.evaluation.requested_rows import LeftOut, requested_rows, seed_branches, whole_network_row
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
+from stages.evaluation.run_cost import cost
 from stages.evaluation.stored_deltas import StoredDeltas
-from stages.evaluation.subject import Batch, Examined, Subject
+from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.evaluation.verdict import as_json, compared_with, verdict
 from stages.foundation.files import digest, read_json, write_json
 from stages.foundation.progress import Report
 from stages.foundation.seeds import seed_of
 from stages.foundation.tensors import save_arrays
-from stages.lifecycle.branches import Command
-from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.context import RunContext
+from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
-from stages.overfitting.collector import recipe_of
 from stages.prediction.predictor import STRENGTH_FILE
 from stages.run_directory.folders import folder_of
+from stages.run_directory.format import Strength
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
@@ -65,40 +65,19 @@ NO_VALIDATION = f"there are not {FEWEST_VALIDATION} validation samples that neit
 IMPORTED = "the base's weights were imported: nobody can know whether it was trained on the validation samples"
 
 
-def evaluate(
-    project: Project,
-    commands: Mapping[str, Command],
-    *,
-    force: bool = False,
-    dry_run: bool = False,
-    report: Report | None = None,
-) -> Outcome:
+def evaluate(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
     """Bring the evaluation up to date; asked with other settings it is made again.
-
-    Args:
-        commands: every stage's command, for rows and seeds that need trainings of their own.
 
     Raises:
         OcdError: as `Stage.execute`; faults of the task; a stage of a branch that fails.
     """
-    return Evaluate(project, commands, report).execute(force=force, dry_run=dry_run)
+    return Evaluate(RunContext(project, report)).execute(force=force, dry_run=dry_run)
 
 
 class Evaluate(Stage):
-    """The stage.
-
-    Args:
-        project: the project.
-        commands: every stage's command.
-        report: hears of its progress.
-    """
+    """Compares every row on the test samples."""
 
     name = "evaluate"
-    redoes_stale = True
-
-    def __init__(self, project: Project, commands: Mapping[str, Command], report: Report | None = None) -> None:
-        super().__init__(project, report)
-        self._commands = commands
 
     def plan(self) -> dict[str, Any]:
         """Samples and strengths."""
@@ -109,67 +88,72 @@ class Evaluate(Stage):
 
     def check(self) -> None:
         """Labels of the splits it reads are in range."""
-        for split in (self.test_split, self.splits["validation"]):
-            check_task(self.task, self.base, split)
+        context = self.context
+        for split in (context.test_split, context.splits["validation"]):
+            check_task(context.task, context.base, split)
 
     def auto_threads(self) -> int:
         """By the size of a pass of the denoiser, where most of the time goes."""
-        return threads_for(self.manifest_of("train-diffusion")["summary"]["parameters"], LARGEST)
+        return threads_for(self.context.manifest_of("train-diffusion").summary["parameters"], LARGEST)
 
-    def work(self, wip: Path) -> Finished:
-        """Branches first, each of which keeps what it has done; then the comparison."""
+    def begin(self, finished: Path | None) -> None:
+        """There is nothing to lay out: branches keep what they have done."""
+
+    def work(self, folder: Path) -> WorkResult:
+        """Branches first, then the comparison."""
         others = {
-            seed: read_json(folder_of(branch, self.name).path / RESULTS_FILE)
-            for seed, branch in seed_branches(self.project, self._commands, self.report.message)
+            seed: read_json(folder_of(branch, self.name).path / RESULTS_FILE) for seed, branch in seed_branches(self.context)
         }
         rows, left_out = self._rows()
         fitted, temperature = self._fit(rows, left_out)
         strengths = self._strengths(rows, fitted)
         compared = self._compare(rows, strengths)
-        rng = np.random.default_rng(seed_of(self.seed, "evaluate", "bootstrap"))
+        rng = np.random.default_rng(seed_of(self.context.seed, "evaluate", "bootstrap"))
         on_progress = self._heard("resamples", self.settings.resamples)
         found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, on_progress)
         losses = {name: metrics[primary] for name, metrics in found.items()}
         comparisons = compared_with(losses)
         results = {
-            "verdict": verdict(comparisons, losses, primary, classes=self.task.kind == CLASSIFICATION),
+            "verdict": verdict(comparisons, losses, primary, classes=self.context.task.kind == CLASSIFICATION),
             "metric": primary,
             "rows": row_records(compared, found, fitted, strengths),
             "left_out": [{"name": name, "reason": reason} for name, reason in left_out.items()],
             "comparisons": as_json(comparisons),
             **self._facts(temperature),
             "memorisation": self._memorisation(),
-            "cost": cost(self, self.subject.ensemble, self._size),
+            "cost": cost(self.context, self.subject.ensemble, self._size),
         }
         if others:
-            results["seeds"] = over_seeds({self.seed: results, **others})
-        save_arrays(wip / SAMPLES_FILE, _samples(self.test_split.rows[compared.order], compared))
-        return self._finished(wip, results, fitted)
+            results["seeds"] = over_seeds({self.context.seed: results, **others})
+        save_arrays(folder / SAMPLES_FILE, _samples(self.context.test_split.rows[compared.order], compared))
+        return self._result(folder, results, fitted)
 
-    def _finished(self, wip: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> Finished:
-        write_json(wip / RESULTS_FILE, {"stage": self.name, **results})
+    def _result(self, folder: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> WorkResult:
+        write_json(folder / RESULTS_FILE, {"stage": self.name, **results})
         ours = fitted.get(row.VALIDATED)
-        strength = {
-            "strength": ours.strength if ours else None,
-            "losses": {str(key): finite(value) for key, value in ours.losses.items()} if ours else {},
-            "ensemble": self.subject.ensemble,
-            "samples": len(self._validation.order) if self._validation else 0,
-        }
-        write_json(wip / STRENGTH_FILE, strength)
-        return Finished(results, digest(strength), {})
+        strength = Strength(
+            strength=ours.strength if ours else None,
+            losses={str(key): finite(value) for key, value in ours.losses.items()} if ours else {},
+            ensemble=self.subject.ensemble,
+            samples=len(self._validation.order) if self._validation else 0,
+        )
+        strength.write(folder / STRENGTH_FILE)
+        return WorkResult(results, digest(strength.as_json()))
 
     # What is compared.
 
     @cached_property
     def training(self) -> StoredDeltas:
         """The delta store."""
-        return StoredDeltas(StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"]))
+        store = self.context.manifest_of("collect").store
+        return StoredDeltas(StoreReader(folder_of(self.context.project, "collect").found, store))
 
     @cached_property
     def subject(self) -> Subject:
         """The finished run."""
-        bare = make_subject(self, self.layer)
-        return with_denoiser(bare, self, self.training, self.project.settings.infer.ensemble)
+        context = self.context
+        ensemble = context.project.settings.infer.ensemble
+        return with_denoiser(make_subject(context, context.layer), context, self.training, ensemble)
 
     @cached_property
     def _class_means(self) -> Tensor | str:
@@ -177,53 +161,54 @@ class Evaluate(Stage):
 
     @cached_property
     def _size(self) -> int:
-        return self.keep_execution(batch_size=samples_at_once(self, self.subject))["batch_size"]
+        return self.unfinished.keep_execution(batch_size=samples_at_once(self.context, self.subject))["batch_size"]
 
     @cached_property
-    def _test(self) -> Examined:
+    def _test(self) -> EvaluatedSamples:
         most = None if self.settings.samples == "all" else self.settings.samples
-        return Examined(self.test_split, seeded_order(len(self.test_split), self.seed, "test", most))
+        test = self.context.test_split
+        return EvaluatedSamples(test, seeded_order(len(test), self.context.seed, "test", most))
 
     @cached_property
-    def _validation(self) -> Examined | None:
+    def _validation(self) -> EvaluatedSamples | None:
         """Validation samples that neither the base nor the denoiser has learned from; None where they are too few."""
-        split = self.splits["validation"]
-        order = seeded_order(len(split), self.seed, "validation")
-        order = order[unseen(self, self.training)[order]][: self.settings.validation_samples]
-        return Examined(split, order) if len(order) >= FEWEST_VALIDATION else None
+        split = self.context.splits["validation"]
+        order = seeded_order(len(split), self.context.seed, "validation")
+        order = order[unseen(self.context, self.training)[order]][: self.settings.validation_samples]
+        return EvaluatedSamples(split, order) if len(order) >= FEWEST_VALIDATION else None
 
     def _rows(self) -> tuple[list[Row], LeftOut]:
         """Every row that applies, in the table's order, and the others with the reason."""
         subject, training = self.subject, self.training
         # First, while no deltas are kept in memory: a training needs much of it.
-        costly, without = costly_rows(self, subject, self._commands, self.report.message)
+        requested, without = requested_rows(self.context, subject)
         # Stages of branches have had their names shown meanwhile.
         self.report.start(self.name)
         missing = self._find_neighbours()
         rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
         more, left_out = training_rows(subject, training, self._class_means, missing)
         rows += more
-        whole = whole_network_row(self, recipe_of(self.project.settings.collect), len(self._test.order))
+        whole = whole_network_row(self.context, len(self._test.order))
         if isinstance(whole, str):
             left_out[row.ORACLE_ALL] = whole
         else:
             rows.append(whole)
-        rows += [*costly, *extra_rows(self, {one.name for one in rows})]
+        rows += [*requested, *extra_rows(self.context, {one.name for one in rows})]
         return row.in_order(rows), left_out | without
 
     def _find_neighbours(self) -> dict[str, str]:
         """Nearest training samples of test and validation samples; what they cannot be found in, with the reason."""
         first, known = self.training.first_rows, self.training.field("layer_input")
         known = None if known is None else known[first]
-        given = (self.splits["all"], self.training.sample_index[first], known, self.settings.neighbours, self._size)
+        given = (self.context.splits["all"], self.training.sample_index[first], known, self.settings.neighbours, self._size)
         missing: dict[str, str] = {}
-        for examined in filter(None, (self._test, self._validation)):
-            missing |= with_neighbours(self.subject, examined, *given, self._heard("neighbours", len(self.training)))
+        for evaluated in filter(None, (self._test, self._validation)):
+            missing |= with_neighbours(self.subject, evaluated, *given, self._heard("neighbours", len(self.training)))
         return missing
 
     def _fit(self, rows: list[Row], left_out: LeftOut) -> tuple[dict[str, Fitted], float | None]:
         """Strengths and the temperature; rows that are nothing without them are taken out of `rows`."""
-        classification, validation = self.task.kind == CLASSIFICATION, self._validation
+        classification, validation = self.context.task.kind == CLASSIFICATION, self._validation
         if not classification:
             left_out[row.TEMPERATURE] = "the task has no classes"
         wanting = [one for one in rows if one.validated]
@@ -248,7 +233,7 @@ class Evaluate(Stage):
     def _strengths(self, rows: list[Row], fitted: Mapping[str, Fitted]) -> dict[str, float]:
         """Every row's strength: as fitted; of OCD's own rows, and where nothing could be fitted, as `[infer]` has it."""
         found = {name: one.strength for name, one in fitted.items()}
-        configured = self.project.settings.infer.strength
+        configured = self.context.project.settings.infer.strength
         if configured == AUTO:
             configured = found.get(row.VALIDATED, 1.0)
         found |= dict.fromkeys((row.ONE_DRAW, row.ENSEMBLE, row.NO_SCALING, row.MEAN_NETWORK), configured)
@@ -271,13 +256,13 @@ class Evaluate(Stage):
 
     def _facts(self, temperature: float | None) -> dict[str, Any]:
         """What the figures were made with."""
-        imported = "weights" in self.manifest_of("train-base")["sources"]
+        imported = "weights" in self.context.manifest_of("train-base").sources
         return {
             "samples": len(self._test.order),
             "validation_samples": len(self._validation.order) if self._validation else 0,
             "ensemble": self.subject.ensemble,
             "temperature": temperature,
-            "seed": self.seed,
+            "seed": self.context.seed,
             "warnings": [IMPORTED] if imported else [],
         }
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from stages.diffusion.denoisers import MLP, make_denoiser, resolve
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
-from stages.evaluation.examination import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
+from stages.evaluation.from_run import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
 from stages.evaluation.headroom import Trial, headroom
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
-from stages.evaluation.subject import Batch, Examined, Subject
+from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
 from stages.foundation.errors import DataError, OcdError
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of
 from stages.foundation.trees import to_device
-from stages.lifecycle.materials import Materials
+from stages.lifecycle.context import RunContext
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.run_directory.folders import check_run
 from stages.run_directory.pipeline import AUTO
@@ -82,29 +82,27 @@ def probe(
         OcdError: the base is not there, a layer does not exist, faults of the task.
     """
     check_run(project)
-    materials = Materials(project)
-    require_done(States(project, materials.hash_dataset), ("train-base",), "probing")
-    found = Probe(materials, layers, samples or SAMPLES, report or Silent())
+    context = RunContext(project)
+    require_done(States(project, context.hash_dataset), ("train-base",), "probing")
+    found = Probe(context, layers, samples or SAMPLES, report or Silent())
     return {"what": found.plan()} if dry_run else found.run()
 
 
 class Probe:
     """One call of `probe`."""
 
-    def __init__(self, materials: Materials, layers: Sequence[str], samples: int, report: Report) -> None:
-        self._materials, self._report = materials, report
-        base = materials.base
+    def __init__(self, context: RunContext, layers: Sequence[str], samples: int, report: Report) -> None:
+        self._context, self._report = context, report
+        base = context.base
         self._layers = [find_layer(base, name) for name in layers] or candidates(base)
-        validation = materials.splits["validation"]
-        check_task(materials.task, base, validation)
+        validation = context.splits["validation"]
+        check_task(context.task, base, validation)
         if len(validation) < FEWEST:
             raise DataError(
                 f"there are {len(validation)} validation samples, too few to tell anything from: {FEWEST} are needed at least",
-                "give more"
-                if materials.validation_is_given
-                else "hold a larger part of train out with task.validation_fraction",
+                "give more" if context.validation_is_given else "hold a larger part of train out with task.validation_fraction",
             )
-        self._examined = Examined(validation, seeded_order(len(validation), materials.seed, "probe", samples))
+        self._evaluated = EvaluatedSamples(validation, seeded_order(len(validation), context.seed, "probe", samples))
         self._searched = self._rows_to_search()
         self._began = time.monotonic()
         self._in_x: Neighbours | None = None
@@ -114,7 +112,7 @@ class Probe:
         """What would be tried."""
         names = ", ".join(layer.name for layer in self._layers)
         settings = ", ".join(map(_text, self._grid()))
-        return f"try {settings} on {names}, with {len(self._examined.order):,} held-out samples; nothing is written"
+        return f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples; nothing is written"
 
     def run(self) -> dict[str, Any]:
         """Settings in the order of the grid, each with every layer, until the time is over."""
@@ -141,7 +139,7 @@ class Probe:
         return {
             **found,
             "metric": tried[0][0].metric,
-            "samples": len(self._examined.order),
+            "samples": len(self._evaluated.order),
             "searched": len(self._searched),
             "tried": [record for _, record in tried],
             "left_out": left_out,
@@ -149,36 +147,36 @@ class Probe:
 
     def _grid(self) -> list[dict[str, Any]]:
         """The settings of `[collect]` first."""
-        table = self._materials.project.settings.collect
+        table = self._context.project.settings.collect
         mine = {key: getattr(table, key) for key in ("optimizer", "lr", "steps")}
         plain = {key: value for key, value in PLAIN.items() if getattr(table, key) != value}
         return [mine, *(settings | plain for settings in GRID if plain or settings != mine)]
 
     def _rows_to_search(self) -> Tensor:
-        train, materials = self._materials.splits["train"], self._materials
+        train, context = self._context.splits["train"], self._context
         few = train.inputs(range(min(32, len(train))))
         start = time.perf_counter()
         with torch.no_grad():
-            materials.forward(materials.base, to_device(few, materials.device))
-        materials.wait()
+            context.forward(context.base, to_device(few, context.device))
+        context.wait()
         each = (time.perf_counter() - start) / min(32, len(train))
         count = max(FEWEST_SEARCHED, min(MOST_SEARCHED, int(SEARCH_S / max(each, 1e-9))))
-        return seeded_order(len(train), materials.seed, "probe searched", count)
+        return seeded_order(len(train), context.seed, "probe searched", count)
 
     def _try(self, layer: Layer, settings: dict[str, Any]) -> tuple[Trial, dict[str, Any]]:
         """One layer with one recipe: every row on the held-out samples, and what a full run would cost."""
-        subject = make_subject(self._materials, layer, **settings)
-        check_condition(subject.task, subject.base, layer, to_device(probe_of(self._materials)[0], subject.device))
+        subject = make_subject(self._context, layer, **settings)
+        check_condition(subject.task, subject.base, layer, to_device(probe_of(self._context)[0], subject.device))
         subject = dataclasses.replace(
-            subject, training=OverfittedOnDemand(subject, self._materials.splits["train"], self._searched)
+            subject, training=OverfittedOnDemand(subject, self._context.splits["train"], self._searched)
         )
-        examined = Examined(self._examined.split, self._examined.order, self._neighbours(subject))
+        evaluated = EvaluatedSamples(self._evaluated.split, self._evaluated.order, self._neighbours(subject))
         size = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * 5 * layer.numel)))
         start = time.perf_counter()
         mean = self._mean_delta(subject, size)
-        each = (time.perf_counter() - start) / min(len(self._examined.order), len(self._searched))
-        compared, strengths = cross_fitted(subject, examined, self._rows(mean, examined), STRENGTHS, size)
-        rng = np.random.default_rng(seed_of(self._materials.seed, "probe"))
+        each = (time.perf_counter() - start) / min(len(self._evaluated.order), len(self._searched))
+        compared, strengths = cross_fitted(subject, evaluated, self._rows(mean, evaluated), STRENGTHS, size)
+        rng = np.random.default_rng(seed_of(self._context.seed, "probe"))
         found, metric = estimate_all(compared.gathered, RESAMPLES, rng, lambda done: None)
         trial = Trial(layer.name, settings, metric, {name: metrics[metric] for name, metrics in found.items()})
         record = {
@@ -192,14 +190,14 @@ class Probe:
 
     def _neighbours(self, subject: Subject) -> dict[str, Neighbours]:
         """In x, found once, and in what the layer sees, found once a layer."""
-        train, searched, examined = self._materials.splits["train"], self._searched, self._examined
-        order, count = examined.order, len(examined.split)
-        if self._in_x is None and (queries := places_of(subject.task, examined.split.inputs(order))) is not None:
+        train, searched, evaluated = self._context.splits["train"], self._searched, self._evaluated
+        order, count = evaluated.order, len(evaluated.split)
+        if self._in_x is None and (queries := places_of(subject.task, evaluated.split.inputs(order))) is not None:
             found = nearest(queries.to(subject.device), input_blocks(subject.task, train, searched, subject.device), NEIGHBOURS)
             self._in_x = found.spread(order, count)
         name = subject.layer.name
         if name not in self._seen:
-            queries = self._layer_inputs(subject, examined.split, order)
+            queries = self._layer_inputs(subject, evaluated.split, order)
             found = nearest(torch.cat(list(queries)), self._numbered(subject, train, searched), NEIGHBOURS)
             self._seen[name] = found.spread(order, count)
         return {row.IN_LAYER_INPUT: self._seen[name]} | ({} if self._in_x is None else {row.IN_X: self._in_x})
@@ -208,7 +206,7 @@ class Probe:
     def _layer_inputs(self, subject: Subject, split: Split, positions: Tensor) -> Iterator[Tensor]:
         """What the layer sees of some samples, part by part, (n, d); as the store would have it."""
         for part in positions.split(LARGEST_BATCH):
-            batch = Batch(subject, Examined(split, positions), part)
+            batch = Batch(subject, EvaluatedSamples(split, positions), part)
             fields = batch.fields
             seen = fields.get(LAYER_INPUT)
             yield (subject.overfitter.first_pass(batch.x).captured[LAYER_INPUT].float() if seen is None else seen).flatten(1)
@@ -221,17 +219,17 @@ class Probe:
 
     def _mean_delta(self, subject: Subject, size: int) -> Tensor:
         """Of as many training samples as there are held-out ones, (out, in)."""
-        train, positions = self._materials.splits["train"], self._searched[: len(self._examined.order)]
+        train, positions = self._context.splits["train"], self._searched[: len(self._evaluated.order)]
         total, count = torch.zeros(subject.layer.matrix_shape, device=subject.device), 0
         for part in positions.split(size):
             deltas, degenerate = subject.overfit(train, part, train.batch(part))
-            self._materials.wait()
+            self._context.wait()
             total += deltas[~degenerate].sum(0)
             count += int((~degenerate).sum())
         return total / max(1, count)
 
-    def _rows(self, mean: Tensor, examined: Examined) -> list[Row]:
-        missing = {kind: "" for kind in (row.IN_X, row.IN_LAYER_INPUT) if kind not in examined.neighbours}
+    def _rows(self, mean: Tensor, evaluated: EvaluatedSamples) -> list[Row]:
+        missing = {kind: "" for kind in (row.IN_X, row.IN_LAYER_INPUT) if kind not in evaluated.neighbours}
         return [
             row.base_row(),
             row.oracle_row(),
@@ -242,11 +240,11 @@ class Probe:
 
     def _cost(self, subject: Subject, each: float) -> dict[str, Any]:
         """What a full run would take: seconds of collecting and (at most) of training the denoiser, bytes of the store."""
-        settings, layer = self._materials.project.settings, subject.layer
-        samples = len(self._materials.splits[settings.collect.split])
+        settings, layer = self._context.project.settings, subject.layer
+        samples = len(self._context.splits[settings.collect.split])
         if settings.collect.samples != "all":
             samples = min(samples, settings.collect.samples)
-        few = Batch(subject, self._examined, self._examined.order[:1])
+        few = Batch(subject, self._evaluated, self._evaluated.order[:1])
         specs = result_specs(layer.matrix_shape)
         fields = {name: value[0].numel() for name, value in few.fields.items()}
         size = samples * (sum(spec.row_bytes for spec in specs.values()) + FLOAT_BYTES * sum(fields.values()))
@@ -260,21 +258,21 @@ class Probe:
 
     def _training_step(self, layer: Layer, fields: dict[str, int]) -> float | None:
         """Seconds of one step of the denoiser's training; None where it is too large to try."""
-        table = self._materials.project.settings.train_diffusion
+        table = self._context.project.settings.train_diffusion
         auto = {"preset": MLP} if table.preset == AUTO else {}
         description = resolve(table.model_dump() | auto, layer.matrix_shape)
         description |= {"shape": layer.matrix_shape, "fields": fields}
         with torch.device("meta"):
             if operations(make_denoiser(description)) * description["batch_size"] > MOST_OPERATIONS:
                 return None
-        device, batch = self._materials.device, description["batch_size"]
+        device, batch = self._context.device, description["batch_size"]
         denoiser = make_denoiser(description).to(device)
         given = {name: torch.zeros(batch, count, device=device) for name, count in fields.items()}
         noisy, t = torch.zeros(batch, *layer.matrix_shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
         for _ in range(2):
             start = time.perf_counter()
             denoiser(noisy, t, denoiser.encode(given)).square().mean().backward()
-            self._materials.wait()
+            self._context.wait()
         return time.perf_counter() - start
 
 

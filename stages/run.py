@@ -1,15 +1,14 @@
 """run: bring the stages up to date, in order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from stages.foundation.errors import ArtifactError, SettingsError
-from stages.lifecycle.outcome import Outcome
+from stages.foundation.progress import Report
+from stages.lifecycle.registry import command_of
+from stages.lifecycle.results import CommandResult
 from stages.run_directory.pipeline import AUTO, ORDER
 from stages.run_directory.project import Project
 from stages.run_directory.states import MISSING
-
-# A stage's command, with everything but its progress decided.
-StageCommand = Callable[[], Outcome]
 
 
 def stages_between(start: str | None, until: str | None) -> tuple[str, ...]:
@@ -34,24 +33,26 @@ def _asked_for(project: Project, name: str, ends: tuple[str | None, ...]) -> boo
 
 def run(
     project: Project,
-    commands: dict[str, StageCommand],
     start: str | None = None,
     until: str | None = None,
     *,
+    force: bool = False,
     dry_run: bool = False,
-) -> Iterator[Outcome]:
+    report: Report | None = None,
+) -> Iterator[CommandResult]:
     """Bring the stages from `start` to `until` up to date, in order; the first failure ends it. `evaluate` is left out, unless
     it is named or `infer.strength = "auto"` needs it.
 
     Args:
         project: the project.
-        commands: each stage's command by name. They are given, not imported: commands do not know one another.
         start: first stage, by default train-base.
         until: last stage, by default infer.
-        dry_run: the commands only plan; a stage whose inputs are yet to be made is then no failure.
+        force: redo them from scratch.
+        dry_run: only plan; a stage whose inputs are yet to be made is then no failure.
+        report: hears of their progress.
 
     Yields:
-        each stage's outcome as it comes.
+        each stage's result as it comes.
 
     Raises:
         OcdError: the first stage's that fails.
@@ -60,8 +61,9 @@ def run(
         if not _asked_for(project, name, (start, until)):
             continue
         try:
-            yield commands[name]()
+            yield command_of(name)(project, force=force, dry_run=dry_run, report=report)
         except ArtifactError as error:
             if not dry_run:
                 raise
-            yield Outcome(name, {"stage": name, "state": MISSING, "what": f"not known yet: {error.message}"}, planned=True)
+            planned = {"stage": name, "state": MISSING, "what": f"not known yet: {error.message}"}
+            yield CommandResult(name, planned, planned=True)

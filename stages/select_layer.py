@@ -7,15 +7,16 @@ import numpy as np
 import torch
 
 from stages.foundation.errors import ComputeError, SettingsError
-from stages.foundation.files import write_json
 from stages.foundation.progress import Report
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import Tree, take, to_device
-from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.context import RunContext
+from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
 from stages.per_sample.entropy import kde_entropy, perturbed_losses, rank_stability, ranks_of
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.per_sample.self_check import choose
+from stages.run_directory.format import Candidate, LayerChoice
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.tasks.loader import losses
@@ -26,67 +27,73 @@ ROWS_AT_ONCE = 512
 WEIGHT_BYTES = 64 << 20
 
 
-def select_layer(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
+def select_layer(
+    project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None
+) -> CommandResult:
     """Bring the choice of the layer up to date.
 
     Raises:
         OcdError: as `Stage.execute`; a layer that does not exist or is a vector; losses that are not finite.
     """
-    return SelectLayer(project, report).execute(force=force, dry_run=dry_run)
+    return SelectLayer(RunContext(project, report)).execute(force=force, dry_run=dry_run)
 
 
 class SelectLayer(Stage):
-    """The stage."""
+    """Scores every candidate and chooses the layer."""
 
     name = "select-layer"
 
     def plan(self) -> dict[str, Any]:
         """Draws, samples and candidates."""
-        found = candidates(self.base)
+        found = candidates(self.context.base)
         what = f"{self.settings.draws:,} draws × {self._samples():,} samples × {len(found)} candidates"
         return {"what": what, "bytes": 1000 * len(found)}
 
     def check(self) -> None:
         """A named layer exists; without one there are draws to score by."""
         if self.settings.layer != AUTO:
-            find_layer(self.base, self.settings.layer)
+            find_layer(self.context.base, self.settings.layer)
         elif self.settings.draws < 2:
             raise SettingsError(
                 f"select-layer.draws = {self.settings.draws}: a score needs at least 2 draws",
                 "set more draws, or name a layer with --layer",
             )
 
-    def work(self, wip: Path) -> Finished:
+    def begin(self, finished: Path | None) -> None:
+        """There is nothing to lay out."""
+
+    def work(self, folder: Path) -> WorkResult:
         """Score the candidates, rank them, choose, and write `layer.json`."""
-        chosen = None if self.settings.layer == AUTO else find_layer(self.base, self.settings.layer)
-        found = candidates(self.base)
-        rows = (
-            self._entries(found)
-            if self.settings.draws >= 2
-            else [{"name": c.name, "shape": list(c.shape), "score": None} for c in found]
+        base, wanted = self.context.base, self.settings.layer
+        found = candidates(base)
+        if self.settings.draws >= 2:
+            scored = self._scored(found)
+        else:
+            scored = [Candidate(name=layer.name, shape=list(layer.shape), score=None) for layer in found]
+        name = max(scored, key=lambda candidate: candidate.score).name if wanted == AUTO else wanted
+        layer = find_layer(base, name)
+        choice = LayerChoice(
+            layer=layer.name,
+            shape=list(layer.shape),
+            chosen_by="score" if wanted == AUTO else "setting",
+            candidates=scored,
         )
-        name = chosen.name if chosen else max(rows, key=lambda row: row["score"])["name"]
-        layer = find_layer(self.base, name)
-        result = {
-            "layer": name,
-            "shape": list(layer.shape),
-            "chosen_by": "setting" if chosen else "score",
-            "candidates": rows,
-        }
-        write_json(wip / LAYER_FILE, result)
-        return Finished(result, name, extra={"chosen": {"select-layer.layer": name}})
+        choice.write(folder / LAYER_FILE)
+        return WorkResult(choice.as_json(), layer.name, chosen={"select-layer.layer": layer.name})
 
     def _samples(self) -> int:
-        return min(self.settings.samples, len(self.splits["train"]))
+        return min(self.settings.samples, len(self.context.splits["train"]))
 
     def _batch(self) -> tuple[Tree, Tree]:
         """The same seeded training samples for every candidate."""
-        train = self.splits["train"]
-        picked = torch.randperm(len(train), generator=generator(self.seed, "select-layer", "samples"))[: self._samples()]
+        train = self.context.splits["train"]
+        picked = torch.randperm(len(train), generator=generator(self.context.seed, "select-layer", "samples"))[
+            : self._samples()
+        ]
         x, y = train.batch(picked.sort().values)
-        return to_device(x, self.device), to_device(y, self.device)
+        return to_device(x, self.context.device), to_device(y, self.context.device)
 
-    def _entries(self, found: list[Layer]) -> list[dict[str, Any]]:
+    def _scored(self, found: list[Layer]) -> list[Candidate]:
         x, y = self._batch()
         entropies, spreads = [], []
         for number, layer in enumerate(found):
@@ -94,36 +101,36 @@ class SelectLayer(Stage):
             entropies.append([kde_entropy(column) for column in values.T])
             spreads.append(float(values.std(axis=0).mean()))
         scores = np.array(entropies)
-        stability = rank_stability(scores, np.random.default_rng(seed_of(self.seed, "select-layer", "resampling")))
+        stability = rank_stability(scores, np.random.default_rng(seed_of(self.context.seed, "select-layer", "resampling")))
         ranks = ranks_of(scores.sum(1))
         return [
-            {
-                "name": layer.name,
-                "shape": list(layer.shape),
-                "score": float(scores[i].sum()),
-                "loss_spread": spreads[i],
-                "rank": int(ranks[i]),
-                "rank_stability": float(stability[i]),
-            }
+            Candidate(
+                name=layer.name,
+                shape=list(layer.shape),
+                score=float(scores[i].sum()),
+                loss_spread=spreads[i],
+                rank=int(ranks[i]),
+                rank_stability=float(stability[i]),
+            )
             for i, layer in enumerate(found)
         ]
 
     def _losses(self, layer: Layer, x: Tree, y: Tree, number: int, count: int) -> np.ndarray:
         """The losses of one candidate's draws, (draws, S)."""
-
-        run, _ = choose(self.base, layer, self.forward, take(x, slice(0, 2)))
+        context = self.context
+        run, _ = choose(context.base, layer, context.forward, take(x, slice(0, 2)))
         draws = self.settings.draws
         parts, done = [], 0
         for part in perturbed_losses(
             run,
             layer,
-            layer.weight(self.base),
+            layer.weight(context.base),
             x,
             y,
-            lambda output, labels: losses(self.task, output, labels),
+            lambda output, labels: losses(context.task, output, labels),
             draws=draws,
             sigma=self.settings.sigma,
-            seed=self.seed,
+            seed=context.seed,
             at_once=max(1, min(ROWS_AT_ONCE // self._samples(), WEIGHT_BYTES // (4 * layer.numel))),
         ):
             parts.append(part)

@@ -13,133 +13,156 @@ from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import import_weights, load_tensors, save_model
 from stages.foundation.trees import to_device
-from stages.lifecycle.materials import BASE_FILE
-from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.context import BASE_FILE, RunContext
+from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
 from stages.per_sample.capture import watched_modules
 from stages.per_sample.layer import find_layer
+from stages.run_directory.format import Extent
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.sources import data_path
 from stages.tasks.data import Split
 from stages.tasks.loader import check_task, losses, naming_rows
 from stages.tasks.protocol import uses_default
-from stages.tasks.scoring import evaluate, finite
+from stages.tasks.scoring import finite, mean_metrics
 from stages.tasks.user_code import user_code
 from stages.training.run import Plan, TrainingRun, take_up_training
-from stages.training.trainer import Trainer, batch_rows
+from stages.training.trainer import StepLosses, Trainer, batch_rows
 
 
-def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
+def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
     """Bring the base up to date.
 
     Raises:
         OcdError: as `Stage.execute`, and for weights that do not fit, losses that are not finite, and faults of the task.
     """
-    return TrainBase(project, report).execute(force=force, dry_run=dry_run)
+    return TrainBase(RunContext(project, report)).execute(force=force, dry_run=dry_run)
 
 
 class TrainBase(Stage):
-    """The stage."""
+    """Trains the base, or imports its weights."""
 
     name = "train-base"
 
     def plan(self) -> dict[str, Any]:
         """Epochs and samples, or the file to import."""
-        size = sum(value.numel() * value.element_size() for value in self.new_model().state_dict().values())
-        weights = data_path(self.project, "weights")
-        if weights is not None:
+        size = sum(value.numel() * value.element_size() for value in self.context.new_model().state_dict().values())
+        if (weights := self._weights) is not None:
             return {"what": f"import {weights.name}", "bytes": size}
-        return {"what": f"train {self.settings.epochs} epochs on {len(self.splits['train']):,} samples", "bytes": size}
+        return {"what": f"train {self.settings.epochs} epochs on {len(self.context.splits['train']):,} samples", "bytes": size}
 
     def check(self) -> None:
         """The weights fit, a batch goes through model and loss, and what later stages need is there: nobody should train for
         hours first."""
-        for split in (self.splits["train"], self.splits["validation"], self.test_split):
-            check_task(self.task, self._initial, split)
-        layer = self.project.settings.select_layer.layer
+        context = self.context
+        for split in (context.splits["train"], context.splits["validation"], context.test_split):
+            check_task(context.task, self._initial, split)
+        layer = context.project.settings.select_layer.layer
         if layer != AUTO:
             find_layer(self._initial, layer)
-        watched_modules(self._initial, self.task.watched)
+        watched_modules(self._initial, context.task.watched)
+
+    @property
+    def _weights(self) -> Path | None:
+        """The file to import, if any."""
+        return data_path(self.context.project, "weights")
 
     @cached_property
     def _initial(self) -> nn.Module:
         """The model before training: new, or with the imported weights."""
-        model, weights = self.new_model(), data_path(self.project, "weights")
-        if weights is not None:
-            import_weights(weights, model)
+        model = self.context.new_model()
+        if self._weights is not None:
+            import_weights(self._weights, model)
         return model
 
-    def work(self, wip: Path) -> Finished:
+    @property
+    def _trains(self) -> bool:
+        """Whether the default trainer is at work."""
+        return self._weights is None and uses_default(self.context.task, "train_base")
+
+    @cached_property
+    def _steps(self) -> tuple[int, int]:
+        """Samples to a batch, and steps to an epoch, of the default trainer."""
+        count = len(self.context.splits["train"])
+        batch = min(self.settings.batch_size, count)
+        return batch, max(1, count // batch)
+
+    def begin(self, finished: Path | None) -> None:
+        """Take up a finished training's last checkpoint, where there is one."""
+        if finished is not None:
+            take_up_training(finished, self.unfinished.path)
+        if self._trains:
+            self.unfinished.tell_total(self.settings.epochs * self._steps[1], "steps")
+
+    def work(self, folder: Path) -> WorkResult:
         """Import, or train with the task's own trainer or the default one."""
-        model = self._initial.to(self.device)
-        weights = data_path(self.project, "weights")
-        if weights is not None:
-            how, epochs = {"imported": weights.name}, {}
-        elif not uses_default(self.task, "train_base"):
-            how, epochs = self._train_by_task(model), {}
+        context, model = self.context, self._initial.to(self.context.device)
+        extent = Extent(value=self.settings.epochs, reached=0, exhausted=True)
+        if self._weights is not None:
+            how = {"imported": self._weights.name}
+        elif self._trains:
+            how, extent = self._train(model, folder)
         else:
-            how, epochs = self._train(model, wip)
-        save_model(wip / BASE_FILE, model)
+            how = self._train_by_task(model)
+        save_model(folder / BASE_FILE, model)
         summary = {
             **how,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "validation": self._figures(model, self.splits["validation"]),
-            "test": self._figures(model, self.test_split),
+            "validation": self._figures(model, context.splits["validation"]),
+            "test": self._figures(model, context.test_split),
         }
-        exhausted = {"train-base.epochs": {"value": self.settings.epochs, "reached": 0, "exhausted": True}}
-        return Finished(summary, sha256_file(wip / BASE_FILE), epochs or exhausted)
+        return WorkResult(summary, sha256_file(folder / BASE_FILE), {"train-base.epochs": extent})
 
     def _figures(self, model: nn.Module, split: Split) -> dict[str, float | None]:
-        return {name: finite(value) for name, value in evaluate(self.task, model, split, self.device).items()}
+        found = mean_metrics(self.context.task, model, split, self.context.device)
+        return {name: finite(value) for name, value in found.items()}
 
     def _train_by_task(self, model: nn.Module) -> dict[str, Any]:
+        context = self.context
         model.train()
-        with user_code("train_base()"), global_seed(self.seed, "train-base"):
-            options = self.settings.model_dump()
-            self.task.train_base(
+        with user_code("train_base()"), global_seed(context.seed, "train-base"):
+            context.task.train_base(
                 model,
-                self.splits["train"],
-                self.splits["validation"],
-                seed=self.seed,
-                device=self.device,
+                context.splits["train"],
+                context.splits["validation"],
+                seed=context.seed,
+                device=context.device,
                 report=self.report,
-                **options,
+                **self.settings.model_dump(),
             )
         return {"trained": "by the task"}
 
-    def _train(self, model: nn.Module, wip: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _train(self, model: nn.Module, folder: Path) -> tuple[dict[str, Any], Extent]:
         """The default trainer: epochs are evaluations, patience counts them, every epoch leaves a checkpoint."""
-        settings, train = self.settings, self.splits["train"]
-        batch = min(settings.batch_size, len(train))
-        epoch_steps = max(1, len(train) // batch)
-
-        def step_losses(step: int) -> Iterator[Tensor]:
-            rows = batch_rows(len(train), batch, step, self.seed, "train-base")
-            x, y = train.batch(rows, self.seed, "train-base", step)
-            with global_seed(self.seed, "train-base", step), naming_rows(train, rows):
-                loss = losses(self.task, self.forward(model, to_device(x, self.device)), to_device(y, self.device)).mean()
-            yield loss
+        context, settings, (_, epoch_steps) = self.context, self.settings, self._steps
 
         def score() -> dict[str, float]:
-            figures = evaluate(self.task, model, self.splits["validation"], self.device)
+            figures = mean_metrics(context.task, model, context.splits["validation"], context.device)
             return {"score": figures["loss"], **{f"validation_{name}": value for name, value in figures.items()}}
 
         def snapshot() -> dict[str, Tensor]:
             return {name: value.clone() for name, value in model.state_dict().items()}
 
-        trainer = Trainer(model, _optimizer(settings, model), step_losses, average=False, clip=False)
+        trainer = Trainer(model, _optimizer(settings, model), self._step_losses(model), average=False, clip=False)
         plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
-        self.tell_total(plan.max_steps, "steps")
-        trained = TrainingRun(wip, self.fingerprint, trainer, score, snapshot, plan, self.report).run()
+        trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, snapshot, plan, self.report).run()
         model.load_state_dict(load_tensors(trained.snapshot))
         done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
-        reached = {"value": settings.epochs, "reached": done["epochs"], "exhausted": trained.stopped_early}
-        return done, {"train-base.epochs": reached}
+        return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)
 
-    def extend(self, finished: Path, wip: Path) -> None:
-        """Take up the finished training's last checkpoint."""
-        take_up_training(finished, wip)
+    def _step_losses(self, model: nn.Module) -> StepLosses:
+        """The loss of each step's batch."""
+        context, train, (batch, _) = self.context, self.context.splits["train"], self._steps
+
+        def step_losses(step: int) -> Iterator[Tensor]:
+            rows = batch_rows(len(train), batch, step, context.seed, "train-base")
+            x, y = (to_device(tree, context.device) for tree in train.batch(rows, context.seed, "train-base", step))
+            with global_seed(context.seed, "train-base", step), naming_rows(train, rows):
+                loss = losses(context.task, context.forward(model, x), y).mean()
+            yield loss
+
+        return step_losses
 
 
 def _optimizer(settings: Any, model: nn.Module) -> torch.optim.Optimizer:

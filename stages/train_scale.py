@@ -11,12 +11,14 @@ from torch import Tensor
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
 from stages.foundation.background import read_ahead
-from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
+from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
-from stages.lifecycle.outcome import Finished, Outcome
+from stages.lifecycle.context import RunContext
+from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
 from stages.run_directory.folders import folder_of
+from stages.run_directory.format import ScaleDescription, StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
@@ -29,13 +31,13 @@ SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"
 LARGEST_LOSS = 100.0
 
 
-def train_scale(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> Outcome:
+def train_scale(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
     """Bring the scale network up to date.
 
     Raises:
         OcdError: as `Stage.execute`; a store with nothing but degenerate rows; a loss that is not finite.
     """
-    return TrainScale(project, report).execute(force=force, dry_run=dry_run)
+    return TrainScale(RunContext(project, report)).execute(force=force, dry_run=dry_run)
 
 
 @torch.no_grad()
@@ -59,59 +61,70 @@ def scale_figures(network: ScaleNetwork, rows: DeltaBatch, loss: str) -> dict[st
 
 
 class TrainScale(Stage):
-    """The stage."""
+    """Trains the scale network on the store."""
 
     name = "train-scale"
 
+    @property
+    def _store(self) -> StoreDescription:
+        return self.context.manifest_of("collect").store
+
     def auto_threads(self) -> int:
         """By the size of a step."""
-        return threads_for(self._size(self.manifest_of("collect")["store"]), self.settings.batch_size)
+        return threads_for(self._size(), self.settings.batch_size)
 
     def plan(self) -> dict[str, Any]:
         """Steps and samples."""
-        store = self.manifest_of("collect")["store"]
-        return {
-            "what": f"train on {store['samples']:,} samples, at most {self.settings.max_steps:,} steps",
-            "bytes": 40 * self._size(store),
-        }
+        what = f"train on {self._store.samples:,} samples, at most {self.settings.max_steps:,} steps"
+        return {"what": what, "bytes": 40 * self._size()}
 
-    def _size(self, store: dict[str, Any]) -> int:
-        widths, width = field_widths(store), self.settings.width
+    def _size(self) -> int:
+        widths, width = field_widths(self._store), self.settings.width
         return sum(widths.values()) * (width + 2) + width * (width + 3)
 
-    def work(self, wip: Path) -> Finished:
+    def check(self) -> None:
+        """Its settings go together as they are."""
+
+    def begin(self, finished: Path | None) -> None:
+        """Take up a finished training's last checkpoint, where there is one."""
+        require_space(self.unfinished.path, 40 * self._size())
+        if finished is not None:
+            take_up_training(finished, self.unfinished.path)
+        self.unfinished.tell_total(self.settings.max_steps, "steps")
+
+    def work(self, folder: Path) -> WorkResult:
         """Read ρ and the conditioning, train, keep the best averaged weights."""
-        settings = self.settings
-        require_space(wip, self.plan()["bytes"])
-        widths = field_widths(self.manifest_of("collect")["store"])
-        rows = self._rows()
-        held_out, loss = rows.held_out.to(self.device), settings.loss
-        with global_seed(self.seed, "train-scale", "network"):
-            network = ScaleNetwork(widths, settings.width)
-        network.fit(rows.parts(), rows.rho)
-        network.to(self.device)
-        stream = Stream(lambda step: read_ahead(rows.batches(step)))
+        context, settings = self.context, self.settings
+        batches = self._batches()
+        held_out, loss = batches.held_out.to(context.device), settings.loss
+        network = self._network(batches)
+        stream = Stream(lambda step: read_ahead(batches.batches(step)))
 
         def step_losses(step: int) -> Iterator[Tensor]:
-            batch = stream.at(step).to(self.device)
+            batch = stream.at(step).to(context.device)
             yield scale_loss(network(batch.fields), batch.rho, loss).mean()
 
         optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         trainer = Trainer(network, optimizer, step_losses)
-        constant = scale_loss(network.mean_log_rho.cpu().expand_as(rows.rho), rows.rho, loss).mean()
-        plan = self._plan(float(constant))
-        self.tell_total(plan.max_steps, "steps")
+        constant = scale_loss(network.mean_log_rho.cpu().expand_as(batches.rho), batches.rho, loss).mean()
         trained = TrainingRun(
-            wip,
-            self.fingerprint,
+            folder,
+            self.unfinished.fingerprint,
             trainer,
             lambda: scale_figures(trainer.averaged, held_out, loss),
             lambda: trainer.averaged.state_dict(),
-            plan,
+            self._plan(float(constant)),
             self.report,
-            lambda: self._blame(rows, network, stream.last),
+            lambda: self._blame(batches, network, stream.last),
         ).run()
-        return self._finished(wip, trained, {"fields": widths, "width": settings.width}, rows.count)
+        return self._result(folder, trained, batches.count)
+
+    def _network(self, batches: TrainingBatches) -> ScaleNetwork:
+        """New, with the statistics of what it learns from."""
+        with global_seed(self.context.seed, "train-scale", "network"):
+            network = ScaleNetwork(field_widths(self._store), self.settings.width)
+        network.fit(batches.parts(), batches.rho)
+        return network.to(self.context.device)
 
     def _plan(self, constant: float) -> Plan:
         """How the training is driven; `constant` is the loss of always predicting the mean."""
@@ -128,30 +141,27 @@ class TrainScale(Stage):
         )
 
     @torch.no_grad()
-    def _blame(self, rows: TrainingBatches, network: ScaleNetwork, batch: DeltaBatch) -> str:
+    def _blame(self, batches: TrainingBatches, network: ScaleNetwork, batch: DeltaBatch) -> str:
         """The samples of a batch whose loss is worst."""
-        on = batch.to(self.device)
-        return rows.blame(batch.numbers, scale_loss(network(on.fields), on.rho, self.settings.loss).cpu())
+        on = batch.to(self.context.device)
+        return batches.blame(batch.numbers, scale_loss(network(on.fields), on.rho, self.settings.loss).cpu())
 
-    def extend(self, finished: Path, wip: Path) -> None:
-        """Take up the finished training's last checkpoint."""
-        take_up_training(finished, wip)
-
-    def _rows(self) -> TrainingBatches:
-        settings = self.settings
+    def _batches(self) -> TrainingBatches:
+        context, settings = self.context, self.settings
         return TrainingBatches(
-            StoreReader(folder_of(self.project, "collect").found, self.manifest_of("collect")["store"]),
+            StoreReader(folder_of(context.project, "collect").found, self._store),
             deltas=False,
             held_out=settings.held_out,
             batch_size=settings.batch_size,
-            seed=self.seed,
-            device=self.device,
+            seed=context.seed,
+            device=context.device,
             memory=AUTO,
         )
 
-    def _finished(self, wip: Path, trained: Trained, description: dict[str, Any], samples: int) -> Finished:
-        link_or_copy(trained.snapshot, wip / SCALE_FILE)
-        write_json(wip / DESCRIPTION_FILE, description)
+    def _result(self, folder: Path, trained: Trained, samples: int) -> WorkResult:
+        description = ScaleDescription(fields=field_widths(self._store), width=self.settings.width)
+        link_or_copy(trained.snapshot, folder / SCALE_FILE)
+        description.write(folder / DESCRIPTION_FILE)
         best = trained.best
         summary = {
             "steps": trained.steps,
@@ -164,6 +174,5 @@ class TrainScale(Stage):
             "beats_constant": best["error"] < best["constant_error"],
             "samples": samples,
         }
-        reached = {"value": self.settings.max_steps, "reached": trained.steps, "exhausted": trained.stopped_early}
-        content = digest([sha256_file(wip / SCALE_FILE), description])
-        return Finished(summary, content, {"train-scale.max_steps": reached})
+        content = digest([sha256_file(folder / SCALE_FILE), description.as_json()])
+        return WorkResult(summary, content, {"train-scale.max_steps": trained.extent(self.settings.max_steps)})

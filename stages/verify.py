@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.foundation.errors import ArtifactError, OcdError
-from stages.foundation.files import digest, read_json
 from stages.foundation.progress import Report, Silent
 from stages.lifecycle.branches import BRANCHES
-from stages.run_directory.folders import StageFolder, check_run, damaged_files, folder_of, manifest_hash
+from stages.run_directory.folders import StageFolder, check_run, damaged_files, folder_of
+from stages.run_directory.format import BlockRecord, Manifest
 from stages.run_directory.pipeline import ORDER
 from stages.run_directory.project import Project
 from stages.store.ledger import ledger_problems
@@ -56,35 +56,35 @@ def _check(folder: StageFolder) -> dict[str, Any] | None:
         return None
     path = folder.found
     problems = damaged_files(path, manifest, rehash=True)
-    if digest(manifest["identity"]) != manifest["fingerprint"]:
+    if manifest.identity.fingerprint != manifest.fingerprint:
         problems.append(f"{folder.name}/manifest.json does not match its fingerprint")
-    if manifest_hash(manifest) != manifest["sha256"]:
+    if manifest.found_hash() != manifest.sha256:
         problems.append(f"content changed: {folder.name}/manifest.json")
-    named = set(manifest["files"]) | {"manifest.json", "log.txt", "begun.json"}
+    named = set(manifest.files) | {"manifest.json", "log.txt", "begun.json"}
     extra = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
     problems += [f"{folder.name}/{name} is not in the manifest" for name in extra if name not in named]
     problems += _check_ledger(path, manifest)
     return {
-        "files": len(manifest["files"]),
-        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "files": len(manifest.files),
+        "bytes": sum(file.size for file in manifest.files.values()),
         "problems": problems,
     }
 
 
-def _check_ledger(path: Path, manifest: dict[str, Any]) -> list[str]:
+def _check_ledger(path: Path, manifest: Manifest) -> list[str]:
     """Each block's record names this stage and the chunk hashes the manifest has."""
     problems = []
-    for name in sorted(file for file in manifest["files"] if file.startswith("blocks/")):
+    for name in sorted(file for file in manifest.files if file.startswith("blocks/")):
         try:
-            record = read_json(path / name)
-            if record["fingerprint"] != manifest["fingerprint"]:
+            record = BlockRecord.read(path / name)
+            if record.fingerprint != manifest.fingerprint:
                 problems.append(f"{name} is of another store")
             problems += [
-                f"{name} and the manifest disagree about {chunk}"
-                for chunk, entry in record["chunks"].items()
-                if manifest["files"].get(chunk, {}).get("sha256") != entry["sha256"]
+                f"{name} and the manifest disagree about {file}"
+                for file, chunk in record.chunks.items()
+                if file not in manifest.files or manifest.files[file].sha256 != chunk.sha256
             ]
-        except (OcdError, KeyError, TypeError, AttributeError) as error:
+        except OcdError as error:
             problems.append(f"{name} is not a block's record: {error}")
     return problems
 
@@ -95,7 +95,7 @@ def _check_unfinished(folder: StageFolder) -> dict[str, Any] | None:
     begun = folder.begun() if records else None
     if begun is None:
         return None
-    problems = ledger_problems(folder.wip, begun["fingerprint"])
+    problems = ledger_problems(folder.wip, begun.fingerprint)
     files = [path for path in (folder.wip / "deltas.zarr").rglob("c.*") if path.is_file()]
     files += (folder.wip / "blocks").glob("*.npz")
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "problems": problems}

@@ -114,12 +114,12 @@ def results(folder: Folder, stage: str) -> dict[str, bytes]:
 def store(folder: Folder) -> dict[str, np.ndarray]:
     """Every array of the finished delta store, by name."""
     reader = reader_of(folder)
-    return {name: reader.read(name) for name in reader.description["arrays"]}
+    return {name: reader.read(name) for name in reader.description.arrays}
 
 
 def reader_of(folder: Folder) -> StoreReader:
     """Reads the finished delta store."""
-    return StoreReader(folder.run / "collect", json.loads((folder.run / "collect" / "manifest.json").read_text())["store"])
+    return StoreReader.of(folder.run / "collect")
 
 
 def blocks_of(folder: Folder, stage: str = "collect.wip") -> list[Path]:

@@ -13,7 +13,7 @@ COMMANDS = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
 ALLOWED = {
     "foundation": "",
     "run_directory": "foundation",
-    "store": "foundation",
+    "store": "foundation run_directory",
     "per_sample": "foundation",
     "diffusion": "foundation",
     "tasks": "foundation per_sample",

@@ -12,7 +12,7 @@ from torch import Tensor
 from stages.evaluation.metrics import LOSS, Gathered, Residuals, probabilities
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import minimum
-from stages.evaluation.subject import Batch, Examined, Subject
+from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, take, tree_map
 from stages.tasks.loader import losses, naming_rows
@@ -43,13 +43,18 @@ def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> T
 
 @torch.no_grad()
 def fit_strengths(
-    subject: Subject, examined: Examined, rows: Sequence[Row], grid: Sequence[float], size: int, on_progress: OnProgress
+    subject: Subject,
+    evaluated: EvaluatedSamples,
+    rows: Sequence[Row],
+    grid: Sequence[float],
+    size: int,
+    on_progress: OnProgress,
 ) -> dict[str, Fitted]:
     """The strength of the lowest mean loss for each row, by name.
 
     Args:
-        subject: what is examined.
-        examined: validation samples.
+        subject: what is evaluated.
+        evaluated: validation samples.
         rows: those to fit.
         grid: strengths to try; 0 is the base.
         size: samples at once.
@@ -57,8 +62,8 @@ def fit_strengths(
     """
     sums = {row.name: dict.fromkeys(sorted(grid), 0.0) for row in rows}
     done = 0
-    for positions in examined.parts(size):
-        batch = Batch(subject, examined, positions)
+    for positions in evaluated.parts(size):
+        batch = Batch(subject, evaluated, positions)
         for row in rows:
             members = row.members(batch)
             for strength in sums[row.name]:
@@ -70,7 +75,7 @@ def fit_strengths(
             on_progress(done)
     found = {}
     for name, by_strength in sums.items():
-        means = {strength: total / len(examined.order) for strength, total in by_strength.items()}
+        means = {strength: total / len(evaluated.order) for strength, total in by_strength.items()}
         found[name] = Fitted(min(means, key=means.get), means)
     return found
 
@@ -81,7 +86,7 @@ def scaled(output: Tensor, temperature: float, *, normalised: bool) -> Tensor:
 
 
 @torch.no_grad()
-def fit_temperature(subject: Subject, examined: Examined, size: int) -> tuple[float, bool] | None:
+def fit_temperature(subject: Subject, evaluated: EvaluatedSamples, size: int) -> tuple[float, bool] | None:
     """The T that the base's logits are divided by for the lowest mean loss on validation samples (Guo et al., 2017, 4.2).
 
     Returns:
@@ -89,8 +94,8 @@ def fit_temperature(subject: Subject, examined: Examined, size: int) -> tuple[fl
         and labels are neither logits nor such.
     """
     outputs, labels = [], []
-    for positions in examined.parts(size):
-        batch = Batch(subject, examined, positions)
+    for positions in evaluated.parts(size):
+        batch = Batch(subject, evaluated, positions)
         outputs.append(batch.first.output)
         labels.append(batch.y)
     output, y = (tree_map(lambda *parts: torch.cat(parts), *trees) for trees in (outputs, labels))
@@ -109,15 +114,20 @@ def fit_temperature(subject: Subject, examined: Examined, size: int) -> tuple[fl
 
 @torch.no_grad()
 def fit_variances(
-    subject: Subject, examined: Examined, rows: Sequence[Row], strengths: dict[str, float], size: int, on_progress: OnProgress
+    subject: Subject,
+    evaluated: EvaluatedSamples,
+    rows: Sequence[Row],
+    strengths: dict[str, float],
+    size: int,
+    on_progress: OnProgress,
 ) -> dict[str, float | None]:
     """The variance of each row's residual on validation samples, by name; nothing unless the task is a regression."""
     if subject.task.kind != REGRESSION:
         return {}
     found = {row.name: Residuals() for row in rows}
     done = 0
-    for positions in examined.parts(size):
-        batch = Batch(subject, examined, positions)
+    for positions in evaluated.parts(size):
+        batch = Batch(subject, evaluated, positions)
         for row in rows:
             members = row.members(batch)(strengths.get(row.name, 1.0))
             found[row.name].add(members, _combined(subject, members), batch.y)
@@ -144,7 +154,7 @@ class Compared:
 @torch.no_grad()
 def compare(
     subject: Subject,
-    examined: Examined,
+    evaluated: EvaluatedSamples,
     rows: Sequence[Row],
     strengths: dict[str, float],
     variances: dict[str, float | None],
@@ -154,8 +164,8 @@ def compare(
     """Every row's metrics on labelled samples.
 
     Args:
-        subject: what is examined.
-        examined: test samples.
+        subject: what is evaluated.
+        evaluated: test samples.
         rows: what to compare.
         strengths: by name, 1 where there is none.
         variances: of a regression's residuals, by name.
@@ -168,27 +178,27 @@ def compare(
     gathered = {row.name: Gathered(subject.task, variances.get(row.name)) for row in rows}
     members: dict[str, int] = {}
     done = 0
-    for positions in examined.parts(size):
-        batch = Batch(subject, examined, positions)
+    for positions in evaluated.parts(size):
+        batch = Batch(subject, evaluated, positions)
         for row in rows:
             outputs = row.members(batch)(strengths.get(row.name, 1.0))
-            with naming_rows(examined.split, positions):
+            with naming_rows(evaluated.split, positions):
                 gathered[row.name].add(outputs, _combined(subject, outputs), batch.y)
             members[row.name] = batch_size(outputs)
             done += len(positions)
             on_progress(done)
-    return Compared(gathered, members, examined.order)
+    return Compared(gathered, members, evaluated.order)
 
 
 @torch.no_grad()
 def cross_fitted(
-    subject: Subject, examined: Examined, rows: Sequence[Row], grid: Sequence[float], size: int
+    subject: Subject, evaluated: EvaluatedSamples, rows: Sequence[Row], grid: Sequence[float], size: int
 ) -> tuple[Compared, dict[str, list[float]]]:
     """Every row's metrics where few samples have to serve for both: each half at the strengths of the lowest loss on the other.
 
     Args:
-        subject: what is examined.
-        examined: labelled samples.
+        subject: what is evaluated.
+        evaluated: labelled samples.
         rows: what to compare; those not validated have strength 1.
         grid: strengths to try.
         size: samples at once.
@@ -196,7 +206,7 @@ def cross_fitted(
     Returns:
         the comparison, and both strengths of every validated row.
     """
-    halves = [Examined(examined.split, part, examined.neighbours) for part in examined.order.tensor_split(2)]
+    halves = [EvaluatedSamples(evaluated.split, part, evaluated.neighbours) for part in evaluated.order.tensor_split(2)]
     tried = {
         row.name: [
             {s: Gathered(subject.task) for s in sorted(grid) if row.validated} or {1.0: Gathered(subject.task)} for _ in halves
@@ -219,7 +229,7 @@ def cross_fitted(
         found[name] = first[best[0]].joined(second[best[1]])
         if len(first) > 1:
             strengths[name] = best
-    return Compared(found, members, examined.order), strengths
+    return Compared(found, members, evaluated.order), strengths
 
 
 def _mean_loss(gathered: Gathered) -> float:

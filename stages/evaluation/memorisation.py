@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.evaluation.subject import Batch, Examined, Subject
+from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.seeds import generator
 
 # deltas (Q, out, in) and rows not to compare them with (Q,) -> the largest cosine with a training delta (Q,)
@@ -22,7 +22,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def memorisation(
     subject: Subject,
-    examined: Examined,
+    evaluated: EvaluatedSamples,
     size: int,
     count: int,
     mean: Tensor,
@@ -33,8 +33,8 @@ def memorisation(
     """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble.
 
     Args:
-        subject: what is examined.
-        examined: test samples.
+        subject: what is evaluated.
+        evaluated: test samples.
         size: samples at once.
         count: samples to look at.
         mean: of all training deltas, (out, in).
@@ -50,8 +50,8 @@ def memorisation(
         whose true delta is rounding noise, are not left out.
     """
     parts: dict[str, list[Tensor]] = {"generated": [], "true": [], "class": []}
-    for positions in examined.order[:count].split(size):
-        batch = Batch(subject, examined, positions)
+    for positions in evaluated.order[:count].split(size):
+        batch = Batch(subject, evaluated, positions)
         parts["generated"].append(batch.generated[0][:, 0].cpu())
         parts["true"].append(batch.overfitted.cpu())
         if class_means is not None:

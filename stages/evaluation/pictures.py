@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.evaluation.examination import make_subject
-from stages.evaluation.subject import Batch, Examined
+from stages.evaluation.from_run import make_subject
+from stages.evaluation.subject import Batch, EvaluatedSamples
 from stages.foundation.errors import TaskError
 from stages.foundation.files import remove, write_bytes
 from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, take, tree_map
-from stages.lifecycle.materials import Materials
+from stages.lifecycle.context import RunContext
 from stages.prediction.predicting import BASE, OUTPUT, array_name, as_tree
 from stages.store.predictions import Answer
 from stages.tasks.data import Split
@@ -74,13 +74,11 @@ def _is_finite(tree: Tree) -> bool:
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree).values())
 
 
-def write_pictures(
-    materials: Materials, inputs: Split, answer: Answer, like: Tree, most: int, report: Report
-) -> dict[str, int]:
+def write_pictures(context: RunContext, inputs: Split, answer: Answer, like: Tree, most: int, report: Report) -> dict[str, int]:
     """Write strips of the first inputs of an answer that is whole, one input in memory at a time.
 
     Args:
-        materials: the run's.
+        context: the run's.
         inputs: the rows.
         answer: their predictions; strips go to `pictures` in its folder, named after the row in the user's data.
         like: an output (1, …).
@@ -96,12 +94,12 @@ def write_pictures(
     folder, total, written = answer.folder / FOLDER, min(most, len(inputs)), 0
     # What a killed process drew.
     remove(folder)
-    if uses_default(materials.task, "picture"):
+    if uses_default(context.task, "picture"):
         return {}
     if total and not _has_pillow():
         report.message(NO_PILLOW)
         total = 0
-    for position, panes in enumerate(_panes(materials, inputs, answer, like, total)):
+    for position, panes in enumerate(_panes(context, inputs, answer, like, total)):
         if panes:
             folder.mkdir(exist_ok=True)
             write_bytes(folder / f"{int(inputs.rows[position]):06d}.png", strip(panes))
@@ -110,10 +108,10 @@ def write_pictures(
     return {"pictures": written}
 
 
-def _panes(materials: Materials, inputs: Split, answer: Answer, like: Tree, total: int) -> Iterator[list[Pane]]:
+def _panes(context: RunContext, inputs: Split, answer: Answer, like: Tree, total: int) -> Iterator[list[Pane]]:
     """Captions and pictures of one input after another."""
     labelled = total > 0 and inputs.labels([0]) is not None
-    overfitted = _overfitted(materials, inputs) if labelled else None
+    overfitted = _overfitted(context, inputs) if labelled else None
     for position, (base, ours) in enumerate(_answered(answer, like, total)):
         outputs = {"base": base, "OCD": ours}
         if overfitted:
@@ -121,7 +119,7 @@ def _panes(materials: Materials, inputs: Split, answer: Answer, like: Tree, tota
             outputs = {"base": base, "overfitted": best, "OCD": ours, "truth": y}
         else:
             x = take(inputs.inputs([position]), 0)
-        found = {name: (picture_of(materials.task, x, output), output) for name, output in outputs.items()}
+        found = {name: (picture_of(context.task, x, output), output) for name, output in outputs.items()}
         yield [
             (name if _is_finite(output) else f"{name} (not finite)", picture)
             for name, (picture, output) in found.items()
@@ -141,14 +139,14 @@ def _answered(answer: Answer, like: Tree, total: int) -> Iterator[tuple[Tree, Tr
             yield tuple(as_tree(like, [torch.from_numpy(arrays[name])[place] for name in names[kind]]) for kind in names)
 
 
-def _overfitted(materials: Materials, inputs: Split) -> Callable[[int], tuple[Tree, Tree, Tree]]:
+def _overfitted(context: RunContext, inputs: Split) -> Callable[[int], tuple[Tree, Tree, Tree]]:
     """From an input's position to its x, y and the base's output with the delta of its own label, as `evaluate` has it: one
     sample at a time, for it may be huge."""
-    subject = make_subject(materials, materials.layer)
-    examined = Examined(inputs, torch.arange(len(inputs)))
+    subject = make_subject(context, context.layer)
+    evaluated = EvaluatedSamples(inputs, torch.arange(len(inputs)))
 
     def output(position: int) -> tuple[Tree, Tree, Tree]:
-        batch = Batch(subject, examined, torch.tensor([position]))
+        batch = Batch(subject, evaluated, torch.tensor([position]))
         members = batch.along(batch.overfitted.unsqueeze(1))(1.0)
         x, y = batch.given
         return take(x, 0), take(y, 0), tree_map(lambda leaf: leaf[0, 0].cpu(), members)

@@ -120,7 +120,7 @@ class ElsewhereRow:
 
     def members(self, batch: Batch) -> Members:
         """As the interface says."""
-        other = Batch(self.elsewhere, batch.examined, batch.positions)
+        other = Batch(self.elsewhere, batch.evaluated, batch.positions)
         return other.along(other.generated[0])
 
 

@@ -37,7 +37,7 @@ class StoredDeltas:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return tuple(self._reader.description["arrays"]["delta"]["shape"][1:])
+        return tuple(self._reader.description.arrays["delta"].shape[1:])
 
     @property
     def mean_rho(self) -> float:
@@ -125,7 +125,6 @@ class StoredDeltas:
     def field(self, name: str, *, vectors: bool = False) -> Tensor | None:
         """A conditioning field of all rows, (N, width), or None where the store does not have it; if `vectors`, also where it
         has more than one axis beside the sample's."""
-        axes = self._reader.description["arrays"].get(name, {"shape": ()})["shape"]
-        if name not in self._reader.field_names() or (vectors and len(axes) > 2):
+        if name not in self._reader.field_names() or (vectors and len(self._reader.description.arrays[name].shape) > 2):
             return None
         return torch.from_numpy(self._reader.read(name)).flatten(1)

@@ -1,4 +1,4 @@
-"""What is examined: a model with one layer, the deltas it was taught by and those it generates, and batches of samples."""
+"""What is evaluated: a model with one layer, the deltas it was taught by and those it generates, and batches of samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,7 +75,7 @@ class Subject:
 
 
 @dataclass
-class Examined:
+class EvaluatedSamples:
     """Labelled samples that rows are compared on.
 
     Attributes:
@@ -101,14 +101,14 @@ class Batch:
     """Some samples, and what of them is computed once, whoever asks for it.
 
     Args:
-        subject: what is examined.
-        examined: where the samples come from.
+        subject: what is evaluated.
+        evaluated: where the samples come from.
         positions: theirs in the split, (B,).
     """
 
-    def __init__(self, subject: Subject, examined: Examined, positions: Tensor) -> None:
-        self.subject, self.examined, self.positions = subject, examined, positions
-        self.given = examined.split.batch(positions)
+    def __init__(self, subject: Subject, evaluated: EvaluatedSamples, positions: Tensor) -> None:
+        self.subject, self.evaluated, self.positions = subject, evaluated, positions
+        self.given = evaluated.split.batch(positions)
         self.x, self.y = (to_device(tree, subject.device) for tree in self.given)
         self._of_neighbours: dict[str, Tensor] = {}
 
@@ -150,7 +150,7 @@ class Batch:
     @cached_property
     def overfitted(self) -> Tensor:
         """The deltas that the samples' own labels give, (B, out, in)."""
-        return self.subject.overfit(self.examined.split, self.positions, self.given)[0]
+        return self.subject.overfit(self.evaluated.split, self.positions, self.given)[0]
 
     def along(self, deltas: Tensor) -> Callable[[float], Tree]:
         """Outputs with θ + strength · delta as a function of the strength: deltas (B, E, out, in) to (E, B, …)."""
@@ -158,7 +158,7 @@ class Batch:
 
     def neighbours(self, kind: str) -> Neighbours:
         """The samples' nearest training samples."""
-        found = self.examined.neighbours[kind]
+        found = self.evaluated.neighbours[kind]
         return Neighbours(found.distance[self.positions], found.row[self.positions])
 
     def neighbour_deltas(self, kind: str) -> Tensor:

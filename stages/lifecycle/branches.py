@@ -1,19 +1,18 @@
 """Branches: further runs of the same project with other settings, under `branches/`, that share what they can."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stages.foundation.files import link_or_copy, remove
-from stages.lifecycle.materials import Materials
-from stages.lifecycle.outcome import Outcome
+from stages.foundation.progress import Report
+from stages.lifecycle.context import RunContext
+from stages.lifecycle.registry import command_of
 from stages.run_directory.folders import MANIFEST, folder_of, prepare_run
 from stages.run_directory.pipeline import STAGES, extent_settings, identity_settings, spec_of
 from stages.run_directory.project import Project, check_settings
 from stages.run_directory.states import DONE, MISSING, PARTIAL, States
 
 BRANCHES = "branches"
-# A stage's command: the project and whether to redo what is stale.
-Command = Callable[[Project, bool], Outcome]
 
 
 def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project:
@@ -28,7 +27,7 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
     }
     if (layer := folder_of(project, "select-layer").manifest()) is not None:
         # A flag of an earlier command may have decided it, and later ones need not repeat it.
-        raw["select-layer"]["layer"] = layer["identity"]["settings"]["select-layer.layer"]
+        raw["select-layer"]["layer"] = layer.identity.settings["select-layer.layer"]
     for key, value in values.items():
         table, _, setting = key.partition(".")
         raw[table][setting] = value
@@ -36,14 +35,14 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
     return Project(settings, project.config_path, project.run_path / BRANCHES / name, project.overrides)
 
 
-def bring_up(project: Project, branch: Project, names: Iterable[str], commands: Mapping[str, Command]) -> None:
+def bring_up(project: Project, branch: Project, names: Iterable[str], report: Report) -> None:
     """Bring stages of a branch up to date: those that are the project's own are linked, others made; stale ones are redone.
 
     Args:
         project: where the branch comes from, every one of `names` done.
         branch: as `branch_of`.
         names: stages, in the pipeline's order.
-        commands: each stage's command.
+        report: hears of their progress.
 
     Raises:
         OcdError: the first that fails; it goes on where it was when the branch is asked for again.
@@ -55,12 +54,12 @@ def bring_up(project: Project, branch: Project, names: Iterable[str], commands: 
         state = _state(branch, name)
         if state != DONE:
             # What was linked may only be the beginning: a longer training goes on from it.
-            commands[name](branch, state not in (MISSING, PARTIAL))
+            command_of(name)(branch, force=state not in (MISSING, PARTIAL), report=report)
 
 
 def _state(branch: Project, name: str) -> str:
     """A stage's state in the branch, by the data as they are now."""
-    return States(branch, Materials(branch).hash_dataset).of(name).state
+    return States(branch, RunContext(branch).hash_dataset).of(name).state
 
 
 def _to_link(project: Project, branch: Project, name: str) -> bool:
@@ -72,7 +71,7 @@ def _to_link(project: Project, branch: Project, name: str) -> bool:
         return True
     as_far = extent_settings(branch, STAGES[name]) == extent_settings(project, STAGES[name])
     mine, its = folder_of(branch, name).manifest(), folder_of(project, name).manifest()
-    return as_far and mine["content"] != its["content"]
+    return as_far and mine.content != its.content
 
 
 def _is_shared(project: Project, branch: Project, name: str) -> bool:
@@ -80,12 +79,12 @@ def _is_shared(project: Project, branch: Project, name: str) -> bool:
     spec, manifest = spec_of(branch, name), folder_of(project, name).manifest()
     if manifest is None:
         return False
-    recorded = manifest["identity"]
-    if identity_settings(branch, spec, manifest) != recorded["settings"]:
+    recorded = manifest.identity
+    if identity_settings(branch, spec, manifest) != recorded.settings:
         return False
     for earlier in spec.reads:
         mine = folder_of(branch, earlier).manifest()
-        if mine is None or mine["content"] != recorded["inputs"].get(STAGES[earlier].content):
+        if mine is None or mine.content != recorded.inputs.get(STAGES[earlier].content):
             return False
     return True
 

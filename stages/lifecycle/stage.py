@@ -1,32 +1,33 @@
 """What every stage is: a plan, and work done inside an unfinished folder that gets its name when it is whole."""
 
+from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from stages.foundation.config import EXECUTION
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
-from stages.foundation.files import digest, disk_errors, remove, sync_folder, write_json
-from stages.foundation.progress import Logged
-from stages.lifecycle.hooks import StageHooks
-from stages.lifecycle.outcome import Finished, Outcome
-from stages.run_directory.folders import (
-    BEGUN,
-    MANIFEST,
-    check_run,
-    file_records,
-    manifest_hash,
-    prepare_run,
-)
-from stages.run_directory.pipeline import AUTO, STAGES, extent_settings
+from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
+from stages.foundation.progress import Logged, Report
+from stages.lifecycle.context import RunContext
+from stages.lifecycle.results import CommandResult, WorkResult
+from stages.lifecycle.sharing import Holding
+from stages.lifecycle.unfinished import Unfinished
+from stages.run_directory.folders import BEGUN, MANIFEST, StageFolder, check_run, file_records, folder_of, prepare_run
+from stages.run_directory.format import Begun, Identity, Manifest, SourceRecord
+from stages.run_directory.locks import Part
+from stages.run_directory.pipeline import AUTO, STAGES, StageSpec, extent_settings, spec_of
 from stages.run_directory.provenance import made, now, threads_restored
 from stages.run_directory.sources import sources_of
 from stages.run_directory.states import (
     DONE,
     PARTIAL,
     STALE,
+    Query,
     StageState,
+    States,
     make_identity,
     progress_of,
     redo_command,
@@ -34,59 +35,124 @@ from stages.run_directory.states import (
 )
 
 
-class Stage(StageHooks):
-    """One stage of one project: subclasses give its name, its plan and its work."""
+class Stage(ABC):
+    """One stage of one run: a subclass gives its name, and writes `check`, `plan`, `begin` and `work`.
 
-    def execute(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
+    Args:
+        context: what the run's stages work with.
+        part: "i/n" where this process does a part of the blocks, or None for the whole.
+    """
+
+    name: ClassVar[str]
+    # What lies in the unfinished folder for the work alone, and goes when the manifest is there.
+    scratch: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, context: RunContext, part: str | None = None) -> None:
+        self.context = context
+        self.report: Report = context.report
+        self.part = Part.parse(part) if part is not None else None
+        self.unfinished: Unfinished
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse faults of the settings, the task and the data before anything is written."""
+
+    @abstractmethod
+    def plan(self) -> dict[str, Any]:
+        """What would be done, how much and how many bytes, for a dry run."""
+
+    @abstractmethod
+    def begin(self, finished: Path | None) -> None:
+        """Lay out the unfinished folder, or what of it is missing; where `finished` is a finished folder that does not go far
+        enough, begin from that."""
+
+    @abstractmethod
+    def work(self, folder: Path) -> WorkResult | None:
+        """Do it inside the unfinished folder, continuing whatever an earlier process left there; None where others have to
+        finish it."""
+
+    # What some stages say beside these.
+
+    query: Query | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """What `auto` identity settings of this stage stand for, by dotted name."""
+        return {}
+
+    def auto_threads(self) -> int:
+        """The CPU threads that `auto` stands for."""
+        return torch.get_num_threads()
+
+    # What all stages have.
+
+    @property
+    def folder(self) -> StageFolder:
+        """Where the result lies."""
+        return folder_of(self.context.project, self.name, self.query.name if self.query else "")
+
+    @property
+    def settings(self) -> Any:
+        """The stage's own table."""
+        return self.context.project.settings.table(self.name)
+
+    @cached_property
+    def _spec(self) -> StageSpec:
+        return spec_of(self.context.project, self.name)
+
+    @cached_property
+    def _holding(self) -> Holding:
+        return Holding(self.folder, self.part)
+
+    @cached_property
+    def _states(self) -> States:
+        return States(self.context.project, self.context.hash_dataset)
+
+    # Its life.
+
+    def execute(self, *, force: bool = False, dry_run: bool = False) -> CommandResult:
         """Bring the stage up to date, or say what that would take; what is wrong with the request is found before it begins.
 
         Raises:
             ArtifactError: an earlier stage is not done, or this one is stale and not forced.
             TryAgainError: another process holds it, the disk is full, or it was interrupted.
         """
-        check_run(self.project)
-        self.device  # noqa: B018 (one that is absent is refused before anything else)
-        require_done(self.states, self.spec.reads, self.name)
+        project = self.context.project
+        check_run(project)
+        self.context.device  # noqa: B018 (one that is absent is refused before anything else)
+        require_done(self._states, self._spec.reads, self.name)
         state = self._state(force)
         if state.state == DONE and not force:
             if not dry_run:
-                self.tidy()
-            return Outcome(self.name, state.manifest["summary"], up_to_date=True, path=self.folder.found)
+                self._tidy()
+            return CommandResult(self.name, state.manifest.summary, up_to_date=True, path=self.folder.found)
         if dry_run:
-            return Outcome(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
+            return CommandResult(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
         self._refuse_stale(state, force)
         self.check()
-        prepare_run(self.project)
-        with self.hold(), disk_errors(self.project.run_path), threads_restored():
+        prepare_run(project)
+        with self._holding.held(), disk_errors(project.run_path), threads_restored():
             try:
                 return self._take_up(force) or self._complete()
             except (SettingsError, TaskError, DataError, ComputeError):
-                # Refused before anything was finished: whoever mends the cause begins anew.
-                progress = progress_of(self.folder)
-                if not self.joins and not (progress and progress.get("kept", progress["done"])):
-                    remove(self.folder.wip)
+                self._forget_beginning()
                 raise
             except KeyboardInterrupt as error:
                 raise self._interruption(state, force) from error
 
-    def _take_up(self, force: bool) -> Outcome | None:
-        """Begin the work or go on with it, one process at a time; the outcome, where it has been done meanwhile."""
-        with self.gate():
-            self.folder.restore()
-            if (self.folder.wip / MANIFEST).exists():
-                # A kill came between the manifest and the exchange of the folders: the work is whole.
-                self._exchange()
-            state = self._state(force)
-            if state.state == DONE and not force:
-                return Outcome(self.name, state.manifest["summary"], path=self.folder.path)
-            begins = self._begin(state, force)
+    def _tidy(self) -> None:
+        """Remove from a finished folder temporary files of writers that were killed, unless somebody is at it."""
+        if strays(self.folder.found):
             try:
-                self.prepare(self.folder.wip)
+                with self.folder.lock():
+                    sweep(self.folder.found)
             except TryAgainError:
-                if begins:
-                    remove(self.folder.wip)
-                raise
-        return None
+                pass
+
+    def _forget_beginning(self) -> None:
+        """Refused before anything was finished: whoever mends the cause begins anew."""
+        progress = progress_of(self.folder)
+        if not self._holding.joins and not (progress and progress.get("kept", progress["done"])):
+            remove(self.folder.wip)
 
     def _interruption(self, state: StageState, force: bool) -> TryAgainError:
         """What to type after an interruption: a forced redo has no half that a plain command would take up as its own."""
@@ -98,9 +164,9 @@ class Stage(StageHooks):
 
     def _state(self, force: bool) -> StageState:
         """The stage's state; records too damaged to tell are no obstacle to doing it again."""
-        extra = self.content_inputs()
+        query = self.query
         try:
-            return self.states.find_in(self.spec, self.folder, self.splits_read, extra)
+            return self._states.find_in(self._spec, self.folder, query)
         except ArtifactError as error:
             if not force:
                 raise ArtifactError(error.message, f"to redo it: ocd {self.name} --force") from error
@@ -109,67 +175,87 @@ class Stage(StageHooks):
     def _refuse_stale(self, state: StageState, force: bool) -> None:
         if state.state != STALE or force:
             return
-        if self.redoes_stale:
+        if self._spec.redoes_stale:
             self.report.message(f"{self.name} is redone: {state.detail}")
             return
         raise ArtifactError(
             f"{self.name} is stale: {state.detail}",
-            f"to redo it: {redo_command(state, self.project)}; to keep it, set back what changed",
+            f"to redo it: {redo_command(state, self.context.project)}; to keep it, set back what changed",
         )
 
-    def _begin(self, state: StageState, force: bool) -> bool:
-        """Make or take up the unfinished folder; whether it was made."""
-        wip = self.folder.wip
-        redo = force or (state.state == STALE and self.redoes_stale)
-        begun = None if redo and not self.joins else self.folder.begun()
-        identity, self._sources = self._fresh() if redo else (state.identity, state.sources)
-        identity["settings"] |= {key: value for key, value in self.resolved().items() if identity["settings"].get(key) == AUTO}
-        fingerprint = digest(identity)
-        begins = begun is None or begun["fingerprint"] != fingerprint
-        if begun is not None and (begins or begun.get("wanted") != extent_settings(self.project, self.spec)):
-            self.check_discard()
+    def _take_up(self, force: bool) -> CommandResult | None:
+        """Begin the work or go on with it, one process at a time; the result, where it has been done meanwhile."""
+        with self._holding.gate():
+            self.folder.restore()
+            if (self.folder.wip / MANIFEST).exists():
+                # A kill came between the manifest and the exchange of the folders: the work is whole.
+                self._exchange()
+            state = self._state(force)
+            if state.state == DONE and not force:
+                return CommandResult(self.name, state.manifest.summary, path=self.folder.path)
+            self._begin(state, force)
+        return None
+
+    def _begin(self, state: StageState, force: bool) -> None:
+        """Make or take up the unfinished folder, lay it out, and record what it was begun with."""
+        wip, wanted = self.folder.wip, extent_settings(self.context.project, self._spec)
+        redo = force or (state.state == STALE and self._spec.redoes_stale)
+        begun = None if redo and not self._holding.joins else self.folder.begun()
+        identity, sources = self._fresh() if redo else (state.identity, state.sources)
+        decided = {key: value for key, value in self.resolved().items() if identity.settings.get(key) == AUTO}
+        identity = identity.changed(settings=identity.settings | decided)
+        begins = begun is None or begun.fingerprint != identity.fingerprint
+        if begun is not None and (begins or begun.wanted != wanted):
+            self._holding.refuse_to_discard()
         if begins:
-            threads = self.project.settings.run.threads
             remove(wip)
             wip.mkdir(parents=True)
-            begun = {
-                "identity": identity,
-                "fingerprint": fingerprint,
-                "execution": {},
-                "threads": self.auto_threads() if threads == AUTO else threads,
-            }
-        torch.set_num_threads(begun["threads"])
-        self._begun, self._identity = begun, begun["identity"]
-        if begun["identity"] is identity and state.state == PARTIAL and not redo:
-            # Before the record: a kill in between then leaves nothing that could be taken for a whole beginning.
-            self.extend(self.folder.path, wip)
-        begun |= {"wanted": extent_settings(self.project, self.spec), "sources": self._sources}
-        write_json(wip / BEGUN, begun)
-        return begins
+            asked = self.context.project.settings.run.threads
+            threads = self.auto_threads() if asked == AUTO else asked
+            begun = Begun(identity=identity, fingerprint=identity.fingerprint, execution={}, threads=threads)
+        torch.set_num_threads(begun.threads)
+        self.unfinished = Unfinished(self.folder, begun.changed(wanted=wanted, sources=sources))
+        try:
+            # Recorded when it is laid out: what a kill in between leaves could not be taken for a whole beginning.
+            self.begin(self.folder.path if begins and state.state == PARTIAL and not redo else None)
+            self.unfinished.write()
+        except TryAgainError:
+            if begins:
+                remove(wip)
+            raise
 
-    def _fresh(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _fresh(self) -> tuple[Identity, dict[str, SourceRecord]]:
         """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""
-        roles = tuple(self.splits_read.get(role, role) for role in self.spec.data)
-        inputs, sources = sources_of(self.project, self.spec, roles, None, self.hash_dataset)
-        for name in self.spec.reads:
-            inputs[STAGES[name].content] = self.manifest_of(name)["content"]
-        return make_identity(self.project, self.spec, inputs | self.content_inputs(), None), sources
+        project, query = self.context.project, self.query
+        roles = self._spec.data if query is None else tuple(filter(None, [query.split]))
+        inputs, sources = sources_of(project, self._spec, roles, None, self.context.hash_dataset)
+        inputs |= {STAGES[name].content: self.context.manifest_of(name).content for name in self._spec.reads}
+        inputs |= {} if query is None else {"query": query.content}
+        return make_identity(project, self._spec, inputs, None), sources
 
-    def _complete(self) -> Outcome:
+    def _complete(self) -> CommandResult:
         """Work, write the manifest last, exchange the folders."""
         wip, started = self.folder.wip, now()
         report, self.report = self.report, Logged(self.report, wip / "log.txt")
         self.report.start(self.name)
         try:
-            if (finished := self.work(wip)) is None:
-                return self.waiting()
+            if (result := self.work(wip)) is None:
+                return self._waiting()
         finally:
             self.report = report
-        manifest = self._manifest(wip, finished, started)
+        manifest = self._manifest(wip, result, started)
         self._check_inputs_still()
-        write_json(wip / MANIFEST, {**manifest, "sha256": manifest_hash(manifest)})
+        manifest.write(wip / MANIFEST)
         self._exchange()
-        return Outcome(self.name, self.folder.manifest()["summary"], path=self.folder.path)
+        return CommandResult(self.name, self.folder.manifest().summary, path=self.folder.path)
+
+    def _waiting(self) -> CommandResult:
+        """This part is done; the whole is there already, or waits for other parts."""
+        manifest = self.folder.manifest() if not self.folder.wip.exists() else None
+        if manifest is not None:
+            return CommandResult(self.name, manifest.summary, path=self.folder.path)
+        summary = {"stage": self.name, "state": PARTIAL, "part": str(self.part), **progress_of(self.folder)}
+        return CommandResult(self.name, summary, waits=True)
 
     def _exchange(self) -> None:
         """Give the whole work its name, without what was there for the work alone."""
@@ -184,22 +270,24 @@ class Stage(StageHooks):
         Raises:
             TryAgainError: naming the input.
         """
-        for name in self.spec.reads:
-            if self.manifest_of(name)["content"] != self._identity["inputs"][STAGES[name].content]:
+        for name in self._spec.reads:
+            if self.context.manifest_of(name).content != self.unfinished.begun.identity.inputs[STAGES[name].content]:
                 raise TryAgainError(f"{name} was redone while {self.name} read it", f"run: ocd {self.name} --force")
 
-    def _manifest(self, wip: Path, finished: Finished, started: str) -> dict[str, Any]:
-        execution = self.settings.of_kind(EXECUTION) | self._begun["execution"]
-        return {
-            "stage": self.name,
-            "fingerprint": self._begun["fingerprint"],
-            "identity": self._identity,
-            "extents": finished.extents,
-            "execution": execution,
-            "content": finished.content,
-            "summary": {"stage": self.name, **finished.summary},
-            **finished.extra,
-            "sources": self._sources,
-            "files": file_records(wip, finished.hashes, self.scratch),
-            "made": made(started, self.device),
-        }
+    def _manifest(self, wip: Path, result: WorkResult, started: str) -> Manifest:
+        begun = self.unfinished.begun
+        extra = {"store": result.store} if result.store else {}
+        return Manifest.hashed(
+            stage=self.name,
+            fingerprint=begun.fingerprint,
+            identity=begun.identity,
+            extents=result.extents,
+            execution=self.settings.of_kind(EXECUTION) | begun.execution,
+            content=result.content,
+            summary={"stage": self.name, **result.summary},
+            sources=begun.sources,
+            files=file_records(wip, result.hashes, self.scratch),
+            made=made(started, self.context.device),
+            chosen=result.chosen,
+            **extra,
+        )

@@ -1,13 +1,11 @@
 """How many samples to overfit at once, and on how many threads: from the cache, the memory and the size of the work."""
 
 import torch
-from torch import nn
 
 from stages.foundation.trees import Tree
 from stages.overfitting.overfitter import Overfitter
-from stages.per_sample.layer import Layer
 from stages.per_sample.pass_size import CACHE_BYTES, activation_bytes, largest_output, recorded_bytes
-from stages.per_sample.weights import Forward, Loop
+from stages.per_sample.weights import Loop
 
 SMALLEST, LARGEST = 32, 512
 LARGEST_ON_GPU = 4096
@@ -23,23 +21,19 @@ BLOCK_OPERATIONS, SLOW_BLOCK = 1_500_000_000_000, 256
 MOSTLY_COMPUTING = 100
 
 
-def sample_bytes(
-    overfitter: Overfitter, layer: Layer, model: nn.Module, forward: Forward, x: Tree, of_step: Tree, *, factored: bool
-) -> int:
+def sample_bytes(overfitter: Overfitter, x: Tree, of_step: Tree, *, factored: bool) -> int:
     """Memory that one sample takes while it is overfitted: its weight with gradient, moments and a temporary (less in closed
     form, none where factors are all there is), what the backward pass keeps, the prefix's record and the largest outputs.
 
     Args:
         overfitter: overfits it.
-        layer: the layer.
-        model: the base.
-        forward: the task's forward pass.
         x: a few inputs.
         of_step: what a gradient step uses of them.
         factored: whether deltas are kept as factors.
     """
     copies = 5 if overfitter.why_dense else 0 if factored else 2
     recorded = recorded_bytes(overfitter.first_pass(x).record, x)
+    model, layer, forward = overfitter.model, overfitter.layer, overfitter.forward
     kept = activation_bytes(model, layer, forward, of_step)
     return max(1, 4 * copies * layer.numel + 2 * kept + recorded + 2 * largest_output(model, forward, x))
 

@@ -12,9 +12,10 @@ from stages.foundation.errors import ArtifactError
 from stages.foundation.files import read_json
 from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, concatenate, to_device, tree_map
-from stages.lifecycle.materials import Materials
+from stages.lifecycle.context import RunContext
 from stages.per_sample.runner import Runner
 from stages.prediction.personalised import PersonalisedModel
+from stages.run_directory.format import ScaleDescription, Strength
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
@@ -27,16 +28,16 @@ STRENGTH_FILE = "strength.json"
 DENOISING_BYTES = 2 << 30
 
 
-def load_personalised(materials: Materials, strength: float | None = None) -> tuple[PersonalisedModel, str]:
+def load_personalised(context: RunContext, strength: float | None = None) -> tuple[PersonalisedModel, str]:
     """The base with input-dependent weights, as `[infer]` asks (`strength` in place of its own), and by which slower way it has
     to run ("" if it does not).
 
     Raises:
         ArtifactError: networks that are missing, damaged, or of another layer.
     """
-    task, base, layer, device = materials.task, materials.base_to_overfit, materials.layer, materials.device
-    sample = materials.splits["all"].inputs([0])
-    runner = Runner(base, layer, materials.forward, to_device(concatenate([sample, sample]), device), watched=task.watched)
+    task, base, layer, device = context.task, context.base_to_overfit(), context.layer, context.device
+    sample = context.splits["all"].inputs([0])
+    runner = Runner(base, layer, context.forward, to_device(concatenate([sample, sample]), device), watched=task.watched)
     kind = type(layer.module(base))
 
     def conditioned(x: Tree, output: Tree, captured: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,21 +52,21 @@ def load_personalised(materials: Materials, strength: float | None = None) -> tu
         with user_code("combine()"):
             return task.combine(outputs)
 
-    ensemble = materials.project.settings.infer.ensemble
-    generate = load_generator(materials, strength)
+    ensemble = context.project.settings.infer.ensemble
+    generate = load_generator(context, strength)
     personalised = PersonalisedModel(runner, conditioned, generate, combined, prepared, ensemble)
     return personalised, f"deltas are applied by {runner.method.name}: {runner.reason}" if runner.reason else ""
 
 
-def strength_of(materials: Materials) -> float:
+def strength_of(context: RunContext) -> float:
     """The strength `[infer]` asks for; `auto` is the one that `evaluate` fitted.
 
     Raises:
         ArtifactError: nothing has been fitted.
     """
-    if (strength := materials.project.settings.infer.strength) != AUTO:
+    if (strength := context.project.settings.infer.strength) != AUTO:
         return strength
-    found = read_json(materials.file_of("evaluate", STRENGTH_FILE))["strength"]
+    found = Strength.read(context.file_of("evaluate", STRENGTH_FILE)).strength
     if found is None:
         raise ArtifactError(
             "infer.strength = 'auto': evaluate had too few validation samples to fit a strength on",
@@ -74,35 +75,35 @@ def strength_of(materials: Materials) -> float:
     return found
 
 
-def load_generator(materials: Materials, strength: float | None = None) -> DeltaGenerator:
+def load_generator(context: RunContext, strength: float | None = None) -> DeltaGenerator:
     """The trained denoiser and scale network, as `[infer]` samples from them; `strength` in place of its own.
 
     Raises:
         ArtifactError: one is missing, damaged, or of another layer.
     """
-    project, device = materials.project, materials.device
-    description = read_json(materials.file_of("train-diffusion", "denoiser.json"))
+    project, device = context.project, context.device
+    description = read_json(context.file_of("train-diffusion", "denoiser.json"))
     denoiser = build_denoiser(project, description)
     with torch.device("meta"):
         each = activation_bytes(build_denoiser(project, description))
-    _load(denoiser, materials.file_of("train-diffusion", "denoiser.safetensors"))
-    shape = read_json(materials.file_of("train-scale", "scale.json"))
-    scale = ScaleNetwork(shape["fields"], shape["width"])
-    _load(scale, materials.file_of("train-scale", "scale.safetensors"))
-    if tuple(description["shape"]) != materials.layer.matrix_shape:
+    _load(denoiser, context.file_of("train-diffusion", "denoiser.safetensors"))
+    shape = ScaleDescription.read(context.file_of("train-scale", "scale.json"))
+    scale = ScaleNetwork(shape.fields, shape.width)
+    _load(scale, context.file_of("train-scale", "scale.safetensors"))
+    if tuple(description["shape"]) != context.layer.matrix_shape:
         raise ArtifactError(
-            f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {materials.layer.matrix_shape}",
+            f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {context.layer.matrix_shape}",
             "run: ocd train-diffusion --force",
         )
     settings = project.settings.infer
     return DeltaGenerator(
         denoiser.to(device).eval().requires_grad_(False),
-        make_schedule(description["schedule"], materials.layer.numel, description["prediction"]),
+        make_schedule(description["schedule"], context.layer.numel, description["prediction"]),
         scale.to(device).eval().requires_grad_(False),
         project.seed,
         settings.sampler,
         settings.sample_steps,
-        strength_of(materials) if strength is None else strength,
+        strength_of(context) if strength is None else strength,
         max(1, DENOISING_BYTES // each),
     )
 

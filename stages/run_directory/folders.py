@@ -1,16 +1,14 @@
 """The run directory: one folder a stage, final names only for what is finished, and a lock for each stage."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from stages.foundation.config import FORMAT_VERSION
 from stages.foundation.errors import ArtifactError
-from stages.foundation.files import digest, disk_errors, inside, read_json, remove, sha256_file, sync_folder, write_json
+from stages.foundation.files import disk_errors, inside, remove, sha256_file, sync_folder
+from stages.run_directory.format import FORMAT_VERSION, Begun, FileRecord, Manifest, RunRecord
 from stages.run_directory.locks import lock_path, locked
 from stages.run_directory.project import Project
 
@@ -61,7 +59,7 @@ class StageFolder:
         elif self.old.exists():
             remove(self.old)
 
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> Manifest | None:
         """The finished folder's manifest, or None where the stage has not finished.
 
         Raises:
@@ -70,24 +68,25 @@ class StageFolder:
         folder = self.found
         if not folder.exists():
             return None
-        manifest = read_json(folder / MANIFEST)
-        _check_record(
-            manifest,
-            folder / MANIFEST,
-            ("identity", "fingerprint", "extents", "files", "content", "summary", "sources", "sha256"),
-        )
-        for name in manifest["files"]:
+        manifest = Manifest.read(folder / MANIFEST)
+        for name in manifest.files:
             inside(folder, name)
         return manifest
 
-    def begun(self) -> dict[str, Any] | None:
-        """The record an unfinished folder was begun with, or None where there is none (or none worth keeping)."""
-        path = next((path for path in (self.wip / BEGUN, self.wip / MANIFEST) if path.exists()), None)
-        if path is None:
+    def begun(self) -> Begun | None:
+        """The record an unfinished folder was begun with, or None where there is none. Where a kill came between the manifest
+        and the exchange of the folders, the manifest stands for it.
+
+        Raises:
+            ArtifactError: it is unreadable, or of another format version.
+        """
+        if (self.wip / BEGUN).exists():
+            return Begun.read(self.wip / BEGUN)
+        if not (self.wip / MANIFEST).exists():
             return None
-        record = read_json(path)
-        _check_record(record, path, ("identity", "fingerprint"))
-        return record
+        whole = Manifest.read(self.wip / MANIFEST)
+        kept = {name: getattr(whole, name) for name in ("identity", "fingerprint", "execution", "sources")}
+        return Begun(**kept, threads=whole.made.threads)
 
     def exchange(self) -> None:
         """Give the finished work its final name: the old folder steps aside until the new one stands."""
@@ -99,15 +98,6 @@ class StageFolder:
         os.rename(self.wip, self.path)
         sync_folder(self.path.parent)
         remove(self.old)
-
-
-def _check_record(record: Any, path: Path, keys: tuple[str, ...]) -> None:
-    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
-    if missing:
-        raise ArtifactError(f"{path} lacks {', '.join(missing)}", "the stage must be redone with --force")
-    version = record["identity"].get("format_version") if isinstance(record["identity"], dict) else None
-    if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path} has format version {version}, expected {FORMAT_VERSION}", "name another folder with --run")
 
 
 def folder_of(project: Project, stage: str, name: str = "test") -> StageFolder:
@@ -139,17 +129,10 @@ def check_run(project: Project) -> None:
                 "name another folder with --run",
             )
         return
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        found = record.get("format_version") if isinstance(record, dict) else None
+    record = RunRecord.read(path)
+    if record.task != task_name(project):
         raise ArtifactError(
-            f"{project.run_path} has format version {found}, expected {FORMAT_VERSION}",
-            "name another folder with --run",
-        )
-    if record.get("task") != task_name(project):
-        raise ArtifactError(
-            f"{project.run_path} belongs to task {record.get('task')!r}, "
-            f"but {project.config_path} is about {task_name(project)!r}",
+            f"{project.run_path} belongs to task {record.task!r}, but {project.config_path} is about {task_name(project)!r}",
             "name another folder with --run",
         )
 
@@ -163,30 +146,25 @@ def prepare_run(project: Project) -> None:
     with disk_errors(project.run_path):
         check_run(project)
         project.run_path.mkdir(parents=True, exist_ok=True)
-        record = {"format_version": FORMAT_VERSION, "task": task_name(project), "seed": project.seed}
+        record = RunRecord(format_version=FORMAT_VERSION, task=task_name(project), seed=project.seed)
         path = project.run_path / RUN_FILE
-        if not path.exists() or json.loads(path.read_text()) != record:
-            write_json(path, record)
+        if not path.exists() or RunRecord.read(path) != record:
+            record.write(path)
 
 
-def manifest_hash(manifest: dict[str, Any]) -> str:
-    """What a manifest says of itself in `sha256`: the hash of all else in it."""
-    return digest({key: value for key, value in manifest.items() if key != "sha256"})
-
-
-def checked_file(folder: StageFolder, manifest: dict[str, Any], name: str) -> Path:
+def checked_file(folder: StageFolder, manifest: Manifest, name: str) -> Path:
     """A finished file that is about to be read, hashed again: its size and time do not show all damage.
 
     Raises:
         ArtifactError: it is missing, or its content changed.
     """
-    record, stage = manifest["files"].get(name), folder.name.split("/")[0]
-    if record is None or not (folder.found / name).is_file() or sha256_file(folder.found / name) != record["sha256"]:
+    record, stage = manifest.files.get(name), folder.name.split("/")[0]
+    if record is None or not (folder.found / name).is_file() or sha256_file(folder.found / name) != record.sha256:
         raise ArtifactError(f"content changed: {folder.name}/{name}", f"redo it with: ocd {stage} --force")
     return folder.found / name
 
 
-def file_records(folder: Path, hashes: dict[str, str], scratch: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def file_records(folder: Path, hashes: dict[str, str], scratch: tuple[str, ...] = ()) -> dict[str, FileRecord]:
     """Size, time and sha256 of every file of a stage's folder but its log, records of its own state and what lies in `scratch`;
     those in `hashes` were hashed when they were written."""
     found = {}
@@ -195,27 +173,27 @@ def file_records(folder: Path, hashes: dict[str, str], scratch: tuple[str, ...] 
         if path.is_file() and name.split("/")[0] not in (MANIFEST, BEGUN, "log.txt", *scratch):
             info = path.stat()
             sha256 = hashes.get(name) or sha256_file(path)
-            found[name] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256}
+            found[name] = FileRecord(size=info.st_size, mtime_ns=info.st_mtime_ns, sha256=sha256)
     return found
 
 
-def damaged_files(folder: Path, manifest: dict[str, Any], *, rehash: bool) -> list[str]:
+def damaged_files(folder: Path, manifest: Manifest, *, rehash: bool) -> list[str]:
     """What is wrong with a finished folder's files, one line each; unless `rehash`, only files whose size or time differ
     from the manifest are hashed again. A file found damaged gets another time."""
     wrong = []
-    for name, record in manifest["files"].items():
+    for name, record in manifest.files.items():
         path = inside(folder, name)
         if not path.is_file():
             wrong.append(f"{folder.name}/{name} is missing")
             continue
         info = path.stat()
-        if not rehash and info.st_size == record["size"] and info.st_mtime_ns == record["mtime_ns"]:
+        if not rehash and info.st_size == record.size and info.st_mtime_ns == record.mtime_ns:
             continue
-        if info.st_size != record["size"]:
-            wrong.append(f"content changed: {folder.name}/{name} has {info.st_size:,} bytes, expected {record['size']:,}")
-        elif sha256_file(path) != record["sha256"]:
+        if info.st_size != record.size:
+            wrong.append(f"content changed: {folder.name}/{name} has {info.st_size:,} bytes, expected {record.size:,}")
+        elif sha256_file(path) != record.sha256:
             wrong.append(f"content changed: {folder.name}/{name}")
-            if info.st_mtime_ns == record["mtime_ns"]:
+            if info.st_mtime_ns == record.mtime_ns:
                 # Nobody wrote it: the disk lost it. With another time, every later look at it sees what this one saw.
                 with contextlib.suppress(OSError):
                     os.utime(path)

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from stages.foundation.config import EXTENT, IDENTITY, Table
+from stages.foundation.config import EXTENT, IDENTITY
+from stages.run_directory.format import Begun, Manifest
 from stages.run_directory.project import Project
 
 # `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that
@@ -16,37 +17,64 @@ MORE_IS_FINE = ("evaluate.rows", "evaluate.seeds")
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: its name, the stages it reads, the data splits it reads, and whether it runs the user's code.
+    """One stage.
 
-    `content` names what later stages take from it, as it appears among their inputs. A stage that `mends` redoes what of its
-    result is damaged, and nothing else. `settings` are those of other tables that its result depends on.
+    Attributes:
+        name: of its command, its table and its folder.
+        entry: its function, "module:name", imported when it is called.
+        reads: the stages it reads.
+        data: the data splits it reads; `input` is what a query names.
+        task: whether it runs the user's code.
+        content: what later stages take from it, as it appears among their inputs.
+        mends: it redoes what of its result is damaged, and nothing else.
+        redoes_stale: asked with other settings it begins anew, for it is a question that nothing else depends on.
+        settings: those of other tables that its result depends on.
     """
 
     name: str
+    entry: str
     reads: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     task: bool = True
     content: str = ""
     mends: bool = False
+    redoes_stale: bool = False
     settings: tuple[str, ...] = ()
 
 
 STAGES = {
     spec.name: spec
     for spec in (
-        StageSpec("train-base", data=("train", "validation", "weights"), content="base"),
-        StageSpec("select-layer", ("train-base",), ("train", "validation"), content="layer"),
-        StageSpec("collect", ("train-base", "select-layer"), ("train", "validation"), content="deltas", mends=True),
-        StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
-        StageSpec("train-scale", ("collect",), task=False, content="scale"),
+        StageSpec("train-base", "stages.train_base:train_base", data=("train", "validation", "weights"), content="base"),
+        StageSpec(
+            "select-layer", "stages.select_layer:select_layer", ("train-base",), ("train", "validation"), content="layer"
+        ),
+        StageSpec(
+            "collect",
+            "stages.collect:collect",
+            ("train-base", "select-layer"),
+            ("train", "validation"),
+            content="deltas",
+            mends=True,
+        ),
+        StageSpec("train-diffusion", "stages.train_diffusion:train_diffusion", ("collect",), task=False, content="denoiser"),
+        StageSpec("train-scale", "stages.train_scale:train_scale", ("collect",), task=False, content="scale"),
         StageSpec(
             "evaluate",
+            "stages.evaluate:evaluate",
             ("train-base", "select-layer", "collect", "train-diffusion", "train-scale"),
             ("train", "validation", "test"),
             content="strength",
+            redoes_stale=True,
             settings=("infer.ensemble", "infer.sample_steps", "infer.sampler", "infer.strength"),
         ),
-        StageSpec("infer", ("train-base", "select-layer", "train-diffusion", "train-scale"), ("input",)),
+        StageSpec(
+            "infer",
+            "stages.infer:infer",
+            ("train-base", "select-layer", "train-diffusion", "train-scale"),
+            ("input",),
+            redoes_stale=True,
+        ),
     )
 }
 ORDER = tuple(STAGES)
@@ -63,37 +91,29 @@ def spec_of(project: Project, name: str) -> StageSpec:
     return spec
 
 
-def identity_settings(project: Project, spec: StageSpec, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The identity settings of a stage by their dotted names, `auto` as `recorded` resolves it. One that `recorded` does not
-    know, for it was made before there was such a setting, is left out at its default, which is what was done then."""
+def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manifest | None = None) -> dict[str, Any]:
+    """The identity settings of a stage by their dotted names, `auto` as `recorded` resolves it."""
     settings = project.settings
     tables = [(spec.name, settings.table(spec.name))] + ([("task", settings.task)] if spec.task else [])
     found = {f"{name}.{key}": value for name, table in tables for key, value in table.of_kind(IDENTITY).items()}
-    defaults = {key: value for name, table in tables for key, value in _defaults(name, table).items()}
     for name in spec.settings:
         table, _, key = name.partition(".")
         found[name] = getattr(settings.table(table), key)
     found["run.seed"] = project.seed
     if settings.table(spec.name).of_kind(IDENTITY).get("lr_schedule") == "cosine":
         found[f"{spec.name}.max_steps"] = settings.table(spec.name).max_steps
-    known = (recorded or {}).get("identity", {}).get("settings", {})
+    known = recorded.identity.settings if recorded else {}
     # Naming what `auto` had come to is no change either.
-    chosen = (recorded or {}).get("chosen", {})
+    chosen = recorded.chosen if isinstance(recorded, Manifest) else {}
     return {
         key: known.get(key, value) if value == AUTO or (known.get(key) == AUTO and chosen.get(key) == value) else value
         for key, value in found.items()
-        if not known or key in known or key not in defaults or value != defaults[key]
     } | {key: known[key] for key in MORE_IS_FINE if key in known and key in found and _covers(known[key], found[key])}
 
 
 def _covers(made: Any, wanted: Any) -> bool:
     """Whether what was made is as much as what is wanted, or more."""
     return set(made) >= set(wanted) if isinstance(made, list) else made >= wanted
-
-
-def _defaults(name: str, table: Table) -> dict[str, Any]:
-    """The defaults of a table's identity settings by their dotted names."""
-    return {f"{name}.{key}": value for key, value in type(table)().of_kind(IDENTITY).items()}
 
 
 def extent_settings(project: Project, spec: StageSpec) -> dict[str, Any]:

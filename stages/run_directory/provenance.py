@@ -5,9 +5,10 @@ import datetime
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+
+from stages.run_directory.format import Made
 
 
 def now() -> str:
@@ -15,16 +16,16 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def made(started: str, device: torch.device) -> dict[str, Any]:
+def made(started: str, device: torch.device) -> Made:
     """When a result was begun and ended, device, threads and versions."""
-    return {
-        "started": started,
-        "ended": now(),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
-    }
+    return Made(
+        started=started,
+        ended=now(),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
+    )
 
 
 @contextlib.contextmanager

@@ -4,13 +4,13 @@ import ast
 import hashlib
 import io
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.files import sha256_file
 from stages.foundation.specs import is_code, module_file
+from stages.run_directory.format import Begun, Manifest, SourceRecord
 from stages.run_directory.pipeline import StageSpec
 from stages.run_directory.project import Project
 
@@ -63,10 +63,10 @@ def _fault(source: str) -> str:
 
 def source_record(
     path: Path,
-    recorded: Mapping[str, Any] | None = None,
+    recorded: SourceRecord | None = None,
     hasher: Callable[[Path], str] = sha256_file,
     hint: str = "ocd.toml names it under [task]; relative paths start at its folder",
-) -> dict[str, Any]:
+) -> SourceRecord:
     """Size, time and hash of a source file; the hash is taken from `recorded` while size and time are the same.
 
     Raises:
@@ -78,9 +78,9 @@ def source_record(
         raise DataError(f"{path} is missing", hint) from error
     if path.is_dir():
         raise DataError(f"{path} is a folder, expected a file", hint)
-    same = recorded and recorded["size"] == info.st_size and recorded["mtime_ns"] == info.st_mtime_ns
-    sha256 = recorded["sha256"] if same else hasher(path)
-    return {"path": str(path), "size": info.st_size, "mtime_ns": info.st_mtime_ns, "sha256": sha256}
+    same = recorded and recorded.size == info.st_size and recorded.mtime_ns == info.st_mtime_ns
+    sha256 = recorded.sha256 if same else hasher(path)
+    return SourceRecord(path=str(path), size=info.st_size, mtime_ns=info.st_mtime_ns, sha256=sha256)
 
 
 def data_path(project: Project, role: str) -> Path | None:
@@ -91,10 +91,10 @@ def data_path(project: Project, role: str) -> Path | None:
     return project.root / Path(spec).expanduser()
 
 
-def _flag_given(record: Mapping[str, Any]) -> Mapping[str, Any]:
+def _flag_given(record: SourceRecord) -> SourceRecord:
     """The record of weights that a flag named, which later commands do not repeat: what was imported is in the base, wherever
     the file may be by now."""
-    path = Path(record["path"])
+    path = Path(record.path)
     return source_record(path, record) if path.exists() else record
 
 
@@ -104,14 +104,14 @@ def encoder_weights(project: Project) -> Path | None:
     return None if given is None else project.root / Path(given).expanduser()
 
 
-def encoder_sources(project: Project, recorded: Mapping[str, Any] | None) -> tuple[dict[str, str], dict[str, Any]]:
+def encoder_sources(project: Project, recorded: Begun | Manifest | None) -> tuple[dict[str, str], dict[str, SourceRecord]]:
     """The content hashes and records, as `task_sources` gives them, of the files that `[train-diffusion]` names.
 
     Raises:
         DataError, TaskError: as `task_sources`.
     """
-    known = (recorded or {}).get("sources", {})
-    sources: dict[str, Any] = {}
+    known = recorded.sources if recorded else {}
+    sources: dict[str, SourceRecord] = {}
     if path := encoder_weights(project):
         hint = "train-diffusion.encoder_weights names it; relative paths start at the folder of ocd.toml"
         sources["encoder weights"] = source_record(path, known.get("encoder weights"), hint=hint)
@@ -120,16 +120,16 @@ def encoder_sources(project: Project, recorded: Mapping[str, Any] | None) -> tup
         if path := module_file(project.root, module):
             name = f"encoder code {path.relative_to(project.root)}"
             sources[name] = source_record(path, known.get(name), hash_code)
-    return {name: record["sha256"] for name, record in sources.items()}, sources
+    return {name: record.sha256 for name, record in sources.items()}, sources
 
 
 def sources_of(
     project: Project,
     spec: StageSpec,
     roles: tuple[str, ...],
-    recorded: Mapping[str, Any] | None,
+    recorded: Begun | Manifest | None,
     hash_dataset: Callable[[str], str | None] | None,
-) -> tuple[dict[str, str], dict[str, Any]]:
+) -> tuple[dict[str, str], dict[str, SourceRecord]]:
     """As `task_sources`, of all that a stage reads beside the results of others; the task only where it runs its code."""
     hashes, sources = task_sources(project, roles, recorded, hash_dataset) if spec.task else ({}, {})
     if spec.name == "train-diffusion":
@@ -141,25 +141,25 @@ def sources_of(
 def task_sources(
     project: Project,
     roles: tuple[str, ...],
-    recorded: Mapping[str, Any] | None,
+    recorded: Begun | Manifest | None,
     hash_dataset: Callable[[str], str | None] | None,
-) -> tuple[dict[str, str], dict[str, Any]]:
+) -> tuple[dict[str, str], dict[str, SourceRecord]]:
     """The content hashes of the task's code and data, and the records of the files among them.
 
     Args:
         project: the project.
         roles: of train, validation, test, weights, and `input` with a path given in `recorded` alone.
-        recorded: the manifest of an earlier run of the stage; its hashes stand for files of the same size and time, for
+        recorded: what an earlier run of the stage left; its hashes stand for files of the same size and time, for
             imported weights given by a flag, and, without `hash_dataset`, for data that only code can load.
         hash_dataset: the identity of a dataset that code loads; None to trust `recorded`.
 
     Raises:
         DataError, TaskError: a file is missing, code is not Python.
     """
-    known = (recorded or {}).get("sources", {})
-    inputs = (recorded or {}).get("identity", {}).get("inputs", {})
+    known = recorded.sources if recorded else {}
+    inputs = recorded.identity.inputs if recorded else {}
     hashes: dict[str, str] = {}
-    sources: dict[str, Any] = {}
+    sources: dict[str, SourceRecord] = {}
     for path in code_files(project):
         name = f"code {path.relative_to(project.root)}"
         sources[name] = source_record(path, known.get(name), hash_code)
@@ -175,4 +175,4 @@ def task_sources(
                 hashes[role] = value
             if spec := getattr(project.settings.task, role):
                 hashes[f"{role} by"] = spec
-    return hashes | {name: record["sha256"] for name, record in sources.items()}, sources
+    return hashes | {name: record.sha256 for name, record in sources.items()}, sources

@@ -8,17 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.foundation.config import FORMAT_VERSION
 from stages.foundation.errors import ArtifactError, OcdError
-from stages.foundation.files import digest
-from stages.run_directory.folders import StageFolder, damaged_files, folder_of, manifest_hash
+from stages.run_directory.folders import StageFolder, damaged_files, folder_of
+from stages.run_directory.format import FORMAT_VERSION, Begun, Extent, Identity, Manifest, SourceRecord
 from stages.run_directory.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings, spec_of
 from stages.run_directory.project import Project
 from stages.run_directory.sources import sources_of
 
-# What `ocd run` asks of infer: the test split stands for its input.
-TEST_QUERY: tuple[dict[str, str], dict[str, Any]] = ({"input": "test"}, {"query": "test"})
 MISSING, PARTIAL, STALE, DONE = "missing", "partial", "stale", "done"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What infer is asked.
+
+    Attributes:
+        name: of the answer's folder.
+        split: the split whose content counts, "" where it is a file's.
+        content: what tells these inputs from others.
+    """
+
+    name: str = "test"
+    split: str = "test"
+    content: str = "test"
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,9 @@ class StageState:
     detail: str = ""
     changes: tuple[Change, ...] = ()
     progress: dict[str, Any] | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, Any] = field(default_factory=dict)
-    manifest: dict[str, Any] | None = None
+    identity: Identity | None = None
+    sources: dict[str, SourceRecord] = field(default_factory=dict)
+    manifest: Manifest | None = None
 
 
 def _short(value: Any) -> str:
@@ -58,23 +70,19 @@ def _short(value: Any) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def make_identity(project: Project, spec: StageSpec, inputs: dict[str, Any], recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything a stage's result depends on; its digest is the fingerprint. Holds no time, host, path or version."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "stage": spec.name,
-        "settings": identity_settings(project, spec, recorded),
-        "inputs": inputs,
-    }
+def make_identity(project: Project, spec: StageSpec, inputs: dict[str, Any], recorded: Begun | Manifest | None) -> Identity:
+    """Everything a stage's result depends on, `auto` as `recorded` resolves it."""
+    settings = identity_settings(project, spec, recorded)
+    return Identity(format_version=FORMAT_VERSION, stage=spec.name, settings=settings, inputs=inputs)
 
 
-def identity_changes(was: dict[str, Any], now: dict[str, Any]) -> tuple[Change, ...]:
+def identity_changes(was: Identity, now: Identity) -> tuple[Change, ...]:
     """Every setting and input that differs between two identities. Where a changed setting has brought the whole task with it,
     or taken it away, that setting stands for the rest."""
     changes, came_along = [], []
-    one_has_task = len({any(key.startswith("task.") for key in one.get("settings", {})) for one in (was, now)}) > 1
+    one_has_task = len({any(key.startswith("task.") for key in one.settings) for one in (was, now)}) > 1
     for group, prefix in (("settings", ""), ("inputs", "content of ")):
-        before, after = was.get(group, {}), now.get(group, {})
+        before, after = getattr(was, group), getattr(now, group)
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 # A dataset that code makes is known by the name the setting gives it.
@@ -84,20 +92,18 @@ def identity_changes(was: dict[str, Any], now: dict[str, Any]) -> tuple[Change, 
     return tuple(changes or came_along)
 
 
-def extent_change(recorded: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> tuple[str, Change | None]:
-    """Compare how far a finished stage went with how far it should go: "done", "partial" (further) or "stale" (less far).
-
-    A recorded extent is {"value", "reached", "exhausted"}: an exhausted one cannot go further, whatever is asked.
-    """
+def extent_change(recorded: dict[str, Extent], wanted: dict[str, Any]) -> tuple[str, Change | None]:
+    """Compare how far a finished stage went with how far it should go: "done", "partial" (further) or "stale" (less far). What
+    is exhausted cannot go further, whatever is asked."""
     for key, value in wanted.items():
-        entry = recorded.get(key, {"value": None, "reached": 0, "exhausted": False})
-        change = Change(key, entry["value"], value)
-        if value == entry["value"]:
+        extent = recorded.get(key, Extent(value=None, reached=0, exhausted=False))
+        change = Change(key, extent.value, value)
+        if value == extent.value:
             continue
-        if value == "all" or value > entry["reached"]:
-            if not entry["exhausted"]:
+        if value == "all" or value > extent.reached:
+            if not extent.exhausted:
                 return PARTIAL, change
-        elif value < entry["reached"]:
+        elif value < extent.reached:
             return STALE, change
     return DONE, None
 
@@ -129,7 +135,8 @@ class States:
         if name not in self._found:
             folder = folder_of(self.project, name)
             try:
-                self._found[name] = self.find_in(spec_of(self.project, name), folder, *TEST_QUERY if name == "infer" else ({},))
+                query = Query() if name == "infer" else None
+                self._found[name] = self.find_in(spec_of(self.project, name), folder, query)
             except OcdError as error:
                 state = STALE if folder.path.exists() or folder.wip.exists() else MISSING
                 self._found[name] = StageState(name, state, error.message)
@@ -139,20 +146,17 @@ class States:
         """The states of the whole pipeline, in order."""
         return [self.of(name) for name in ORDER]
 
-    def find_in(
-        self, spec: StageSpec, folder: StageFolder, renamed: dict[str, str], extra: dict[str, Any] | None = None
-    ) -> StageState:
-        """The state of a stage whose results lie in `folder`; `renamed` says which split stands for `input`, and `extra`
-        adds inputs found elsewhere."""
+    def find_in(self, spec: StageSpec, folder: StageFolder, query: Query | None = None) -> StageState:
+        """The state of a stage whose results lie in `folder`; of infer, for one query."""
         manifest, begun = folder.manifest(), folder.begun()
         recorded = begun or manifest
         if recorded is None and self._waits(spec):
             return StageState(spec.name, MISSING)
-        roles = tuple(renamed.get(role, role) for role in spec.data)
-        inputs, sources = sources_of(self.project, spec, tuple(filter(None, roles)), recorded, self._hash_dataset)
-        inputs |= self._upstream_content(spec) | (extra or {})
+        roles = spec.data if query is None else tuple(filter(None, [query.split]))
+        inputs, sources = sources_of(self.project, spec, roles, recorded, self._hash_dataset)
+        inputs |= self._upstream_content(spec) | ({} if query is None else {"query": query.content})
 
-        def identity(record: dict[str, Any] | None) -> dict[str, Any]:
+        def identity(record: Begun | Manifest | None) -> Identity:
             return make_identity(self.project, spec, inputs, record)
 
         known = {"identity": identity(recorded), "sources": sources, "manifest": manifest}
@@ -162,8 +166,8 @@ class States:
             if found.state == DONE or begun is None:
                 return StageState(**{**vars(found), **known, "identity": identity(manifest)})
         if begun is not None:
-            changes = identity_changes(begun["identity"], identity(begun))
-            changes += extents_reduced(begun.get("wanted", {}), extent_settings(self.project, spec))
+            changes = identity_changes(begun.identity, identity(begun))
+            changes += extents_reduced(begun.wanted, extent_settings(self.project, spec))
             if not changes:
                 return StageState(spec.name, PARTIAL, _progress_text(folder), progress=progress_of(folder), **known)
             return StageState(
@@ -179,33 +183,33 @@ class States:
         for name in spec.reads:
             manifest = self.of(name).manifest
             if manifest is not None:
-                found[STAGES[name].content] = manifest["content"]
+                found[STAGES[name].content] = manifest.content
         return found
 
     def _finished(
         self,
         spec: StageSpec,
         folder: StageFolder,
-        manifest: dict[str, Any],
-        identity: dict[str, Any],
+        manifest: Manifest,
+        identity: Identity,
         blocked: list[StageState],
     ) -> StageState:
         damage = damaged_files(folder.found, manifest, rehash=False)
         more = f" (and {len(damage) - 1} more files)" if len(damage) > 1 else ""
         if damage and not spec.mends:
             return StageState(spec.name, STALE, damage[0] + more)
-        if manifest["fingerprint"] != digest(manifest["identity"]):
+        if manifest.fingerprint != manifest.identity.fingerprint:
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json does not match its fingerprint")
-        if manifest["sha256"] != manifest_hash(manifest):
+        if manifest.sha256 != manifest.found_hash():
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json")
-        changes = identity_changes(manifest["identity"], identity)
+        changes = identity_changes(manifest.identity, identity)
         if changes:
             return StageState(spec.name, STALE, "; ".join(map(str, changes)), changes)
         if blocked:
             return StageState(spec.name, STALE, "; ".join(f"its input {state.name} is {state.state}" for state in blocked))
         if damage:
             return StageState(spec.name, PARTIAL, f"blocks are damaged: {damage[0]}{more}")
-        state, change = extent_change(manifest["extents"], extent_settings(self.project, spec))
+        state, change = extent_change(manifest.extents, extent_settings(self.project, spec))
         if change is not None:
             return StageState(spec.name, state, str(change), (change,))
         return StageState(spec.name, DONE)
@@ -219,21 +223,20 @@ def _progress_text(folder: StageFolder) -> str:
 def progress_of(folder: StageFolder) -> dict[str, Any] | None:
     """How far an unfinished stage is, counted from what it has left on the disk; of a training also what a kill would leave."""
     begun = folder.begun()
-    plan = (begun or {}).get("plan")
-    if not plan:
+    if begun is None or begun.plan is None:
         return None
-    done = 0
-    if plan["unit"] == "blocks":
+    plan, done = begun.plan, 0
+    if plan.unit == "blocks":
         done = len(list((folder.wip / "blocks").glob("*.json")))
-    elif plan["unit"] == "steps":
+    elif plan.unit == "steps":
         steps = [int(path.stem) for path in (folder.wip / "checkpoints").glob("*.json") if path.stem.isdigit()]
         evaluated = _evaluations(folder.wip / "metrics.jsonl")
         kept = max(steps, default=0)
         scores = [row["score"] for row in evaluated if row["score"] is not None]
         best = {"best_held_out_loss": min(scores)} if scores else {}
         reached = max([kept, *(row["step"] for row in evaluated)])
-        return {"done": reached, "kept": kept, "total": plan["total"], "unit": plan["unit"], **best}
-    return {"done": done, "total": plan["total"], "unit": plan["unit"]}
+        return {"done": reached, "kept": kept, "total": plan.total, "unit": plan.unit, **best}
+    return {"done": done, "total": plan.total, "unit": plan.unit}
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:
@@ -257,7 +260,7 @@ def redo_command(state: StageState, project: Project) -> str:
     ]
     flags += "".join(f" --set {shlex.quote(text)}" for text in given)
     if "weights" in state.sources:
-        flags += f" --weights {state.sources['weights']['path']}"
+        flags += f" --weights {state.sources['weights'].path}"
     return f"ocd {state.name}{project.flags}{flags} --force"
 
 

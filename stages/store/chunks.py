@@ -15,6 +15,7 @@ import zarr
 from numcodecs import Zstd
 
 from stages.foundation.files import write_pieces
+from stages.run_directory.format import ChunkRecord
 
 LEVEL = 1
 
@@ -37,10 +38,10 @@ def encode(rows: np.ndarray, count: int) -> tuple[bytes, bytes]:
     return compressed, google_crc32c.value(compressed).to_bytes(4, "little")
 
 
-def write(path: Path, pieces: tuple[bytes, ...]) -> dict[str, Any]:
+def write(path: Path, pieces: tuple[bytes, ...]) -> ChunkRecord:
     """Write a chunk whole and make it durable; its size and hash, as the ledger has them."""
     write_pieces(path, *pieces)
     found = hashlib.sha256()
     for piece in pieces:
         found.update(piece)
-    return {"bytes": sum(map(len, pieces)), "sha256": found.hexdigest()}
+    return ChunkRecord(bytes=sum(map(len, pieces)), sha256=found.hexdigest())

@@ -12,7 +12,8 @@ import numpy as np
 import zarr
 
 from stages.foundation.errors import ArtifactError
-from stages.foundation.files import inside, link_or_copy, read_json, remove, sync_folder
+from stages.foundation.files import inside, link_or_copy, remove, sync_folder
+from stages.run_directory.format import ArrayDescription, BlockRecord, StoreDescription
 from stages.store.chunks import codecs, encode, write
 from stages.store.ledger import LEDGER, Ledger
 
@@ -189,19 +190,21 @@ class DeltaStore(Ledger):
             sync_folder(self.folder / STORE / name)
         found = Totals()
         for block in range(self.blocks):
-            record = read_json(self.record_path(block))
-            for name, value in record.get("sums", {}).items():
+            record = BlockRecord.read(self.record_path(block))
+            for name, value in record.sums.items():
                 found.sums[name] = found.sums.get(name, 0.0) + value
-            found.skipped += record.get("skipped", [])
-            found.hashes |= {name: entry["sha256"] for name, entry in record["chunks"].items()}
+            found.skipped += record.skipped
+            found.hashes |= {name: chunk.sha256 for name, chunk in record.chunks.items()}
         return found
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> StoreDescription:
         """Shapes, dtypes and block size, for the manifest and for readers to check against. A delta that is kept as two factors
         is described as the whole it stands for."""
-        arrays = {name: {"shape": [self.samples, *spec.row_shape], "dtype": spec.dtype} for name, spec in self.specs.items()}
+        arrays = {
+            name: ArrayDescription(shape=[self.samples, *spec.row_shape], dtype=spec.dtype) for name, spec in self.specs.items()
+        }
         if DELTA not in arrays:
             out, columns = (self.specs[name].row_shape[0] for name in FACTORS)
-            arrays[DELTA] = {"shape": [self.samples, out, columns], "dtype": "float32", "factors": list(FACTORS)}
+            arrays[DELTA] = ArrayDescription(shape=[self.samples, out, columns], dtype="float32", factors=list(FACTORS))
         fields = [name for name in self.specs if name not in RESULT_ARRAYS]
-        return {"samples": self.samples, "block_samples": self.rows, "arrays": arrays, "fields": fields}
+        return StoreDescription(samples=self.samples, block_samples=self.rows, arrays=arrays, fields=fields)

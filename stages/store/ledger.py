@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.foundation.errors import ArtifactError, OcdError
-from stages.foundation.files import digest, inside, read_json, remove, sha256_file, write_json
+from stages.foundation.files import inside, remove, sha256_file
+from stages.run_directory.format import BlockRecord, ChunkRecord
 
 LEDGER = "blocks"
-
-
-def record_hash(record: dict[str, Any]) -> str:
-    """What a block's record says of itself in `sha256`: the hash of all else in it."""
-    return digest({key: value for key, value in record.items() if key != "sha256"})
 
 
 class Ledger:
@@ -53,14 +49,14 @@ class Ledger:
         if not self.record_path(block).exists():
             return False
         try:
-            record = read_json(self.record_path(block))
+            record = BlockRecord.read(self.record_path(block))
             span = self.block_range(block)
-            wanted = (self.marks, [span.start, span.stop], record_hash(record), set(self.chunk_names(block)))
-            marks = {key: record[key] for key in self.marks}
-            if (marks, record["samples"], record["sha256"], set(record["chunks"])) != wanted:
+            wanted = (self.marks, [span.start, span.stop], record.found_hash(), set(self.chunk_names(block)))
+            marks = {key: getattr(record, key) for key in self.marks}
+            if (marks, record.samples, record.sha256, set(record.chunks)) != wanted:
                 return False
-            return not any(damage_of(self.folder, name, entry, rehash) for name, entry in record["chunks"].items())
-        except (ArtifactError, OSError, KeyError, TypeError, AttributeError):
+            return not any(damage_of(self.folder, name, chunk, rehash) for name, chunk in record.chunks.items())
+        except (ArtifactError, OSError):
             return False
 
     @property
@@ -83,7 +79,7 @@ class Ledger:
             if not path.stem.isdigit() or int(path.stem) >= self.blocks:
                 remove(path)
 
-    def write_record(self, block: int, chunks: dict[str, dict[str, Any]], **notes: Any) -> None:
+    def write_record(self, block: int, chunks: dict[str, ChunkRecord], **notes: Any) -> None:
         """Write the record that makes a block done.
 
         Args:
@@ -92,19 +88,19 @@ class Ledger:
             notes: further entries.
         """
         span = self.block_range(block)
-        record = {**self.marks, "block": block, "samples": [span.start, span.stop], "chunks": chunks, **notes}
-        write_json(self.record_path(block), record | {"sha256": record_hash(record)})
+        record = BlockRecord.hashed(**self.marks, block=block, samples=[span.start, span.stop], chunks=chunks, **notes)
+        record.write(self.record_path(block))
 
 
-def damage_of(folder: Path, name: str, entry: dict[str, Any], rehash: bool = True) -> str:
-    """What is wrong with a chunk whose record says `entry`; "" where nothing is."""
+def damage_of(folder: Path, name: str, chunk: ChunkRecord, rehash: bool = True) -> str:
+    """What is wrong with a chunk; "" where nothing is."""
     path = inside(folder, name)
     if not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{name} has {size:,} bytes, expected {entry['bytes']:,}"
-    return f"content changed: {name}" if rehash and sha256_file(path) != entry["sha256"] else ""
+    if size != chunk.bytes:
+        return f"{name} has {size:,} bytes, expected {chunk.bytes:,}"
+    return f"content changed: {name}" if rehash and sha256_file(path) != chunk.sha256 else ""
 
 
 def ledger_problems(folder: Path, fingerprint: str) -> list[str]:
@@ -117,13 +113,13 @@ def ledger_problems(folder: Path, fingerprint: str) -> list[str]:
     problems = []
     for path in sorted((folder / LEDGER).glob("*.json")):
         try:
-            record = read_json(path)
-            if record["fingerprint"] != fingerprint:
+            record = BlockRecord.read(path)
+            if record.fingerprint != fingerprint:
                 problems.append(f"{LEDGER}/{path.name} is of another store")
-            if record["sha256"] != record_hash(record) or path.stem != f"{record['block']:06d}":
+            if record.sha256 != record.found_hash() or path.stem != f"{record.block:06d}":
                 problems.append(f"content changed: {LEDGER}/{path.name}")
-            found = (damage_of(folder, name, entry) for name, entry in record["chunks"].items())
+            found = (damage_of(folder, name, chunk) for name, chunk in record.chunks.items())
             problems += [f"block {path.stem}: {text}" for text in found if text]
-        except (OcdError, OSError, KeyError, TypeError, AttributeError) as error:
+        except (OcdError, OSError) as error:
             problems.append(f"{LEDGER}/{path.name} is not a block's record: {error}")
     return problems

@@ -4,12 +4,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import sha256_file, sync_folder
+from stages.run_directory.format import ChunkRecord
 from stages.store.archives import Streamed, save_npz, whole
 from stages.store.chunks import encode, write
 from stages.store.delta_store import CHUNK_BYTES, DELTA, STORE, ArraySpec, chunk_name, lay_out
@@ -70,7 +70,7 @@ class Answer(Ledger):
         chunks = range(span.start // self._chunk_rows, -(-span.stop // self._chunk_rows))
         return [chunk_name(DELTA, chunk, len(self._delta.row_shape)) for chunk in chunks]
 
-    def write_deltas(self, span: range, deltas: np.ndarray) -> dict[str, dict[str, Any]]:
+    def write_deltas(self, span: range, deltas: np.ndarray) -> dict[str, ChunkRecord]:
         """Write a batch's deltas (B, E, out, in); their chunks, for the block's record."""
         found = {}
         for number, name in enumerate(self._delta_names(span)):
@@ -78,7 +78,7 @@ class Answer(Ledger):
             found[name] = write(self.folder / name, encode(rows, self._chunk_rows))
         return found
 
-    def write_block(self, block: int, arrays: dict[str, np.ndarray], chunks: dict[str, dict[str, Any]]) -> None:
+    def write_block(self, block: int, arrays: dict[str, np.ndarray], chunks: dict[str, ChunkRecord]) -> None:
         """Write one block's predictions, make them durable, then its record.
 
         Args:
@@ -91,7 +91,7 @@ class Answer(Ledger):
         save_npz(path, {key: whole(value) for key, value in arrays.items()})
         if chunks:
             sync_folder(self.folder / STORE / DELTA)
-        entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        entry = ChunkRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
         self.write_record(block, {name: entry, **chunks})
 
     def read(self, block: int, *names: str) -> dict[str, np.ndarray]:

@@ -5,15 +5,15 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
 
 from stages.foundation.background import read_ahead
 from stages.foundation.errors import ArtifactError
-from stages.foundation.files import read_json
 from stages.foundation.seeds import seed_of
+from stages.run_directory.folders import MANIFEST
+from stages.run_directory.format import Manifest, StoreDescription
 from stages.store.delta_store import STORE, ArraySpec, chunk_name, is_laid_out
 
 # Threads that read and decompress blocks for a buffer.
@@ -32,21 +32,21 @@ class StoreReader:
         ArtifactError: an array is missing, or has another shape or dtype.
     """
 
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, description: StoreDescription) -> None:
         self.path, self.description = folder / STORE, description
         try:
             self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
-            kept = {name: wanted for name, wanted in description["arrays"].items() if "factors" not in wanted}
+            kept = {name: wanted for name, wanted in description.arrays.items() if wanted.factors is None}
             self._arrays = {name: self._group[name] for name in kept}
             for name, wanted in kept.items():
                 array = self._arrays[name]
-                if list(array.shape) != wanted["shape"] or array.dtype != np.dtype(wanted["dtype"]):
+                if list(array.shape) != wanted.shape or array.dtype != np.dtype(wanted.dtype):
                     raise ArtifactError(
                         f"{self.path}/{name} is {array.dtype} {array.shape}, "
-                        f"its manifest says {wanted['dtype']} {tuple(wanted['shape'])}",
+                        f"its manifest says {wanted.dtype} {tuple(wanted.shape)}",
                         "redo it with: ocd collect --force",
                     )
-                spec = ArraySpec(wanted["dtype"], tuple(wanted["shape"][1:]))
+                spec = ArraySpec(wanted.dtype, tuple(wanted.shape[1:]))
                 if not is_laid_out(array, name, spec, len(self), self.block_samples):
                     raise ArtifactError(f"{self.path}/{name}/zarr.json lays the array out in another way", MEND_HINT)
         except (KeyError, ValueError, FileNotFoundError, TypeError) as error:
@@ -59,15 +59,18 @@ class StoreReader:
         Raises:
             ArtifactError: there is no such store, or it is laid out otherwise than its manifest says.
         """
-        return cls(Path(folder), read_json(Path(folder) / "manifest.json")["store"])
+        path = Path(folder) / MANIFEST
+        if (description := Manifest.read(path).store) is None:
+            raise ArtifactError(f"{path} describes no delta store", "name the folder of collect, run/collect")
+        return cls(Path(folder), description)
 
     def __len__(self) -> int:
-        return self.description["samples"]
+        return self.description.samples
 
     @property
     def block_samples(self) -> int:
         """Rows to a block."""
-        return self.description["block_samples"]
+        return self.description.block_samples
 
     @property
     def blocks(self) -> int:
@@ -80,7 +83,7 @@ class StoreReader:
         Raises:
             ArtifactError: a chunk is damaged.
         """
-        factors = self.description["arrays"][name].get("factors")
+        factors = self.description.arrays[name].factors
         if factors:
             left, right = (self.read(factor, start, stop) for factor in factors)
             return left[:, :, None] * right[:, None, :]
@@ -93,21 +96,19 @@ class StoreReader:
 
     def _require_chunks(self, name: str, blocks: range) -> None:
         """Refuse a missing chunk: it would read back as its fill value, without an error."""
-        axes = len(self.description["arrays"][name]["shape"]) - 1
+        axes = len(self.description.arrays[name].shape) - 1
         for block in blocks:
             if not (self.path.parent / chunk_name(name, block, axes)).is_file():
                 raise ArtifactError(f"{self.path.parent / chunk_name(name, block, axes)} is missing", MEND_HINT)
 
     def field_names(self) -> list[str]:
         """The conditioning arrays: those that are not part of the fixed record of overfitting."""
-        return list(self.description["fields"])
+        return list(self.description.fields)
 
     def nbytes(self, names: list[str]) -> int:
         """Bytes of some arrays in memory."""
-        arrays = self.description["arrays"]
-        return sum(
-            int(np.prod(arrays[name]["shape"], dtype=np.int64)) * np.dtype(arrays[name]["dtype"]).itemsize for name in names
-        )
+        arrays = self.description.arrays
+        return sum(int(np.prod(arrays[name].shape, dtype=np.int64)) * np.dtype(arrays[name].dtype).itemsize for name in names)
 
     def take(self, names: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:
         """Some rows of some arrays, in the order asked for, and their numbers as "row"; each block is read once."""
@@ -201,8 +202,8 @@ class StoreReader:
                 yield buffer
 
     def _empty(self, names: list[str], count: int) -> dict[str, np.ndarray]:
-        arrays = self.description["arrays"]
-        found = {name: np.empty((count, *arrays[name]["shape"][1:]), arrays[name]["dtype"]) for name in names}
+        arrays = self.description.arrays
+        found = {name: np.empty((count, *arrays[name].shape[1:]), arrays[name].dtype) for name in names}
         return {"row": np.empty(count, np.int64), **found}
 
     def _fill(self, buffer: dict[str, np.ndarray], names: list[str], places: np.ndarray) -> None:
@@ -213,9 +214,9 @@ class StoreReader:
             buffer[name][places] = self.read(name, start, stop)[rows - start]
 
 
-def field_widths(store: dict[str, Any]) -> dict[str, int]:
+def field_widths(store: StoreDescription) -> dict[str, int]:
     """How many numbers a row of each conditioning array has, by the store's description."""
-    return {name: math.prod(store["arrays"][name]["shape"][1:]) for name in store["fields"]}
+    return {name: math.prod(store.arrays[name].shape[1:]) for name in store.fields}
 
 
 def _batches(buffers: Iterator[dict[str, np.ndarray]], batch_size: int) -> Iterator[dict[str, np.ndarray]]:

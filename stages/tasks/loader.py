@@ -22,14 +22,23 @@ from stages.tasks.views import any_views
 LABELS_AT_ONCE = 1 << 16
 
 
-def load_task(settings: TaskTable, root: Path) -> Task:
+def load_task(settings: TaskTable, root: Path, *, condition_on_x: bool = False) -> Task:
     """The task `[task]` declares: an instance of the user's class, or a SupervisedTask.
+
+    Args:
+        settings: `[task]`.
+        root: the folder of `ocd.toml`.
+        condition_on_x: whether x is a field of the conditioning, too.
 
     Raises:
         SettingsError, TaskError: the code it names does not import, lacks a name, raises, or is no Task.
     """
-    if settings.class_ is None:
-        return SupervisedTask(settings, root)
+    task = SupervisedTask(settings, root) if settings.class_ is None else _own_task(settings, root)
+    task.condition_on_x = condition_on_x
+    return task
+
+
+def _own_task(settings: TaskTable, root: Path) -> Task:
     make = load_object(root, settings.class_, "task.class")
     with user_code(settings.class_):
         task = make(**settings.args)

@@ -31,7 +31,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def evaluate(task: Task, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
+def mean_metrics(task: Task, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
     """Means of the task's metrics over a split, and of its loss under the name "loss"; the model is put in eval mode."""
     totals: dict[str, float] = {}
     model.eval()

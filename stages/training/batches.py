@@ -55,8 +55,8 @@ class TrainingBatches:
         memory: float | str,
     ) -> None:
         self._reader, self._seed, self._device = reader, seed, device
-        arrays = reader.description["arrays"]
-        self._factors = arrays[DELTA].get("factors") if deltas else None
+        arrays = reader.description.arrays
+        self._factors = arrays[DELTA].factors if deltas else None
         self._names = [*(self._factors or [DELTA] * deltas), *reader.field_names()]
         self._rho = reader.read("rho")
         known = (torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho", "sample_index"))
@@ -84,10 +84,9 @@ class TrainingBatches:
         if not on_gpu and needed > allowed / local_count():
             return None
         device = self._device if on_gpu else "cpu"
-        arrays = {name: self._reader.description["arrays"][name] for name in self._names}
+        arrays = {name: self._reader.description.arrays[name] for name in self._names}
         kept = {
-            name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device)
-            for name, entry in arrays.items()
+            name: torch.empty(array.shape, dtype=getattr(torch, array.dtype), device=device) for name, array in arrays.items()
         }
         for start, stop in self._spans():
             for name, values in kept.items():

@@ -3,20 +3,22 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, UNETS, resolve
+from stages.diffusion.denoisers import MLP, PAPER, UNETS, resolve
 from stages.diffusion.denoising import step_draws
-from stages.diffusion.schedule import EPSILON, NoiseSchedule, make_schedule
+from stages.diffusion.schedule import NoiseSchedule, make_schedule
 from stages.foundation.background import read_ahead
+from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import available_memory
 from stages.foundation.processes import local_count
 from stages.foundation.seeds import global_seed
+from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
@@ -39,35 +41,49 @@ MEMORY_SHARE, GPU_MEMORY_SHARE = 0.85, 0.6
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A denoiser with every `auto` decided.
+class DenoiserSettings:
+    """`[train-diffusion]` with every `auto` of it decided.
 
     Attributes:
-        project: the project.
+        table: the settings as given.
         description: what `make_denoiser` needs, and the schedule; kept beside the weights.
         lr: learning rate.
         batch_size: deltas a step.
         half: bfloat16 autocast.
+        seed: the run's.
+        make: builds the denoiser; `begin=True` as it is before the first step.
     """
 
-    project: Project
+    table: TrainDiffusionTable
     description: dict[str, Any]
     lr: float
     batch_size: int
     half: bool
+    seed: int
+    make: Callable[..., Denoiser]
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def decided(self) -> dict[str, Any]:
         """What the `auto` settings stand for."""
         shapes = ("shape", "fields", "encoders", "schedule")
         kept = {key: value for key, value in self.description.items() if key not in shapes}
         return {**kept, "lr": self.lr, "batch_size": self.batch_size, "precision": BFLOAT16 if self.half else FLOAT32}
 
+    @property
+    def preset(self) -> str:
+        """The kind of denoiser."""
+        return self.description["preset"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of a delta."""
+        return tuple(self.description["shape"])
+
     @cached_property
     def sketch(self) -> Denoiser:
         """The denoiser without memory: shapes alone."""
         with torch.device("meta"):
-            return build_denoiser(self.project, self.description)
+            return self.make()
 
     @cached_property
     def parameters(self) -> int:
@@ -82,37 +98,35 @@ class Choice:
     @property
     def schedule(self) -> NoiseSchedule:
         """The noise schedule."""
-        rows, columns = self.description["shape"]
+        rows, columns = self.shape
         return make_schedule(self.description["schedule"], rows * columns, self.description["prediction"])
 
 
-def choose_denoiser(project: Project, store: dict[str, Any], settings: Mapping[str, Any], device: torch.device) -> Choice:
+def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any], device: torch.device) -> DenoiserSettings:
     """Decide every `auto` of `[train-diffusion]`.
 
     Args:
         project: the project.
-        store: its description in collect's manifest.
-        settings: the table's, by name; those of unfinished work have been decided before.
+        store: its description.
+        decided: settings by name, as unfinished work was begun with them.
         device: where it is to train.
 
     Raises:
         SettingsError: settings that do not go together, encoders of fields that do not exist.
     """
-    arrays, fields = store["arrays"], store["fields"]
-    shape = tuple(arrays["delta"]["shape"][1:])
+    table = project.settings.train_diffusion
+    settings, shape = {**table.model_dump(), **decided}, tuple(store.arrays["delta"].shape[1:])
     half = device.type == "cuda" if settings["precision"] == AUTO else settings["precision"] == BFLOAT16
-    shapes = {
-        "shape": list(shape),
-        "fields": field_widths(store),
-        "schedule": settings["schedule"],
-    }
-    if encoders := described_encoders(project, arrays, fields):
+    shapes = {"shape": list(shape), "fields": field_widths(store), "schedule": settings["schedule"]}
+    if encoders := described_encoders(project, store):
         shapes["encoders"] = encoders
 
-    def made(preset: str) -> Choice:
-        decided = resolve({**settings, "preset": preset}, shape)
-        lr, batch_size = decided.pop("lr"), decided.pop("batch_size")
-        return Choice(project, {**decided, **shapes}, lr, batch_size, half)
+    def made(preset: str) -> DenoiserSettings:
+        found = resolve({**settings, "preset": preset}, shape)
+        lr, batch_size = found.pop("lr"), found.pop("batch_size")
+        description = {**found, **shapes}
+        make = partial(build_denoiser, project, description)
+        return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
 
     if settings["preset"] != AUTO:
         return made(settings["preset"])
@@ -131,60 +145,31 @@ def free_memory(device: torch.device) -> int:
     return 2**63 if available is None else int(MEMORY_SHARE * available) // local_count()
 
 
-def micro_batch(choice: Choice, size: int, setting: int | str, device: torch.device) -> int:
-    """Deltas whose activations are in memory at once.
+def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) -> int:
+    """Deltas whose activations are in memory at once, in each rank; on a GPU halved later, where memory runs out.
 
     Args:
-        choice: the denoiser.
-        size: of a batch.
-        setting: of `micro_batch_size`.
+        settings: of the denoiser.
+        ranks: processes that share a batch.
         device: where it trains.
 
     Raises:
-        TryAgainError: they do not fit; with the figures, and what would.
+        TryAgainError: they do not fit; with the figures.
     """
-    free = free_memory(device)
-    if setting != AUTO:
-        wanted = min(size, setting)
-    elif device.type == "cpu" and choice.description["preset"] in UNETS:
-        wanted = min(size, MOST_ON_CPU)
-    else:
-        wanted = size
-    while wanted > 1 and setting == AUTO and training_bytes(choice.sketch, wanted, choice.half) > free:
+    free, share, asked = free_memory(device), -(-settings.batch_size // ranks), settings.table.micro_batch_size
+    on_cpu = device.type == "cpu" and settings.preset in UNETS
+    wanted = min(share, asked) if asked != AUTO else min(share, MOST_ON_CPU) if on_cpu else share
+    while wanted > 1 and asked == AUTO and training_bytes(settings.sketch, wanted, settings.half) > free:
         wanted = -(-wanted // 2)
-    if (needed := training_bytes(choice.sketch, wanted, choice.half)) > free:
+    if (needed := training_bytes(settings.sketch, wanted, settings.half)) > free:
+        fewer = f"fewer at once with --set {STAGE}.micro_batch_size=auto, " if wanted > 1 else ""
         raise TryAgainError(
-            f"training preset {choice.description['preset']} of width {choice.description['width']} on deltas of "
-            f"{'×'.join(map(str, choice.description['shape']))} takes about {needed:,} bytes of memory with {wanted} at once; "
+            f"training preset {settings.preset} of width {settings.description['width']} on deltas of "
+            f"{'×'.join(map(str, settings.shape))} takes about {needed:,} bytes of memory with {wanted} at once; "
             f"{free:,} may be taken",
-            _what_fits(choice, free),
+            f"take {fewer}a smaller network with --set {STAGE}.width=N or --set {STAGE}.preset=mlp, or free memory",
         )
     return wanted
-
-
-def _what_fits(choice: Choice, free: int) -> str:
-    """Settings that would fit, ready to paste."""
-    table = choice.project.settings.train_diffusion.model_dump()
-    shape, preset, width = tuple(choice.description["shape"]), choice.description["preset"], choice.description["width"]
-    kept = {key: choice.description[key] for key in ("shape", "fields", "schedule", "encoders") if key in choice.description}
-    auto = dict.fromkeys(("width", "blocks", "multipliers", "attention_max_tokens", "pad_to", "dropout"), AUTO)
-    if table["prediction"] == EPSILON:
-        auto["prediction"] = AUTO
-    fewer = {} if table["micro_batch_size"] == AUTO else {"micro_batch_size": AUTO}
-    # Widths are even, and at least 8.
-    narrower = [width // part for part in (2, 4) if preset in UNETS and width % (2 * part) == 0 and width >= 8 * part]
-    trials = [fewer] if fewer else []
-    trials += [{"preset": preset, "width": less} for less in narrower]
-    trials += [{"preset": other, **auto} for other in (SMALL, FACTORED, MLP) if other != preset]
-    found = []
-    for trial in trials:
-        settings = {**table, "preset": preset, **trial, **fewer}
-        sketch = Choice(choice.project, {**resolve(settings, shape), **kept}, 0.0, 1, choice.half).sketch
-        if training_bytes(sketch, 1, choice.half) <= free:
-            # Those that differ from what ocd.toml has: it is to be pasted beside that.
-            changed = {key: settings[key] for key in {**trial, **fewer} if settings[key] != table[key]}
-            found.append(" ".join(f"--set {STAGE}.{key}={value}" for key, value in changed.items()))
-    return f"these fit: {'; '.join(found[:3])}" if found else "no preset fits this layer here: choose a smaller one"
 
 
 @dataclass(frozen=True)
@@ -192,24 +177,24 @@ class Training:
     """What takes part in training a denoiser.
 
     Attributes:
-        rows: what it learns from.
+        batches: what it learns from.
         denoiser: the network.
         steps: its losses.
         trainer: takes the steps.
     """
 
-    rows: TrainingBatches
+    batches: TrainingBatches
     denoiser: Denoiser
     steps: DenoisingSteps
     trainer: Trainer
 
     def blame(self) -> str:
         """The samples whose loss is worst in the last batch, for a message."""
-        return self.rows.blame(*self.steps.errors())
+        return self.batches.blame(*self.steps.errors())
 
 
 def begin_training(
-    choice: Choice,
+    settings: DenoiserSettings,
     reader: StoreReader,
     micro: int,
     device: torch.device,
@@ -220,7 +205,7 @@ def begin_training(
     """Make everything anew, as it is before the first step.
 
     Args:
-        choice: the denoiser.
+        settings: of the denoiser.
         reader: the store.
         micro: deltas in memory at once.
         device: where it trains.
@@ -228,60 +213,63 @@ def begin_training(
         smaller: hears of a micro-batch that had to be halved.
         tuning: as `DenoisingSteps`.
     """
-    project, settings = choice.project, choice.project.settings.train_diffusion
-    wanted = {"held_out": settings.held_out, "batch_size": choice.batch_size, "memory": settings.store_memory}
-    rows = TrainingBatches(reader, deltas=True, seed=project.seed, device=device, **wanted)
-    denoiser = _new_denoiser(choice, rows, device)
+    table = settings.table
+    wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
+    batches = TrainingBatches(reader, deltas=True, seed=settings.seed, device=device, **wanted)
+    denoiser = _new_denoiser(settings, batches, device)
     steps = DenoisingSteps(
         denoiser,
-        choice.schedule,
-        lambda step: read_ahead(_ready(choice, rows, ranks, step, device)),
-        batch_size=rows.batch_size,
+        settings.schedule,
+        lambda step: read_ahead(_ready(settings, batches, ranks, step, device)),
+        batch_size=batches.batch_size,
         micro_batch=micro,
-        half=choice.half,
+        half=settings.half,
         ranks=ranks,
-        seed=project.seed,
+        seed=settings.seed,
         smaller=smaller,
         tuning=tuning,
-        tune_after=settings.tune_after,
+        tune_after=table.tune_after,
     )
     trained = [p for p in denoiser.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=choice.lr, weight_decay=0.0, fused=True)
-    cosine = settings.max_steps if settings.lr_schedule == "cosine" else None
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
+    cosine = table.max_steps if table.lr_schedule == "cosine" else None
     trainer = Trainer(denoiser, optimizer, steps, cosine_steps=cosine, ranks=ranks)
-    if settings.compile:
-        # After the trainer has made its copy, which is judged as it is.
+    if table.compile:
+        # After the trainer has made its copy, which is evaluated as it is.
         denoiser.compile()
-    return Training(rows, denoiser, steps, trainer)
+    return Training(batches, denoiser, steps, trainer)
 
 
-def _new_denoiser(choice: Choice, rows: TrainingBatches, device: torch.device) -> Denoiser:
-    with global_seed(choice.project.seed, STAGE, "network"):
-        denoiser = build_denoiser(choice.project, choice.description, begin=True)
-    denoiser.encoder.normalise.fit(rows.parts())
-    denoiser.encoder.noise = choice.project.settings.train_diffusion.conditioning_noise
-    if device.type == "cuda" and choice.description["preset"] in UNETS:
+def _new_denoiser(settings: DenoiserSettings, batches: TrainingBatches, device: torch.device) -> Denoiser:
+    with global_seed(settings.seed, STAGE, "network"):
+        denoiser = settings.make(begin=True)
+    denoiser.encoder.normalise.fit(batches.parts())
+    denoiser.encoder.noise = settings.table.conditioning_noise
+    if device.type == "cuda" and settings.preset in UNETS:
         return denoiser.to(device, memory_format=torch.channels_last)
     return denoiser.to(device)
 
 
-def _ready(choice: Choice, rows: TrainingBatches, ranks: Ranks, step: int, device: torch.device) -> Iterator[Ready]:
+def _ready(
+    settings: DenoiserSettings, batches: TrainingBatches, ranks: Ranks, step: int, device: torch.device
+) -> Iterator[Ready]:
     """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
-    settings = choice.project.settings.train_diffusion
-    on_deltas = max(0, settings.tune_after - step) if settings.tune_after else None
-    yield from itertools.islice(_shares(choice, rows, ranks.share(rows.batch_size), step, device), on_deltas)
-    tuned = ranks.share(min(settings.tune_samples, rows.batch_size))
-    yield from _shares(choice, rows, tuned, step + on_deltas, device)
+    table = settings.table
+    on_deltas = max(0, table.tune_after - step) if table.tune_after else None
+    yield from itertools.islice(_shares(settings, batches, ranks.share(batches.batch_size), step, device), on_deltas)
+    tuned = ranks.share(min(table.tune_samples, batches.batch_size))
+    yield from _shares(settings, batches, tuned, step + on_deltas, device)
 
 
-def _shares(choice: Choice, rows: TrainingBatches, share: slice, step: int, device: torch.device) -> Iterator[Ready]:
+def _shares(
+    settings: DenoiserSettings, batches: TrainingBatches, share: slice, step: int, device: torch.device
+) -> Iterator[Ready]:
     """A part of each batch from a step on, with its draws, those of the whole batch."""
     pinned = device.type == "cuda"
     if pinned:
         torch.cuda.set_device(device)
-    schedule, shape = choice.schedule, tuple(choice.description["shape"])
-    for batch in rows.batches(step, share):
-        t, noise = step_draws(rows.batch_size, shape, schedule.steps, choice.project.seed, STAGE, step)
+    for batch in batches.batches(step, share):
+        t, noise = step_draws(batches.batch_size, settings.shape, settings.schedule.steps, settings.seed, STAGE, step)
         t, noise = t[share], noise[share]
         yield (batch.pinned(), t.pin_memory(), noise.pin_memory()) if pinned else (batch, t, noise)
         step += 1

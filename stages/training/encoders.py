@@ -12,6 +12,7 @@ from stages.diffusion.encoders import KINDS, LINEAR
 from stages.foundation.errors import ComputeError, DataError, SettingsError, TaskError
 from stages.foundation.specs import is_code
 from stages.foundation.tensors import load_tensors
+from stages.run_directory.format import StoreDescription
 from stages.run_directory.project import Project
 from stages.run_directory.sources import encoder_weights
 from stages.tasks.user_code import load_object, user_code
@@ -20,27 +21,26 @@ SETTING = "train-diffusion.encoders"
 MEND = "mend it, then run the same command again"
 
 
-def described_encoders(project: Project, arrays: dict[str, Any], fields: list[str]) -> dict[str, dict[str, Any]]:
+def described_encoders(project: Project, store: StoreDescription) -> dict[str, dict[str, Any]]:
     """The fields that have an encoder of their own: {name: {"kind", "shape"}}.
 
     Args:
         project: the project.
-        arrays: of the store, by name, with their shapes.
-        fields: names of the conditioning's.
+        store: the arrays of the fields.
 
     Raises:
         SettingsError: fields or kinds that do not exist.
     """
     chosen = project.settings.train_diffusion.encoders
     for name, kind in chosen.items():
-        if name not in fields:
-            raise SettingsError(f"{SETTING}: the store has no field {name!r}", f"it has {', '.join(fields)}")
+        if name not in store.fields:
+            raise SettingsError(f"{SETTING}: the store has no field {name!r}", f"it has {', '.join(store.fields)}")
         if kind not in (LINEAR, *KINDS) and not is_code(kind):
             raise SettingsError(
                 f"{SETTING}.{name} = {kind!r}: expected {', '.join((LINEAR, *KINDS))}, or a module of yours",
                 'name one as "module:name", a callable (shape, width) -> nn.Module',
             )
-    return {name: {"kind": kind, "shape": arrays[name]["shape"][1:]} for name, kind in chosen.items() if kind != LINEAR}
+    return {name: {"kind": kind, "shape": store.arrays[name].shape[1:]} for name, kind in chosen.items() if kind != LINEAR}
 
 
 def build_denoiser(project: Project, description: dict[str, Any], *, begin: bool = False) -> Denoiser:

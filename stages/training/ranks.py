@@ -12,7 +12,7 @@ from torch import nn
 from stages.foundation.errors import TryAgainError
 from stages.foundation.processes import local_rank, world_size
 
-# A process that waits longer than this for the others takes them for dead. Rank 0 judges and writes while they wait.
+# A process that waits longer than this for the others takes them for dead. Rank 0 evaluates and writes while they wait.
 TIMEOUT = datetime.timedelta(minutes=30)
 RESTART = "run the same torchrun command again: it goes on from the last checkpoint"
 
@@ -21,12 +21,13 @@ class Ranks:
     """This process among those of one training; alone, it shares nothing.
 
     Attributes:
-        rank: 0 leads: it holds the lock, judges, writes.
+        rank: 0 leads: it holds the lock, evaluates, writes.
         count: how many there are.
     """
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
         self.rank, self.count = rank, count
+        self._begun = False
 
     @classmethod
     def joined(cls, device_type: str) -> "Ranks":
@@ -101,8 +102,20 @@ class Ranks:
         except RuntimeError as error:
             raise TryAgainError(f"another process of this training is gone: {str(error).splitlines()[0]}", RESTART) from error
 
+    def begin(self, what: dict[str, Any]) -> None:
+        """Rank 0: let the others take part."""
+        self._begun = True
+        self.agree(what)
+
+    def begun(self) -> dict[str, Any] | None:
+        """What rank 0 begins, once it does; None where there is nothing to train."""
+        self._begun = True
+        return self.agree()
+
     def leave(self) -> None:
-        """End the group."""
+        """End the group. Those who still wait for rank 0 to begin need not."""
+        if not self._begun:
+            self.agree(None)
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from stages.foundation.errors import ArtifactError, ComputeError
-from stages.foundation.files import disk_errors, link_or_copy, read_json, remove, sha256_file, sweep, write_bytes, write_json
+from stages.foundation.files import disk_errors, link_or_copy, remove, sha256_file, sweep, write_bytes
 from stages.foundation.interruption import deferred
 from stages.foundation.progress import Report
 from stages.foundation.tensors import load_tensors, save_tensors
-from stages.training.following import Alone, Leading, Trainable
+from stages.run_directory.format import CheckpointRecord, Extent
+from stages.training.ranks import Ranks
+from stages.training.trainer import Trainer
 
 # Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01
@@ -57,6 +59,10 @@ class Trained:
     best: dict[str, Any]
     snapshot: Path
 
+    def extent(self, asked: int) -> Extent:
+        """How far it went of so many steps."""
+        return Extent(value=asked, reached=self.steps, exhausted=self.stopped_early)
+
 
 class TrainingRun:
     """A training inside a stage's unfinished folder.
@@ -73,24 +79,24 @@ class TrainingRun:
         plan: how far and how often.
         report: hears of it.
         blame: which samples the last step's loss was lost on, in words.
-        leading: those who follow.
+        ranks: the processes that share each batch: all of them take the steps, the first evaluates and writes.
     """
 
     def __init__(
         self,
         folder: Path,
         fingerprint: str,
-        trainer: Trainable,
+        trainer: Trainer,
         evaluate: Callable[[], dict[str, float]],
         snapshot: Callable[[], dict[str, Tensor]],
         plan: Plan,
         report: Report,
         blame: Callable[[], str] = lambda: "",
-        leading: Leading | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
         self._evaluate, self._snapshot, self._plan, self._report = evaluate, snapshot, plan, report
-        self._blame, self._leading = blame, leading or Alone()
+        self._blame, self._ranks = blame, ranks or Ranks()
         self._best: dict[str, Any] = {}
         # Patience waits for a score clearly below the mark, the one it last began to wait from.
         self._mark: float | None = None
@@ -107,35 +113,53 @@ class TrainingRun:
             KeyboardInterrupt: asked to stop, after a checkpoint of the step reached.
         """
         with disk_errors(self._folder), deferred() as asked:
+            self._take_up()
+            while not self._ranks.agree_to_stop(asked() or self._is_over()):
+                loss = self._trainer.advance()
+                self._require_sane(loss)
+                if self._ranks.leads:
+                    self._note(loss)
+            if self._ranks.leads:
+                self._end()
+        return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
+
+    def _take_up(self) -> None:
+        """Begin all ranks where the newest checkpoint is."""
+        path = None
+        if self._ranks.leads:
             (self._folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             sweep(self._folder)
-            self._leading.agree(self._resume())
-            while not self._leading.agree_to_stop(asked() or self._is_over()):
-                self._advance()
-            if not (self._folder / CHECKPOINTS / f"{self._trainer.step:08d}.json").exists():
-                self._checkpoint()
-            if not self._is_over():
-                raise KeyboardInterrupt
-            if self._trainer.step % self._plan.evaluate_steps:
-                # After the checkpoint, so that a longer training goes on as if it had never stopped here.
-                self._note_evaluation(self._trainer.step)
-            self._prune(1)
-        return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
+            path = self._newest()
+        if (path := self._ranks.agree(path)) is not None:
+            self._trainer.restore(load_tensors(path), int(path.stem))
+
+    def _end(self) -> None:
+        """The last checkpoint and evaluation."""
+        if not self._record_path(self._trainer.step).exists():
+            self._checkpoint()
+        if not self._is_over():
+            raise KeyboardInterrupt
+        if self._trainer.step % self._plan.evaluate_steps:
+            # After the checkpoint, so that a longer training goes on as if it had never stopped here.
+            self._note_evaluation(self._trainer.step)
+        self._prune(1)
 
     def _is_over(self) -> bool:
         return self._trainer.step >= self._plan.max_steps or self._exhausted()
 
     def _best_path(self, best: dict[str, Any]) -> Path:
-        return self._folder / CHECKPOINTS / f"best-{best['step']:08d}.safetensors"
+        return self._folder / CHECKPOINTS / f"best-{best.get('step', 0):08d}.safetensors"
+
+    def _record_path(self, step: int) -> Path:
+        return self._folder / CHECKPOINTS / f"{step:08d}.json"
 
     def _exhausted(self) -> bool:
         return 0 < self._plan.patience <= self._waited
 
-    def _advance(self) -> None:
-        plan, loss = self._plan, self._trainer.advance()
-        self._require_sane(loss)
+    def _note(self, loss: float) -> None:
+        """What the first rank does after a step: evaluate, tell, leave a checkpoint."""
+        plan, step = self._plan, self._trainer.step
         self._losses.append(loss)
-        step = self._trainer.step
         if step % plan.evaluate_steps == 0:
             self._note_evaluation(step)
         figures = {"loss": loss, **({"held-out loss": self._best["score"]} if self._best else {})}
@@ -189,18 +213,17 @@ class TrainingRun:
                 os.fsync(stream.fileno())
         path = folder / f"{step:08d}.safetensors"
         save_tensors(path, self._trainer.state())
-        record = {
-            "fingerprint": self._fingerprint,
-            "step": step,
-            "sha256": sha256_file(path),
-            "best": self._best,
-            "best_sha256": self._best_hash,
-            "mark": self._mark,
-            "waited": self._waited,
-            "losses": self._losses,
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
-        }
-        write_json(folder / f"{step:08d}.json", record)
+        CheckpointRecord(
+            fingerprint=self._fingerprint,
+            step=step,
+            sha256=sha256_file(path),
+            best=self._best,
+            best_sha256=self._best_hash,
+            mark=self._mark,
+            waited=self._waited,
+            losses=self._losses,
+            metrics_bytes=metrics.stat().st_size if metrics.exists() else 0,
+        ).write(self._record_path(step))
         self._prune(2)
         self._written = time.monotonic()
 
@@ -214,42 +237,46 @@ class TrainingRun:
         for orphan in folder.glob("[0-9]*.safetensors"):
             if not orphan.with_suffix(".json").exists():
                 remove(orphan)
-        bests = {self._best_path(best) for path in records[-keep:] if (best := read_json(path)["best"])}
+        bests = {self._best_path(best) for path in records[-keep:] if (best := CheckpointRecord.read(path).best)}
         bests |= {self._best_path(self._best)} if self._best else set()
         for path in set(folder.glob("best-*.safetensors")) - bests:
             remove(path)
 
-    def _resume(self) -> dict[str, Any]:
-        """Take the newest whole checkpoint that is not past the end, and forget what was written after it.
-
-        Returns:
-            step and path of the checkpoint taken, for those who follow; nothing at the start.
-        """
+    def _newest(self) -> Path | None:
+        """The tensors of the newest whole checkpoint that is not past the end; what was written after it is forgotten."""
         for path in sorted((self._folder / CHECKPOINTS).glob("*.json"), reverse=True):
             try:
-                record = read_json(path)
-                tensors = path.with_suffix(".safetensors")
-                if record["fingerprint"] != self._fingerprint or sha256_file(tensors) != record["sha256"]:
-                    raise ArtifactError(f"{tensors} does not match its record")
-                if record["best"] and sha256_file(self._best_path(record["best"])) != record["best_sha256"]:
-                    raise ArtifactError(f"{self._best_path(record['best'])} does not match its record")
-                if record["step"] <= self._plan.max_steps:
-                    self._trainer.restore(load_tensors(tensors), record["step"])
-                    break
-            except (ArtifactError, OSError, KeyError, TypeError) as error:
+                record = CheckpointRecord.read(path)
+                tensors = self._checked(path, record)
+                if record.step <= self._plan.max_steps:
+                    self._continue_from(record)
+                    return tensors
+            except (ArtifactError, OSError) as error:
                 self._report.message(f"checkpoint {path.stem} is not usable, the one before is taken: {error}")
             remove(path)
-        else:
-            remove(self._folder / METRICS)
-            return {}
-        self._best, self._losses = record["best"], list(record["losses"])
-        self._best_hash = record["best_sha256"]
-        self._mark, self._waited = record["mark"], record["waited"]
+        remove(self._folder / METRICS)
+        return None
+
+    def _checked(self, path: Path, record: CheckpointRecord) -> Path:
+        """The tensors beside a checkpoint's record.
+
+        Raises:
+            ArtifactError: they, or the best snapshot, are not what the record says, or are another stage's.
+        """
+        tensors = path.with_suffix(".safetensors")
+        if record.fingerprint != self._fingerprint or sha256_file(tensors) != record.sha256:
+            raise ArtifactError(f"{tensors} does not match its record")
+        if record.best and sha256_file(self._best_path(record.best)) != record.best_sha256:
+            raise ArtifactError(f"{self._best_path(record.best)} does not match its record")
+        return tensors
+
+    def _continue_from(self, record: CheckpointRecord) -> None:
+        self._best, self._losses, self._best_hash = record.best, list(record.losses), record.best_sha256
+        self._mark, self._waited = record.mark, record.waited
         metrics = self._folder / METRICS
         if metrics.exists():
-            write_bytes(metrics, metrics.read_bytes()[: record["metrics_bytes"]])
-        self._report.message(f"continues from step {record['step']:,}")
-        return {"step": record["step"], "path": str(tensors)}
+            write_bytes(metrics, metrics.read_bytes()[: record.metrics_bytes])
+        self._report.message(f"continues from step {record.step:,}")
 
 
 def take_up_training(finished: Path, wip: Path) -> None:

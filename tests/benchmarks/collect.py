@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from common import entry, main, project, seconds
 
 from stages.collect import Collect, collect
+from stages.lifecycle.context import RunContext
 from stages.overfitting.collector import writers
 from stages.run_directory.folders import folder_of
 from stages.run_directory.project import Project
@@ -35,10 +36,10 @@ ALL = {"collect.split": "all", "train-base.epochs": 1, "train-base.batch_size": 
 
 def loop_seconds(stage: Collect, samples: int) -> float:
     """The authors' loop, seconds a sample."""
-    name, settings = stage.layer.name, stage.settings
-    base = copy.deepcopy(stage.base)
+    name, settings = stage.context.layer.name, stage.settings
+    base = copy.deepcopy(stage.context.base)
     batches = [stage.rows.batch([i]) for i in range(samples)]
-    batches = [tuple(part.to(stage.device) for part in batch) for batch in batches]
+    batches = [tuple(part.to(stage.context.device) for part in batch) for batch in batches]
 
     def run(count: int) -> None:
         seen: dict[str, torch.Tensor] = {}
@@ -82,9 +83,9 @@ def prepared(folder: Path, task: str, layer: str, settings: dict[str, Any], devi
 
 def collected(found: Project) -> tuple[Collect, float]:
     """Collect, with the data already in memory; the stage and the seconds a sample."""
-    stage = Collect(found)
-    stage.splits  # noqa: B018 (the user's own data are loaded before)
-    Collect(found).check()  # whatever torch imports when it is first used
+    stage = Collect(RunContext(found))
+    stage.context.splits  # noqa: B018 (the user's own data are loaded before)
+    Collect(RunContext(found)).check()  # whatever torch imports when it is first used
     took = seconds(lambda: stage.execute(force=True))
     return stage, took / len(stage.rows)
 
@@ -92,10 +93,10 @@ def collected(found: Project) -> tuple[Collect, float]:
 def against_loop(folder: Path, task: str, layer: str, settings: dict[str, Any], loops: int, device: str) -> dict[str, Any]:
     """The loop's time per sample over ours."""
     found = prepared(folder, task, layer, settings, device)
-    before = loop_seconds(Collect(found), loops)
+    before = loop_seconds(Collect(RunContext(found)), loops)
     stage, ours = collected(found)
     loop = min(before, loop_seconds(stage, loops))
-    manifest = stage.manifest_of("collect")
+    manifest = stage.context.manifest_of("collect")
     return {
         "ratio": loop / ours,
         "loop_ms": round(loop * 1e3, 4),
@@ -103,9 +104,9 @@ def against_loop(folder: Path, task: str, layer: str, settings: dict[str, Any], 
         "samples": len(stage.rows),
         "samples_per_second": round(1 / ours, 1),
         "seconds": round(ours * len(stage.rows), 2),
-        "method": manifest["summary"]["method"],
-        "batch_size": manifest["execution"]["batch_size"],
-        "threads": manifest["made"]["threads"],
+        "method": manifest.summary["method"],
+        "batch_size": manifest.execution["batch_size"],
+        "threads": manifest.made.threads,
     }
 
 
@@ -131,9 +132,9 @@ def store_overhead(folder: Path, device: str) -> dict[str, Any]:
     found = prepared(folder, "Mnist", "fc1.weight", {**ADAM, "collect.samples": 20_000}, device)
     cores = torch.get_num_threads()
     _, each = collected(found)
-    stage = Collect(found)
-    torch.set_num_threads(stage.manifest_of("collect")["made"]["threads"])
-    store = stage._store(folder / "alone", "x")
+    stage = Collect(RunContext(found))
+    torch.set_num_threads(stage.context.manifest_of("collect").made.threads)
+    store = stage.store(folder / "alone", "x")
     store.folder.mkdir()
     store.create()
     arrays = next(_blocks(stage, 1))
@@ -142,8 +143,8 @@ def store_overhead(folder: Path, device: str) -> dict[str, Any]:
     def compute() -> None:
         write, DeltaStore.write_block = DeltaStore.write_block, lambda *_, **__: None
         try:
-            stage._collector.work(
-                store, blocks, stage._batch_size(store.rows), writers(stage.settings.writers), False, lambda *_: None
+            stage.collector.work(
+                store, blocks, stage.batch_size(store.rows), writers(stage.settings.writers), False, lambda *_: None
             )
         finally:
             DeltaStore.write_block = write
@@ -166,10 +167,10 @@ def store_overhead(folder: Path, device: str) -> dict[str, Any]:
 
 
 def _blocks(stage: Collect, count: int) -> Iterator[dict[str, np.ndarray]]:
-    reader = StoreReader(folder_of(stage.project, "collect").path, stage.manifest_of("collect")["store"])
+    reader = StoreReader(folder_of(stage.context.project, "collect").path, stage.context.manifest_of("collect").store)
     for block in range(count):
         span = (block * reader.block_samples, (block + 1) * reader.block_samples)
-        yield {name: reader.read(name, *span) for name in reader.description["arrays"]}
+        yield {name: reader.read(name, *span) for name in reader.description.arrays}
 
 
 def memory_growth(folder: Path, device: str) -> dict[str, Any]:
@@ -183,8 +184,8 @@ def memory_growth(folder: Path, device: str) -> dict[str, Any]:
 def peak(folder: Path, samples: int, device: str) -> None:
     """Print the peak memory of one collection beyond its data."""
     settings = {**ALL, **ADAM, "select-layer.layer": "fc1.weight", "collect.samples": samples}
-    stage = Collect(project(folder, "Mnist", settings, device))
-    data = stage.splits["all"].dataset
+    stage = Collect(RunContext(project(folder, "Mnist", settings, device)))
+    data = stage.context.splits["all"].dataset
     # The peak from here on, not that of loading the data.
     Path("/proc/self/clear_refs").write_text("5")
     stage.execute(force=True)
@@ -206,8 +207,8 @@ def shuffled_read(folder: Path, device: str) -> dict[str, Any]:
     """Rows per second of reading for training over raw decompression in order."""
     found = prepared(folder, "Mnist", "fc1.weight", {**ADAM, "collect.samples": 20_000}, device)
     collect(found)
-    stage = Collect(found)
-    reader = StoreReader(folder_of(found, "collect").path, stage.manifest_of("collect")["store"])
+    stage = Collect(RunContext(found))
+    reader = StoreReader(folder_of(found, "collect").path, stage.context.manifest_of("collect").store)
     names = ["delta", "rho", *reader.field_names()]
 
     def in_order() -> None:

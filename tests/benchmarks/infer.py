@@ -21,7 +21,7 @@ from common import entry, main, project, seconds
 
 from stages.collect import collect
 from stages.infer import Infer
-from stages.lifecycle.materials import Materials
+from stages.lifecycle.context import RunContext
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.prediction.predictor import load_generator
@@ -70,28 +70,28 @@ def inputs(folder: Path, samples: int) -> Path:
 
 def inferred(found: Project, path: Path) -> tuple[Infer, float]:
     """Infer for a file; the stage and its seconds."""
-    stage = Infer(found, input_file=path)
-    stage.splits  # noqa: B018 (the user's own data are loaded before)
-    Infer(found, input_file=path).check()  # whatever torch imports when it is first used
+    stage = Infer(RunContext(found), input_file=path)
+    stage.context.splits  # noqa: B018 (the user's own data are loaded before)
+    Infer(RunContext(found), input_file=path).check()  # whatever torch imports when it is first used
     return stage, seconds(lambda: stage.execute(force=True))
 
 
-def loop_seconds(materials: Materials, samples: int) -> float:
+def loop_seconds(context: RunContext, samples: int) -> float:
     """The authors' loop, seconds for a sample and a member."""
-    base, layer, generate = materials.base, materials.layer, load_generator(materials)
-    given = [materials.splits["train"].inputs([i]).to(materials.device) for i in range(samples)]
+    base, layer, generate = context.base, context.layer, load_generator(context)
+    given = [context.splits["train"].inputs([i]).to(context.device) for i in range(samples)]
 
     @torch.no_grad()
     def run(count: int) -> None:
         for row, x in enumerate(given[:count]):
             for member in range(MEMBERS):
-                fields = condition(materials.task, base, layer, x)[1]
+                fields = condition(context.task, base, layer, x)[1]
                 delta = generate(fields, [row], range(member, member + 1))[0]
                 model = copy.deepcopy(base)
                 weight = model.get_parameter(layer.name)
                 weight += delta.view(weight.shape)
-                materials.forward(model, x)
-        materials.wait()
+                context.forward(model, x)
+        context.wait()
 
     threads, found = torch.get_num_threads(), []
     for count in {1, threads}:
@@ -105,9 +105,9 @@ def loop_seconds(materials: Materials, samples: int) -> float:
 def infer_vs_single(folder: Path, device: str) -> dict[str, Any]:
     """The loop's time over ours, from the first file read to the finished answer."""
     found = finished(folder, device)
-    before = loop_seconds(Materials(found), LOOPED)
+    before = loop_seconds(RunContext(found), LOOPED)
     stage, ours = inferred(found, inputs(folder, SAMPLES))
-    loop = min(before, loop_seconds(Materials(found), LOOPED)) * SAMPLES * MEMBERS
+    loop = min(before, loop_seconds(RunContext(found), LOOPED)) * SAMPLES * MEMBERS
     manifest = stage.folder.manifest()
     return entry(
         loop / ours,
@@ -115,15 +115,15 @@ def infer_vs_single(folder: Path, device: str) -> dict[str, Any]:
         at_least=True,
         loop_seconds=round(loop, 2),
         seconds=round(ours, 2),
-        batch_size=manifest["execution"]["batch_size"],
-        threads=manifest["made"]["threads"],
+        batch_size=manifest.execution["batch_size"],
+        threads=manifest.made.threads,
     )
 
 
 def infer_overhead(folder: Path, device: str) -> dict[str, Any]:
     """The share of the time that is spent outside the denoiser."""
     found, path = finished(folder, device), inputs(folder, SAMPLES)
-    spent, wait = [0.0], Materials(found).wait
+    spent, wait = [0.0], RunContext(found).wait
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -136,10 +136,10 @@ def infer_overhead(folder: Path, device: str) -> dict[str, Any]:
 
         return call
 
-    denoiser = type(load_generator(Materials(found)).denoiser)
-    stage = Infer(found, input_file=path)
-    stage.splits  # noqa: B018 (the user's own data are loaded before)
-    Infer(found, input_file=path).check()
+    denoiser = type(load_generator(RunContext(found)).denoiser)
+    stage = Infer(RunContext(found), input_file=path)
+    stage.context.splits  # noqa: B018 (the user's own data are loaded before)
+    Infer(RunContext(found), input_file=path).check()
     with patch.object(denoiser, "forward", timed(denoiser.forward)), patch.object(denoiser, "encode", timed(denoiser.encode)):
         took = seconds(lambda: stage.execute(force=True))
     return entry(1 - spent[0] / took, 0.2, at_least=False, seconds=round(took, 2), in_denoiser=round(spent[0], 2))
@@ -147,23 +147,23 @@ def infer_overhead(folder: Path, device: str) -> dict[str, Any]:
 
 def prefix_once(folder: Path, device: str) -> dict[str, Any]:
     """Members' deltas applied at the head of a ResNet-18: one full pass for each, over the base's pass and theirs."""
-    materials = Materials(project(folder, "Pictures", {"train-base.epochs": 1, "train-base.batch_size": 128}, device))
-    model = materials.new_model().to(materials.device).eval().requires_grad_(False)
-    layer, x = find_layer(model, "fc.weight"), materials.splits["all"].inputs(range(256)).to(materials.device)
-    runner = Runner(model, layer, materials.forward, x[:4])
-    deltas = 0.01 * torch.randn(len(x), MEMBERS, *layer.matrix_shape, device=materials.device)
+    context = RunContext(project(folder, "Pictures", {"train-base.epochs": 1, "train-base.batch_size": 128}, device))
+    model = context.new_model().to(context.device).eval().requires_grad_(False)
+    layer, x = find_layer(model, "fc.weight"), context.splits["all"].inputs(range(256)).to(context.device)
+    runner = Runner(model, layer, context.forward, x[:4])
+    deltas = 0.01 * torch.randn(len(x), MEMBERS, *layer.matrix_shape, device=context.device)
     weights = layer.weight(model) + deltas
 
     @torch.no_grad()
     def ours() -> torch.Tensor:
         found = runner.members_along(runner.first_pass(x), x, deltas)(1.0)
-        materials.wait()
+        context.wait()
         return found
 
     @torch.no_grad()
     def full(member: int = 0) -> torch.Tensor:
         found = runner.method(x, weights[:, member])
-        materials.wait()
+        context.wait()
         return found
 
     torch.testing.assert_close(ours(), torch.stack([full(member) for member in range(MEMBERS)]), rtol=1e-3, atol=1e-4)
@@ -193,12 +193,12 @@ def peak(folder: Path, samples: int, device: str) -> None:
     """Print the peak memory of one answer beyond its data."""
     # One step of the sampler takes as much memory as ten.
     found = settled(folder, device, {"infer.sample_steps": 1})
-    stage = Infer(found, input_file=folder / f"digits-{samples}.npz")
-    data = stage.splits["all"].dataset
+    stage = Infer(RunContext(found), input_file=folder / f"digits-{samples}.npz")
+    data = stage.context.splits["all"].dataset
     # The peak from here on, not that of loading the data.
     Path("/proc/self/clear_refs").write_text("5")
     stage.execute(force=True)
-    own = sum(part.nbytes for part in (data.x, data.y)) + stage._inputs.dataset.x.nbytes
+    own = sum(part.nbytes for part in (data.x, data.y)) + stage.inputs.dataset.x.nbytes
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     print(int(line.split()[1]) * 1024 - own)
 

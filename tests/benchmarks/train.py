@@ -21,6 +21,7 @@ from stages.diffusion.denoising import denoising_errors, held_out_figures, step_
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
+from stages.lifecycle.context import RunContext
 from stages.run_directory.project import Project
 from stages.select_layer import select_layer
 from stages.train_base import train_base
@@ -45,21 +46,21 @@ def collected(folder: Path, samples: int, device: str, **settings: Any) -> Proje
 
 def begun(found: Project) -> tuple[TrainDiffusion, Training]:
     """What takes part in the training, on as many threads as the command would take."""
-    stage = TrainDiffusion(found)
-    choice = stage._choice(stage.settings.model_dump())
+    stage = TrainDiffusion(RunContext(found))
+    settings = stage.decided({})
     torch.set_num_threads(stage.auto_threads())
-    return stage, stage._training(choice, stage._micro_batch(choice))
+    return stage, stage.training(settings, stage.micro_batch(settings))
 
 
 def stepped(stage: TrainDiffusion, training: Training, seconds: float, warm: int = 5) -> tuple[float, int, float]:
     """Train for a while after some steps: seconds, steps, and seconds of waiting for data."""
     for _ in range(warm):
         training.trainer.advance()
-    stage.wait()
+    stage.context.wait()
     before, waited, start = training.trainer.step, training.steps.waited_seconds, time.perf_counter()
     while time.perf_counter() - start < seconds:
         training.trainer.advance()
-    stage.wait()
+    stage.context.wait()
     took = time.perf_counter() - start
     return took, training.trainer.step - before, training.steps.waited_seconds - waited
 
@@ -68,14 +69,14 @@ def mlp_pass(folder: Path, device: str) -> dict[str, Any]:
     """Passes over 60,000 deltas a minute, and where the time goes."""
     stage, training = begun(collected(folder, SAMPLES, device, **{"train-diffusion.preset": "mlp"}))
     runs = [stepped(stage, training, 15) for _ in range(3)]
-    rates = [steps * training.rows.batch_size / took for took, steps, _ in runs]
+    rates = [steps * training.batches.batch_size / took for took, steps, _ in runs]
     return entry(
         max(rates) * 60 / SAMPLES,
         2,
         at_least=True,
         all_runs=[round(rate * 60 / SAMPLES, 3) for rate in rates],
         samples_per_second=round(max(rates), 1),
-        batch_size=training.rows.batch_size,
+        batch_size=training.batches.batch_size,
         threads=torch.get_num_threads(),
         **limits(stage, training),
     )
@@ -94,13 +95,13 @@ def limits(stage: TrainDiffusion, training: Training) -> dict[str, Any]:
             nonlocal passes
             begin = time.perf_counter()
             loss = gradients()
-            stage.wait()
+            stage.context.wait()
             passes += time.perf_counter() - begin
             return loss
 
         trainer._gradients = timed
         trainer.advance()
-        stage.wait()
+        stage.context.wait()
         del trainer._gradients
         total += time.perf_counter() - start
     waited = steps.waited_seconds - waited
@@ -110,10 +111,10 @@ def limits(stage: TrainDiffusion, training: Training) -> dict[str, Any]:
 
 def accumulated(stage: TrainDiffusion, training: Training, seconds: float) -> float:
     """Samples a second, one by one, a step after every eight: the authors' way."""
-    trainer, device = training.trainer, stage.device
-    batches, taken = training.rows.batches(0), 0
+    trainer, device = training.trainer, stage.context.device
+    batches, taken = training.batches.batches(0), 0
     rows = next(batches).to(device)
-    shape, schedule = tuple(rows.deltas.shape[1:]), stage._choice(stage.settings.model_dump()).schedule
+    shape, schedule = tuple(rows.deltas.shape[1:]), stage.decided({}).schedule
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -126,7 +127,7 @@ def accumulated(stage: TrainDiffusion, training: Training, seconds: float) -> fl
         torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 1.0)
         trainer.optimizer.step()
         trainer._average()
-    stage.wait()
+    stage.context.wait()
     return taken / (time.perf_counter() - start)
 
 
@@ -139,7 +140,7 @@ def mlp_vs_batch1(folder: Path, device: str) -> dict[str, Any]:
         single.append(accumulated(stage, training, 6))
     torch.set_num_threads(threads)
     took, steps, _ = stepped(stage, training, 10)
-    rate = steps * training.rows.batch_size / took
+    rate = steps * training.batches.batch_size / took
     figures = {"ours_per_second": round(rate, 1), "single_per_second": round(max(single), 2), "accumulated": ACCUMULATED}
     return entry(rate / max(single), 8, at_least=True, **figures)
 
@@ -164,17 +165,17 @@ def presets(folder: Path, device: str) -> dict[str, Any]:
         slow = device == "cpu" and name in UNETS
         stage, training = begun(changed(found, preset=name, **({"batch_size": 8} if slow else {})))
         took, steps, _ = stepped(stage, training, PRESET_SECONDS, warm=1 if slow else 5)
-        choice = stage._choice(stage.settings.model_dump())
+        settings = stage.decided({})
         table[name] = {
-            "parameters": choice.parameters,
-            "ms_per_sample": round(1e3 * took / (steps * training.rows.batch_size), 3),
-            "batch_size": training.rows.batch_size,
+            "parameters": settings.parameters,
+            "ms_per_sample": round(1e3 * took / (steps * training.batches.batch_size), 3),
+            "batch_size": training.batches.batch_size,
             "steps": training.trainer.step,
-            "planned_mib": round(training_bytes(choice.sketch, training.steps.micro_batch, choice.half) / 2**20),
+            "planned_mib": round(training_bytes(settings.sketch, training.steps.micro_batch, settings.half) / 2**20),
         }
         if not slow:
-            held_out = training.rows.held_out.to(stage.device)
-            figures = held_out_figures(training.trainer.averaged, choice.schedule, held_out, 0, training.steps.micro_batch)
+            held_out = training.batches.held_out.to(stage.context.device)
+            figures = held_out_figures(training.trainer.averaged, settings.schedule, held_out, 0, training.steps.micro_batch)
             table[name] |= {"held_out_loss": round(figures["score"], 4), "cosine": round(figures["cosine"], 4)}
         print(f"  {name}: {table[name]}", file=sys.stderr, flush=True)
         del stage, training
@@ -191,11 +192,11 @@ def changed(found: Project, **settings: Any) -> Project:
 def paper_training(folder: Path, device: str) -> dict[str, Any]:
     """On a GPU: the `paper` preset's samples a second over a batch of one in float32, and its share of the measured peak."""
     stage, training = begun(collected(folder, 8192, device, **{"train-diffusion.preset": "paper"}))
-    choice = stage._choice(stage.settings.model_dump())
+    settings = stage.decided({})
     took, steps, waited = stepped(stage, training, 30)
-    rate = steps * training.rows.batch_size / took
+    rate = steps * training.batches.batch_size / took
     # Forward and twice as much backward, two operations a multiplication.
-    achieved, best = 6 * choice.operations * rate, peak_flops(device)
+    achieved, best = 6 * settings.operations * rate, peak_flops(device)
     figures = {"samples_per_second": round(rate, 1), "tflops": round(achieved / 1e12, 1), "peak_tflops": round(best / 1e12, 1)}
     figures |= {"micro_batch": training.steps.micro_batch, "waiting": round(waited / took, 4)}
     figures["single_per_second"] = round(accumulated(stage, training, 15), 2)
@@ -219,12 +220,12 @@ def paper_sampling(folder: Path, device: str) -> dict[str, Any]:
     """On a GPU: latency of one sample with ten steps, and members a second in batches over one by one."""
     stage, training = begun(collected(folder, 2048, device, **{"train-diffusion.preset": "paper"}))
     denoiser = training.denoiser.eval().requires_grad_(False)
-    fields = training.rows.held_out.to(stage.device).fields
+    fields = training.batches.held_out.to(stage.context.device).fields
     widths = {name: value[0].numel() for name, value in fields.items()}
     generate = DeltaGenerator(
         denoiser,
         make_schedule("ddpm", 84 * 120, denoiser.prediction),
-        ScaleNetwork(widths, 128).to(stage.device),
+        ScaleNetwork(widths, 128).to(stage.context.device),
         seed=0,
         sampler="ddim",
         sample_steps=10,
@@ -234,11 +235,11 @@ def paper_sampling(folder: Path, device: str) -> dict[str, Any]:
     def members_per_second(samples: int, members: int, repeats: int) -> float:
         given = {name: value[:samples] for name, value in fields.items()}
         generate(given, list(range(samples)), range(members))
-        stage.wait()
+        stage.context.wait()
         start = time.perf_counter()
         for _ in range(repeats):
             generate(given, list(range(samples)), range(members))
-        stage.wait()
+        stage.context.wait()
         return repeats * samples * members / (time.perf_counter() - start)
 
     single, batched = members_per_second(1, 1, 20), members_per_second(64, 5, 4)

@@ -286,7 +286,7 @@ def test_run_directory_of_another_task(refused, finished):
 def test_run_directory_of_another_format(refused, finished):
     path = finished.run / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    refused(finished, "collect", code=3, says=["format version 99", "expected 1", "--run"])
+    refused(finished, "collect", code=3, says=["format version 99", "expected 2", "--run"])
 
 
 def test_stage_of_another_format(refused, finished):
@@ -294,7 +294,7 @@ def test_stage_of_another_format(refused, finished):
     manifest = json.loads(path.read_text())
     manifest["identity"]["format_version"] = 99
     path.write_text(json.dumps(manifest))
-    refused(finished, "train-scale", code=3, says=["collect", "format version 99", "expected 1"])
+    refused(finished, "train-scale", code=3, says=["collect", "format version 99", "expected 2"])
 
 
 def test_folder_of_other_things(refused, project, tmp_path):
@@ -491,7 +491,7 @@ def test_float64_is_converted(project, ocd, finished):
 BAD_DATASETS = {
     "raises at one row": (
         "class Rows:\n    def __len__(self):\n        return 9\n\n    def __getitem__(self, i):\n        if i == 5:\n"
-        "            raise OSError('row is unreadable')\n        return torch.zeros(4), 0\n\n\ntrain_set = DeltaBatch()\n",
+        "            raise OSError('row is unreadable')\n        return torch.zeros(4), 0\n\n\ntrain_set = Rows()\n",
         ["train[5] raised OSError", "row is unreadable", "mymodel.py, line"],
     ),
     "no length": ("def train_set():\n    return iter([(torch.zeros(4), 0)])\n", ["train has no length", "__len__"]),

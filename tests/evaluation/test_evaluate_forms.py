@@ -277,9 +277,9 @@ def test_a_sample_is_not_its_own_neighbour(ocd, project):
     folder = project({"collect": {"split": "all"}, "evaluate": {"resamples": 200}}, rows=400)
     ocd(folder, "run", "--quiet", "--until", "train-scale", "--set", "task.validation_fraction=0.5")
     seen = []
-    from stages import examination
+    from stages.evaluation import from_run
 
-    original = examination.nearest
+    original = from_run.nearest
 
     def noted(*given, **named):
         found = original(*given, **named)
@@ -287,7 +287,7 @@ def test_a_sample_is_not_its_own_neighbour(ocd, project):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(examination, "nearest", noted)
+        patch.setattr(from_run, "nearest", noted)
         ocd(folder, "evaluate", "--quiet", "--set", "task.validation_fraction=0.5")
     # Test samples in x and in the layer's input, then validation samples: no two samples are the same.
     assert len(seen) == 4

@@ -11,7 +11,6 @@ import torch
 from conftest import Folder, counted_blocks, flip, make_folder, results
 from PIL import Image
 from test_infer import predictions
-from test_new_settings import forget
 
 from stages.evaluation import pictures
 from stages.evaluation.pictures import CAPTION, GAP, enlarged, picture_of, strip
@@ -239,12 +238,6 @@ def test_a_changed_picture_is_noticed(painted, ocd):
     assert "content changed: test/pictures/000003.png" in ocd(painted, "verify", code=3).stdout
     ocd(painted, "infer")
     ocd(painted, "verify")
-
-
-def test_answers_from_before_there_were_pictures_stay(finished, ocd):
-    forget(finished, "infer/test", "infer.pictures")
-    assert "up to date" in ocd(finished, "infer").stdout
-    assert "infer.pictures was not there, is now 3" in ocd(finished, "infer", "--set", "infer.pictures=3").stderr
 
 
 # None

@@ -100,7 +100,7 @@ def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, monkey
 
 @pytest.mark.parametrize("where", ["before the manifest", "before the names are exchanged"])
 def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, monkeypatch, where):
-    owner, name = {"before the manifest": (Collect, "_finished"), "before the names are exchanged": (StageFolder, "exchange")}[
+    owner, name = {"before the manifest": (Collect, "_result"), "before the names are exchanged": (StageFolder, "exchange")}[
         where
     ]
     call = getattr(owner, name)

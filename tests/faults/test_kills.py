@@ -126,7 +126,7 @@ def test_a_kill_at_every_change_of_finishing(collected, collected_run, ocd, star
     assert killed_at(collected, start, 1) is False  # up to date: nothing is changed
     shutil.rmtree(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(Collect, "_finished", interrupted)
+        patch.setattr(Collect, "_result", interrupted)
         ocd(collected, "collect", code=4)
     assert len(blocks_of(collected)) == 9
     rounds = 0

@@ -15,6 +15,7 @@ from torch import nn
 
 from stages.collect import Collect
 from stages.foundation.errors import DataError
+from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
 
 NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
@@ -143,7 +144,7 @@ def test_later_stages_take_a_factored_store(project, ocd):
     ocd(folder, "infer", "--save-deltas")
     ocd(folder, "verify")
     # Samples that come later are factored, too; the description of the whole is the store's.
-    assert reader_of(folder).description["arrays"]["delta"]["shape"] == [36, 3, 6]
+    assert reader_of(folder).description.arrays["delta"].shape == [36, 3, 6]
 
 
 CONVOLUTION = (
@@ -221,7 +222,7 @@ from pathlib import Path
 from stages.tasks.data import load_npz
 
 
-class DeltaBatch:
+class Rows:
     def __init__(self):
         self.data = load_npz(Path(__file__).with_name("train.npz"), labels=True)
 
@@ -439,7 +440,7 @@ def test_a_fast_way_is_not_worth_a_word(ready, ocd):
 
 def test_a_label_that_cannot_be_is_found_beforehand_wherever_it_stands(ready):
     """Not only among the samples that are tried first."""
-    stage = Collect(load_project(ready.config))
-    stage.splits["all"].dataset.y[int(stage.rows.rows[-1])] = 7
+    stage = Collect(RunContext(load_project(ready.config)))
+    stage.context.splits["all"].dataset.y[int(stage.rows.rows[-1])] = 7
     with pytest.raises(DataError, match=rf"y\[{int(stage.rows.rows[-1])}\]: label 7 is out of range"):
         stage.check()

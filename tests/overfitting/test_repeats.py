@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Folder, blocks_of, counted_blocks, reader_of, results, states, store
-from test_new_settings import forget
 
 from stages.diffusion.delta_batch import usable_split
 from stages.evaluate import Evaluate
-from stages.evaluation.examination import unseen, with_neighbours
+from stages.evaluation.from_run import unseen, with_neighbours
 from stages.evaluation.stored_deltas import StoredDeltas
-from stages.evaluation.subject import Batch, Examined
+from stages.evaluation.subject import Batch, EvaluatedSamples
 from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.run_directory.project import load_project
@@ -242,14 +241,6 @@ def test_other_repeats_are_another_store(ocd, repeated):
     assert "collect.repeats was 3, is now 2" in shown
 
 
-def test_a_store_from_before_there_were_repeats(ocd, ready):
-    ocd(ready, "collect", "--quiet", *ONCE)
-    forget(ready, "collect", "collect.repeats")
-    assert states(ocd, ready, "collect.repeats=1")["collect"] == "done"
-    assert states(ocd, ready)["collect"] == "stale"
-    assert "collect.repeats was not there, is now 3" in ocd(ready, "collect", "--quiet", code=3).stderr
-
-
 # Who reads it
 
 
@@ -357,15 +348,15 @@ def test_neighbours_are_samples_not_rows(evaluation):
 
 
 def test_training_samples_are_not_their_own_neighbours(evaluation):
-    """Where training samples are examined, none of their rows counts."""
+    """Where training samples are evaluated, none of their rows counts."""
     training = evaluation.training
-    examined = Examined(evaluation.splits["all"], torch.tensor([3, 0, 5]))
+    evaluated = EvaluatedSamples(evaluation.splits["all"], torch.tensor([3, 0, 5]))
     known = training.field("layer_input")[training.first_rows]
     numbers = training.sample_index[training.first_rows]
-    assert with_neighbours(evaluation.subject, examined, evaluation.splits["all"], numbers, known, 17, 2, print) == {}
+    assert with_neighbours(evaluation.subject, evaluated, evaluation.splits["all"], numbers, known, 17, 2, print) == {}
     for kind in ("x", "layer_input"):
         for position in (3, 0, 5):
-            row = examined.neighbours[kind].row[position]
+            row = evaluated.neighbours[kind].row[position]
             assert sorted(numbers[row].tolist()) == [number for number in range(SAMPLES) if number != position]
 
 

@@ -31,7 +31,7 @@ def test_capture_is_what_a_hook_sees(name, layer):
         assert torch.equal(fields[field], value), field
 
 
-class DeltaBatch(nn.Module):
+class Rows(nn.Module):
     """Rows of all samples in one batch, and a module called twice."""
 
     def __init__(self):
@@ -45,7 +45,7 @@ class DeltaBatch(nn.Module):
 
 def test_capture_gives_each_sample_its_rows_and_counts_the_last_call():
     torch.manual_seed(0)
-    model, x = DeltaBatch().requires_grad_(False), torch.randn(4, 5, 3)
+    model, x = Rows().requires_grad_(False), torch.randn(4, 5, 3)
     output, fields = capture(model, find_layer(model, "fc.weight"), forward, x)
     hidden = model.fc(x).relu()
     torch.testing.assert_close(fields["layer_input"], hidden)
@@ -54,7 +54,7 @@ def test_capture_gives_each_sample_its_rows_and_counts_the_last_call():
 
 
 def test_capture_of_a_layer_that_is_not_called():
-    model = DeltaBatch()
+    model = Rows()
     with pytest.raises(TaskError, match=r"the module of never.weight is not called in the forward pass"):
         capture(model, find_layer(model, "never.weight"), forward, torch.randn(4, 5, 3))
     assert not model.never._forward_hooks

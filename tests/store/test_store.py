@@ -61,7 +61,8 @@ def test_zarr_reads_back_what_is_written(tmp_path, dtype, row_shape, count):
     for block, part in enumerate((wanted[:ROWS], wanted[ROWS:])):
         path = tmp_path / "a" / ".".join(["c", str(block), *["0"] * len(row_shape)])
         data = b"".join(encode(part, ROWS))
-        assert write(path, encode(part, ROWS)) == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        found = write(path, encode(part, ROWS))
+        assert (found.bytes, found.sha256) == (len(data), hashlib.sha256(data).hexdigest())
         assert path.read_bytes() == data
     np.testing.assert_array_equal(array[:], wanted)
     # Zarr's own bytes are the same: a whole block written by it is this very file.
@@ -111,7 +112,7 @@ def test_read(make_store):
 
 def test_factors_are_put_together(make_store):
     reader, arrays = make_store(factored=True)
-    assert reader.description["arrays"]["delta"] == {
+    assert reader.description.arrays["delta"].as_json() == {
         "shape": [SAMPLES, *SHAPE],
         "dtype": "float32",
         "factors": ["delta_output", "delta_input"],

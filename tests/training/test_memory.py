@@ -16,7 +16,7 @@ from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
 from stages.foundation.config import TrainDiffusionTable
 from stages.training import denoiser as denoiser_training
-from stages.training.denoiser import MEMORY_SHARE, MOST_ON_CPU, Choice, micro_batch
+from stages.training.denoiser import MEMORY_SHARE, MOST_ON_CPU, DenoiserSettings, micro_batch
 from stages.training.denoising_steps import DenoisingSteps
 from stages.training.memory import BYTES_PER_PARAMETER, activation_bytes, operations, parameters, training_bytes
 from stages.training.ranks import Ranks
@@ -145,8 +145,10 @@ def test_operations_are_counted():
 # Micro-batches
 
 
-def choice(preset=SMALL, shape=(16, 16), half=False, **settings):
-    return Choice(None, describe(preset, shape, **settings), 1e-3, 8, half)
+def decided(preset=SMALL, batch_size=64, micro_batch_size="auto"):
+    """Settings with nothing left to decide."""
+    table, description = TrainDiffusionTable(micro_batch_size=micro_batch_size), describe(preset, (16, 16))
+    return DenoiserSettings(table, description, 1e-3, batch_size, False, 0, lambda: make_denoiser(description))
 
 
 def with_memory(monkeypatch, free):
@@ -155,18 +157,19 @@ def with_memory(monkeypatch, free):
 
 @pytest.mark.parametrize(("fits", "wanted"), [(100, 64), (64, 64), (63, 32), (16, 16), (15, 8), (1, 1)])
 def test_micro_batches_are_halved_until_they_fit(monkeypatch, fits, wanted):
-    planned = choice(MLP)
-    with_memory(monkeypatch, training_bytes(planned.sketch, fits))
-    assert micro_batch(planned, 64, "auto", CPU) == wanted
+    settings = decided(MLP)
+    with_memory(monkeypatch, training_bytes(settings.sketch, fits))
+    assert micro_batch(settings, 1, CPU) == wanted
 
 
 def test_micro_batches_of_u_nets_on_a_cpu_are_small(monkeypatch):
     with_memory(monkeypatch, 2**60)
-    assert micro_batch(choice(), 64, "auto", CPU) == MOST_ON_CPU == 16
-    assert micro_batch(choice(), 5, "auto", CPU) == 5
-    assert micro_batch(choice(), 64, 48, CPU) == 48
-    assert micro_batch(choice(), 64, 100, CPU) == 64
-    assert micro_batch(choice(MLP), 64, "auto", CPU) == 64
+    assert micro_batch(decided(), 1, CPU) == MOST_ON_CPU == 16
+    assert micro_batch(decided(batch_size=5), 1, CPU) == 5
+    assert micro_batch(decided(batch_size=9), 2, CPU) == 5
+    assert micro_batch(decided(micro_batch_size=48), 1, CPU) == 48
+    assert micro_batch(decided(micro_batch_size=100), 1, CPU) == 64
+    assert micro_batch(decided(MLP), 1, CPU) == 64
 
 
 def test_free_memory_is_a_share_of_what_is_available(monkeypatch):
@@ -307,12 +310,7 @@ def refused(ocd, folder, monkeypatch, free, *words):
     return " ".join(said.split())
 
 
-def suggested(said):
-    """The settings that are said to fit, each as words for the command line."""
-    return [option.split() for option in said.split("these fit: ")[1].split("; ")]
-
-
-def test_a_training_that_does_not_fit_is_refused_with_what_would(ocd, project, monkeypatch):
+def test_a_training_that_does_not_fit_is_refused(ocd, project, monkeypatch):
     folder = u_net(project)
     ocd(folder, "run", "--quiet", "--until", "collect")
     shape = "×".join(map(str, store(folder)["delta"].shape[1:]))
@@ -321,34 +319,17 @@ def test_a_training_that_does_not_fit_is_refused_with_what_would(ocd, project, m
     free = denoiser_training.free_memory(CPU)
     wanted = f"training preset small of width 32 on deltas of {shape} takes about {needed:,} bytes of memory with 1 at once; "
     assert wanted + f"{free:,} may be taken" in said
-    options = suggested(said)
-    assert options == [
-        ["--set", "train-diffusion.width=16"],
-        ["--set", "train-diffusion.width=8"],
-        ["--set", "train-diffusion.preset=factored", "--set", "train-diffusion.width=auto"],
-    ]
-    for words in options:
-        # With as little memory as before.
-        ocd(folder, "train-diffusion", "--quiet", "--force", *words)
+    assert "a smaller network with --set train-diffusion.width=N or --set train-diffusion.preset=mlp" in said
+    ocd(folder, "train-diffusion", "--quiet", "--set", "train-diffusion.width=8")
 
 
-def test_settings_that_would_be_refused_are_not_suggested(ocd, project, monkeypatch):
-    """A width below 8 is none; a micro-batch of one's own is taken back where fewer at once would fit."""
+def test_a_micro_batch_of_ones_own_that_does_not_fit_is_refused(ocd, project, monkeypatch):
     shape = {"width": 8, "multipliers": [1, 2, 2]}
-    folder = u_net(project, **shape, prediction="epsilon", micro_batch_size=16)
+    folder = u_net(project, **shape, micro_batch_size=16)
     ocd(folder, "run", "--quiet", "--until", "collect")
     said = refused(ocd, folder, monkeypatch, planned(folder, 16, **shape) - 1000)
-    options = suggested(said)
-    assert options[0] == ["--set", "train-diffusion.micro_batch_size=auto"]
-    assert "width=4" not in said
-    for words in options:
-        ocd(folder, "train-diffusion", "--quiet", "--force", *words)
-
-
-def test_where_nothing_fits_it_is_said(ocd, project, monkeypatch):
-    folder = u_net(project)
-    ocd(folder, "run", "--quiet", "--until", "collect")
-    assert "no preset fits this layer here: choose a smaller one" in refused(ocd, folder, monkeypatch, 1000)
+    assert "fewer at once with --set train-diffusion.micro_batch_size=auto" in said
+    ocd(folder, "train-diffusion", "--quiet", "--set", "train-diffusion.micro_batch_size=auto")
 
 
 def test_running_out_of_memory_is_told_and_trained_through(ocd, project, monkeypatch):
@@ -370,17 +351,3 @@ def test_running_out_of_memory_is_told_and_trained_through(ocd, project, monkeyp
     after = (folder.run / "train-diffusion" / "metrics.jsonl").read_text()
     assert after.count("\n") == before.count("\n")
     assert results(folder, "train-diffusion")
-
-
-def test_another_presets_settings_are_suggested_whole(ocd, project, monkeypatch):
-    """What ocd.toml has for a U-Net would not do for the preset that fits."""
-    chosen = {"width": 128, "blocks": 2, "multipliers": [1, 1, 2, 2], "prediction": "epsilon"}
-    folder = u_net(project, **chosen)
-    ocd(folder, "run", "--quiet", "--until", "collect")
-    # Room for a factored denoiser and a bit: no U-Net of width 64 or 32 fits.
-    size = planned(folder, 1, preset=FACTORED) + 4_000_000
-    options = suggested(refused(ocd, folder, monkeypatch, size))
-    taken_back = [f"train-diffusion.{name}=auto" for name in ("width", "blocks", "multipliers", "prediction")]
-    assert ["train-diffusion.preset=factored", *taken_back] in [words[1::2] for words in options]
-    for words in options:
-        ocd(folder, "train-diffusion", "--quiet", "--force", *words)

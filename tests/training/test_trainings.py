@@ -15,12 +15,11 @@ import torch
 from conftest import reader_of, results, wait_until
 
 from ocd_cli.progress import CURVE_WIDTH, Curve
-from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import ComputeError
 from stages.foundation.interruption import deferred
 from stages.foundation.progress import Silent
 from stages.training.batches import TrainingBatches
-from stages.training.denoiser import choose_denoiser
+from stages.training.denoiser import decide
 from stages.training.denoising_steps import DenoisingSteps
 from stages.training.run import Plan, TrainingRun
 from stages.training.trainer import Stream, Trainer
@@ -478,11 +477,11 @@ def test_automatic_presets(finished, monkeypatch):
     from stages.run_directory.project import load_project
 
     project = load_project(finished.config)
-    store = json.loads((finished.run / "collect" / "manifest.json").read_text())["store"]
+    store = reader_of(finished).description
 
     def preset(device):
-        settings = TrainDiffusionTable().model_dump()
-        return choose_denoiser(project, store, settings, torch.device(device)).settings
+        auto = {"preset": "auto", "width": "auto", "blocks": "auto", "batch_size": "auto"}
+        return decide(project, store, auto, torch.device(device)).decided
 
     assert (preset("cpu")["preset"], preset("cpu")["precision"]) == ("mlp", "float32")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (140 << 30, 140 << 30))

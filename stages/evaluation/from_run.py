@@ -1,4 +1,4 @@
-"""From a run's materials to what rows are compared on: the subject, the samples, the neighbours, the rows themselves."""
+"""From a run to what its rows are compared on: the subject, the samples, the neighbours, the rows themselves."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from stages.evaluation.metrics import probabilities
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.rows import Row
 from stages.evaluation.stored_deltas import StoredDeltas
-from stages.evaluation.subject import Batch, Examined, Subject
+from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.errors import TaskError
 from stages.foundation.files import available_memory
 from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, leaves, to_device
-from stages.lifecycle.materials import Materials
+from stages.lifecycle.context import RunContext
 from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.collector import Collector, make_overfitter
 from stages.per_sample.layer import Layer
@@ -41,18 +41,18 @@ LAYER_INPUT = "layer_input"
 OnProgress = Callable[[int], None]
 
 
-def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject:
+def make_subject(context: RunContext, layer: Layer, **settings: Any) -> Subject:
     """A model whose `layer` is overfitted as `[collect]` says, `settings` of it changed; without a denoiser.
 
     Raises:
         TaskError, DataError: faults of the task.
     """
-    collect = materials.project.settings.collect.model_copy(update={"store": "dense", **settings})
-    rows, task, base = materials.splits["train"], materials.task, materials.base_with(layer)
-    overfitter = make_overfitter(task, base, layer, collect, probe_of(materials))
+    collect = context.project.settings.collect.model_copy(update={"store": "dense", **settings})
+    rows, task, base = context.splits["train"], context.task, context.base_to_overfit(layer)
+    overfitter = make_overfitter(task, base, layer, collect, probe_of(context))
 
     def collector(split: Split) -> Collector:
-        return Collector(task, overfitter, type(layer.module(base)), split, materials.device, materials.seed)
+        return Collector(task, overfitter, type(layer.module(base)), split, context.device, context.seed)
 
     few = list(range(min(PROBE, len(rows))))
     collector(rows).confirm(few, rows.batch(few))
@@ -61,38 +61,36 @@ def make_subject(materials: Materials, layer: Layer, **settings: Any) -> Subject
         found = collector(split).overfit_batch(positions, given, check=False)
         return found["delta"], found["degenerate"]
 
-    return Subject(task, base, layer, overfitter, overfit, materials.device, materials.seed)
+    return Subject(task, base, layer, overfitter, overfit, context.device, context.seed)
 
 
-def with_denoiser(subject: Subject, materials: Materials, training: StoredDeltas | None, members: int) -> Subject:
+def with_denoiser(subject: Subject, context: RunContext, training: StoredDeltas | None, members: int) -> Subject:
     """The same model with the denoiser and the scale network of a finished run."""
-    generate = load_generator(materials, strength=1.0)
+    generate = load_generator(context, strength=1.0)
     return dataclasses.replace(subject, generate=generate, ensemble=members, training=training)
 
 
-def samples_at_once(materials: Materials, subject: Subject) -> int:
+def samples_at_once(context: RunContext, subject: Subject) -> int:
     """Samples of a batch: as `[evaluate] batch_size` says, or as many as memory holds with all their members."""
-    setting = materials.project.settings.evaluate.batch_size
+    setting = context.project.settings.evaluate.batch_size
     if setting != AUTO:
         return setting
     members = 3 * 4 * subject.layer.numel * subject.ensemble
-    probe = probe_of(materials)
+    probe = probe_of(context)
     x, of_step = (to_device(given[0], subject.device) for given in (probe, any_views(subject.task, *probe)))
-    each = members + sample_bytes(
-        subject.overfitter, subject.layer, subject.base, materials.forward, x, of_step, factored=False
-    )
+    each = members + sample_bytes(subject.overfitter, x, of_step, factored=False)
     return max(FEWEST, min(LARGEST, BATCH_BYTES // members, int(MEMORY_SHARE * (available_memory() or BATCH_BYTES)) // each))
 
 
-def probe_of(materials: Materials) -> tuple[Tree, Tree]:
+def probe_of(context: RunContext) -> tuple[Tree, Tree]:
     """A few training samples to try things on."""
-    rows = materials.splits["train"]
+    rows = context.splits["train"]
     return rows.batch([i % len(rows) for i in range(PROBE)])
 
 
 def with_neighbours(
     subject: Subject,
-    examined: Examined,
+    evaluated: EvaluatedSamples,
     split: Split,
     numbers: Tensor,
     known: Tensor | None,
@@ -100,11 +98,11 @@ def with_neighbours(
     size: int,
     on_progress: OnProgress,
 ) -> dict[str, str]:
-    """Find the nearest training samples of the examined samples, in x and in what the layer sees.
+    """Find the nearest training samples of the evaluated samples, in x and in what the layer sees.
 
     Args:
-        subject: what is examined.
-        examined: gets the neighbours.
+        subject: what is evaluated.
+        evaluated: gets the neighbours.
         split: all training samples.
         numbers: those that have a delta, (N,); neighbours are counted in this order.
         known: what the layer sees of each of them, (N, d), or None.
@@ -116,24 +114,24 @@ def with_neighbours(
         what neighbours could not be found in, with the reason.
     """
     missing = {}
-    asked = examined.order.sort().values
-    count, own = len(examined.split), own_rows(examined.split, split, asked, numbers)
-    if places_of(subject.task, examined.split.inputs(asked[:1])) is None:
+    asked = evaluated.order.sort().values
+    count, own = len(evaluated.split), own_rows(evaluated.split, split, asked, numbers)
+    if places_of(subject.task, evaluated.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
-        examined.neighbours[row.IN_X] = _nearest_in_x(subject, examined.split, asked, split, numbers, own, k, on_progress)
+        evaluated.neighbours[row.IN_X] = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
     if known is None:
         missing[row.IN_LAYER_INPUT] = "the store has no field layer_input"
         return missing
-    parts = [Batch(subject, examined, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
+    parts = [Batch(subject, evaluated, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
-    examined.neighbours[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
+    evaluated.neighbours[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
     return missing
 
 
 def _nearest_in_x(
     subject: Subject,
-    examined: Split,
+    evaluated: Split,
     asked: Tensor,
     split: Split,
     numbers: Tensor,
@@ -142,22 +140,22 @@ def _nearest_in_x(
     on_progress: OnProgress,
 ) -> Neighbours:
     """As `with_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
-    parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(examined.inputs(asked[:1])).values())
+    parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(evaluated.inputs(asked[:1])).values())
     for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // numbers_each)):
-        queries = places_of(subject.task, examined.inputs(asked[part])).to(subject.device)
+        queries = places_of(subject.task, evaluated.inputs(asked[part])).to(subject.device)
         blocks = input_blocks(subject.task, split, numbers, subject.device)
         found = nearest(queries, blocks, k, on_progress, None if own is None else own[part])
-        parts.append(found.spread(asked[part], len(examined)))
+        parts.append(found.spread(asked[part], len(evaluated)))
     return parts[0].joined(parts[1:])
 
 
-def own_rows(examined: Split, training: Split, positions: Tensor, numbers: Tensor) -> Tensor | None:
-    """The place among `numbers` of each examined sample that is a training sample itself, −1 for the others, (N,); None where
+def own_rows(evaluated: Split, training: Split, positions: Tensor, numbers: Tensor) -> Tensor | None:
+    """The place among `numbers` of each evaluated sample that is a training sample itself, −1 for the others, (N,); None where
     the samples are of another data set."""
-    if examined.dataset is not training.dataset:
+    if evaluated.dataset is not training.dataset:
         return None
     places = {number: place for place, number in enumerate(numbers.tolist())}
-    return torch.tensor([places.get(number, -1) for number in examined.rows[positions].tolist()])
+    return torch.tensor([places.get(number, -1) for number in evaluated.rows[positions].tolist()])
 
 
 def training_rows(
@@ -166,7 +164,7 @@ def training_rows(
     """The rows that are made of training samples' deltas, and those that cannot be, with the reason.
 
     Args:
-        subject: what is examined.
+        subject: what is evaluated.
         training: the store.
         means: as `class_means`.
         missing: as `with_neighbours`.
@@ -186,7 +184,7 @@ def class_means(subject: Subject, training: StoredDeltas, example: Batch) -> Ten
     """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none.
 
     Args:
-        subject: what is examined.
+        subject: what is evaluated.
         training: the store.
         example: some samples with labels.
     """
@@ -212,37 +210,37 @@ def _class_numbers(outputs: Tensor) -> Tensor:
     return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
 
 
-def unseen(materials: Materials, training: StoredDeltas) -> Tensor:
+def unseen(context: RunContext, training: StoredDeltas) -> Tensor:
     """Which validation samples no training of OCD has drawn, (N,) bool.
 
     Of a store that holds validation samples those are kept that both trainings held out, and as large a part of the degenerate
     ones, which no training draws: a fair sample.
     """
-    split, settings = materials.splits["validation"], materials.project.settings
-    if materials.validation_is_given:
+    split, settings = context.splits["validation"], context.project.settings
+    if context.validation_is_given:
         return torch.ones(len(split), dtype=torch.bool)
     allowed = torch.zeros(len(training), dtype=torch.bool)
     share = min(settings.train_diffusion.held_out, settings.train_scale.held_out)
-    train, held_out = usable_split(training.degenerate, training.rho, training.sample_index, share, materials.seed)
+    train, held_out = usable_split(training.degenerate, training.rho, training.sample_index, share, context.seed)
     allowed[held_out] = True
     # Of a sample with several rows one may be degenerate and another be drawn.
     drawn = torch.isin(training.sample_index, training.sample_index[train])
     others = torch.nonzero(training.degenerate & ~drawn).squeeze(1)
     part = round(len(others) * len(held_out) / len(training.usable))
-    allowed[others[torch.randperm(len(others), generator=generator(materials.seed, "evaluate", "degenerate"))[:part]]] = True
+    allowed[others[torch.randperm(len(others), generator=generator(context.seed, "evaluate", "degenerate"))[:part]]] = True
     in_store, free = (torch.isin(split.rows, index) for index in (training.sample_index, training.sample_index[allowed]))
     return ~in_store | free
 
 
-def extra_rows(materials: Materials, taken: set[str]) -> list[Row]:
+def extra_rows(context: RunContext, taken: set[str]) -> list[Row]:
     """The task's own rows.
 
     Raises:
         TaskError: the task raises, or names a row as one in `taken`.
     """
-    splits = (materials.splits["train"], materials.splits["validation"])
-    with user_code("extra_rows()"), global_seed(materials.seed, "evaluate", "extra_rows"):
-        found = materials.task.extra_rows(materials.base, *splits, seed=materials.seed, device=materials.device)
+    splits = (context.splits["train"], context.splits["validation"])
+    with user_code("extra_rows()"), global_seed(context.seed, "evaluate", "extra_rows"):
+        found = context.task.extra_rows(context.base, *splits, seed=context.seed, device=context.device)
     if not isinstance(found, dict) or not all(callable(predict) for predict in found.values()):
         raise TaskError("extra_rows() gave no dict of functions", 'return {"a name": lambda x: outputs}, or {} for no rows')
     if clash := sorted((taken | set(row.TABLE)) & found.keys()):

@@ -8,28 +8,28 @@ from typing import Any
 import torch
 
 from stages.foundation.trees import batch_size, to_device
-from stages.lifecycle.materials import Materials
+from stages.lifecycle.context import RunContext
 from stages.prediction.predictor import load_generator, load_personalised
 from stages.run_directory.pipeline import ORDER
 
 TIMED_SAMPLES = 64
 
 
-def cost(materials: Materials, members: int, samples: int) -> dict[str, Any]:
+def cost(context: RunContext, members: int, samples: int) -> dict[str, Any]:
     """Parameters, milliseconds a sample of the base, one draw and an ensemble, and the seconds each stage took.
 
     Args:
-        materials: of a finished run.
+        context: of a finished run.
         members: of the ensemble.
         samples: to measure with, at most 64.
     """
-    personalised = load_personalised(materials, strength=1.0)[0]
-    x = materials.test_split.inputs(range(min(TIMED_SAMPLES, samples, len(materials.test_split))))
-    on_device, count = to_device(x, materials.device), batch_size(x)
+    personalised = load_personalised(context, strength=1.0)[0]
+    x = context.test_split.inputs(range(min(TIMED_SAMPLES, samples, len(context.test_split))))
+    on_device, count = to_device(x, context.device), batch_size(x)
 
     def base() -> None:
         with torch.no_grad():
-            materials.forward(materials.base, on_device)
+            context.forward(context.base, on_device)
 
     def milliseconds(call: Callable[[], Any]) -> float:
         """A sample's part of the faster of two runs."""
@@ -37,22 +37,22 @@ def cost(materials: Materials, members: int, samples: int) -> dict[str, Any]:
         for _ in range(2):
             start = time.perf_counter()
             call()
-            materials.wait()
+            context.wait()
             times.append(time.perf_counter() - start)
         return 1e3 * min(times) / count
 
-    generate = load_generator(materials, strength=1.0)
-    networks = {"base": materials.base, "denoiser": generate.denoiser, "scale": generate.scale}
+    generate = load_generator(context, strength=1.0)
+    networks = {"base": context.base, "denoiser": generate.denoiser, "scale": generate.scale}
     return {
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
         "base_ms": milliseconds(base),
         "ocd_one_draw_ms": milliseconds(lambda: personalised.predict(x, 1)),
         "ocd_ensemble_ms": milliseconds(lambda: personalised.predict(x, members)),
-        "stage_seconds": {name: _duration(materials, name) for name in ORDER[: ORDER.index("train-scale") + 1]},
+        "stage_seconds": {name: _duration(context, name) for name in ORDER[: ORDER.index("train-scale") + 1]},
     }
 
 
-def _duration(materials: Materials, stage: str) -> float:
+def _duration(context: RunContext, stage: str) -> float:
     """From beginning to end of the process that finished a stage, in seconds."""
-    made = materials.manifest_of(stage)["made"]
-    return (datetime.fromisoformat(made["ended"]) - datetime.fromisoformat(made["started"])).total_seconds()
+    made = context.manifest_of(stage).made
+    return (datetime.fromisoformat(made.ended) - datetime.fromisoformat(made.started)).total_seconds()

@@ -1,20 +1,21 @@
-"""What the stages of one project share: the task, its splits, the trained base and the selected layer, each made once."""
+"""What a run's stages work with: its task, data splits, base, layer, device and seed, each loaded when first asked for."""
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.processes import local_rank, under_torchrun
+from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_model
 from stages.foundation.trees import Tree, to_device
 from stages.per_sample.layer import Layer, find_layer
-from stages.per_sample.single_precision import in_single_precision
+from stages.per_sample.single_precision import HALF, in_single_precision
 from stages.run_directory.folders import checked_file, folder_of
+from stages.run_directory.format import Manifest
 from stages.run_directory.project import Project
 from stages.tasks.data import Split, dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
@@ -24,16 +25,19 @@ from stages.tasks.user_code import user_code
 BASE_FILE = "base.safetensors"
 
 
-class Materials:
-    """A project's task, data, base and layer, loaded when first asked for.
+class RunContext:
+    """A run: what its stages share.
 
     Args:
         project: the project.
+        report: hears of the progress of whatever is done.
     """
 
-    def __init__(self, project: Project) -> None:
+    def __init__(self, project: Project, report: Report | None = None) -> None:
         self.project = project
+        self.report: Report = report or Silent()
         self._identities: dict[str, str | None] = {}
+        self._single: tuple[str, nn.Module] | None = None
 
     @property
     def seed(self) -> int:
@@ -57,9 +61,8 @@ class Materials:
     @cached_property
     def task(self) -> Task:
         """The user's task."""
-        task = load_task(self.project.settings.task, self.project.root)
-        task.condition_on_x = self.project.settings.collect.condition_on_x
-        return task
+        settings = self.project.settings
+        return load_task(settings.task, self.project.root, condition_on_x=settings.collect.condition_on_x)
 
     @cached_property
     def splits(self) -> dict[str, Split]:
@@ -95,24 +98,25 @@ class Materials:
     @cached_property
     def layer(self) -> Layer:
         """The selected layer."""
-        return find_layer(self.base, self.manifest_of("select-layer")["content"])
+        return find_layer(self.base, self.manifest_of("select-layer").content)
 
-    @cached_property
-    def base_to_overfit(self) -> nn.Module:
-        """The base, its selected layer computing in float32 whatever the rest does."""
-        return self.base_with(self.layer)
-
-    def base_with(self, layer: Layer) -> nn.Module:
-        """The base, a layer computing in float32 whatever the rest does."""
-        x = to_device(self.splits["all"].inputs([0, 0]), self.device)
-        in_single_precision(self.base, layer, lambda: self.forward(self.base, x))
-        return self.base
+    def base_to_overfit(self, layer: Layer | None = None) -> nn.Module:
+        """The base, with the layer (by default the selected one) computing in float32 whatever the rest does: of a base of half
+        precision a model of its own."""
+        layer = layer or self.layer
+        if self.base.get_parameter(layer.name).dtype not in HALF:
+            return self.base
+        if self._single is None or self._single[0] != layer.name:
+            model, x = self.another_base(), to_device(self.splits["all"].inputs([0, 0]), self.device)
+            in_single_precision(model, layer, lambda: self.forward(model, x))
+            self._single = layer.name, model
+        return self._single[1]
 
     def forward(self, model: nn.Module, x: Tree) -> Tree:
         """The task's forward pass: inputs (B, …) to outputs (B, …)."""
         return forward(self.task, model, x)
 
-    def manifest_of(self, stage: str) -> dict[str, Any]:
+    def manifest_of(self, stage: str) -> Manifest:
         """The manifest of an earlier stage.
 
         Raises:

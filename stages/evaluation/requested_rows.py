@@ -1,0 +1,137 @@
+"""Rows of `evaluate` that are made on request: most take a training, in a branch of the run that shares what it can."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from stages.evaluation import rows as row
+from stages.evaluation.from_run import make_subject, with_denoiser
+from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
+from stages.evaluation.subject import Batch, Subject
+from stages.foundation.errors import ComputeError, SettingsError, TaskError
+from stages.foundation.trees import Tree, concatenate, take, to_device
+from stages.lifecycle.branches import branch_of, bring_up
+from stages.lifecycle.context import BASE_FILE, RunContext
+from stages.overfitting.collector import recipe_of
+from stages.overfitting.whole_network import overfit_whole
+from stages.run_directory.folders import folder_of
+from stages.run_directory.pipeline import ORDER
+from stages.run_directory.project import Project
+from stages.tasks.loader import losses
+
+# Overfitting all layers goes sample by sample: what would take longer has to be asked for.
+LONGEST_S = 180.0
+TRIED = 3
+
+LeftOut = dict[str, str]
+
+
+def requested_rows(context: RunContext, subject: Subject) -> tuple[list[Row], LeftOut]:
+    """The rows that `[evaluate] rows` asks for and that need a training, and those left out, with the reason.
+
+    Args:
+        context: of the run; its report hears of each branch that is begun.
+        subject: what is evaluated.
+
+    Raises:
+        ArtifactError, TryAgainError: a stage of a branch fails; it goes on where it was when asked for again.
+    """
+    makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.WITH_X: _with_x, row.LONGER: _longer}
+    asked, found, left_out = context.project.settings.evaluate.rows, [], {}
+    for name, make in makers.items():
+        try:
+            made = make(context, subject) if name in asked else f"not asked for: it takes a training; ask with --add '{name}'"
+        except (SettingsError, TaskError, ComputeError) as error:
+            # That another layer or network will not do is no fault of the run.
+            made = error.message.splitlines()[0]
+        if isinstance(made, str):
+            left_out[name] = made
+        else:
+            found.append(made)
+    return found, left_out
+
+
+def _branch(context: RunContext, name: str, values: dict[str, Any], stages: Iterable[str]) -> RunContext:
+    """Another run of the same task with some settings changed, brought up to date."""
+    project = branch_of(context.project, name, values)
+    changed = ", ".join(f"{key} = {value}" for key, value in values.items())
+    context.report.message(f"{name}: {changed}, in {project.run_path}")
+    bring_up(context.project, project, stages, context.report)
+    return RunContext(project, context.report)
+
+
+def _learned() -> tuple[str, ...]:
+    return ORDER[: ORDER.index("train-scale") + 1]
+
+
+def _alternative(context: RunContext, subject: Subject) -> Row | str:
+    """OCD on the layer with the second highest score; on that with the highest, where the second is the one chosen."""
+    candidates = context.manifest_of("select-layer").summary["candidates"]
+    scored = sorted((c for c in candidates if c["score"] is not None), key=lambda c: -c["score"])
+    others = [c["name"] for c in scored[:2] if c["name"] != subject.layer.name]
+    if not others:
+        return "select-layer has no scores of other layers"
+    values = {"select-layer.layer": others[-1], "select-layer.draws": 0}
+    branch = _branch(context, "alternative-layer", values, _learned())
+    other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
+    return ElsewhereRow(row.ALTERNATIVE, other)
+
+
+def _regression(context: RunContext, subject: Subject) -> Row:
+    """The same network regressing the unit delta from the conditioning (Eq. 1)."""
+    branch = _branch(context, "deterministic-hypernetwork", {"train-diffusion.prediction": "mean"}, _learned())
+    return ElsewhereRow(row.REGRESSION_ROW, with_denoiser(subject, branch, None, 1))
+
+
+def _with_x(context: RunContext, subject: Subject) -> Row | str:
+    """OCD whose networks see x beside the paper's three fields."""
+    if context.project.settings.collect.condition_on_x:
+        return "collect.condition_on_x is set: all of OCD's rows are conditioned on x"
+    branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, _learned())
+    other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
+    return ElsewhereRow(row.WITH_X, other)
+
+
+def _longer(context: RunContext, subject: Subject) -> Row | str:
+    """The base after twice its epochs."""
+    reached = context.manifest_of("train-base").extents["train-base.epochs"].reached
+    if not reached:
+        return "the base was imported, or trained by the task: its training cannot be continued"
+    values = {"train-base.epochs": 2 * reached, "train-base.patience": 0}
+    model = _branch(context, "base-trained-longer", values, ("train-base",)).another_base()
+    return OutputRow(row.LONGER, lambda batch: context.forward(model, batch.x))
+
+
+def whole_network_row(context: RunContext, samples: int) -> Row | str:
+    """Every layer overfitted on test, sample by sample; or why not."""
+    model, recipe = context.another_base().float(), recipe_of(context.project.settings.collect)
+
+    def one(x: Tree, y: Tree) -> Tree:
+        return overfit_whole(model, context.forward, lambda output, labels: losses(context.task, output, labels), recipe, x, y)
+
+    def each(batch: Batch) -> Tree:
+        spans = [slice(i, i + 1) for i in range(len(batch))]
+        return concatenate([one(take(batch.x, span), take(batch.y, span)) for span in spans])
+
+    split = context.test_split
+    start = time.perf_counter()
+    for position in range(min(TRIED, len(split))):
+        x, y = split.batch([position])
+        one(to_device(x, context.device), to_device(y, context.device))
+    seconds = (time.perf_counter() - start) / min(TRIED, len(split)) * samples
+    if seconds > LONGEST_S and row.ORACLE_ALL not in context.project.settings.evaluate.rows:
+        return f"sample by sample it would take about {seconds / 60:.0f} minutes; ask with --add '{row.ORACLE_ALL}'"
+    return OutputRow(row.ORACLE_ALL, each)
+
+
+def seed_branches(context: RunContext) -> Iterable[tuple[int, Project]]:
+    """Whole trainings with the seeds after the run's own, each evaluated: seed and branch."""
+    project, base = context.project, folder_of(context.project, "train-base")
+    imported = "weights" in base.manifest().sources and project.settings.task.weights is None
+    weights = {"task.weights": str(base.path / BASE_FILE)} if imported else {}
+    for seed in range(project.seed + 1, project.seed + project.settings.evaluate.seeds):
+        values = {"run.seed": seed, "evaluate.seeds": 1, "evaluate.rows": [], **weights}
+        branch = branch_of(project, f"seed-{seed}", values)
+        context.report.message(f"seed {seed}: all stages, in {branch.run_path}")
+        bring_up(project, branch, ORDER[: ORDER.index("evaluate") + 1], context.report)
+        yield seed, branch
