@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        print(importlib.metadata.version("ocd"))
+        print(importlib.metadata.version("torch-ocd"))
         raise typer.Exit
 
 

@@ -103,5 +103,13 @@ def test_the_changelog_names_the_version():
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_package_is_not_a_strangers():
+    """`ocd` on the package index is another project's: what is installed is called torch-ocd."""
+    for path in (path for kind in ("py", "md", "toml", "sh") for path in ROOT.rglob(f"*.{kind}") if ".venv" not in path.parts):
+        wrong = re.findall(r"pip install (?:-\S+ )*[\"']?ocd\b", path.read_text())
+        assert not wrong, f"{path}: {wrong}"
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "torch-ocd"
+
+
 if __name__ == "__main__":
     print(settings_table())

@@ -113,7 +113,7 @@ def read_picture(path: Path, named_by: str) -> np.ndarray:
         from PIL import Image
     except ImportError as error:
         raise SettingsError(
-            "pictures are read with Pillow, which is not installed", 'pip install "ocd[examples]", or pip install pillow'
+            "pictures are read with Pillow, which is not installed", 'pip install "torch-ocd[examples]", or pip install pillow'
         ) from error
     try:
         with Image.open(path) as picture:

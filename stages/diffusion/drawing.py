@@ -5,8 +5,8 @@ from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.sampler import ddim_step
-from stages.diffusion.schedule import MEAN, NoiseSchedule, to_x0
+from stages.diffusion.sampler import estimates
+from stages.diffusion.schedule import MEAN, NoiseSchedule
 
 SMALLEST_SQUARE = 1e-2
 
@@ -30,19 +30,18 @@ def drawn_with_gradient(
     Returns:
         (B, out, in), of unit root-mean-square.
     """
-    encoded, alpha_bar, count = denoiser.encode(fields), schedule.alpha_bar, len(noise)
-    if denoiser.prediction == MEAN:
-        last = torch.full((count,), schedule.steps - 1, device=noise.device)
-        return _unit(denoiser(torch.zeros_like(noise), last, encoded).float())
-    visited, noisy = schedule.visited(sample_steps), noise
-    for index, step in enumerate(visited[:passes]):
-        t, is_last = torch.full((count,), step, device=noise.device), index == passes - 1
-        with torch.set_grad_enabled(is_last and torch.is_grad_enabled()):
-            output = denoiser(noisy, t, encoded if is_last else encoded.detach()).float()
-            clean = to_x0(output, noisy, t, alpha_bar, denoiser.prediction)
-            if not is_last:
-                noisy = ddim_step(clean, noisy, float(alpha_bar[step]), float(alpha_bar[visited[index + 1]]))
-    return _unit(clean)
+    encoded = denoiser.encode(fields)
+    found = estimates(
+        lambda noisy, t: denoiser(noisy, t, encoded).float(),
+        schedule,
+        noise,
+        prediction=denoiser.prediction,
+        sample_steps=sample_steps,
+    )
+    with torch.no_grad():
+        for _ in range(0 if denoiser.prediction == MEAN else passes - 1):
+            next(found)
+    return _unit(next(found))
 
 
 def _unit(values: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The reverse process: from pure noise to a unit delta (Alg. 2)."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +23,8 @@ def ddim_step(clean: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_next: 
         clean: predicted Ω̂_0, (B, …).
         noisy: Ω_t, (B, …).
         alpha_bar_t: ᾱ_t.
-        alpha_bar_next: ᾱ_s of the next step s < t; 1 at the end.
+        alpha_bar_next: ᾱ_s of the next step s < t.
     """
-    if alpha_bar_next == 1.0:
-        return clean
     of_noisy = ((1 - alpha_bar_next) / (1 - alpha_bar_t)) ** 0.5
     of_clean = alpha_bar_next**0.5 - of_noisy * alpha_bar_t**0.5
     return (of_noisy * noisy).add_(clean, alpha=of_clean)
@@ -40,7 +40,7 @@ def ddpm_step(clean: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_next: 
         clean: Ω̂_0, (B, …).
         noisy: Ω_t, (B, …).
         alpha_bar_t: ᾱ_t.
-        alpha_bar_next: ᾱ_s; at the end 1, where no noise is added.
+        alpha_bar_next: ᾱ_s of the next step s < t.
         noise: standard normal, (B, …).
     """
     alpha = alpha_bar_t / alpha_bar_next
@@ -61,36 +61,50 @@ class Noise:
         return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]).to(self._device)
 
 
-def sample(
-    denoise: Denoise, schedule: NoiseSchedule, noise: Noise, *, prediction: str, sampler: str, sample_steps: int
-) -> Tensor:
-    """Draw clean unit deltas (Alg. 2).
+def estimates(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    first: Tensor,
+    *,
+    prediction: str,
+    sample_steps: int,
+    sampler: str = DDIM,
+    noise: Noise | None = None,
+) -> Iterator[Tensor]:
+    """The reverse process, pass by pass (Alg. 2). Each pass is computed when it is asked for, with a gradient or without as
+    torch is set then.
 
     Args:
         denoise: the denoiser with its conditioning.
         schedule: the noise schedule it was trained with.
-        noise: the source of the first noise, and of that of each ancestral step.
+        first: the noise to begin from, (B, …).
         prediction: what the denoiser outputs, "x0" or "epsilon"; or "mean": one pass, no noise.
-        sampler: "ddim" (deterministic after the first noise) or "ddpm" (ancestral).
         sample_steps: steps to take.
+        sampler: "ddim" (deterministic after the first noise) or "ddpm" (ancestral).
+        noise: of each ancestral step.
 
-    Returns:
-        (B, …).
+    Yields:
+        Ω̂_0 as each pass predicts it, (B, …); the last one is the sample.
     """
-    alpha_bar = schedule.alpha_bar
     if prediction == MEAN:
-        nothing = torch.zeros_like(noise.draw())
-        return denoise(nothing, torch.full((len(nothing),), schedule.steps - 1, device=nothing.device))
-    visited = schedule.visited(sample_steps)
-    noisy = noise.draw()
-    for index, step in enumerate(visited):
+        last = torch.full((len(first),), schedule.steps - 1, device=first.device)
+        yield denoise(torch.zeros_like(first), last)
+        return
+    alpha_bar, visited, noisy = schedule.alpha_bar, schedule.visited(sample_steps), first
+    for step, following in itertools.zip_longest(visited, visited[1:]):
         t = torch.full((len(noisy),), step, dtype=torch.long, device=noisy.device)
-        following = float(alpha_bar[visited[index + 1]]) if index + 1 < len(visited) else 1.0
         clean = to_x0(denoise(noisy, t), noisy, t, alpha_bar, prediction)
-        if sampler == DDIM:
-            noisy = ddim_step(clean, noisy, float(alpha_bar[step]), following)
-        elif following == 1.0:
-            noisy = clean
-        else:
-            noisy = ddpm_step(clean, noisy, float(alpha_bar[step]), following, noise.draw())
-    return noisy
+        yield clean
+        if following is not None:
+            now, then = float(alpha_bar[step]), float(alpha_bar[following])
+            ancestral = sampler == DDPM
+            noisy = ddpm_step(clean, noisy, now, then, noise.draw()) if ancestral else ddim_step(clean, noisy, now, then)
+
+
+def sample(
+    denoise: Denoise, schedule: NoiseSchedule, noise: Noise, *, prediction: str, sampler: str, sample_steps: int
+) -> Tensor:
+    """Draw clean unit deltas (B, …), the last of `estimates`; `noise` is the source of all noise."""
+    options = {"prediction": prediction, "sample_steps": sample_steps, "sampler": sampler, "noise": noise}
+    (clean,) = deque(estimates(denoise, schedule, noise.draw(), **options), maxlen=1)
+    return clean

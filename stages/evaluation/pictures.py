@@ -23,7 +23,7 @@ from stages.tasks.user_code import user_code
 FOLDER = "pictures"
 # In pixels: between two panes, the height of a caption, and the width that small pictures are enlarged to, or this height.
 GAP, CAPTION, READABLE, TALLEST = 8, 20, 200, 2000
-NO_PILLOW = 'no pictures: Pillow is missing; to have them: pip install "ocd[examples]", then ocd infer --force'
+NO_PILLOW = 'no pictures: Pillow is missing; to have them: pip install "torch-ocd[examples]", then ocd infer --force'
 HINT = "let it return a tensor (H, W, 3) or (H, W) of floats in [0, 1], or None for no picture"
 
 # Of a sample, without its batch axis.

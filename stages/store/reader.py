@@ -1,6 +1,5 @@
 """Reading a finished delta store: whole arrays, rows in order, or batches in a shuffled order for training."""
 
-import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,10 @@ import zarr
 
 from stages.foundation.background import read_ahead
 from stages.foundation.errors import ArtifactError
-from stages.foundation.seeds import seed_of
 from stages.run_directory.folders import MANIFEST
 from stages.run_directory.format import Manifest, StoreDescription
 from stages.store.delta_store import STORE, ArraySpec, chunk_name, is_laid_out
+from stages.store.shuffler import Rows, Shuffler, in_batches
 
 # Threads that read and decompress blocks for a buffer.
 READERS = 2
@@ -110,7 +109,7 @@ class StoreReader:
         arrays = self.description.arrays
         return sum(int(np.prod(arrays[name].shape, dtype=np.int64)) * np.dtype(arrays[name].dtype).itemsize for name in names)
 
-    def take(self, names: list[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+    def take(self, names: list[str], rows: np.ndarray) -> Rows:
         """Some rows of some arrays, in the order asked for, and their numbers as "row"; each block is read once."""
         return next(self._buffers(names, iter([rows])))
 
@@ -123,7 +122,7 @@ class StoreReader:
         epoch: int,
         buffer_blocks: int = 4,
         usable: np.ndarray | None = None,
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Rows]:
         """One epoch of batches in an order that is random but for locality: blocks are drawn without replacement,
         `buffer_blocks` of them at a time share a buffer, and its rows are drawn from it in a random order.
 
@@ -144,53 +143,19 @@ class StoreReader:
         Raises:
             ArtifactError: a chunk is damaged.
         """
-        buffers = self._buffers(names, self.order(seed, epoch, buffer_blocks, usable))
-        yield from _batches(read_ahead(buffers, ahead=1), batch_size)
+        shuffler = Shuffler(len(self), self.block_samples, seed, buffer_blocks, usable)
+        yield from self.batches(names, shuffler.epoch(epoch), batch_size)
 
-    def endless(
-        self, names: list[str], batch_size: int, *, seed: int, first: int, buffer_blocks: int, usable: np.ndarray
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of one epoch after another, each shuffled anew, all of the same size, as `shuffled`.
-
-        Args:
-            names: arrays to read.
-            batch_size: rows to a batch, which may be of two epochs.
-            seed: of the run.
-            first: rows that were drawn before, from the first epoch on; what lies wholly before is not read.
-            buffer_blocks: blocks to a buffer.
-            usable: (N,) bool, rows that may be drawn.
-        """
-        epoch, skip = divmod(first, int(usable.sum()))
-
-        def drawn() -> Iterator[np.ndarray]:
-            nonlocal skip
-            for number in itertools.count(epoch):
-                for rows in self.order(seed, number, buffer_blocks, usable):
-                    left, skip = rows[skip:], max(0, skip - len(rows))
-                    if len(left):
-                        yield left
-
-        yield from _batches(read_ahead(self._buffers(names, drawn()), ahead=1), batch_size)
-
-    def order(self, seed: int, epoch: int, buffer_blocks: int, usable: np.ndarray | None) -> Iterator[np.ndarray]:
-        """The rows of each buffer of an epoch, in the order in which they are drawn; nothing is read."""
-        draw = np.random.default_rng(seed_of(seed, "shuffle", epoch))
-        blocks = draw.permutation(self.blocks)
-        for start in range(0, len(blocks), buffer_blocks):
-            spans = [self.span(int(block)) for block in blocks[start : start + buffer_blocks]]
-            rows = np.concatenate([np.arange(*span) for span in spans])
-            rows = rows if usable is None else rows[usable[rows]]
-            order = np.empty_like(rows)
-            order[draw.permutation(len(rows))] = rows
-            if len(order):
-                yield order
+    def batches(self, names: list[str], drawn: Iterator[np.ndarray], batch_size: int) -> Iterator[Rows]:
+        """Rows in batches, buffer by buffer as a `Shuffler` draws them; the next buffer is read and decompressed meanwhile."""
+        return in_batches(read_ahead(self._buffers(names, drawn), ahead=1), batch_size)
 
     def span(self, block: int) -> tuple[int, int]:
         """The first row of a block, and the one after its last."""
         first = block * self.block_samples
         return first, min(len(self), first + self.block_samples)
 
-    def _buffers(self, names: list[str], drawn: Iterator[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def _buffers(self, names: list[str], drawn: Iterator[np.ndarray]) -> Iterator[Rows]:
         """Rows of each buffer, read block by block."""
         with ThreadPoolExecutor(READERS) as pool:
             for rows in drawn:
@@ -201,12 +166,12 @@ class StoreReader:
                 list(pool.map(lambda at, buffer=buffer: self._fill(buffer, names, at), places))
                 yield buffer
 
-    def _empty(self, names: list[str], count: int) -> dict[str, np.ndarray]:
+    def _empty(self, names: list[str], count: int) -> Rows:
         arrays = self.description.arrays
         found = {name: np.empty((count, *arrays[name].shape[1:]), arrays[name].dtype) for name in names}
         return {"row": np.empty(count, np.int64), **found}
 
-    def _fill(self, buffer: dict[str, np.ndarray], names: list[str], places: np.ndarray) -> None:
+    def _fill(self, buffer: Rows, names: list[str], places: np.ndarray) -> None:
         """Read one block and put those of its rows that the buffer wants in their places."""
         rows = buffer["row"][places]
         start, stop = self.span(int(rows[0]) // self.block_samples)
@@ -217,22 +182,3 @@ class StoreReader:
 def field_widths(store: StoreDescription) -> dict[str, int]:
     """How many numbers a row of each conditioning array has, by the store's description."""
     return {name: math.prod(store.arrays[name].shape[1:]) for name in store.fields}
-
-
-def _batches(buffers: Iterator[dict[str, np.ndarray]], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """The rows of buffers in batches; what a buffer leaves over begins the next one's first batch."""
-    rest: dict[str, np.ndarray] | None = None
-    for buffer in buffers:
-        start, count = 0, len(buffer["row"])
-        if rest is not None:
-            start = min(count, batch_size - len(rest["row"]))
-            rest = {name: np.concatenate([rest[name], value[:start]]) for name, value in buffer.items()}
-            if len(rest["row"]) < batch_size:
-                continue
-            yield rest
-        for first in range(start, count - batch_size + 1, batch_size):
-            yield {name: value[first : first + batch_size] for name, value in buffer.items()}
-        last = count - (count - start) % batch_size
-        rest = {name: value[last:].copy() for name, value in buffer.items()} if last < count else None
-    if rest is not None:
-        yield rest

@@ -12,15 +12,13 @@ from stages.foundation.processes import local_count
 from stages.run_directory.pipeline import AUTO
 from stages.store.delta_store import DELTA
 from stages.store.reader import StoreReader
-from stages.training.trainer import epoch_spans
+from stages.store.shuffler import Rows, Shuffler, in_batches
 
 # Rows that are shuffled among each other lie in a buffer of this size; it decides the order, so it is no setting.
 BUFFER_BYTES = 512 << 20
 # Of the memory that is free, what the store may take.
 MEMORY_SHARE = 0.5
 GPU_MEMORY_SHARE = 0.25
-
-Arrays = dict[str, np.ndarray]
 
 
 class TrainingBatches:
@@ -54,7 +52,7 @@ class TrainingBatches:
         device: torch.device,
         memory: float | str,
     ) -> None:
-        self._reader, self._seed, self._device = reader, seed, device
+        self._reader, self._device = reader, device
         arrays = reader.description.arrays
         self._factors = arrays[DELTA].factors if deltas else None
         self._names = [*(self._factors or [DELTA] * deltas), *reader.field_names()]
@@ -64,10 +62,10 @@ class TrainingBatches:
         self._usable = np.zeros(len(reader), bool)
         self._usable[train.numpy()] = True
         self.count, self.batch_size = len(train), min(batch_size, len(train))
-        self._buffer_blocks = max(1, BUFFER_BYTES // (reader.block_samples * reader.nbytes(self._names) // len(reader)))
-        self._resident: dict[str, Tensor] | Arrays | None = self._load(memory)
+        buffer_blocks = max(1, BUFFER_BYTES // (reader.block_samples * reader.nbytes(self._names) // len(reader)))
+        self._shuffler = Shuffler(len(reader), reader.block_samples, seed, buffer_blocks, self._usable)
+        self._resident: dict[str, Tensor] | Rows | None = self._load(memory)
         self.held_out = self._some(held.numpy())
-        self._orders: dict[int, np.ndarray] = {}
 
     @property
     def place(self) -> str:
@@ -76,7 +74,7 @@ class TrainingBatches:
             return "read from the disk while training"
         return "kept on the GPU" if isinstance(next(iter(self._resident.values())), Tensor) else "kept in memory"
 
-    def _load(self, memory: float | str) -> dict[str, Tensor] | Arrays | None:
+    def _load(self, memory: float | str) -> dict[str, Tensor] | Rows | None:
         """The whole store, where it may be kept."""
         needed = self._reader.nbytes(self._names)
         on_gpu = self._device.type == "cuda" and memory == AUTO and needed <= GPU_MEMORY_SHARE * free_on_gpu(self._device)
@@ -117,16 +115,12 @@ class TrainingBatches:
             step: counted from 0.
             share: the part of each batch that is wanted.
         """
-        first = step * self.batch_size
+        drawn = self._shuffler.endless(step * self.batch_size)
         if self._resident is None:
-            options = {"seed": self._seed, "first": first, "buffer_blocks": self._buffer_blocks, "usable": self._usable}
-            for found in self._reader.endless(self._names, self.batch_size, **options):
-                yield self._rows(found.pop("row")[share], {name: value[share] for name, value in found.items()})
-        while True:
-            spans = epoch_spans(self.count, first, self.batch_size)
-            rows = np.concatenate([self._order(epoch)[start:stop] for epoch, start, stop in spans])
-            yield self._some(rows[share])
-            first += self.batch_size
+            for found in self._reader.batches(self._names, drawn, self.batch_size):
+                yield self._batch(found.pop("row")[share], {name: value[share] for name, value in found.items()})
+        for found in in_batches(({"row": rows} for rows in drawn), self.batch_size):
+            yield self._some(found["row"][share])
 
     def blame(self, numbers: Tensor, errors: Tensor) -> str:
         """The samples whose loss is worst, by their numbers in the user's training set, for a message.
@@ -140,25 +134,17 @@ class TrainingBatches:
         samples = self._reader.read("sample_index")[worst[:5].numpy()].tolist()
         return f" (samples {', '.join(map(str, samples))}{' …' if len(worst) > 5 else ''})"
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch; the last two are remembered."""
-        if epoch not in self._orders:
-            kept = dict(list(self._orders.items())[-1:])
-            order = self._reader.order(self._seed, epoch, self._buffer_blocks, self._usable)
-            self._orders = kept | {epoch: np.concatenate(list(order))}
-        return self._orders[epoch]
-
     def _some(self, rows: np.ndarray) -> DeltaBatch:
         """Rows by number."""
         if self._resident is None:
             found = self._reader.take(self._names, rows)
-            return self._rows(found.pop("row"), found)
+            return self._batch(found.pop("row"), found)
         if isinstance(next(iter(self._resident.values())), Tensor):
             at = torch.from_numpy(rows).to(self._device)
-            return self._rows(rows, {name: value[at] for name, value in self._resident.items()})
-        return self._rows(rows, {name: value[rows] for name, value in self._resident.items()})
+            return self._batch(rows, {name: value[at] for name, value in self._resident.items()})
+        return self._batch(rows, {name: value[rows] for name, value in self._resident.items()})
 
-    def _rows(self, numbers: np.ndarray, arrays: dict[str, Tensor] | Arrays) -> DeltaBatch:
+    def _batch(self, numbers: np.ndarray, arrays: dict[str, Tensor] | Rows) -> DeltaBatch:
         tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
         deltas = tensors.pop(DELTA, None)
         if self._factors:

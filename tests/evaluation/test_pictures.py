@@ -259,7 +259,10 @@ def test_without_pillow_the_answer_comes_all_the_same(ready, ocd, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "PIL", None)
         result = ocd(ready, "infer")
-    assert 'no pictures: Pillow is missing; to have them: pip install "ocd[examples]", then ocd infer --force' in result.stderr
+    assert (
+        'no pictures: Pillow is missing; to have them: pip install "torch-ocd[examples]", then ocd infer --force'
+        in result.stderr
+    )
     assert not (ready.run / "infer" / "test" / "pictures").exists()
     assert summary(ready)["pictures"] == 0
     ocd(ready, "infer", "--force")

@@ -169,7 +169,7 @@ def test_without_pillow_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     message, hint = refusal(str(folder), tmp_path, kind=SettingsError)
     assert message == "pictures are read with Pillow, which is not installed"
-    assert 'pip install "ocd[examples]"' in hint
+    assert 'pip install "torch-ocd[examples]"' in hint
 
 
 # Which views
