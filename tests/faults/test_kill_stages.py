@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import SLOW_MODEL, blocks_of, results
+from folders import blocks_of, results
 
 SETTINGS = {
     "collect": {"block_samples": 4, "batch_size": 2},
@@ -33,7 +33,7 @@ def kill_when(folder, stage, ready):
 
 @pytest.fixture
 def ready_project(ocd, project):
-    folder = project(SETTINGS, model=SLOW_MODEL)
+    folder = project(SETTINGS, code="slow")
     ocd(folder, "run", "--until", "select-layer")
     return folder
 

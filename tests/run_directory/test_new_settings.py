@@ -1,21 +1,7 @@
 """A setting that a later version adds leaves what is there as it is, at its default; otherwise it counts like any other."""
 
-import json
-
-from conftest import states
-
-from stages.foundation.files import digest
-from stages.run_directory.folders import manifest_hash
-
-
-def forget(folder, stage, setting):
-    """Rewrite a manifest as a version would have that did not know the setting."""
-    path = folder.run / stage / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["identity"]["settings"][setting]
-    manifest["fingerprint"] = digest(manifest["identity"])
-    manifest["sha256"] = manifest_hash({key: value for key, value in manifest.items() if key != "sha256"})
-    path.write_text(json.dumps(manifest))
+from folders import states
+from older import forget
 
 
 def test_results_from_before_a_setting_stay(ocd, finished):

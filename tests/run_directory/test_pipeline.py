@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import zarr
-from conftest import states
+from folders import states
 
 from stages.run_directory import pipeline
 

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import MODEL, Folder, arrays, flip, stopped_at
+from folders import Folder, arrays, flip
+from processes import stopped_at
 
 from stages.run_directory.folders import StageFolder
 
@@ -297,14 +298,14 @@ def test_data_deleted(finished, status, ocd, name, stage):
 
 
 def test_code_changed(finished, status, states):
-    (finished.root / "mymodel.py").write_text(MODEL.replace("Tanh", "ReLU"))
+    finished.edit("mymodel.py", "Tanh", "ReLU")
     assert list(changes(status(finished)["train-base"])) == ["content of code mymodel.py"]
     found = states(finished)
     assert found["train-base"] == found["select-layer"] == found["collect"] == found["infer"] == "stale"
 
 
 def test_comment_in_code_changes_nothing(finished, states):
-    (finished.root / "mymodel.py").write_text("# A small network.\n\n" + MODEL.replace("\n\n\n", "\n\n\n# It is tiny.\n"))
+    finished.edit("mymodel.py", "\n\n\n", "\n\n\n# It is tiny.\n")
     assert states(finished) == ALL_DONE
 
 
@@ -425,11 +426,7 @@ def test_other_answers_are_listed(finished, ocd):
 
 def test_data_from_code_are_trusted_by_status_alone(project, ocd, states):
     # Status runs no code of the user's; the stages do, and find what changed.
-    code = MODEL + (
-        "\n\ndef rows():\n    import pathlib, torch\n    text = pathlib.Path(__file__).with_name('rows.txt').read_text()\n"
-        "    return [(torch.full((4,), float(n)), int(n) % 3) for n in text.split()]\n"
-    )
-    folder = project({"task": {"train": "mymodel:rows"}}, model=code)
+    folder = project({"task": {"train": "data:numbers"}}, code="models")
     (folder.root / "rows.txt").write_text(" ".join(map(str, range(30))))
     ocd(folder, "run", "--until", "collect")
     assert states(folder)["collect"] == "done"
