@@ -6,6 +6,7 @@ import re
 import tempfile
 
 import pytest
+from folders import put
 from processes import counted_blocks, stopped_at, stopped_training
 
 from stages.run_directory.folders import StageFolder
@@ -101,3 +102,17 @@ def test_ledger_that_leads_out(interrupted_collect, ocd):
     path.write_text(json.dumps(record))
     ocd(folder, "collect")
     assert json.loads((folder.run / "collect" / "blocks" / "000000.json").read_text()) == json.loads(good)
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, ocd):
+    wanted = finished.manifest("train-diffusion")["content"]
+    finished.without("train-diffusion")
+    often = put("train-diffusion.checkpoint_steps=5")
+    with stopped_training(after=23):
+        ocd(finished, "train-diffusion", *often, code=4)
+    newest = max((finished.run / "train-diffusion.wip" / "checkpoints").glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    result = ocd(finished, "train-diffusion", *often)
+    assert f"checkpoint {newest.stem} is not usable, the one before is taken" in result.stderr
+    assert "continues from step" in (finished.run / "train-diffusion" / "log.txt").read_text()
+    assert finished.manifest("train-diffusion")["content"] == wanted

@@ -54,6 +54,7 @@ def test_a_larger_ensemble_keeps_the_members_there_are(ocd, finished):
 
 
 def test_another_setting_redoes_the_answer_and_says_so(ocd, finished):
+    assert not np.allclose(finished.predictions()["output"], finished.predictions()["base_output"])
     result = ocd(finished, "infer", "--strength", "0")
     assert "infer is redone: infer.strength was 1.0, is now 0.0" in result.stderr
     found = finished.predictions()
@@ -85,6 +86,8 @@ def test_splits_and_files_have_answers_of_their_own(ocd, finished):
     assert {path.name for path in (finished.run / "infer").iterdir()} == {"test", "validation", "train", "input-test"}
     found = json.loads(ocd(finished, "status", "--json").stdout)
     assert found["queries"] == ["input-test", "train", "validation"]
+    assert found["stages"]["infer"]["state"] == "done"
+    assert "input-test, train, validation" in ocd(finished, "status").stdout
     np.testing.assert_array_equal(finished.predictions("input-test")["output"], finished.predictions()["output"])
 
 
