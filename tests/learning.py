@@ -2,7 +2,7 @@
 
 import reference
 import torch
-from test_networks import PRIORS, toy_deltas, toy_rows
+from networks import PRIORS, toy_deltas, toy_rows
 
 from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.sampler import DDIM, Noise, sample
@@ -34,6 +34,13 @@ def train(denoiser, rows, steps, batch, lr):
 def trained_on_four(denoiser, steps, batch, lr):
     """Trained on four deltas whose likelihood the conditioning decides, see `toy_rows`."""
     return train(denoiser, toy_rows(ROWS, seed=1)[0], steps, batch, lr)
+
+
+def blind_and_best(schedule, rows, kind, t, noise):
+    """The mean squared error of the exact denoiser that does not see the conditioning, and of the one that does."""
+    noisy = add_noise(rows.deltas, noise, t, schedule.alpha_bar)
+    oracles = (reference.ExactDenoiser(toy_deltas(), prior, schedule.alpha_bar) for prior in (PRIORS.mean(0), PRIORS[kind]))
+    return [float((oracle(noisy, t) - rows.deltas).square().mean()) for oracle in oracles]
 
 
 @torch.no_grad()

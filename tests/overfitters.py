@@ -5,6 +5,8 @@ import copy
 import reference
 import torch
 import torch.nn.functional as F
+from hypothesis import assume
+from hypothesis import strategies as st
 from torch import nn
 
 from stages.foundation.trees import leaves, take
@@ -22,6 +24,22 @@ RECIPES = {
     "sgd": Recipe("sgd", 0.02, 3, momentum=0.9, weight_decay=0.01),
     "until converged": Recipe("sgd", 0.05, momentum=0.5, weight_decay=0.01, until_converged=True, tolerance=0.4, max_steps=12),
 }
+
+# Of `make_problem`: model and layer to overfit.
+LAYERS = [("dense", "0.weight"), ("dense", "2.weight"), ("convolution", "0.weight"), ("convolution", "2.weight")]
+
+
+def make_problem(name, dtype, rows=6):
+    torch.manual_seed(3)
+    if name == "dense":
+        model, shape = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (4,)
+    else:
+        model = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, (3, 2), 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
+        )
+        shape = (1, 6, 6)
+    model = model.to(dtype).eval().requires_grad_(False)
+    return model, torch.randn(rows, *shape, dtype=dtype), torch.arange(rows) % 3
 
 
 def forward(model, x):
@@ -61,6 +79,34 @@ class Tied(nn.Module):
 
 def twice(self, x):
     return self.fc(torch.tanh(self.fc(x)))
+
+
+@st.composite
+def convolutions(draw, by_name=False):
+    """A kind of convolution, one of it, and the size of a picture that it fits; with padding by name as well if wanted."""
+    axes = draw(st.sampled_from([1, 2]))
+
+    def each(low, high):
+        return draw(st.tuples(*[st.integers(low, high)] * axes))
+
+    groups, size, kernel, dilation = draw(st.sampled_from([1, 2])), each(3, 7), each(1, 3), each(1, 2)
+    named = draw(st.sampled_from(["same", "valid", None])) if by_name else None
+    stride, padding = 1 if named == "same" else each(1, 3), named or each(0, 2)
+    around = (0,) * axes if named else padding
+    if named != "same":
+        assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(size, around, dilation, kernel, strict=True)))
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+    }
+    kind = (nn.Conv1d, nn.Conv2d)[axes - 1]
+    inputs, outputs = (groups * draw(st.integers(1, 2)) for _ in range(2))
+    # Reflection reaches less than the whole picture; the widest border is that of a span of 5.
+    return kind, kind(inputs, outputs, kernel, **options), size
 
 
 def by_copies(model, name):

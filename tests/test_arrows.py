@@ -61,7 +61,7 @@ def test_command_line_imports(path):
     assert all(part_of(module) in allowed for module in imports(path) if module.startswith("stages."))
 
 
-@pytest.mark.parametrize("words", [["--help"], ["status", "--help"], ["status"]])
+@pytest.mark.parametrize("words", [["--help"], ["collect", "--help"], ["status", "--help"], ["status"], ["status", "--json"]])
 def test_light_commands_import_neither_torch_nor_zarr(words, finished):
     code = f"""
 import sys
@@ -71,6 +71,6 @@ try:
     app()
 except SystemExit as end:
     assert end.code == 0, end.code
-assert not {{"torch", "zarr", "numpy"}} & set(sys.modules), sorted(sys.modules)
+assert not {{"torch", "zarr", "numpy", "mymodel"}} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], cwd=finished.root, check=True, capture_output=True, text=True)

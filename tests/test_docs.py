@@ -11,7 +11,7 @@ import pytest
 
 from ocd_cli.app import app
 from stages.foundation.config import tables
-from stages.init import render, toml_value
+from stages.init import toml_value
 from stages.run_directory.project import check_settings
 
 ROOT = Path(__file__).parent.parent
@@ -76,18 +76,6 @@ def test_settings_shown_are_valid():
     assert blocks
     for block in blocks:
         check_settings(block, "README.md")
-
-
-def test_init_writes_every_setting():
-    text = render({})
-    check_settings(tomllib.loads(text), "ocd.toml")
-    for name, table in tables().items():
-        section = text.split(f"[{name}]")[1].split("\n[")[0]
-        for key, info in table.model_fields.items():
-            assert re.search(rf"^(# )?{info.alias or key} = .*{re.escape(info.description)}", section, re.MULTILINE), (
-                name,
-                key,
-            )
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("examples/*/ocd.toml")))

@@ -8,7 +8,8 @@ import sys
 import tomllib
 
 import pytest
-from conftest import Folder, arrays, counted_blocks
+from folders import Folder, arrays
+from processes import counted_blocks
 from typer.testing import CliRunner
 
 from ocd_cli.app import app
@@ -61,12 +62,20 @@ def test_the_module_is_the_command():
 
 @pytest.mark.parametrize(
     "args",
-    [["colect"], ["collect", "--nonsense"], ["infer", "--split", "other"], ["collect", "--device", "tpu"], ["collect", "x"]],
+    [
+        ["colect"],
+        ["collect", "--nonsense"],
+        ["infer", "--split", "other"],
+        ["infer", "--ensemble=0"],
+        ["infer", "--sample-steps=0"],
+        ["collect", "--device", "tpu"],
+        ["collect", "x"],
+    ],
 )
 def test_unknown_words(args):
     result = CliRunner().invoke(app, args, prog_name="ocd")
     assert result.exit_code == 2
-    assert args[-1] in result.stderr
+    assert args[-1].partition("=")[0] in result.stderr
     assert result.stdout == ""
 
 
@@ -128,12 +137,6 @@ def test_dry_run_tells_about_enough_bytes(finished, ocd):
             count *= length
         expected += count * sizes[entry["dtype"]]
     assert found["bytes"] == expected
-
-
-def test_dry_run_refuses_what_the_run_would(project, ocd):
-    folder = project()
-    assert "train-base is missing" in ocd(folder, "collect", "--dry-run", code=3).stderr
-    assert not folder.run.exists()
 
 
 # --json and --quiet
@@ -327,11 +330,6 @@ def test_forced_work_keeps_the_old_until_the_new_is_whole(finished, ocd, monkeyp
     assert not (finished.run / f"{stage}.old").exists()
 
 
-def test_force_skips_no_check(finished, ocd):
-    ocd(finished, "train-diffusion", "--force", "--set", "collect.lr=0.5", code=3)
-    ocd(finished, "collect", "--force", "--set", "collect.steps=0", code=2)
-
-
 def test_force_redoes_from_scratch(project, ocd):
     folder = project({"collect": {"block_samples": 8}})
     ocd(folder, "run", "--until", "collect")
@@ -350,21 +348,6 @@ def test_run_from_and_until_are_inclusive(project, ocd):
     found = one_object(ocd(folder, "run", "--from", "collect", "--until", "train-scale", "--json").stdout)["stages"]
     assert list(found) == list(STAGES[2:5])
     assert list(one_object(ocd(folder, "run", "--from", "infer", "--json").stdout)["stages"]) == ["infer"]
-
-
-def test_run_wants_stages_in_order(project, ocd):
-    folder = project()
-    message = ocd(folder, "run", "--from", "infer", "--until", "collect", code=2).stderr
-    assert "error: --until collect comes before --from infer" in message
-    for option in ("--from", "--until"):
-        message = ocd(folder, "run", option, "colect", code=2).stderr
-        assert f"error: {option} colect: unknown stage" in message
-        assert "train-diffusion" in message
-    assert not folder.run.exists()
-
-
-def test_run_from_needs_what_comes_before(project, ocd):
-    assert "train-base is missing" in ocd(project(), "run", "--from", "collect", code=3).stderr
 
 
 def test_run_stops_at_what_is_stale(finished, ocd):
@@ -386,12 +369,6 @@ def test_infer_options(finished, ocd):
     assert settings["infer.sampler"] == "ddpm"
     assert settings["infer.strength"] == 0.5
     assert (finished.run / "infer" / "test" / "deltas.zarr").is_dir()
-
-
-@pytest.mark.parametrize("option", [("--ensemble", 0), ("--sample-steps", 0), ("--strength", -1), ("--strength", "nan")])
-def test_infer_options_out_of_range(finished, ocd, option):
-    message = ocd(finished, "infer", *option, code=2).stderr
-    assert option[0].strip("-").replace("-", "_") in message.replace("-", "_")
 
 
 @pytest.mark.parametrize(

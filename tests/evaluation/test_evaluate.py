@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import states
+from folders import own_task, states
 from planted import helping, hopeless
 
 ROWS = [
@@ -164,15 +164,6 @@ def test_infer_at_the_fitted_strength(ocd, hopeless_run):
     assert json.loads(ocd(folder, "infer", *forced, "--json", "--quiet").stdout)["strength"] == 0.125
 
 
-def test_infer_at_a_strength_nobody_fitted(ocd, finished):
-    shown = ocd(finished, "infer", "--strength", "auto", code=3)
-    assert "evaluate is missing" in shown.stderr
-    assert "run: ocd evaluate" in shown.stderr
-    shown = ocd(finished, "infer", "--strength", "strong", code=2)
-    assert "infer.strength = 'strong'" in shown.stderr
-    assert "'auto'" in shown.stderr
-
-
 def test_run_evaluates_where_predictions_need_it(ocd, project):
     auto = ("--set", "infer.strength=auto")
     folder = project(rows=120)
@@ -273,27 +264,8 @@ def test_seeds_are_whole_trainings(ocd, finished):
     assert len({row["metrics"]["cross_entropy"]["mean"] for result in (results, *others) for row in result["rows"][:1]}) == 3
 
 
-EXTRA = """
-from stages.tasks.toy import Spirals
-
-class Mine(Spirals):
-    def extra_rows(self, model, train, validation, seed, device):
-        x, y = validation.batch(range(8))
-        assert x.shape == (8, 2) and y.shape == (8,)
-        return {%s: lambda x: 2 * model(x)}
-"""
-
-
-def task_of(project, source):
-    folder = project(
-        {"task": {"class": "mytask:Mine", "args": {"samples": 90}, **dict.fromkeys(("model", "loss", "train", "test"))}}
-    )
-    (folder.root / "mytask.py").write_text(source)
-    return folder
-
-
 def test_a_task_adds_rows(ocd, project):
-    folder = task_of(project, EXTRA % "'twice as sure'")
+    folder = project({"task": own_task("task:ExtraRow", row="twice as sure", samples=90)}, code="tasks")
     ocd(folder, "run", "--quiet", "--until", "train-scale")
     rows = rows_of(evaluated(ocd, folder))
     assert rows["twice as sure"]["metrics"]["accuracy"]["difference"] == 0
@@ -301,23 +273,11 @@ def test_a_task_adds_rows(ocd, project):
 
 
 def test_faults_of_extra_rows(ocd, project):
-    folder = task_of(project, EXTRA % "'base'")
+    folder = project({"task": own_task("task:ExtraRow", row="base", samples=90)}, code="tasks")
     ocd(folder, "run", "--quiet", "--until", "train-scale")
     shown = ocd(folder, "evaluate", code=2)
     assert "extra_rows() gave a row named 'base', which ocd has itself" in shown.stderr
     assert not (folder.run / "evaluate").exists()
-
-
-def test_an_unknown_row(ocd, finished):
-    shown = ocd(finished, "evaluate", "--add", "miracle", code=2)
-    assert "evaluate.rows = 'miracle'" in shown.stderr or "evaluate.rows" in shown.stderr
-    assert "alternative layer" in shown.stderr
-
-
-def test_before_its_stages(ocd, project):
-    shown = ocd(project(), "evaluate", code=3)
-    assert "evaluate needs stages that are not done" in shown.stderr
-    assert "ocd train-base && ocd select-layer && ocd collect && ocd train-diffusion && ocd train-scale" in shown.stderr
 
 
 def test_without_validation_samples_no_strength_is_fitted(ocd, project):

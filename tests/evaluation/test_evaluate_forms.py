@@ -3,188 +3,43 @@
 import json
 
 import pytest
+from folders import make_folder, own_task
 
+from stages.evaluation import from_run
 from stages.evaluation.rows import TABLE
 
-HEAD = """\
-import torch
-import torch.nn.functional as F
-from torch import nn
-from stages.foundation.seeds import generator
-from stages.tasks.data import ArrayDataset
-from stages.tasks.losses import CLASSIFICATION, OTHER, REGRESSION
-from stages.tasks.protocol import Task
-
-
-class Base(Task):
-    classes = 3
-
-    def model(self):
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-
-    def labels(self, x, draw):
-        return (x[:, :3] + torch.randn(len(x), 3, generator=draw)).argmax(1)
-
-    def points(self, name, count):
-        draw = generator("forms", name)
-        x = torch.randn(count, 4, generator=draw)
-        return ArrayDataset(x, self.labels(x, draw))
-
-    def train(self):
-        return self.points("train", 100)
-
-    def validation(self):
-        return self.points("validation", 24)
-
-    def test(self):
-        return self.points("test", 30)
-"""
-
-LOG_PROBABILITIES = """
-class Mine(Base):
-    kind = CLASSIFICATION
-
-    def model(self):
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.LogSoftmax(1))
-
-    def loss(self, output, y):
-        return F.nll_loss(output, y, reduction="none")
-"""
-
-BINARY = """
-class Mine(Base):
-    kind = CLASSIFICATION
-
-    def model(self):
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(0))
-
-    def labels(self, x, draw):
-        return (x[:, 0] > 0).float()
-
-    def loss(self, output, y):
-        return F.binary_cross_entropy_with_logits(output, y, reduction="none")
-
-    def metrics(self, output, y):
-        return {"right": ((output > 0) == (y > 0.5)).float()}
-"""
-
-A_DICT = """
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        hidden = self.body(x).tanh()
-        return {"logits": self.head(hidden), "hidden": hidden}
-
-
-class Mine(Base):
-    kind = CLASSIFICATION
-
-    def model(self):
-        return Two()
-
-    def loss(self, output, y):
-        return F.cross_entropy(output["logits"], y, reduction="none")
-
-    def metrics(self, output, y):
-        return {"accuracy": (output["logits"].argmax(1) == y).float()}
-"""
-
-PICTURES = """
-class Mine(Base):
-    kind = CLASSIFICATION
-
-    def model(self):
-        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1))
-
-    def points(self, name, count):
-        draw = generator("pictures", name)
-        x = torch.randn(count // 3, 1, 40, 40, generator=draw)
-        return ArrayDataset(x, (x[:, 0] > 0).long() + (x[:, 0] > 1).long())
-
-    def loss(self, output, y):
-        return F.cross_entropy(output, y, reduction="none").mean((1, 2))
-"""
-
-NAMES = """
-class Mine(Base):
-    kind = CLASSIFICATION
-
-    def loss(self, output, y):
-        return F.cross_entropy(output, y, reduction="none")
-
-    def metrics(self, output, y):
-        own = 2 * F.cross_entropy(output, y, reduction="none")
-        return {"loss": own, "brier_score": own, "calibration_error": own}
-"""
-
-NOT_A_NUMBER = """
-class Mine(Base):
-    kind = REGRESSION
-
-    def model(self):
-        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(0))
-
-    def labels(self, x, draw):
-        return x[:, 0].clamp(-0.5, 0.5)
-
-    def loss(self, output, y):
-        return ((output + 1.2).sqrt() - y).square()
-"""
-
-OWN_FIELDS = """
-class Mine(Base):
-    kind = OTHER
-
-    def conditioning(self, x, output, captured):
-        return {"seen": captured["layer_input"], "given": output}
-
-    def labels(self, x, draw):
-        return x[:, :3]
-
-    def loss(self, output, y):
-        return (output - y).abs().mean(1)
-"""
-
 FORMS = {
-    "log-probabilities": LOG_PROBABILITIES,
-    "binary": BINARY,
-    "a dict": A_DICT,
-    "pictures": PICTURES,
-    "metrics of the same names": NAMES,
-    "not a number": NOT_A_NUMBER,
-    "own fields": OWN_FIELDS,
+    "log-probabilities": "LogProbabilities",
+    "binary": "Binary",
+    "a dict": "ADict",
+    "pictures": "Pictures",
+    "metrics of the same names": "Names",
+    "not a number": "NotANumber",
+    "own fields": "OwnFields",
 }
 NO_CLASS_MEAN = "the store has no logits of one class number a sample"
 NO_LOGITS = "outputs and labels are not logits and class numbers"
 
 
-def made(project, ocd, source, **collect):
-    unset = dict.fromkeys(("model", "loss", "train", "test"))
-    settings = {"task": {"class": "mytask:Mine", **unset}, "select-layer": {"draws": 0, "layer": "2.weight"}}
-    folder = project({**settings, "collect": collect, "evaluate": {"resamples": 200, "memorisation_samples": 8}})
-    (folder.root / "mytask.py").write_text(HEAD + source)
-    return folder
+def settings_of(name):
+    return {
+        "task": own_task(f"mytask:{name}"),
+        "select-layer": {"draws": 0, "layer": "head.weight" if name == "ADict" else "2.weight"},
+        "evaluate": {"resamples": 200, "memorisation_samples": 8},
+    }
 
 
 @pytest.fixture(scope="module")
 def evaluated(ocd, tmp_path_factory):
     """The results and the reasons of what was left out, of each form once."""
-    from conftest import make_folder
-
     found = {}
 
     def results(name):
         if name not in found:
-            folder = made(
-                lambda settings: make_folder(tmp_path_factory.mktemp("forms") / "project", settings), ocd, FORMS[name]
-            )
-            words = ("--set", "select-layer.layer=head.weight") if name == "a dict" else ()
-            ocd(folder, "run", "--quiet", "--until", "train-scale", *words)
-            ocd(folder, "probe", "--quiet", "--samples", 10, *words)
-            result = json.loads(ocd(folder, "evaluate", "--json", "--quiet", *words).stdout)
+            folder = make_folder(tmp_path_factory.mktemp("forms") / "project", settings_of(FORMS[name]), "forms")
+            ocd(folder, "run", "--quiet", "--until", "train-scale")
+            ocd(folder, "probe", "--quiet", "--samples", 10)
+            result = ocd.json(folder, "evaluate")
             found[name] = result, {entry["name"]: entry["reason"] for entry in result["left_out"]}, folder
         return found[name]
 
@@ -277,8 +132,6 @@ def test_a_sample_is_not_its_own_neighbour(ocd, project):
     folder = project({"collect": {"split": "all"}, "evaluate": {"resamples": 200}}, rows=400)
     ocd(folder, "run", "--quiet", "--until", "train-scale", "--set", "task.validation_fraction=0.5")
     seen = []
-    from stages.evaluation import from_run
-
     original = from_run.nearest
 
     def noted(*given, **named):
@@ -294,25 +147,8 @@ def test_a_sample_is_not_its_own_neighbour(ocd, project):
     assert all(float(distance.min()) > 0 for distance in seen)
 
 
-FROM_A_FILE = """
-import pathlib
-
-
-class Mine(Base):
-    kind = CLASSIFICATION
-
-    def points(self, name, count):
-        found = super().points(name, count)
-        found.x = found.x * float(pathlib.Path(__file__).with_name("scale.txt").read_text())
-        return found
-
-    def loss(self, output, y):
-        return F.cross_entropy(output, y, reduction="none")
-"""
-
-
 def test_branches_follow_data_that_only_code_reads(ocd, project):
-    folder = made(project, ocd, FROM_A_FILE)
+    folder = project(settings_of("FromAFile"), code="forms")
     words = ("--quiet", "--seeds", "2", "--add", "deterministic hypernetwork")
     contents = []
     for scale in ("1.0", "1.5"):
@@ -334,9 +170,3 @@ def test_more_than_asked_for_is_up_to_date(ocd, finished):
     assert "2 seeds" in again.stdout
     other = ocd(finished, "evaluate", "--seeds", "3", "--dry-run")
     assert "stale" in other.stdout
-
-
-def test_a_metric_that_is_one_number(ocd, project):
-    folder = made(project, ocd, NAMES.replace("return {", "return {'mean': own.mean(), "))
-    shown = ocd(folder, "train-base", code=2)
-    assert "metrics() gave mean as () for a batch of" in shown.stderr

@@ -1,16 +1,15 @@
 """Pictures of what `ocd infer` answered: strips whose panes are the arrays, and what happens where there can be none."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import Folder, counted_blocks, flip, make_folder, results
+from folders import flip, make_folder, own_task, results
 from PIL import Image
-from test_infer import predictions
+from processes import counted_blocks
 
 from stages.evaluation import pictures
 from stages.evaluation.pictures import CAPTION, GAP, enlarged, picture_of, strip
@@ -21,55 +20,6 @@ from stages.tasks.losses import mse
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import load_object
 
-# Colours of 6×6 pixels from four numbers; some predictions are below 0 or above 1.
-TASK = """\
-import os
-import torch
-from torch import nn
-from stages.foundation.seeds import generator
-from stages.tasks.data import ArrayDataset
-from stages.tasks.losses import REGRESSION, mse
-from stages.tasks.protocol import Task
-
-
-class Painter(nn.Sequential):
-    def forward(self, x):
-        return {"colour": super().forward(x).unflatten(1, (6, 6, 3))}
-
-
-class Painting(Task):
-    kind = REGRESSION
-
-    def model(self):
-        return Painter(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 108))
-
-    def points(self, name, count):
-        x = torch.randn(count, 4, generator=generator("painting", name))
-        colour = torch.sigmoid(3 * x @ torch.randn(4, 108, generator=generator("painting")))
-        return ArrayDataset(x, colour.unflatten(1, (6, 6, 3)))
-
-    def train(self):
-        return self.points("train", 40)
-
-    def test(self):
-        return self.points("test", 24)
-
-    def loss(self, output, y):
-        return mse(output["colour"], y)
-
-    def metrics(self, output, y):
-        return {"mse": self.loss(output, y)}
-
-    def picture(self, x, output):
-        assert x.shape == (4,)
-        colour = output["colour"] if isinstance(output, dict) else output
-        asked = os.environ.get("PICTURE")
-        if asked == "sums":
-            return colour.sum(2).sum(1)
-        if asked == "no truth":
-            return colour if isinstance(output, dict) else None
-        return colour.mean(2) if asked == "grey" else colour
-"""
 WEIGHT, LR, STEPS, SIDE = "2.weight", 0.03, 3, 34 * 6
 
 
@@ -77,13 +27,12 @@ WEIGHT, LR, STEPS, SIDE = "2.weight", 0.03, 3, 34 * 6
 def painted_run(tmp_path_factory, ocd):
     """A project that draws, with everything done; not to be changed."""
     settings = {
-        "task": {"class": "mytask:Painting", **dict.fromkeys(("model", "loss", "train", "test"))},
+        "task": own_task("mytask:Painting"),
         "select-layer": {"layer": WEIGHT, "draws": 0},
         "collect": {"lr": LR, "steps": STEPS},
         "infer": {"pictures": 5, "batch_size": 2},
     }
-    folder = make_folder(tmp_path_factory.mktemp("painted") / "project", settings)
-    (folder.root / "mytask.py").write_text(TASK)
+    folder = make_folder(tmp_path_factory.mktemp("painted") / "project", settings, "painting")
     ocd(folder, "run", "--quiet")
     return folder
 
@@ -91,15 +40,13 @@ def painted_run(tmp_path_factory, ocd):
 @pytest.fixture
 def painted(painted_run, tmp_path):
     """A copy of it."""
-    shutil.copytree(painted_run.root, tmp_path / "painted")
-    return Folder(tmp_path / "painted")
+    return painted_run.copy(tmp_path / "painted")
 
 
 @pytest.fixture
 def ready(painted):
     """The same, about to infer."""
-    shutil.rmtree(painted.run / "infer")
-    return painted
+    return painted.without("infer")
 
 
 def names(folder, answer="test"):
@@ -123,17 +70,13 @@ def drawn(values):
     return np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)
 
 
-def summary(folder, answer="test"):
-    return json.loads((folder.run / "infer" / answer / "manifest.json").read_text())["summary"]
-
-
 # What is drawn
 
 
 def test_panes_are_base_overfitted_ensemble_and_truth(painted_run):
     assert names(painted_run) == [f"{row:06d}.png" for row in range(5)]
-    assert summary(painted_run)["pictures"] == 5
-    found, model = predictions(painted_run), open_run(painted_run.config).model
+    assert painted_run.summary("infer/test")["pictures"] == 5
+    found, model = painted_run.predictions(), open_run(painted_run.config).model
     data = load_object(painted_run.root, "mytask:Painting", "task.class")().test()
     fitted = reference.overfit_loop(
         model, WEIGHT, lambda output, y: mse(output["colour"], y), data.x[:5], data.y[:5], "adam", LR, STEPS
@@ -159,12 +102,12 @@ def test_without_labels_there_are_two_panes_named_after_the_row(painted, ocd):
     bare = painted.save("bare.npz", rng.normal(size=(3, 4)).astype("float32"))
     ocd(painted, "infer", "--input", bare)
     assert len(names(painted, "bare")) == 3
-    found = predictions(painted, "bare")
+    found = painted.predictions("bare")
     np.testing.assert_array_equal(
         panes(painted, 2, "bare"), drawn(np.stack([found["base_output.colour"][2], found["output.colour"][2]]))
     )
     ocd(painted, "infer", "--split", "validation", "--set", "infer.pictures=2")
-    rows = predictions(painted, "validation")["sample_index"][:2]
+    rows = painted.predictions("validation")["sample_index"][:2]
     assert names(painted, "validation") == [f"{row:06d}.png" for row in rows] != ["000000.png", "000001.png"]
     assert len(panes(painted, rows[1], "validation")) == 4
 
@@ -176,7 +119,7 @@ def test_grey_pictures_and_outputs_without_one(ready, ocd, monkeypatch, asked, c
     found = panes(ready, 0)
     assert len(found) == count
     if asked == "grey":
-        mean = predictions(ready)["base_output.colour"][0].mean(2, keepdims=True).repeat(3, 2)
+        mean = ready.predictions()["base_output.colour"][0].mean(2, keepdims=True).repeat(3, 2)
         assert np.abs(found[0].astype(int) - drawn(mean)).max() <= 1
 
 
@@ -228,7 +171,7 @@ def test_a_larger_ensemble_is_drawn_again(painted, painted_run, ocd):
     ocd(painted, "infer", "--ensemble", 4)
     for row in range(5):
         before, found = panes(painted_run, row), panes(painted, row)
-        np.testing.assert_array_equal(found[2], drawn(predictions(painted)["output.colour"][row]))
+        np.testing.assert_array_equal(found[2], drawn(painted.predictions()["output.colour"][row]))
         np.testing.assert_array_equal(found[[0, 1, 3]], before[[0, 1, 3]])
     assert not np.array_equal(found[2], before[2])
 
@@ -252,19 +195,16 @@ def test_no_pictures_where_none_are_asked_for(painted, ocd, monkeypatch):
 
 def test_no_pictures_of_a_task_without_any(finished_run):
     assert not (finished_run.run / "infer" / "test" / "pictures").exists()
-    assert "pictures" not in summary(finished_run)
+    assert "pictures" not in finished_run.summary("infer/test")
 
 
 def test_without_pillow_the_answer_comes_all_the_same(ready, ocd, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "PIL", None)
         result = ocd(ready, "infer")
-    assert (
-        'no pictures: Pillow is missing; to have them: pip install "torch-ocd[examples]", then ocd infer --force'
-        in result.stderr
-    )
+    assert 'no pictures: Pillow is missing; to have them: pip install "ocd[examples]", then ocd infer --force' in result.stderr
     assert not (ready.run / "infer" / "test" / "pictures").exists()
-    assert summary(ready)["pictures"] == 0
+    assert ready.summary("infer/test")["pictures"] == 0
     ocd(ready, "infer", "--force")
     assert len(names(ready)) == 5
 

@@ -5,7 +5,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from conftest import toml
+from folders import toml
 from planted import helping, hopeless
 
 from stages.foundation.config import tables
@@ -93,38 +93,10 @@ def test_named_layers_alone(ocd, without):
     found = probed(ocd, without, "--layer", "0.weight", "--samples", 20)
     assert {entry["layer"] for entry in found["tried"]} == {"0.weight"}
     assert found["samples"] == 20
-    shown = ocd(without, "probe", "--layer", "2.wieght", code=2)
-    assert "layer '2.wieght' does not exist (did you mean 2.weight?)" in shown.stderr
-
-
-def test_before_there_is_a_base(ocd, project):
-    shown = ocd(project(), "probe", code=3)
-    assert "probing needs stages that are not done" in shown.stderr
-    assert "run: ocd train-base" in shown.stderr
-
-
-MODEL = """\
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(20, 6)
-        self.body = nn.LSTM(6, 5, batch_first=True)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.body(self.words(x))[0][:, -1])
-
-
-def net():
-    return Net()
-"""
 
 
 def test_layers_of_every_kind_and_inputs_without_a_distance(ocd, project):
-    folder = project(model=MODEL)
+    folder = project({"task": {"model": "mymodel:Reader"}}, code="models")
     draw = np.random.default_rng(0)
     for name in ("train", "test"):
         folder.save(f"{name}.npz", draw.integers(0, 20, (120, 7)), draw.integers(0, 3, 120))

@@ -2,33 +2,22 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import example
 
 from stages.tasks.fetch import cache_folder
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MNIST_FILE = "mnist/train-images-idx3-ubyte.gz"
 # Taken before the tests' own fixture hides it.
 OCD_DATA = os.environ.get("OCD_DATA")
 
 
-class Example:
-    """An example's settings, used from a copy so that nothing is left in the source tree."""
-
-    def __init__(self, name: str, tmp_path: Path) -> None:
-        self.root = shutil.copytree(
-            EXAMPLES / name, tmp_path / name, ignore=shutil.ignore_patterns("run", "run-*", "__pycache__")
-        )
-        self.config, self.run = self.root / "ocd.toml", self.root / "run"
-
-
 def test_digits_end_to_end(ocd, tmp_path):
-    example = Example("digits", tmp_path)
-    stages = json.loads(ocd(example, "run", "--json", "--quiet").stdout)["stages"]
+    folder = example("digits", tmp_path)
+    stages = json.loads(ocd(folder, "run", "--json", "--quiet").stdout)["stages"]
     metrics = stages["infer"]["metrics"]
     assert list(metrics) == ["base", "ocd one draw", "ocd ensemble"]
     assert metrics["base"]["accuracy"] > 0.9
@@ -36,24 +25,24 @@ def test_digits_end_to_end(ocd, tmp_path):
     assert stages["train-diffusion"]["cosine"] > 0.8
     assert stages["train-diffusion"]["cosine"] > stages["train-diffusion"]["cosine_shuffled"] + 0.1
     assert stages["collect"]["overfit_loss"] < stages["collect"]["base_loss"]
-    found = dict(np.load(example.run / "infer" / "test" / "predictions.npz"))
+    found = dict(np.load(folder.run / "infer" / "test" / "predictions.npz"))
     assert found["member_output"].shape == (600, 5, 10)
-    results = json.loads(ocd(example, "evaluate", "--json", "--quiet").stdout)
+    results = json.loads(ocd(folder, "evaluate", "--json", "--quiet").stdout)
     rows = {row["name"]: row["metrics"]["cross_entropy"] for row in results["rows"]}
     assert rows["ocd ensemble"]["mean"] == pytest.approx(metrics["ocd ensemble"]["cross_entropy"], rel=1e-4)
     assert rows["shuffled conditioning"]["mean"] > rows["ocd ensemble"]["mean"]
-    assert json.loads(ocd(example, "probe", "--json", "--quiet", "--layer", "fc2.weight").stdout)["headroom"] == "x"
-    ocd(example, "verify")
+    assert json.loads(ocd(folder, "probe", "--json", "--quiet", "--layer", "fc2.weight").stdout)["headroom"] == "x"
+    ocd(folder, "verify")
 
 
 def test_bring_your_own_goes_from_two_files_to_predictions_in_one_command(ocd, tmp_path):
-    example = Example("bring_your_own", tmp_path)
+    folder = example("bring_your_own", tmp_path)
     fast = ("--set", "train-diffusion.max_steps=100", "--set", "train-scale.max_steps=100")
-    stages = json.loads(ocd(example, "run", "--json", *fast).stdout)["stages"]
+    stages = json.loads(ocd(folder, "run", "--json", *fast).stdout)["stages"]
     assert stages["infer"]["inputs"] == 169
-    assert len(json.loads(ocd(example, "evaluate", "--json", "--quiet", *fast).stdout)["rows"]) == 18
-    assert ocd(example, "probe", "--layer", "head.weight").stdout
-    assert np.isfinite(np.load(example.run / "infer" / "test" / "predictions.npz")["output"]).all()
+    assert len(json.loads(ocd(folder, "evaluate", "--json", "--quiet", *fast).stdout)["rows"]) == 18
+    assert ocd(folder, "probe", "--layer", "head.weight").stdout
+    assert np.isfinite(np.load(folder.run / "infer" / "test" / "predictions.npz")["output"]).all()
 
 
 def test_init_alone_writes_a_file_that_works(ocd, tmp_path):
@@ -70,14 +59,14 @@ def test_mnist_reads_the_real_data(ocd, tmp_path, monkeypatch):
         monkeypatch.setenv("OCD_DATA", OCD_DATA)
     if not (OCD_DATA and (Path(OCD_DATA) / MNIST_FILE).is_file()) and not (cache_folder() / MNIST_FILE).is_file():
         pytest.skip("MNIST is neither in OCD_DATA nor downloaded")
-    example = Example("mnist_lenet5", tmp_path)
+    folder = example("mnist_lenet5", tmp_path)
     few = ("collect.samples=200", "train-diffusion.max_steps=20", "train-scale.max_steps=50", "select-layer.draws=20")
     few += ("task.args.classifier_epochs=1", "evaluate.samples=40", "evaluate.validation_samples=20")
     words = [word for setting in few for word in ("--set", setting)]
-    ocd(example, "run", "--until", "train-scale", *words)
-    summary = json.loads((example.run / "collect" / "manifest.json").read_text())["summary"]
+    ocd(folder, "run", "--until", "train-scale", *words)
+    summary = json.loads((folder.run / "collect" / "manifest.json").read_text())["summary"]
     assert summary["shape"] == [84, 120]
-    base = json.loads((example.run / "train-base" / "manifest.json").read_text())["summary"]
+    base = json.loads((folder.run / "train-base" / "manifest.json").read_text())["summary"]
     assert base["test"]["accuracy"] > 0.95
-    results = json.loads(ocd(example, "evaluate", "--json", "--quiet", *words).stdout)
+    results = json.loads(ocd(folder, "evaluate", "--json", "--quiet", *words).stdout)
     assert {"classifier on I(x)", "classifier on I(x) and x"} <= {row["name"] for row in results["rows"]}

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Folder, blocks_of, counted_blocks, reader_of, results, states, stopped_at, store
+from folders import Folder, blocks_of, reader_of, results, states, store
+from folders import example as copy_of_example
 from PIL import Image
+from processes import counted_blocks, stopped_at
 from spheres import bytes_of, camera, cameras, focal_of, picture, sphere_npz, sphere_scene
-from test_examples import Example
-from test_infer import predictions
 
 from stages.evaluation.pictures import CAPTION, GAP
 from stages.foundation.seeds import generator
@@ -63,7 +63,7 @@ with pytest.MonkeyPatch.context() as patch:
 
 def make_example(folder, scene):
     """A copy of the example with settings for a small scene, `scene` being a path from its folder."""
-    example = Example("tinynerf", folder)
+    example = copy_of_example("tinynerf", folder)
     tables = {
         "run": {"seed": 1},
         "task": {"class": "task:NerfTask"},
@@ -98,13 +98,17 @@ def make_scene(folder, **options):
 
 
 @pytest.fixture(scope="module")
-def finished_example(ocd, tmp_path_factory):
-    """The example with everything done, and what its run told; not to be changed."""
+def told_example(ocd, tmp_path_factory):
+    """The example with everything done, what its run told and what evaluate found; not to be changed."""
     example = make_example(tmp_path_factory.mktemp("tinynerf"), "scene")
     make_scene(example.root / "scene")
-    example.told = ocd(example, "run", "--json")
-    example.results = json.loads(ocd(example, "evaluate", "--json", "--quiet").stdout)
-    return example
+    told = ocd(example, "run", "--json")
+    return example, told, ocd.json(example, "evaluate")
+
+
+@pytest.fixture(scope="module")
+def finished_example(told_example):
+    return told_example[0]
 
 
 @pytest.fixture
@@ -322,10 +326,10 @@ def drawn(colours):
     return np.round(255 * np.clip(colours, 0, 1)).astype(np.uint8).reshape(SIZE, SIZE, 3)
 
 
-def test_the_run_is_whole(ocd, finished_example):
+def test_the_run_is_whole(ocd, finished_example, told_example):
     assert set(states(ocd, finished_example).values()) == {"done"}
     ocd(finished_example, "verify")
-    stages = json.loads(finished_example.told.stdout)["stages"]
+    stages = json.loads(told_example[1].stdout)["stages"]
     assert stages["collect"]["shape"] == [128, 63]
     assert (stages["collect"]["samples"], stages["collect"]["repeats"]) == (TRAIN, REPEATS)
     assert stages["collect"]["overfit_loss"] < stages["collect"]["base_loss"]
@@ -333,8 +337,8 @@ def test_the_run_is_whole(ocd, finished_example):
         assert {"mse", "psnr", "ssim"} <= metrics.keys()
 
 
-def test_what_train_base_tells(finished_example):
-    told = finished_example.told.stderr.splitlines()
+def test_what_train_base_tells(finished_example, told_example):
+    told = told_example[1].stderr.splitlines()
     assert f"train-base: {TRAIN + VALIDATION + TEST} pictures have an alpha channel: composited on black" in told
     assert any(line.startswith("train-base: 60 of 60 steps, ") and "mse 0." in line for line in told)
     assert not any("Warning" in line for line in told)
@@ -420,7 +424,7 @@ def test_the_layer_is_substituted(scene_task):
 def test_pictures_of_every_test_view(finished_example, scene_task):
     folder = finished_example.run / "infer" / "test" / "pictures"
     assert sorted(path.name for path in folder.iterdir()) == [f"{row:06d}.png" for row in range(TEST)]
-    found, truth = predictions(finished_example), scene_task[0].test().y
+    found, truth = finished_example.predictions(), scene_task[0].test().y
     for row in range(TEST):
         strip = panes(finished_example, row)
         assert len(strip) == 4
@@ -433,19 +437,19 @@ def test_pictures_of_every_test_view(finished_example, scene_task):
         assert np.abs(strip[3].astype(int) - wanted).max() <= 2
 
 
-def test_the_table_has_the_rows_of_the_paper(finished_example):
-    rows = {row["name"]: row["metrics"] for row in finished_example.results["rows"]}
+def test_the_table_has_the_rows_of_the_paper(finished_example, told_example):
+    rows = {row["name"]: row["metrics"] for row in told_example[2]["rows"]}
     assert list(rows) == ROWS
     for metrics in rows.values():
         assert {"mse", "psnr", "ssim"} <= metrics.keys()
-    assert finished_example.results["metric"] == "mse"
+    assert told_example[2]["metric"] == "mse"
     base, fitted = rows["base"]["mse"]["mean"], rows["overfitted on test"]["mse"]["mean"]
     assert fitted < base
     infer = json.loads((finished_example.run / "infer" / "test" / "manifest.json").read_text())["summary"]["metrics"]
     for name in ("base", "ocd one draw", "ocd ensemble"):
         assert rows[name]["psnr"]["mean"] == pytest.approx(infer[name]["psnr"], rel=1e-4)
-    assert finished_example.results["validation_samples"] == VALIDATION
-    assert finished_example.results["memorisation"]["samples"] == TEST
+    assert told_example[2]["validation_samples"] == VALIDATION
+    assert told_example[2]["memorisation"]["samples"] == TEST
 
 
 def test_new_cameras_need_no_pictures(ocd, example):
@@ -457,7 +461,7 @@ def test_new_cameras_need_no_pictures(ocd, example):
     np.savez(example.root / "rays.npz", x=np.stack([rays, rays]))
     shown = json.loads(ocd(example, "infer", "--json", "--input", example.root / "rays.npz").stdout)
     assert (shown["inputs"], shown["pictures"], shown["metrics"]) == (2, 2, None)
-    found, strip = predictions(example, "rays"), panes(example, 0, "rays")
+    found, strip = example.predictions("rays"), panes(example, 0, "rays")
     assert len(strip) == 2
     np.testing.assert_array_equal(strip[0], drawn(found["base_output"][0]))
     np.testing.assert_array_equal(strip[1], drawn(found["output"][0]))

@@ -6,7 +6,8 @@ import re
 import shutil
 
 import pytest
-from conftest import blocks_of, counted_blocks, flip, states, stopped_at
+from folders import blocks_of, flip, states
+from processes import counted_blocks, stopped_at
 
 
 def cut(path):

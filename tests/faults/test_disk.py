@@ -4,26 +4,23 @@ import re
 import shutil
 
 import pytest
-from conftest import Folder, blocks_of, counted_blocks, make_folder
+from folders import Folder, blocks_of, make_folder
+from processes import counted_blocks
 
 from stages.collect import Collect
 from stages.run_directory.folders import StageFolder
 from stages.store.delta_store import DeltaStore
 
-WIDE = """\
-from torch import nn
-
-
-def net():
-    return nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 3))
-"""
-
 
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory, ocd):
     """Collected on a disk with room enough: 900 deltas of 960 bytes, in 18 blocks; not to be changed."""
-    settings = {"collect": {"block_samples": 50, "batch_size": 25}, "select-layer": {"layer": "0.weight"}}
-    folder = make_folder(tmp_path_factory.mktemp("disk") / "project", settings, model=WIDE, rows=1000)
+    settings = {
+        "collect": {"block_samples": 50, "batch_size": 25},
+        "select-layer": {"layer": "0.weight"},
+        "task": {"model": "mymodel:wide"},
+    }
+    folder = make_folder(tmp_path_factory.mktemp("disk") / "project", settings, code="models", rows=1000)
     ocd(folder, "run", "--until", "collect")
     return folder
 
@@ -112,7 +109,7 @@ def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, filled)
         # An exchange needs no room.
-        ocd(small, "collect", "--quiet", code=4 if name == "_finished" else 0)
+        ocd(small, "collect", "--quiet", code=4 if name == "_result" else 0)
     (small_disk.path / "filler").unlink()
     with counted_blocks() as redone:
         ocd(small, "collect")

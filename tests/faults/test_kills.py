@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import SLOW_MODEL, Folder, blocks_of, make_folder, results, store, wait_until
+from folders import Folder, blocks_of, make_folder, results, store
+from processes import wait_until
 
 from stages.collect import Collect
 
@@ -22,7 +23,7 @@ CALLS = ("fsync", "replace", "rename", "link", "unlink", "rmdir", "mkdir")
 def many_blocks(tmp_path_factory, ocd):
     """Collected unbroken in 81 blocks; not to be changed."""
     settings = {"collect": {"block_samples": 2, "batch_size": 2}}
-    folder = make_folder(tmp_path_factory.mktemp("many") / "project", settings, model=SLOW_MODEL, rows=180)
+    folder = make_folder(tmp_path_factory.mktemp("many") / "project", settings, code="slow", rows=180)
     ocd(folder, "run", "--quiet", "--until", "collect")
     assert len(blocks_of(folder, "collect")) == 81
     return folder

@@ -6,7 +6,8 @@ import signal
 import time
 
 import pytest
-from conftest import blocks_of, counted_blocks, results, stopped_at, wait_until
+from folders import blocks_of, results
+from processes import counted_blocks, stopped_at, wait_until
 
 from stages.overfitting.collector import Collector
 
@@ -105,23 +106,6 @@ def test_rerunning_a_part_of_a_whole_store(collected, ocd, whole):
 
 
 # Refusals
-
-
-def test_more_parts_than_blocks(ready, ocd):
-    result = ocd(ready, "collect", "--quiet", "--part", "1/10", code=2)
-    assert result.stderr == (
-        "error: --part 1/10: more parts than blocks, of which there are 9\n"
-        "  use fewer parts, or smaller blocks with --set collect.block_samples=N\n"
-    )
-    ocd(ready, "collect", "--dry-run", "--part", "10/10", code=2)
-    assert not (ready.run / "collect.wip").exists()
-
-
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3", "1.5/2", "1/", " 1/2", ""])
-def test_no_part(ready, ocd, text):
-    result = ocd(ready, "collect", "--quiet", f"--part={text}", code=2)
-    assert result.stderr == f"error: --part {text}: expected i/n with 1 <= i <= n\n  for example: --part 2/8\n"
-    assert not (ready.run / "collect.wip").exists()
 
 
 @pytest.fixture

@@ -1,31 +1,11 @@
 """What stops collect from outside: another process at the same store, a dataset that raises, a request to terminate."""
 
 import re
-import shutil
 import signal
 
 import pytest
-from conftest import Folder, blocks_of, counted_blocks, make_folder, results, wait_until
-
-DATA = """
-
-import pathlib
-from stages.tasks.data import load_npz
-
-
-class Rows:
-    def __init__(self):
-        self.root = pathlib.Path(__file__).parent
-        self.data = load_npz(self.root / "train.npz", labels=True)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        if index == 731 and (self.root / "broken").exists():
-            raise OSError("the picture is gone")
-        return self.data[index]
-"""
+from folders import blocks_of, make_folder, results
+from processes import counted_blocks, wait_until
 
 
 def test_two_collects_at_once(ready, start, ocd, whole):
@@ -51,29 +31,28 @@ def with_dataset(tmp_path_factory, ocd):
         "task": {"train": "data:Rows"},
         "collect": {"split": "all", "block_samples": 50, "batch_size": 10},
     }
-    folder = make_folder(tmp_path_factory.mktemp("dataset") / "project", settings, rows=1000)
-    (folder.root / "data.py").write_text(DATA)
+    folder = make_folder(tmp_path_factory.mktemp("dataset") / "project", settings, "models", rows=1000)
     ocd(folder, "run", "--until", "collect")
     return folder
 
 
 @pytest.mark.parametrize("part", [[], ["--part", "2/2"]], ids=["plain", "a part"])
 def test_a_dataset_that_raises(with_dataset, ocd, tmp_path, part):
-    shutil.copytree(with_dataset.root, tmp_path / "project")
-    folder = Folder(tmp_path / "project")
-    shutil.rmtree(folder.run / "collect")
-    (folder.root / "broken").touch()
+    folder = with_dataset.copy(tmp_path / "project").without("collect")
+    (folder.root / "unreadable.json").write_text("[731]")
     if part:
         ocd(folder, "collect", "--part", "1/2")
+    lines = (folder.root / "data.py").read_text().splitlines()
+    place = next(number for number, line in enumerate(lines, 1) if "raise OSError" in line)
     result = ocd(folder, "collect", "--quiet", *part, code=2)
     assert result.stderr == (
         "error: train[731] raised OSError: the picture is gone\n"
-        '  data.py, line 17, in __getitem__: raise OSError("the picture is gone")\n'
+        f'  data.py, line {place}, in __getitem__: raise OSError("the picture is gone")\n'
         "  mend it, then run the same command again\n"
     )
     done = {int(path.stem) for path in blocks_of(folder)}
     assert done == set(range(13)) | set(range(0, 20, 2) if part else [])
-    (folder.root / "broken").unlink()
+    (folder.root / "unreadable.json").unlink()
     with counted_blocks() as written:
         ocd(folder, "collect")
     assert sorted(written) == sorted(set(range(20)) - done)

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import MODEL, arrays, blocks_of, reader_of, store
+from folders import arrays, blocks_of, reader_of, states, store
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,6 +17,7 @@ from stages.collect import Collect
 from stages.foundation.errors import DataError
 from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
+from stages.tasks.user_code import load_object
 
 NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
 LATER = ("train-diffusion", "train-scale", "infer")
@@ -102,16 +103,29 @@ def test_the_number_of_writers_changes_nothing(ready, ocd, whole, writers):
     whole(ready)
 
 
-@pytest.mark.parametrize("setting", ["momentum=0.9", "weight_decay=0.1"])
-def test_what_is_of_sgd_is_refused_with_adam(project, ocd, setting):
-    folder = project()
-    ocd(folder, "run", "--until", "select-layer")
-    key, value = setting.split("=")
-    result = ocd(folder, "collect", "--quiet", "--set", f"collect.{setting}", code=2)
-    assert result.stderr == f"error: collect.{key} = {value} is of sgd, not of adam\n  use --set collect.optimizer=sgd\n"
-    assert not (folder.run / "collect.wip").exists()
-    # What is said to type does help.
-    ocd(folder, "collect", "--set", f"collect.{setting}", "--set", "collect.optimizer=sgd")
+def test_the_store_has_what_it_promises(finished):
+    found = store(finished)
+    assert set(found) == NAMES | {"delta"}
+    np.testing.assert_allclose(np.linalg.norm(found["delta"].reshape(36, -1), axis=1), found["rho"], rtol=1e-5)
+    # 40 rows, a tenth of them held out.
+    assert len(set(found["sample_index"].tolist())) == len(found["delta"]) == 36
+    assert (found["overfit_loss"] < found["base_loss"]).mean() > 0.9
+
+
+def test_more_samples_keep_the_blocks_that_are_there(ocd, project):
+    folder = project({"collect": {"samples": 20, "block_samples": 8}})
+    ocd(folder, "run", "--until", "collect")
+    kept = folder.run / "collect" / "deltas.zarr" / "delta" / "c.0.0.0"
+    inode = kept.stat().st_ino
+    assert states(ocd, folder, "collect.samples=30")["collect"] == "partial"
+    ocd(folder, "collect", "--set", "collect.samples=30")
+    assert kept.stat().st_ino == inode
+    grown = folder.files()
+    ocd(folder, "collect", "--set", "collect.samples=30", "--force")
+    fresh = folder.files()
+    chunks = [name for name in fresh if "/c." in name]
+    assert chunks
+    assert {name: grown[name] for name in chunks} == {name: fresh[name] for name in chunks}
 
 
 # Factored
@@ -147,92 +161,7 @@ def test_later_stages_take_a_factored_store(project, ocd):
     assert reader_of(folder).description.arrays["delta"].shape == [36, 3, 6]
 
 
-CONVOLUTION = (
-    "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(6, 3))\n"
-)
-SEVERAL = """\
-from torch import nn
-
-from stages.run_directory.project import load_project
-from stages.collect import Collect
-from stages.foundation.errors import DataError
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.each, self.head = nn.Linear(2, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.each(x.view(-1, 2, 2)).tanh().mean(1))
-"""
-
-
-@pytest.mark.parametrize(
-    ("settings", "model", "why", "hint"),
-    [
-        (
-            {"collect": {**FACTORED, "optimizer": "adam", "momentum": 0}},
-            MODEL,
-            "Adam's steps are none",
-            "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
-        ),
-        (
-            {"collect": {**FACTORED, "weight_decay": 0.1}},
-            MODEL,
-            "with weight decay they are none",
-            "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
-        ),
-        (
-            {"collect": FACTORED, "select-layer": {"layer": "0.weight"}},
-            CONVOLUTION,
-            "the layer is a Conv1d, not a Linear",
-            "use --set collect.store=dense",
-        ),
-        (
-            {"collect": FACTORED, "select-layer": {"layer": "each.weight"}, "task": {"model": "mymodel:Net"}},
-            SEVERAL,
-            "the layer sees 2 vectors per sample, not one",
-            "use --set collect.store=dense",
-        ),
-    ],
-    ids=["adam", "weight decay", "a convolution", "several vectors"],
-)
-def test_deltas_that_are_no_outer_product_are_not_factored(project, ocd, settings, model, why, hint):
-    folder = project(settings, model=model)
-    if model is CONVOLUTION:
-        for name, (rows, seed) in {"train.npz": (40, 0), "test.npz": (24, 1)}.items():
-            x, y = arrays(rows, seed)
-            folder.save(name, x[:, None], y)
-    ocd(folder, "run", "--until", "select-layer")
-    result = ocd(folder, "collect", "--quiet", code=2)
-    assert result.stderr == (f"error: collect.store = 'factored' needs deltas that are one outer product: {why}\n  {hint}\n")
-    assert not (folder.run / "collect.wip").exists()
-    ocd(folder, "collect", "--set", "collect.store=dense", "--set", "collect.optimizer=sgd")
-    assert store(folder)["delta"].shape[0] == 36
-
-
 # Samples that are left out
-
-
-BAD_ROWS = """
-
-import torch
-from pathlib import Path
-from stages.tasks.data import load_npz
-
-
-class Rows:
-    def __init__(self):
-        self.data = load_npz(Path(__file__).with_name("train.npz"), labels=True)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        x, y = self.data[index]
-        return (torch.full_like(x, float("nan")) if index in BAD else x), y
-"""
 
 
 @pytest.fixture
@@ -249,8 +178,8 @@ def with_bad_rows(project, finished_run, ocd):
             "select-layer": {"layer": "2.weight", "samples": 1},
             "collect": {"block_samples": 8, "batch_size": 4},
         }
-        folder = project(settings)
-        (folder.root / "data.py").write_text(BAD_ROWS.replace("BAD", str(rows)))
+        folder = project(settings, code="models")
+        (folder.root / "nan.json").write_text(json.dumps(rows))
         ocd(folder, "train-base", "--weights", finished_run.run / "train-base" / "base.safetensors")
         ocd(folder, "select-layer")
         return folder, rows
@@ -313,9 +242,6 @@ def test_a_bad_sample_in_a_factored_store(with_bad_rows, ocd):
 # Half precision
 
 
-HALF_MODEL = MODEL.replace("nn.Linear(width, 3))", "nn.Linear(width, 3)).DTYPE()")
-
-
 class HalfButForALayer(nn.Sequential):
     """The base in half precision, its last layer in single: what the deltas are of."""
 
@@ -326,7 +252,7 @@ class HalfButForALayer(nn.Sequential):
 
 @pytest.mark.parametrize("dtype", ["half", "bfloat16"])
 def test_a_base_of_half_precision(project, ocd, dtype):
-    folder = project({"select-layer": {"layer": "2.weight"}}, model=HALF_MODEL.replace("DTYPE", dtype))
+    folder = project({"select-layer": {"layer": "2.weight"}, "task": {"model": f"mymodel:{dtype}"}}, code="models")
     torch.manual_seed(0)
     model = HalfButForALayer(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     getattr(model, dtype)()
@@ -348,12 +274,7 @@ def test_a_base_of_half_precision(project, ocd, dtype):
 
 
 def test_a_layer_whose_base_is_half_but_itself_single_is_left_alone(project, ocd):
-    model = (
-        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-    )
-    model += "        self.body, self.head = nn.Linear(4, 6).half(), nn.Linear(6, 3)\n\n    def forward(self, x):\n"
-    model += "        return self.head(self.body(x.half()).tanh().float())\n"
-    folder = project({"task": {"model": "mymodel:Net"}, "select-layer": {"layer": "head.weight"}}, model=model)
+    folder = project({"task": {"model": "mymodel:HalfBody"}, "select-layer": {"layer": "head.weight"}}, code="models")
     torch.manual_seed(0)
     torch.save({"body.weight": torch.randn(6, 4).half(), "body.bias": torch.zeros(6).half(), "head.weight": torch.randn(3, 6),
                 "head.bias": torch.zeros(3)}, folder.root / "given.pt")  # fmt: skip
@@ -365,48 +286,11 @@ def test_a_layer_whose_base_is_half_but_itself_single_is_left_alone(project, ocd
 # Slow methods
 
 
-SLOW = {
-    "in_proj_weight": """\
-from torch import nn
-
-from stages.run_directory.project import load_project
-from stages.collect import Collect
-from stages.foundation.errors import DataError
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = x.unsqueeze(1) * nn.functional.one_hot(__import__("torch").arange(3), 4).float()
-        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-""",
-    "weight_hh_l0": """\
-from torch import nn
-
-from stages.run_directory.project import load_project
-from stages.collect import Collect
-from stages.foundation.errors import DataError
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.rnn(x.unsqueeze(2))[0][:, -1])
-""",
-}
-
-
-@pytest.mark.parametrize("parameter", SLOW)
-def test_a_slow_way_is_told(project, ocd, parameter):
-    module = {"in_proj_weight": "attention", "weight_hh_l0": "rnn"}[parameter]
-    name = f"{module}.{parameter}"
-    folder = project({"task": {"model": "mymodel:Net"}, "collect": {"samples": 12}}, model=SLOW[parameter])
+@pytest.mark.parametrize(
+    ("model", "name"), [("Attending", "attention.in_proj_weight"), ("Recurrent", "rnn.weight_hh_l0")], ids=["attention", "rnn"]
+)
+def test_a_slow_way_is_told(project, ocd, model, name):
+    folder = project({"task": {"model": f"mymodel:{model}"}, "collect": {"samples": 12}}, code="models")
     ocd(folder, "run", "--until", "train-base")
     ocd(folder, "select-layer", "--layer", name)
     result = ocd(folder, "collect", "--json")
@@ -419,12 +303,10 @@ def test_a_slow_way_is_told(project, ocd, parameter):
     assert re.search(r"; about [\d.]+ ms a sample, \d+:\d\d:\d\d for 12$", line)
     assert f"by {summary['method']}" in ocd(folder, "collect").stdout
     # It is the truth, too.
-    namespace = {}
-    exec(SLOW[parameter], namespace)
-    model = namespace["Net"]()
-    model.load_state_dict(base_of(folder))
+    base = load_object(folder.root, f"mymodel:{model}", "task.model")()
+    base.load_state_dict(base_of(folder))
     found = store(folder)
-    assert_as_wanted(found, reference_of(folder, model, name, found, optimizer="adam", lr=0.01, steps=2), rtol=1e-2, atol=1e-5)
+    assert_as_wanted(found, reference_of(folder, base, name, found, optimizer="adam", lr=0.01, steps=2), rtol=1e-2, atol=1e-5)
     for stage in LATER:
         ocd(folder, stage)
 

@@ -5,19 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import store
+from folders import store
 
 from stages.foundation.errors import SettingsError
 from stages.tasks.conditioning import fields_of
 from stages.tasks.protocol import Task
 
-WORDS = """\
-from torch import nn
-
-
-def net():
-    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
-"""
 ON = ("--set", "collect.condition_on_x=true")
 
 
@@ -61,14 +54,6 @@ def test_large_pictures_become_smaller_ones():
     assert torch.equal(fields(small)["x"], small)
 
 
-def test_integers_are_refused(ocd, project):
+def test_integers_are_refused():
     with pytest.raises(SettingsError, match="x holds integers"):
         fields(torch.zeros(2, 3, dtype=torch.long))
-    folder = project(model=WORDS)
-    draw = np.random.default_rng(0)
-    for name in ("train", "test"):
-        folder.save(f"{name}.npz", draw.integers(0, 9, (40, 3)), np.arange(40) % 3)
-    ocd(folder, "run", "--quiet", "--until", "select-layer", "--set", "select-layer.layer=2.weight")
-    shown = ocd(folder, "collect", "--set", "select-layer.layer=2.weight", *ON, code=2)
-    assert "collect.condition_on_x = true: x holds integers" in shown.stderr
-    assert not (folder.run / "collect").exists()

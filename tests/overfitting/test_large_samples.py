@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import store
+from folders import store
 from overfitters import EXACT, RECIPES, copied, forward, frozen, random, squares
 from torch import nn
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from overfitters import EXACT, RECIPES, assert_same, cross_entropy, forward, wanted_of
+from overfitters import EXACT, LAYERS, RECIPES, assert_same, cross_entropy, forward, make_problem, wanted_of
 from torch import nn
 
 from stages.foundation.errors import TaskError
@@ -21,21 +21,6 @@ RECIPES = {
     "long": Recipe("adam", 5e-3, 10),
     "plain": Recipe("sgd", 0.1, 3),
 } | RECIPES
-# model: layers to overfit
-LAYERS = [("dense", "0.weight"), ("dense", "2.weight"), ("convolution", "0.weight"), ("convolution", "2.weight")]
-
-
-def make_problem(name, dtype, rows=6):
-    torch.manual_seed(3)
-    if name == "dense":
-        model, shape = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (4,)
-    else:
-        model = nn.Sequential(
-            nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, (3, 2), 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
-        )
-        shape = (1, 6, 6)
-    model = model.to(dtype).eval().requires_grad_(False)
-    return model, torch.randn(rows, *shape, dtype=dtype), torch.arange(rows) % 3
 
 
 def run_overfit(method, model, name, x, y, recipe=RECIPES["plain"], loss=cross_entropy, views=None):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from overfitters import (
     EXACT,
     RECIPES,
     Custom,
     assert_same,
+    convolutions,
     copied,
     cross_entropy,
     equal_to_the_loop,
@@ -83,27 +84,6 @@ def test_linear(place, rows, sizes, bias, flat, batch, recipe):
     assert overfitter.name == ("outer product" if one else "substitution"), overfitter.why_dense
     # A flattening comes first as well.
     assert (overfitter.prefix is not None) == (place != "first" or flat)
-
-
-@st.composite
-def convolutions(draw):
-    axes = draw(st.sampled_from([1, 2]))
-
-    def each(low, high):
-        return draw(st.tuples(*[st.integers(low, high)] * axes))
-
-    groups, size, kernel, dilation, padding = draw(st.sampled_from([1, 2])), each(4, 7), each(1, 3), each(1, 2), each(0, 2)
-    assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
-    kind = (nn.Conv1d, nn.Conv2d)[axes - 1]
-    options = {
-        "stride": each(1, 2),
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
-    }
-    return kind, kind(2 * groups, groups * draw(st.integers(1, 2)), kernel, **options), size
 
 
 @given(convolution=convolutions(), place=PLACES, batch=st.integers(1, 6), recipe=recipes())

@@ -2,13 +2,13 @@
 
 import json
 import re
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Folder, blocks_of, counted_blocks, reader_of, results, states, store
+from folders import PROJECTS, blocks_of, make_folder, own_task, reader_of, results, states, store
+from processes import counted_blocks
 
 from stages.diffusion.delta_batch import usable_split
 from stages.evaluate import Evaluate
@@ -19,51 +19,12 @@ from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.run_directory.project import load_project
 from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.user_code import load_object
 from stages.training.batches import TrainingBatches
 
-# A sample is five points and a number at each; two of them are shown at each step. The environment spoils a sample.
-TASK = """\
-import os
-import torch
-from torch import nn
-from stages.foundation.seeds import generator
-from stages.tasks.data import ArrayDataset
-from stages.tasks.losses import REGRESSION, mse
-from stages.tasks.protocol import Task
-
-
-class Points(Task):
-    kind = REGRESSION
-
-    def model(self):
-        return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(1))
-
-    def points(self, name, count):
-        x = torch.randn(count, 5, 3, generator=generator("points", name))
-        return ArrayDataset(x, x[..., 0].sin() + x[:, :1, 1])
-
-    def train(self):
-        return self.points("train", 18)
-
-    def validation(self):
-        return self.points("validation", 6)
-
-    def test(self):
-        return self.points("test", 7)
-
-    def loss(self, output, y):
-        return mse(output, y)
-
-    def view(self, x, y, generator):
-        shown = torch.randperm(5, generator=generator)[:2]
-        if float(x[0, 0]) == float(os.environ.get("SPOILED", "nan")):
-            return x[shown] * torch.nan, y[shown]
-        return x[shown], y[shown]
-"""
-WITHOUT_VIEW = TASK[: TASK.index("    def view")]
 SAMPLES, REPEATS = 18, 3
 SETTINGS = {
-    "task": {"class": "mytask:Points", **dict.fromkeys(("model", "loss", "train", "test"))},
+    "task": own_task("mytask:Points"),
     "select-layer": {"layer": "0.weight", "draws": 0},
     "collect": {"lr": 0.02, "steps": 2, "repeats": REPEATS, "block_samples": 9, "batch_size": 9},
     "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]},
@@ -72,19 +33,13 @@ ONCE = ("--set", "collect.repeats=1", "--set", "collect.block_samples=3", "--set
 
 
 def known_task():
-    known = {}
-    exec(TASK, known)
-    return known["Points"]()
+    return load_object(PROJECTS / "points", "mytask:Points", "task.class")()
 
 
 @pytest.fixture(scope="module")
 def repeated_run(ocd, tmp_path_factory):
     """A project with everything done; not to be changed."""
-    root = tmp_path_factory.mktemp("repeated") / "project"
-    root.mkdir()
-    folder = Folder(root)
-    folder.write(SETTINGS)
-    (root / "mytask.py").write_text(TASK)
+    folder = make_folder(tmp_path_factory.mktemp("repeated") / "project", SETTINGS, "points")
     ocd(folder, "run", "--quiet")
     return folder
 
@@ -92,16 +47,13 @@ def repeated_run(ocd, tmp_path_factory):
 @pytest.fixture
 def repeated(repeated_run, tmp_path):
     """A copy of it."""
-    shutil.copytree(repeated_run.root, tmp_path / "repeated")
-    return Folder(tmp_path / "repeated")
+    return repeated_run.copy(tmp_path / "repeated")
 
 
 @pytest.fixture
 def ready(repeated):
     """The same, about to collect."""
-    for stage in ("collect", "train-diffusion", "train-scale", "infer"):
-        shutil.rmtree(repeated.run / stage)
-    return repeated
+    return repeated.without("collect", "train-diffusion", "train-scale", "infer")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +83,7 @@ def test_rows_follow_one_another_by_sample(repeated_run):
     for name in ("layer_input", "activation", "base_output", "base_loss"):
         fields = arrays[name].reshape(SAMPLES, REPEATS, -1)
         np.testing.assert_allclose(fields, np.repeat(fields[:, :1], REPEATS, axis=1), rtol=1e-5, atol=1e-6)
-    summary = json.loads((repeated_run.run / "collect" / "manifest.json").read_text())["summary"]
+    summary = repeated_run.summary("collect")
     assert (summary["samples"], summary["repeats"], summary["blocks"]) == (SAMPLES, REPEATS, 6)
 
 
@@ -159,7 +111,7 @@ def test_the_first_of_them_is_what_there_is_without_repeats(ocd, ready):
     alone = ("--set", "collect.batch_size=1")
     ocd(ready, "collect", "--quiet", *ONCE, *alone)
     found = store(ready)
-    assert "repeats" not in json.loads((ready.run / "collect" / "manifest.json").read_text())["summary"]
+    assert "repeats" not in ready.summary("collect")
     ocd(ready, "collect", "--quiet", "--force", *alone)
     wanted = store(ready)
     assert found.keys() == wanted.keys()
@@ -213,23 +165,6 @@ def test_samples_left_out_are_named_once(ocd, ready, monkeypatch, repeated_run):
 
 
 # Refusals and states
-
-
-def test_repeats_need_parts_to_draw(ocd, ready):
-    (ready.root / "mytask.py").write_text(WITHOUT_VIEW)
-    for stage in ("train-base", "select-layer"):
-        ocd(ready, stage, "--force", "--quiet")
-    result = ocd(ready, "collect", "--quiet", code=2)
-    assert result.stderr == (
-        "error: collect.repeats = 3: the task has no view(), so every overfit of a sample is the same\n"
-        "  leave it out, or draw a part of the sample for each gradient step in view()\n"
-    )
-    assert not (ready.run / "collect").exists()
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", '"all"'])
-def test_no_number_of_repeats(ocd, ready, value):
-    assert "collect.repeats" in ocd(ready, "collect", "--quiet", "--set", f"collect.repeats={value}", code=2).stderr
 
 
 def test_other_repeats_are_another_store(ocd, repeated):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from overfitters import EXACT, RECIPES, Custom, Tied, by_copies, copied, forward, frozen, random, squares, twice
+from overfitters import EXACT, RECIPES, Custom, Tied, by_copies, convolutions, copied, forward, frozen, random, squares, twice
 from torch import nn
 
 from stages.overfitting.overfitter import Overfitter
@@ -71,35 +71,7 @@ def test_linear(rows, sizes, bias, first, batch):
     assert (overfitter.prefix is None) == first
 
 
-@st.composite
-def convolutions(draw):
-    axes = draw(st.sampled_from([1, 2]))
-
-    def each(low, high):
-        return draw(st.tuples(*[st.integers(low, high)] * axes))
-
-    groups, size, kernel, dilation = draw(st.sampled_from([1, 2])), each(4, 7), each(1, 3), each(1, 2)
-    stride, padding = each(1, 2), draw(st.sampled_from(["same", "valid", "numbers"]))
-    if padding == "numbers":
-        padding = each(0, 2)
-        assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
-    elif padding == "same":
-        stride = 1
-    else:
-        assume(all(s > d * (k - 1) for s, d, k in zip(size, dilation, kernel, strict=True)))
-    options = {
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
-    }
-    kind = (nn.Conv1d, nn.Conv2d)[axes - 1]
-    return kind, kind(2 * groups, groups * draw(st.integers(1, 2)), kernel, **options), size
-
-
-@given(convolution=convolutions(), first=st.booleans(), batch=st.integers(1, 4))
+@given(convolution=convolutions(by_name=True), first=st.booleans(), batch=st.integers(1, 4))
 @PROPERTY
 def test_convolutions(convolution, first, batch):
     torch.manual_seed(0)
@@ -382,26 +354,21 @@ def test_substitution_along_equals_a_pass_with_the_weight():
         torch.testing.assert_close(at(strength), method(x, layer.weight(model) + strength * deltas), **EXACT)
 
 
-def test_substitution_refuses_a_layer_that_is_called_twice():
-    model = frozen(Custom(twice, fc=nn.Linear(3, 3)))
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (twice, "several times"),
+        (lambda self, x: self.fc(x[1:]), "3 rows for a batch of 4"),
+        (lambda self, x: x @ self.fc.weight.T, "not called"),
+    ],
+    ids=["called twice", "rows that are not the samples", "not called"],
+)
+def test_substitution_refuses(run, why):
+    model = frozen(Custom(run, fc=nn.Linear(3, 3)))
     method = Substitution(model, find_layer(model, "fc.weight"), forward)
-    with pytest.raises(NotSubstitutable, match="several times"):
+    with pytest.raises(NotSubstitutable, match=why):
         method.along(random(4, 3), random(4, 3, 3, seed=1))(1.0)
     assert "forward" not in vars(model.fc)
-
-
-def test_substitution_refuses_rows_that_are_not_the_samples():
-    model = frozen(Custom(lambda self, x: self.fc(x[1:]), fc=nn.Linear(3, 3)))
-    method = Substitution(model, find_layer(model, "fc.weight"), forward)
-    with pytest.raises(NotSubstitutable, match="3 rows for a batch of 4"):
-        method.along(random(4, 3), random(4, 3, 3, seed=1))(1.0)
-
-
-def test_substitution_refuses_a_layer_that_is_not_called():
-    model = frozen(Custom(lambda self, x: x @ self.fc.weight.T, fc=nn.Linear(3, 3)))
-    method = Substitution(model, find_layer(model, "fc.weight"), forward)
-    with pytest.raises(NotSubstitutable, match="not called"):
-        method.along(random(4, 3), random(4, 3, 3, seed=1))(1.0)
 
 
 def test_a_linear_followed_at_once_by_what_works_in_place():

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from overfitters import forward
-from test_overfit import LAYERS, make_problem
+from overfitters import LAYERS, forward, make_problem
 from torch import nn
 
 from stages.foundation.errors import TaskError

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from overfitters import EXACT, Custom, Tied, by_copies, forward, frozen, random, twice
+from overfitters import EXACT, Custom, Tied, by_copies, convolutions, forward, frozen, random, twice
 from torch import nn
 
 from stages.foundation.errors import SettingsError
@@ -73,48 +73,15 @@ def test_weight_g_serves_its_own_samples():
         torch.testing.assert_close(found, factors * x, **EXACT)
 
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
-
-
-@st.composite
-def convolutions(draw):
-    """A convolution over one or two axes, and the size of a picture that it fits."""
-    axes = draw(st.sampled_from([1, 2]))
-
-    def each(low, high):
-        return draw(st.tuples(*[st.integers(low, high)] * axes))
-
-    groups = draw(st.sampled_from([1, 1, 2]))
-    options = {
-        "in_channels": groups * draw(st.integers(1, 2)),
-        "out_channels": groups * draw(st.integers(1, 2)),
-        "kernel_size": each(1, 3),
-        "stride": each(1, 3),
-        "padding": draw(st.sampled_from(["same", "valid"])) if draw(st.booleans()) else each(0, 2),
-        "dilation": each(1, 2),
-        "groups": groups,
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])),
-    }
-    if options["padding"] == "same":
-        options["stride"] = (1,) * axes  # torch allows no other
-    picture = each(3, 7)
-    spans = [d * (k - 1) + 1 for d, k in zip(options["dilation"], options["kernel_size"], strict=True)]
-    padding = (0,) * axes if isinstance(options["padding"], str) else options["padding"]
-    if options["padding"] != "same":
-        assume(all(p + 2 * pad >= span for p, pad, span in zip(picture, padding, spans, strict=True)))
-    # Reflection reaches less than the whole picture; the widest border is that of a span of 5.
-    return frozen(nn.Sequential(CONVOLUTIONS[axes](**options), nn.Tanh())), (options["in_channels"], *picture)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@given(convolution=convolutions(), groups=st.integers(1, 3), size=st.integers(1, 3))
+@given(convolution=convolutions(by_name=True), groups=st.integers(1, 3), size=st.integers(1, 3))
 @PROPERTY
 def test_convolutions(convolution, groups, size):
     """Every kind of padding, among them by name with each mode."""
-    model, shape = convolution
-    weights = random(groups, *model[0].weight.shape, seed=1)
-    assert_equal_ways(model, "0.weight", random(groups * size, *shape), weights)
+    _, layer, picture = convolution
+    weights = random(groups, *layer.weight.shape, seed=1)
+    model = frozen(nn.Sequential(layer, nn.Tanh()))
+    assert_equal_ways(model, "0.weight", random(groups * size, layer.in_channels, *picture), weights)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

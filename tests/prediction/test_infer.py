@@ -6,68 +6,9 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from folders import own_task
 
 from stages.infer import open_run
-
-TASK = """\
-import torch
-from torch import nn
-from stages.tasks.data import ArrayDataset
-from stages.tasks.losses import CLASSIFICATION, cross_entropy
-from stages.tasks.protocol import Task
-
-
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.left, self.right = nn.Linear(2, 5), nn.Linear(2, 5)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return {"logits": self.head(torch.tanh(self.left(x["a"]) + self.right(x["b"])))}
-
-
-class Pairs(torch.utils.data.Dataset):
-    def __init__(self, count, seed):
-        draw = torch.Generator().manual_seed(seed)
-        self.x, self.y = torch.randn(count, 4, generator=draw), torch.arange(count) % 3
-
-    def __len__(self):
-        return len(self.y)
-
-    def __getitem__(self, index):
-        return {"a": self.x[index, :2], "b": self.x[index, 2:]}, self.y[index]
-
-
-class MyTask(Task):
-    kind = CLASSIFICATION
-
-    def model(self):
-        return Two()
-
-    def train(self):
-        return Pairs(40, 0)
-
-    def test(self):
-        return Pairs(12, 1)
-
-    def loss(self, output, y):
-        return cross_entropy(output["logits"], y)
-
-    def metrics(self, output, y):
-        return {"cross_entropy": self.loss(output, y)}
-
-    def view(self, x, y, generator):
-        return {"a": x["a"] + 0.01 * torch.randn(2, generator=generator), "b": x["b"]}, y
-
-    def conditioning(self, x, output, captured):
-        return {"both": torch.cat([x["a"], x["b"]], dim=1), "layer_input": captured["layer_input"]}
-"""
-
-
-def predictions(folder, name="test"):
-    with np.load(folder.run / "infer" / name / "predictions.npz", allow_pickle=False) as archive:
-        return dict(archive)
 
 
 def test_no_label_is_read_on_the_way_to_a_prediction(ocd, finished):
@@ -76,18 +17,18 @@ def test_no_label_is_read_on_the_way_to_a_prediction(ocd, finished):
         x, y = data["x"], data["y"]
     finished.save("wrong.npz", x, (y + 1) % 3)
     finished.save("bare.npz", x)
-    true = predictions(finished)
+    true = finished.predictions()
     for name in ("wrong", "bare"):
         result = json.loads(ocd(finished, "infer", "--json", "--input", finished.root / f"{name}.npz").stdout)
         assert (result["metrics"] is None) == (name == "bare")
-        found = predictions(finished, name)
+        found = finished.predictions(name)
         assert {key: value.tobytes() for key, value in found.items()} == {key: value.tobytes() for key, value in true.items()}
 
 
 def test_predictions_are_the_base_with_its_deltas(ocd, finished):
     """Each member's output is the base's with θ + delta, computed here by hand, and the ensemble is the mean probability."""
     ocd(finished, "infer", "--save-deltas", "--ensemble", "3")
-    found = predictions(finished)
+    found = finished.predictions()
     deltas = zarr.open_group(finished.run / "infer" / "test" / "deltas.zarr", mode="r")["delta"][:]
     model = open_run(finished.config)
     layer, weight = model.layer, model.layer.weight(model.model).clone()
@@ -104,18 +45,19 @@ def test_predictions_are_the_base_with_its_deltas(ocd, finished):
 
 
 def test_a_larger_ensemble_keeps_the_members_there_are(ocd, finished):
-    before = predictions(finished)["member_output"]
+    before = finished.predictions()["member_output"]
     ocd(finished, "infer", "--ensemble", "5")
-    grown = predictions(finished)["member_output"]
+    grown = finished.predictions()["member_output"]
     np.testing.assert_array_equal(grown[:, :2], before)
     ocd(finished, "infer", "--ensemble", "5", "--force")
-    np.testing.assert_allclose(predictions(finished)["member_output"], grown, atol=1e-6)
+    np.testing.assert_allclose(finished.predictions()["member_output"], grown, atol=1e-6)
 
 
 def test_another_setting_redoes_the_answer_and_says_so(ocd, finished):
+    assert not np.allclose(finished.predictions()["output"], finished.predictions()["base_output"])
     result = ocd(finished, "infer", "--strength", "0")
     assert "infer is redone: infer.strength was 1.0, is now 0.0" in result.stderr
-    found = predictions(finished)
+    found = finished.predictions()
     for member in range(2):
         # The layer's product with weights of its own for each sample rounds otherwise than the base's.
         np.testing.assert_allclose(found["member_output"][:, member], found["base_output"], atol=1e-6)
@@ -123,16 +65,16 @@ def test_another_setting_redoes_the_answer_and_says_so(ocd, finished):
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_predictions_do_not_depend_on_the_batch(ocd, finished, batch):
-    before = predictions(finished)
+    before = finished.predictions()
     ocd(finished, "infer", "--force", "--set", f"infer.batch_size={batch}")
-    np.testing.assert_allclose(predictions(finished)["member_output"], before["member_output"], atol=1e-5)
+    np.testing.assert_allclose(finished.predictions()["member_output"], before["member_output"], atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("steps", [1, 10])
 def test_every_sampler_gives_finite_predictions(ocd, finished, sampler, steps):
     ocd(finished, "infer", "--sampler", sampler, "--sample-steps", steps)
-    assert np.isfinite(predictions(finished)["output"]).all()
+    assert np.isfinite(finished.predictions()["output"]).all()
 
 
 def test_splits_and_files_have_answers_of_their_own(ocd, finished):
@@ -144,13 +86,15 @@ def test_splits_and_files_have_answers_of_their_own(ocd, finished):
     assert {path.name for path in (finished.run / "infer").iterdir()} == {"test", "validation", "train", "input-test"}
     found = json.loads(ocd(finished, "status", "--json").stdout)
     assert found["queries"] == ["input-test", "train", "validation"]
-    np.testing.assert_array_equal(predictions(finished, "input-test")["output"], predictions(finished)["output"])
+    assert found["stages"]["infer"]["state"] == "done"
+    assert "input-test, train, validation" in ocd(finished, "status").stdout
+    np.testing.assert_array_equal(finished.predictions("input-test")["output"], finished.predictions()["output"])
 
 
 def test_the_python_door_gives_the_commands_numbers(finished):
     x = np.load(finished.root / "test.npz")["x"]
     found = open_run(finished.config).predict(x, ensemble=2)
-    wanted = predictions(finished)
+    wanted = finished.predictions()
     np.testing.assert_allclose(found.output.numpy(), wanted["output"], atol=1e-6)
     np.testing.assert_allclose(found.members.numpy().swapaxes(0, 1), wanted["member_output"], atol=1e-6)
     np.testing.assert_array_equal(found.base_output.numpy(), wanted["base_output"])
@@ -158,13 +102,11 @@ def test_the_python_door_gives_the_commands_numbers(finished):
 
 
 def test_a_task_of_ones_own_with_dicts_views_and_conditioning(ocd, project):
-    none = dict.fromkeys(("model", "loss", "train", "test"))
-    folder = project({"task": {**none, "class": "task:MyTask"}})
-    (folder.root / "task.py").write_text(TASK)
+    folder = project({"task": own_task("task:Paired")}, code="tasks")
     ocd(folder, "run")
     group = zarr.open_group(folder.run / "collect" / "deltas.zarr", mode="r")
     assert {"both", "layer_input"} <= set(group.array_keys())
     assert "base_output" not in set(group.array_keys())
-    found = predictions(folder)
+    found = folder.predictions()
     assert found["member_output.logits"].shape == (12, 2, 3)
     np.testing.assert_allclose(np.exp(found["output.logits"]).sum(1), 1, atol=1e-5)

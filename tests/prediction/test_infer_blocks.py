@@ -10,10 +10,11 @@ import pytest
 import reference
 import torch
 import zarr
-from conftest import SLOW_MODEL, Folder, blocks_of, counted_blocks, flip, make_folder, results, stopped_at, wait_until
+from folders import Folder, blocks_of, flip, make_folder, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from overfitters import Custom, Tied, forward, frozen, random
+from processes import counted_blocks, stopped_at, wait_until
 from torch import nn
 
 from stages.foundation.errors import DataError
@@ -35,7 +36,7 @@ WIP = "infer/test.wip"
 def answered_run(tmp_path_factory, ocd):
     """A project of the slow model with everything done, the answer in twelve blocks, with its deltas; not to be changed."""
     settings = {"select-layer": {"layer": "2.weight"}, "infer": {"batch_size": 2, "save_deltas": True}}
-    folder = make_folder(tmp_path_factory.mktemp("answered") / "project", settings, model=SLOW_MODEL)
+    folder = make_folder(tmp_path_factory.mktemp("answered") / "project", settings, code="slow")
     ocd(folder, "run", "--quiet")
     return folder
 

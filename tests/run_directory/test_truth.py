@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import blocks_of, states, stopped_at
+from folders import blocks_of, own_task, states
+from processes import stopped_at
 
 from stages.foundation.progress import Silent
 from stages.training.run import Plan, TrainingRun
@@ -31,66 +32,6 @@ class Counter:
         self.step = step
 
 
-MODEL_WITH_NORM = """\
-import torch
-from torch import nn
-from stages.tasks.data import ArrayDataset
-from stages.tasks.losses import CLASSIFICATION, cross_entropy
-from stages.tasks.protocol import Task
-
-
-class Noisy(torch.utils.data.Dataset):
-    def __init__(self, count, seed):
-        draw = torch.Generator().manual_seed(seed)
-        self.x, self.y = torch.randn(count, 4, generator=draw), torch.arange(count) % 3
-
-    def __len__(self):
-        return len(self.y)
-
-    def __getitem__(self, index):
-        return self.x[index] + 0.1 * torch.randn(4), self.y[index]
-
-
-class MyTask(Task):
-    kind = CLASSIFICATION
-
-    def model(self):
-        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
-
-    def train(self):
-        return Noisy(40, 0)
-
-    def test(self):
-        return Noisy(12, 1)
-
-    def loss(self, output, y):
-        return cross_entropy(output, y)
-
-    def metrics(self, output, y):
-        return {"sometimes": torch.where(y == 0, float("nan"), 1.0), **super().metrics(output, y)}
-
-    def conditioning(self, x, output, captured):
-        return {"keys": x.sum(1), "wide": captured["layer_input"]}
-"""
-
-OWN_TRAINER = """
-
-class Trained(MyTask):
-    def train_base(self, model, train, validation, **options):
-        assert model.training
-        x, y = train.batch(range(len(train)))
-        for _ in range(20):
-            model(x)
-"""
-
-
-def task_project(project, name="MyTask", extra=""):
-    none = dict.fromkeys(("model", "loss", "train", "test"))
-    folder = project({"task": {**none, "class": f"task:{name}"}})
-    (folder.root / "task.py").write_text(MODEL_WITH_NORM + extra)
-    return folder
-
-
 def test_another_validation_set_changes_the_rows_of_train(ocd, finished):
     """With imported weights the base stays the same, but train is whole again: what was collected is not."""
     base = finished.run / "train-base" / "base.safetensors"
@@ -107,12 +48,7 @@ def test_another_validation_set_changes_the_rows_of_train(ocd, finished):
 
 
 def test_another_dataset_by_name_is_seen_without_loading_it(ocd, project):
-    folder = project({"task": {"train": "data:one"}})
-    code = "import numpy as np\nfrom stages.tasks.data import load_npz\nfrom pathlib import Path\n"
-    code += (
-        "def one():\n    return load_npz(Path(__file__).with_name('train.npz'), labels=True)\n\ndef two():\n    return one()\n"
-    )
-    (folder.root / "data.py").write_text(code)
+    folder = project({"task": {"train": "data:one"}}, code="models")
     ocd(folder, "train-base")
     assert states(ocd, folder)["train-base"] == "done"
     assert states(ocd, folder, "task.train=data:two")["train-base"] == "stale"
@@ -143,7 +79,7 @@ def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, p
 
 
 def test_a_task_that_trains_its_base_gets_a_model_in_train_mode(ocd, project):
-    folder = task_project(project, "Trained", OWN_TRAINER)
+    folder = project({"task": own_task("task:Trained")}, code="tasks")
     ocd(folder, "train-base")
     from safetensors.torch import load_file
 
@@ -154,7 +90,7 @@ def test_a_task_that_trains_its_base_gets_a_model_in_train_mode(ocd, project):
 def test_random_augmentation_flat_fields_and_metrics_without_value(ocd, project):
     """A dataset that draws from torch's generator is the same in every process; a field of one number a sample is one column;
     a metric that is no number for some samples is left blank."""
-    folder = task_project(project)
+    folder = project({"task": own_task("task:Normed")}, code="tasks")
     stages = json.loads(ocd(folder, "run", "--json").stdout)["stages"]
     assert stages["infer"]["metrics"]["base"]["sometimes"] is None
     assert stages["infer"]["metrics"]["base"]["accuracy"] is not None
@@ -182,18 +118,9 @@ def test_naming_the_layer_that_was_chosen_changes_nothing(ocd, finished):
     assert "up to date" in ocd(finished, "select-layer", "--layer", chosen).stdout
 
 
-def test_a_label_out_of_range_in_an_input_file_names_file_and_row(ocd, finished):
-    with np.load(finished.root / "test.npz") as data:
-        x, y = data["x"], data["y"].copy()
-    y[20] = 7
-    result = ocd(finished, "infer", "--input", finished.save("odd.npz", x, y), code=2)
-    assert "odd.npz: y[20]: label 7 is out of range" in result.stderr
-    assert not (finished.run / "infer" / "odd").exists()
-
-
 def test_wide_outputs_are_pooled_and_the_store_says_so(ocd, project):
-    model = "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(3, 2, 1))\n"
-    folder = project({"task": {"loss": "mse"}, "select-layer": {"layer": "0.weight"}}, model=model)
+    task = {"model": "mymodel:pictures", "loss": "mse"}
+    folder = project({"task": task, "select-layer": {"layer": "0.weight"}}, code="models")
     x = np.random.default_rng(0).normal(size=(10, 1, 48, 48)).astype(np.float32)
     for name in ("train", "test"):
         folder.save(f"{name}.npz", x, np.concatenate([x, x], axis=1))
@@ -201,25 +128,6 @@ def test_wide_outputs_are_pooled_and_the_store_says_so(ocd, project):
     summary = json.loads((folder.run / "collect" / "manifest.json").read_text())
     assert summary["summary"]["pooled"]["base_output"] == "mean over axes [2, 3] of (2, 48, 48)"
     assert summary["store"]["arrays"]["base_output"]["shape"] == [9, 2]
-
-
-def test_a_layer_without_the_sample_on_its_first_axis_is_refused(ocd, project):
-    model = """\
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head = nn.Linear(1, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.inner(x.t().unsqueeze(2)).mean(0))
-"""
-    folder = project({"select-layer": {"layer": "inner.weight"}, "task": {"model": "mymodel:Net"}}, model=model)
-    ocd(folder, "run", "--until", "select-layer")
-    result = ocd(folder, "collect", code=2)
-    assert "layer_input of inner.weight is not one row per sample" in result.stderr
 
 
 def test_a_reader_that_stops_reading_is_no_fault(finished):
@@ -250,19 +158,8 @@ def test_going_on_after_an_evaluation_off_the_grid_equals_never_stopping(tmp_pat
     assert done[0] == done[1]
 
 
-def test_what_later_stages_need_is_found_before_the_base_is_trained(ocd, project):
-    folder = project()
-    for setting, says in (("task.test=tst.npz", "tst.npz is missing"), ("select-layer.layer=fc9.weight", "does not exist")):
-        assert says in ocd(folder, "run", "--set", setting, code=2).stderr
-        assert not folder.run.exists()
-
-
 def test_a_dataset_class_is_made(ocd, project):
-    folder = project({"task": {"train": "data:Rows"}})
-    code = "from pathlib import Path\nfrom stages.tasks.data import load_npz\n\n\nclass Rows:\n    def __init__(self):\n"
-    code += "        self.data = load_npz(Path(__file__).with_name('train.npz'), labels=True)\n\n    def __len__(self):\n"
-    code += "        return len(self.data)\n\n    def __getitem__(self, index):\n        return self.data[index]\n"
-    (folder.root / "data.py").write_text(code)
+    folder = project({"task": {"train": "data:Rows"}}, code="models")
     assert json.loads(ocd(folder, "train-base", "--json").stdout)["parameters"] == 51
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import flip
+from folders import flip
 
 
 @pytest.fixture

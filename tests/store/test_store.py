@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import zarr
-from conftest import wait_until
+from processes import wait_until
 
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.errors import ArtifactError

@@ -1,12 +1,11 @@
 """What else a task may say: modules to watch, where its samples lie, and what its own trainer reports."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import Folder, reader_of, store
+from folders import PROJECTS, make_folder, own_task, reader_of, store
 from overfitters import forward
 from torch import nn
 
@@ -18,99 +17,20 @@ from stages.per_sample.layer import find_layer
 from stages.tasks.conditioning import condition
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
+from stages.tasks.user_code import load_object
 
-# The environment says what is watched. Inputs are four numbers; the last, which the labels do not depend on, is by far the
-# widest, and where a sample lies is told by the others. `early` gives a field of 6,000 numbers, more than are kept.
-TASK = """\
-import os
-import torch
-from torch import nn
-from stages.foundation.seeds import generator
-from stages.tasks.data import ArrayDataset
-from stages.tasks.losses import REGRESSION, mse
-from stages.tasks.protocol import Task
-
-
-class Wide(nn.Module):
-    def forward(self, x):
-        return x[:, None, :3].expand(-1, 2000, -1) * torch.arange(2000).view(1, -1, 1)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.early = nn.ModuleDict({"wide": Wide(), "gate": nn.Linear(4, 5)})
-        self.fc, self.head, self.never = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(4, 6)
-
-    def forward(self, x):
-        small = x / torch.tensor([1.0, 1.0, 1.0, 1000.0])
-        gate = torch.sigmoid(self.early["gate"](small)).mean(1, keepdim=True)
-        wide = self.early["wide"](small).mean((1, 2)).unsqueeze(1) / 1000
-        return self.head(torch.tanh(self.fc(small)) * gate) + wide
-
-
-class Watching(Task):
-    kind = REGRESSION
-    watched = tuple(filter(None, os.environ.get("WATCHED", "early.gate,early.wide").split(",")))
-
-    def model(self):
-        return Net()
-
-    def points(self, name, count):
-        draw = generator("watched", name)
-        x = torch.randn(count, 4, generator=draw)
-        x[:, 3] *= 1000
-        return ArrayDataset(x, torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2]], dim=1))
-
-    def train(self):
-        return self.points("train", 24)
-
-    def validation(self):
-        return self.points("validation", 6)
-
-    def test(self):
-        return self.points("test", 5)
-
-    def loss(self, output, y):
-        return mse(output, y)
-
-    def coordinates(self, x):
-        shape = os.environ.get("SHAPE", "right")
-        return {"right": x[:, :3], "one axis": x[:, 0], "one row": x[:1, :3], "list": x[:, :3].tolist()}[shape]
-
-    def train_base(self, model, train, validation, *, report, **options):
-        report.message("the task trains it")
-        for step in range(3):
-            report.progress(step + 1, 3, "rounds", error=0.5 / (step + 1))
-"""
-CONDITIONED = (
-    TASK
-    + """
-    def conditioning(self, x, output, captured):
-        assert captured["early_wide"].shape == (len(x), 2000, 3)
-        assert set(captured) == {"layer_input", "activation", "base_output", "early_gate", "early_wide"}
-        return {"widest": captured["early_wide"].amax(1), "gate": captured["early_gate"]}
-"""
-)
 SETTINGS = {
-    "task": {"class": "mytask:Watching", **dict.fromkeys(("model", "loss", "train", "test"))},
     "select-layer": {"layer": "fc.weight", "draws": 0},
     "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]},
 }
 
 
 def known_task():
-    known = {}
-    exec(TASK, known)
-    return known["Watching"]()
+    return load_object(PROJECTS / "watched", "mytask:Watching", "task.class")()
 
 
-def make(root, source=TASK):
-    root.mkdir()
-    folder = Folder(root)
-    folder.write(SETTINGS)
-    (root / "mytask.py").write_text(source)
-    return folder
+def make(root, name="Watching", **args):
+    return make_folder(root, {**SETTINGS, "task": own_task(f"mytask:{name}", **args)}, "watched")
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +43,7 @@ def watched_run(ocd, tmp_path_factory):
 @pytest.fixture
 def watched(watched_run, tmp_path):
     """A copy of it."""
-    shutil.copytree(watched_run[0].root, tmp_path / "watched")
-    return Folder(tmp_path / "watched")
+    return watched_run[0].copy(tmp_path / "watched")
 
 
 # Watched modules
@@ -137,51 +56,20 @@ def test_what_is_watched_is_stored_under_the_modules_names(watched_run):
     x = known_task().train().x[arrays["sample_index"]]
     # Too wide to keep: its mean over the 2,000.
     np.testing.assert_allclose(arrays["early_wide"], 999.5 * x[:, :3], rtol=1e-4)
-    summary = json.loads((folder.run / "collect" / "manifest.json").read_text())["summary"]
+    summary = folder.summary("collect")
     assert summary["pooled"] == {"early_wide": "mean over axes [1] of (2000, 3)"}
     fields = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())["fields"]
     assert (fields["early_gate"], fields["early_wide"]) == (5, 3)
 
 
 def test_the_tasks_own_conditioning_gets_them_as_they_are(ocd, tmp_path):
-    folder = make(tmp_path / "project", CONDITIONED)
+    folder = make(tmp_path / "project", "Conditioned")
     ocd(folder, "run", "--quiet", "--until", "collect")
     arrays = store(folder)
     assert set(reader_of(folder).field_names()) == {"widest", "gate"}
     small = known_task().train().x[arrays["sample_index"]][:, :3]
     np.testing.assert_allclose(arrays["widest"], np.maximum(1999 * small.numpy(), 0), rtol=1e-5)
     assert arrays["gate"].shape == (24, 5)
-
-
-@pytest.mark.parametrize(
-    ("names", "says"),
-    [
-        ("early.gates", "watched = 'early.gates': the model has no module of that name"),
-        ("early.gate,early.gate", "watched = 'early.gate': the model would have two fields called early_gate"),
-    ],
-)
-def test_modules_that_do_not_exist_are_refused_before_the_base_is_trained(ocd, tmp_path, names, says):
-    folder = make(tmp_path / "project", TASK.replace("early.gate,early.wide", names))
-    shown = ocd(folder, "train-base", "--quiet", code=2).stderr
-    assert shown == f"error: {says}\n  it has early, early.wide, early.gate, fc, head, never\n"
-    assert not folder.run.exists()
-
-
-def test_a_module_that_is_not_called(ocd, tmp_path):
-    folder = make(tmp_path / "project", TASK.replace("early.gate,early.wide", "never"))
-    ocd(folder, "run", "--quiet", "--until", "select-layer")
-    assert ocd(folder, "collect", "--quiet", code=2).stderr == (
-        "error: the watched module never gives no tensor in the forward pass\n  mend `watched` of the task\n"
-    )
-    assert not (folder.run / "collect").exists()
-
-
-def test_a_field_that_the_store_has_itself(ocd, tmp_path):
-    named = TASK.replace("early.gate,early.wide", "rho").replace("never", "rho").replace("self.fc(small)", "self.rho(small)")
-    folder = make(tmp_path / "project", named)
-    ocd(folder, "run", "--quiet", "--until", "select-layer", "--set", "select-layer.layer=rho.weight")
-    shown = ocd(folder, "collect", "--quiet", "--set", "select-layer.layer=rho.weight", code=2).stderr
-    assert shown.startswith("error: the conditioning has a field named 'rho', which the store uses itself\n")
 
 
 class Clashing(nn.Module):

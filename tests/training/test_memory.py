@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import results, store
-from test_networks import random
+from folders import results, store
+from networks import random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.diffusion.delta_batch import DeltaBatch

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import reader_of, results, wait_until
+from folders import reader_of, results
+from processes import wait_until
 
 from ocd_cli.progress import CURVE_WIDTH, Curve
 from stages.foundation.errors import ComputeError

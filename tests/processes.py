@@ -1,0 +1,178 @@
+"""Commands in processes of their own, disks with little room, and the one place that reaches into the library to stop it.
+
+A kill, an interruption or a full disk at a given point cannot be had through arguments or settings: it is what no user asks
+for. So the functions at the end of this module put another function in the place of the library's for a while.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import Folder
+
+from ocd_cli.app import main
+from stages.overfitting.collector import Collector
+from stages.prediction.predicting import Answering
+from stages.store.delta_store import DeltaStore
+from stages.store.predictions import Answer
+from stages.training.trainer import Trainer
+
+
+class Started:
+    """`ocd` in a process of its own, forked from this one: what is imported already need not be imported again.
+
+    Args:
+        folder: the project.
+        args: the command's words.
+        delay: seconds that each pass of `SLOW_MODEL` takes once the work of collect or infer has begun.
+    """
+
+    def __init__(self, folder: Folder, *args: object, delay: float = 0.0) -> None:
+        words = [*map(str, args), "--config", str(folder.config), "--device", "cpu"]
+        self._texts = [folder.root / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(words, delay)
+
+    def _become(self, words: list[str], delay: float) -> None:
+        code = 70
+        try:
+            for number, path in zip((1, 2), self._texts, strict=True):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+            # A shell's background jobs ignore it, and what they start inherits that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            slow_down(delay)
+            sys.argv = ["ocd", *words]
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed."""
+        return self._texts[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has told."""
+        return self._texts[1].read_text()
+
+    def ended(self) -> bool:
+        """Whether it has."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code is not None
+
+    def wait(self, code: int = 0, timeout: float = 60) -> "Started":
+        """Wait for its end; the exit code is asserted (negative: the signal), and no traceback is shown."""
+        wait_until(self.ended, timeout)
+        shown = f"exit code {self._code}\n{self.stdout}\n{self.stderr}"
+        assert self._code == code, shown
+        assert "Traceback" not in shown
+        return self
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, unless it has ended."""
+        if not self.ended():
+            os.kill(self.pid, number)
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system with little room."""
+
+    path: Path
+
+    def resize(self, size: str) -> None:
+        """Give it another size."""
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=True)
+
+    def fill(self, free: int = 0) -> Path:
+        """A file that takes all room but some; delete it to have the room back."""
+        path, left = self.path / "filler", shutil.disk_usage(self.path).free - free
+        with path.open("ab") as stream:
+            os.posix_fallocate(stream.fileno(), stream.tell(), left)
+        return path
+
+
+def wait_until(ready: Any, timeout: float = 60) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def slow_down(delay: float) -> None:
+    """Let each pass of `SLOW_MODEL` take this many seconds once the work of collect or infer has begun; for good."""
+
+    def slowed(work: Any) -> Any:
+        def slow(*args: Any) -> None:
+            os.environ["SLOW_FORWARD_S"] = str(delay)
+            work(*args)
+
+        return slow
+
+    Collector.work, Answering.work = slowed(Collector.work), slowed(Answering.work)
+
+
+@contextlib.contextmanager
+def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
+    """From this block on, none can be written: an interruption, or another error."""
+    write = kind.write_block
+
+    def stopped(self, number, *args, **named):
+        if number >= block:
+            raise error or KeyboardInterrupt
+        write(self, number, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "write_block", stopped)
+        yield
+
+
+@contextlib.contextmanager
+def counted_blocks(kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
+    """The blocks written meanwhile, in no order: writers work side by side."""
+    write, written = kind.write_block, []
+
+    def counted(self, number, *args, **named):
+        written.append(number)
+        write(self, number, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "write_block", counted)
+        yield written
+
+
+@contextlib.contextmanager
+def stopped_training(after: int) -> Any:
+    """An interruption of any training after so many steps."""
+    advance, left = Trainer.advance, [after]
+
+    def stopped(self):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "advance", stopped)
+        yield
