@@ -17,6 +17,7 @@ from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples
 from stages.foundation.seeds import generator
 from stages.infer import open_run
+from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.user_code import load_object
@@ -64,7 +65,7 @@ def deltas(repeated_run):
 @pytest.fixture
 def evaluation(repeated_run):
     """The stage, about to work, four samples at a time."""
-    stage = Evaluate(load_project(repeated_run.config, overrides=["run.device=cpu"]), {})
+    stage = Evaluate(RunContext(load_project(repeated_run.config, overrides=["run.device=cpu"])))
     stage._size = 4
     return stage
 
@@ -253,8 +254,8 @@ def test_a_sample_with_a_row_in_training_is_not_unseen(seed):
     splits = {"validation": Split(ArrayDataset(torch.zeros(140, 1), None), torch.arange(95, 140))}
     settings = SimpleNamespace(train_diffusion=tables, train_scale=tables)
     project = SimpleNamespace(settings=settings)
-    materials = SimpleNamespace(splits=splits, project=project, validation_is_given=False, seed=seed)
-    found = splits["validation"].rows[unseen(materials, training)]
+    context = SimpleNamespace(splits=splits, project=project, validation_is_given=False, seed=seed)
+    found = splits["validation"].rows[unseen(context, training)]
     drawn, held_out = usable_split(training.degenerate, training.rho, training.sample_index, 0.3, seed)
     assert not set(found.tolist()) & set(training.sample_index[drawn].tolist())
     assert set(training.sample_index[held_out].tolist()) <= set(found.tolist())
@@ -265,9 +266,9 @@ def test_a_sample_with_a_row_in_training_is_not_unseen(seed):
 
 def test_neighbours_are_samples_not_rows(evaluation):
     assert evaluation._find_neighbours() == {}
-    split = evaluation.splits["all"]
+    split = evaluation.context.splits["all"]
     first = evaluation.training.sample_index[evaluation.training.first_rows]
-    known, asked = split.inputs(first).flatten(1), evaluation.test_split.inputs(range(7)).flatten(1)
+    known, asked = split.inputs(first).flatten(1), evaluation.context.test_split.inputs(range(7)).flatten(1)
     wanted = torch.cdist(asked.double(), known.double()).sort(dim=1)
     batch = Batch(evaluation.subject, evaluation._test, torch.arange(7))
     for kind in ("x", "layer_input"):
@@ -285,10 +286,10 @@ def test_neighbours_are_samples_not_rows(evaluation):
 def test_training_samples_are_not_their_own_neighbours(evaluation):
     """Where training samples are evaluated, none of their rows counts."""
     training = evaluation.training
-    evaluated = EvaluatedSamples(evaluation.splits["all"], torch.tensor([3, 0, 5]))
+    evaluated = EvaluatedSamples(evaluation.context.splits["all"], torch.tensor([3, 0, 5]))
     known = training.field("layer_input")[training.first_rows]
     numbers = training.sample_index[training.first_rows]
-    assert with_neighbours(evaluation.subject, evaluated, evaluation.splits["all"], numbers, known, 17, 2, print) == {}
+    assert with_neighbours(evaluation.subject, evaluated, evaluation.context.splits["all"], numbers, known, 17, 2, print) == {}
     for kind in ("x", "layer_input"):
         for position in (3, 0, 5):
             row = evaluated.neighbours[kind].row[position]
