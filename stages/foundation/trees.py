@@ -1,6 +1,6 @@
 """x, y and outputs are tensors, or tuples or dicts of them: the few operations that all three forms need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,3 +54,26 @@ def repeat_batch(tree: Tree, times: int) -> Tree:
 def flat_output(output: Tree) -> Tensor:
     """One vector a sample: (B, …) to (B, W), the tensors of a tuple or dict side by side."""
     return torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf.unsqueeze(1) for leaf in leaves(output).values()], dim=1)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with its tensors changed: those in nested tuples, lists and dicts of any kind, which keep their kind; what else
+    is in there stays as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return type(value)((key, map_tensors(function, part)) for key, part in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, part) for part in value))
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)(map_tensors(function, part) for part in value)
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in the order of `map_tensors`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)

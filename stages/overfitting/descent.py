@@ -9,7 +9,7 @@ from torch import Tensor
 from stages.foundation.errors import TaskError
 from stages.foundation.trees import Tree, batch_size, take
 from stages.overfitting.overfit import LossFunction, Recipe, Views
-from stages.per_sample.record import Record
+from stages.per_sample.prefix import Record
 from stages.per_sample.weights import PerSampleWeights, Substitution
 
 # Multiples of it, without their whole part, lie far from one another.

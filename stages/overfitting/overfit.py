@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.foundation.trees import Tree
-from stages.per_sample.record import PrefixChanged
+from stages.per_sample.prefix import PrefixChanged
 
 DEGENERATE_GRADIENT = 1e-6
 

@@ -13,7 +13,7 @@ from stages.overfitting.outer_product import AdamDescent, SgdDescent
 from stages.overfitting.overfit import Descent, LossFunction, OverfitResult, Recipe, Views, overfit
 from stages.per_sample.capture import ACTIVATION, LAYER_INPUT
 from stages.per_sample.layer import Layer
-from stages.per_sample.record import PrefixChanged
+from stages.per_sample.prefix import PrefixChanged
 from stages.per_sample.runner import FirstPass, Runner
 from stages.per_sample.self_check import SELF_CHECK_TOLERANCE, equal
 from stages.per_sample.weights import Forward, Loop, NotSubstitutable, Substitution

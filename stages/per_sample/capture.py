@@ -89,9 +89,7 @@ def watched_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
 def _first_tensor(values: list[Any]) -> Tensor | None:
     """The first tensor among arguments or outputs, copied at once: what follows in the model may work in place."""
     found = (leaf for value in values for leaf in leaves(value).values() if isinstance(leaf, Tensor))
-    # What is ours must not appear among the model's own calls where these are being recorded.
-    with torch._C.DisableTorchFunction():
-        return next((leaf.detach().clone() for leaf in found), None)
+    return next((leaf.detach().clone() for leaf in found), None)
 
 
 def _per_sample(value: Tensor, count: int, name: str) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.foundation.errors import OcdError
 from stages.foundation.trees import Tree, batch_size
 from stages.per_sample.layer import Layer
-from stages.per_sample.record import Record
+from stages.per_sample.prefix import Record
 from stages.per_sample.weights import Bound, Forward
 
 # Batches whose weights and activations fit the cache beat larger ones.

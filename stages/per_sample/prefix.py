@@ -1,193 +1,197 @@
 """Skipping the prefix: what a model computes of its input before it comes to the layer is recorded once and then replayed.
 
-In the first pass over a batch everything that ends before the layer is first used is recorded: the output of every submodule
-whose call ends by then (a parent's record replaces its children's) and, between submodules, the result of every torch
-function. In later passes the same calls return their record instead of computing. This follows the model's own control flow and
-needs no tracing. A call that does not match the record is an error, never a guess.
+The first pass over a batch records the output of every submodule whose call ends before the layer's begins; a parent's record
+replaces its children's. In later passes those submodules return their record instead of computing. This follows the model's own
+control flow and needs no tracing. A call that does not match the record is an error, never a guess. Outputs are cloned when
+they are recorded and when they are replayed, because models work in place.
 
-Tensors keep their identity, so what works in place before the layer (`h += …`) is as it was when the layer was reached. What is
-changed in place after that is found by torch's version counters and replayed as a fresh copy each time.
+What the model computes between submodules it computes again; but where nothing comes of that except the inputs of submodules
+that are replayed themselves, it works on a single row instead of the batch.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from stages.foundation.trees import Tree, batch_size, take
+from stages.foundation.errors import OcdError
+from stages.foundation.trees import Tree, batch_size, map_tensors, take, tensors_in
 from stages.per_sample.layer import Layer
-from stages.per_sample.record import Event, Record, tensors_in, watched
 
 
-class _Recorder(TorchFunctionMode):
-    """Notes calls until the layer is reached."""
+class PrefixChanged(OcdError):
+    """A pass did not repeat the recorded calls; its results are not to be used."""
 
-    def __init__(self, layer_module: nn.Module, parameter: Tensor, touched: set[int]) -> None:
-        super().__init__()
-        self._layer_module, self._parameter, self._touched = layer_module, parameter, touched
-        self.events: list[Event] = []
-        self._known: dict[int, int] = {}
-        self.foreign = False
-        self.versions: list[int] | None = None
-        self.copies: dict[int, Tensor] = {}
+
+class Spent(Tensor):
+    """One row that stands for an output which nobody reads, so that what the model computes of it takes no time.
+
+    Raises:
+        PrefixChanged: it is computed with together with other tensors, or looked at: somebody reads it.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if all(isinstance(tensor, Spent) for tensor in tensors_in((args, kwargs or {}))):
+            result = super().__torch_function__(func, types, args, kwargs)
+            if next(tensors_in(result), None) is not None:
+                return result
+        raise PrefixChanged("an output that nobody read is read now")
+
+
+def _spent(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor[:1] if tensor.dim() else tensor).as_subclass(Spent)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What submodules gave for one batch of B samples before the layer's call began.
+
+    Attributes:
+        calls: the submodules and what they returned, in order.
+        holders: the modules that hold the layer's parameter: their call is the layer's.
+        divides: each tensor has a row for each sample.
+    """
+
+    calls: list[tuple[nn.Module, Any]]
+    holders: list[nn.Module]
+    divides: bool
 
     @property
-    def reached(self) -> bool:
-        """Whether the layer has been reached."""
-        return self.versions is not None
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the calls that somebody reads, in order."""
+        found = (tensor for _, result in self.calls for tensor in tensors_in(result))
+        return [tensor for tensor in found if not isinstance(tensor, Spent)]
 
-    def _reach(self) -> None:
-        tensors = [tensor for event in self.events for tensor in tensors_in(event.result)]
-        self.versions = [tensor._version for tensor in tensors]
-        made: dict[int, Tensor] = {}
-        for place in self._touched & set(range(len(tensors))):
-            tensor = tensors[place]
-            if id(tensor) not in made:
-                made[id(tensor)] = tensor.clone()
-            self.copies[place] = made[id(tensor)]
+    def without(self, modules: set[nn.Module]) -> "Record":
+        """The record without what these submodules gave."""
+        return replace(self, calls=[(m, map_tensors(_spent, result) if m in modules else result) for m, result in self.calls])
 
-    def _note(self, source: Any, result: Any) -> None:
-        self.events.append(Event(source, result))
-        for tensor in tensors_in(result):
-            self._known[id(tensor)] = self._known.get(id(tensor), 0) + 1
+    def by_sample(self, samples: int) -> list[Tensor] | None:
+        """The tensors as (B, 1, …), a batch of one for each sample; None where the record cannot be divided."""
+        whole = self.divides and _has_rows(self.tensors, samples)
+        return [tensor.unsqueeze(1) for tensor in self.tensors] if whole else None
 
-    def _forget(self, start: int) -> None:
-        for event in self.events[start:]:
-            for tensor in tensors_in(event.result):
-                self._known[id(tensor)] -= 1
-        del self.events[start:]
+    @contextmanager
+    def replaying(self, tensors: Iterable[Tensor] | None = None) -> Iterator[None]:
+        """Let a model's forward pass return the record where it would compute it again.
 
-    def call(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """A submodule's forward pass."""
-        if not self.reached and module is self._layer_module:
-            self._reach()
-        if self.reached:
-            return forward(*args, **named)
-        start = len(self.events)
-        result = forward(*args, **named)
-        if not self.reached:
-            inner = self.events[start:]
-            self._forget(start)
-            self._note(module, result)
-            del inner  # kept until now, so that no identity was given twice
-        return result
+        Args:
+            tensors: in place of the record's own: inside torch.vmap, one sample's part of `by_sample`.
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.reached:
-            return func(*args, **kwargs)
-        given = list(tensors_in((args, kwargs)))
-        if any(tensor is self._parameter for tensor in given):
-            if not _is_reading(func):
-                self._reach()
-            return func(*args, **kwargs)
-        before = [tensor._version for tensor in given]
-        result = func(*args, **kwargs)
-        changed = [tensor for tensor, version in zip(given, before, strict=True) if tensor._version != version]
-        self.foreign |= any(not self._known.get(id(tensor)) for tensor in changed)
-        if changed or next(tensors_in(result), None) is not None:
-            self._note(func, result)
-        return result
+        Raises:
+            PrefixChanged: other calls came than were recorded, or the pass failed; without the record it may not.
+        """
+        left, stream = list(reversed(self.calls)), iter(self.tensors if tensors is None else tensors)
 
+        def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            if not left:
+                return forward(*args, **named)
+            due, result = left.pop()
+            if module is not due:
+                raise PrefixChanged(f"{type(module).__name__} was not called in its turn")
+            return map_tensors(lambda own: (own if isinstance(own, Spent) else next(stream)).clone(), result)
 
-def _is_reading(func: Any) -> bool:
-    """Whether a function only looks at a tensor's attributes (`weight.shape`, `weight.device`)."""
-    return getattr(func, "__name__", "") == "__get__"
+        with _watched([*(module for module, _ in self.calls), *self.holders], call):
+            try:
+                yield
+            except OcdError:
+                raise
+            except Exception as error:
+                raise PrefixChanged(f"the pass failed: {error}") from error
+        if left:
+            raise PrefixChanged("the model came to the layer by another way")
 
 
 class Prefix:
     """Records the prefix of one layer of one model; made by `Prefix.probe`.
 
     Args:
-        model: the model, in eval mode, frozen.
-        layer: the selected layer.
-        sources: the calls of the probe, in order.
-        rows: as `Record.rows`, for a pass with those calls.
-        touched: the places of tensors that the rest of the model changes in place.
+        modules: whose outputs are recorded.
+        holders: as `Record`.
+        divides: as `Record`.
     """
 
-    def __init__(self, model: nn.Module, layer: Layer, sources: list[Any], rows: list[int] | None, touched: set[int]) -> None:
-        self._model, self._layer, self._sources, self._rows, self._touched = model, layer, sources, rows, touched
-
-    @property
-    def is_empty(self) -> bool:
-        """Nothing is computed before the layer."""
-        return all(getattr(source, "__name__", "") in ("clone", "to") for source in self._sources)
+    def __init__(self, modules: list[nn.Module], holders: list[nn.Module], divides: bool = False) -> None:
+        self._modules, self._holders, self._divides = modules, holders, divides
+        self._unread: set[nn.Module] = set()
 
     @classmethod
     def probe(cls, model: nn.Module, layer: Layer, run: Callable[[Tree], Tree], x: Tree) -> "Prefix | None":
-        """Learn from two samples, and from three, what a pass looks like.
+        """Learn from two samples, and from three, which submodules are worth recording.
 
         Args:
+            model: in eval mode, frozen.
+            layer: the selected layer.
             run: the forward pass of the model, inputs (B, …) to outputs.
             x: at least one sample, (B, …).
 
         Returns:
-            None where the prefix cannot be replayed.
+            None where the layer is not called, or no submodule's call ends before.
         """
-        count = batch_size(x)
-        batches = [take(x, torch.arange(size) % count) for size in (2, 3)]
-        first = cls(model, layer, [], None, set())
-        found = [first.record(lambda batch=batch: run(batch), batch)[1] for batch in batches]
-        if any(record is None for record in found):
-            return None
-        touched = set().union(*(record.touched() for record in found))
-        if _overlap(found[0].tensors, touched):
-            return None
-        sources = [[event.source for event in record.events] for record in found]
-        rows = _rows([record.tensors for record in found]) if sources[0] == sources[1] else None
-        return cls(model, layer, sources[0], rows, touched)
+        parameter, modules = model.get_parameter(layer.name), list(model.modules())
+        holders = [module for module in modules if any(p is parameter for p in module.parameters(recurse=False))]
+        divides = True
+        for size in (2, 3):
+            batch = take(x, torch.arange(size) % batch_size(x))
+            _, record = cls(modules, holders).record(functools.partial(run, batch))
+            if record is None or not record.calls:
+                return None
+            divides = divides and _has_rows(record.tensors, size)
+        return cls([module for module, _ in record.calls], holders, divides)
 
-    def record(self, run: Callable[[], Tree], x: Tree) -> tuple[Tree, Record | None]:
-        """Run the model once and record the prefix.
+    def record(self, run: Callable[[], Tree]) -> tuple[Tree, Record | None]:
+        """What a forward pass returns, and the record of it; None where it does not come to the layer."""
+        calls, reached = [], False
+
+        def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            nonlocal reached
+            reached = reached or module in self._holders
+            start = len(calls)
+            result = forward(*args, **named)
+            if not reached:
+                calls[start:] = [(module, map_tensors(_spent if module in self._unread else torch.clone, result))]
+            return result
+
+        with _watched([*self._modules, *self._holders], call), torch.no_grad():
+            result = run()
+        return result, Record(calls, self._holders, self._divides) if reached else None
+
+    def spare(self, record: Record, is_right: Callable[[Record], bool]) -> None:
+        """Find the submodules whose outputs nobody reads, one after another; those are not kept from then on.
 
         Args:
-            run: a forward pass of the model.
-            x: its input, (B, …).
-
-        Returns:
-            what `run` returned, and the record, or None where this pass cannot be replayed.
+            record: of a probe batch.
+            is_right: whether passes that replay a record come to the same results.
         """
-        parameter = self._model.get_parameter(self._layer.name)
-        recorder = _Recorder(self._layer.module(self._model), parameter, self._touched)
-        with ExitStack() as stack:
-            for module in list(self._model.modules()):
-                stack.enter_context(watched(module, recorder.call))
-            with recorder, torch.no_grad():
-                result = run()
-        if recorder.foreign or recorder.versions is None:
-            return result, None
-        same = [event.source for event in recorder.events] == self._sources
-        record = Record(recorder.events, batch_size(x), self._rows if same else None, recorder.copies, recorder.versions)
-        if self._sources and record.touched():
-            return result, None
-        return result, record
+        for module in self._modules:
+            try:
+                self._unread |= {module} if is_right(record.without(self._unread | {module})) else set()
+            except PrefixChanged:
+                continue
 
 
-def _overlap(tensors: list[Tensor], touched: set[int]) -> bool:
-    """Whether a tensor that gets changed shares its memory with another one of the record, so that a copy would part them."""
-    changed = {id(tensors[place]): tensors[place].untyped_storage().data_ptr() for place in touched}
-    return any(
-        tensor.untyped_storage().data_ptr() in changed.values() and id(tensor) not in changed for tensor in tensors
-    ) or len(set(changed.values())) < len(changed)
+def _has_rows(tensors: list[Tensor], samples: int) -> bool:
+    return all(tensor.dim() and len(tensor) == samples for tensor in tensors)
 
 
-def _rows(passes: list[list[Tensor]]) -> list[int] | None:
-    """Rows of a sample for each tensor, from passes over two samples and over three; None where one does not
-    divide, or where more samples are more tensors."""
-    found = []
-    if len(passes[0]) != len(passes[1]):
-        return None
-    for two, three in zip(*passes, strict=True):
-        if two.shape == three.shape:
-            found.append(0)
-        elif (
-            two.dim() and two.shape[1:] == three.shape[1:] and two.shape[0] * 3 == three.shape[0] * 2 and two.shape[0] % 2 == 0
-        ):
-            found.append(two.shape[0] // 2)
-        else:
-            return None
-    return found
+@contextmanager
+def _watched(modules: list[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Let `call(module, forward, …)` stand for the forward pass of each module."""
+    with ExitStack() as stack:
+        for module in dict.fromkeys(modules):
+            if not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(_set_forward, module, vars(module).get("forward"))
+                module.forward = functools.partial(call, module, module.forward)
+        yield
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stages.foundation.trees import Tree, tree_map
 from stages.per_sample.capture import capture
 from stages.per_sample.layer import Layer
-from stages.per_sample.record import PrefixChanged, Record
+from stages.per_sample.prefix import PrefixChanged, Record
 from stages.per_sample.self_check import choose, find_prefix, with_best_format
 from stages.per_sample.weights import Forward, Substitution
 
@@ -59,7 +59,7 @@ class Runner:
         if self.prefix is None:
             (output, captured), record = run(), None
         else:
-            (output, captured), record = self.prefix.record(run, x)
+            (output, captured), record = self.prefix.record(run)
         return FirstPass(output, captured, record)
 
     def along(self, first: FirstPass, x: Tree, deltas: Tensor) -> Callable[[float], Tree]:

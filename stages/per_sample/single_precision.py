@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from stages.foundation.errors import OcdError, TaskError
+from stages.foundation.trees import map_tensors
 from stages.per_sample.layer import Layer
-from stages.per_sample.record import tensors_in, with_tensors
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -76,4 +76,4 @@ def _make_single(module: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
 
 def _cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
     """`value` with its tensors of some dtypes cast, in nested tuples, lists and dicts."""
-    return with_tensors(value, (tensor.to(to) if tensor.dtype in of else tensor for tensor in tensors_in(value)))
+    return map_tensors(lambda tensor: tensor.to(to) if tensor.dtype in of else tensor, value)

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from stages.foundation.errors import OcdError
 from stages.foundation.trees import Tree, batch_size, concatenate, take, tree_map
 from stages.per_sample.layer import Layer
+from stages.per_sample.prefix import Record
 from stages.per_sample.products import Product, product_of
-from stages.per_sample.record import Record
 
 Forward = Callable[[nn.Module, Tree], Tree]
 # Numbers that the layer sees of a batch, above which its outputs are not kept from one strength to the next: a product is about
@@ -134,7 +134,7 @@ class Vmap:
         """As the interface says; a record is of use only where it can be divided into samples."""
         groups, size = len(weights), _group_size(x, weights)
         grouped = tree_map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), x)
-        parts = record.by_sample() if record is not None and size == 1 else None
+        parts = record.by_sample(groups) if record is not None and size == 1 else None
 
         def one(weight: Tensor, inputs: Tree, tensors: list[Tensor]) -> Tree:
             if parts is None:

@@ -1,16 +1,16 @@
 """What comes before the layer: computed once, replayed as it was, and never where that would give other results."""
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
-from overfitters import EXACT, RECIPES, Custom, equal_to_the_loop, forward, frozen, random, squares
+from overfitters import EXACT, RECIPES, Custom, assert_same, equal_to_the_loop, forward, frozen, random, squares, wanted_of
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import find_layer
-from stages.per_sample.prefix import Prefix
-from stages.per_sample.record import PrefixChanged
+from stages.per_sample.prefix import Prefix, PrefixChanged, Record
 
 
 def parts(**more):
@@ -78,6 +78,45 @@ def time_first(self, x):
     return self.fc(h[-1])
 
 
+class Several(nn.Module):
+    """Gives tensors in a dict and a tuple with a name for each, beside something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.inner(x)
+        return {"pair": Pair(h, (h.tanh(), None)), "size": h.shape, "text": "as it is"}
+
+
+Pair = collections.namedtuple("Pair", ["left", "right"])
+
+
+def several_outputs(self, x):
+    found = self.enc(x)
+    pair, text = found["pair"], found["text"]
+    assert text == "as it is" and found["size"] == x.shape
+    pair.left.mul_(3)
+    return self.fc(pair.left + pair.right[0])
+
+
+def in_place_of_its_input(self, x):
+    """A submodule changes what another gave, which is used after the layer."""
+    h = self.enc(x)
+    return self.fc(self.relu(h)) + h
+
+
+def shared_with_the_head(self, x):
+    return self.head(self.fc(self.enc(x).tanh()).tanh())
+
+
+def shared():
+    found = parts()
+    found["head"] = nn.Sequential(found["enc"], nn.Tanh(), found["enc"])
+    return found
+
+
 def nested():
     return nn.Sequential(nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True)), nn.Sequential(nn.Linear(5, 3), nn.Tanh()))
 
@@ -94,6 +133,10 @@ MODELS = {
     "called before and after": (called_before_and_after, parts, VECTORS, True),
     "transposed": (transposed, parts, VECTORS, True),
     "nested": (lambda self, x: self.fc(self.outer(x)), lambda: parts(outer=nested()), VECTORS, True),
+    "several outputs": (several_outputs, lambda: parts(enc=Several()), VECTORS, True),
+    "in place of its input": (in_place_of_its_input, lambda: parts(relu=nn.ReLU(inplace=True)), VECTORS, None),
+    "shared with the head": (shared_with_the_head, shared, VECTORS, True),
+    "scripted": (several_calls, lambda: parts(enc=torch.jit.script(nn.Linear(3, 3))), VECTORS, False),
     "time first": (time_first, lambda: parts(rnn=nn.GRU(3, 3)), random(6, 4, 3), True),
 }
 
@@ -106,7 +149,7 @@ def make(name):
 
 def record_of(model, x, name="fc.weight", run=forward):
     prefix = Prefix.probe(model, find_layer(model, name), lambda batch: run(model, batch), x[:2])
-    return None if prefix is None else prefix.record(lambda: run(model, x), x)[1]
+    return None if prefix is None else prefix.record(lambda: run(model, x))[1]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -137,22 +180,10 @@ class Counted(nn.Module):
         return self.inner(x)
 
 
-class Executed(TorchFunctionMode):
-    """Notes which torch functions are really executed; it stands outside of the library's own."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.names.append(getattr(func, "__name__", str(func)))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("layer", ["fc.weight", "head.weight"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_prefix_is_computed_once(recipe, layer):
-    """By a closed form and by vmap: the early module and the early function run in the first pass alone."""
+    """By a closed form and by vmap: the early module runs in the first pass alone."""
 
     def run(self, x):
         h = F.max_pool1d(self.enc(x).unsqueeze(1), 1).squeeze(1)
@@ -163,16 +194,14 @@ def test_the_prefix_is_computed_once(recipe, layer):
     overfitter = Overfitter(model, find_layer(model, layer), forward, squares, RECIPES[recipe], x[:2])
     assert overfitter.name == ("vmap" if layer == "head.weight" else "outer product")
     model.enc.calls = 0
-    with Executed() as executed:
-        overfitter.overfit(overfitter.first_pass(x), x, y)
+    overfitter.overfit(overfitter.first_pass(x), x, y)
     assert model.enc.calls == 1
-    assert executed.names.count("max_pool1d") == 1
 
 
 def test_nothing_comes_before_the_first_layer():
     torch.manual_seed(2)
     model = frozen(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
-    assert Prefix.probe(model, find_layer(model, "0.weight"), model, VECTORS[:2]).is_empty
+    assert Prefix.probe(model, find_layer(model, "0.weight"), model, VECTORS[:2]) is None
     assert equal_to_the_loop(model, "0.weight", VECTORS).prefix is None
 
 
@@ -231,10 +260,20 @@ def straight_to_the_layer(self, x):
     return self.fc(x) if self.turned else self.fc(self.enc(x).tanh())
 
 
-DEVIATIONS = [other_module, other_function, less, nothing, straight_to_the_layer]
+def the_layer_first(self, x):
+    if self.turned:
+        z = self.fc(x)
+        return z + self.enc(x)
+    h = self.enc(x)
+    return self.fc(x) + h
 
 
-@pytest.mark.parametrize("run", DEVIATIONS)
+def fewer_calls(self, x):
+    h = self.enc(x)
+    return self.fc(h if self.turned else self.enc(h))
+
+
+@pytest.mark.parametrize("run", [other_module, nothing, straight_to_the_layer, the_layer_first, fewer_calls])
 def test_a_pass_that_deviates_is_an_error(run):
     model = frozen(Custom(run, **parts(turned=False)))
     record = record_of(model, VECTORS)
@@ -243,33 +282,88 @@ def test_a_pass_that_deviates_is_an_error(run):
         model(VECTORS)
     model.turned = False
     assert "forward" not in vars(model.enc), "the model is left as it was"
-    with record.replaying():
-        assert torch.equal(model(VECTORS), model(VECTORS))
-
-
-def test_a_pass_that_computes_more_before_the_layer_is_right():
-    """What comes after the last recorded call is computed, whether before the layer or behind it."""
-    model = frozen(Custom(another_function, **parts(turned=False)))
-    record = record_of(model, VECTORS)
-    model.turned = True
     wanted = model(VECTORS)
     with record.replaying():
-        torch.testing.assert_close(model(VECTORS), wanted, **EXACT)
+        assert torch.equal(model(VECTORS), wanted)
 
 
-def test_a_pass_that_changes_the_record_is_an_error():
-    """In-place work that the probe did not show."""
+def in_place_after(self, x):
+    h = self.enc(x)
+    z = self.fc(x)
+    return h.add_(z) if self.turned else h + 2 * z
 
-    def run(self, x):
-        h = self.enc(x)
-        z = self.fc(x)
-        return h.add_(z) if self.turned else h + z
 
+def more_calls(self, x):
+    h = self.enc(x)
+    return self.fc(self.enc(h) if self.turned else h)
+
+
+@pytest.mark.parametrize("run", [other_function, another_function, less, in_place_after, more_calls])
+def test_what_is_not_recorded_is_computed(run):
+    """Functions between submodules, calls that come after the last recorded one, and work in place on what was recorded."""
     model = frozen(Custom(run, **parts(turned=False)))
     record = record_of(model, VECTORS)
     model.turned = True
-    with pytest.raises(PrefixChanged, match="changed in place"), record.replaying():
+    wanted = model(VECTORS)
+    for _ in range(2):
+        with record.replaying():
+            torch.testing.assert_close(model(VECTORS), wanted, **EXACT)
+
+
+def chain(self, x):
+    """Nobody but a replayed module sees what comes of the first one's output, unless it is turned."""
+    h = self.enc(x)
+    z = self.fc(self.head(F.max_pool1d(h.unsqueeze(1), 1).flatten(1)).tanh())
+    return z + h if self.turned else z
+
+
+def overfitter_of(model, recipe="sgd"):
+    return Overfitter(model, find_layer(model, "fc.weight"), forward, squares, RECIPES[recipe], VECTORS[:2])
+
+
+def test_an_output_that_nobody_reads_is_not_kept():
+    torch.manual_seed(2)
+    model = frozen(Custom(chain, **parts(turned=False)))
+    early = F.max_pool1d(model.enc(VECTORS).unsqueeze(1), 1).flatten(1)
+    (kept,) = overfitter_of(model).first_pass(VECTORS).record.tensors
+    assert torch.equal(kept, model.head(early))
+    equal_to_the_loop(model, "fc.weight", VECTORS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_output_that_is_read_after_all(recipe):
+    """By another batch than the probe."""
+    torch.manual_seed(2)
+    model, y = frozen(Custom(chain, **parts(turned=False))), random(6, seed=5)
+    overfitter = overfitter_of(model, recipe)
+    model.turned = True
+    first = overfitter.first_pass(VECTORS)
+    with pytest.raises(PrefixChanged, match="read now"), first.record.replaying():
         model(VECTORS)
+    wanted = wanted_of(model, "fc.weight", VECTORS, y, RECIPES[recipe])
+    assert_same(overfitter.overfit(first, VECTORS, y), wanted)
+
+
+READINGS = {
+    "together": lambda spent: torch.ones(3, 2) + spent,
+    "into another": lambda spent: torch.ones(3, 2).mul_(spent),
+    "as an index": lambda spent: torch.ones(3, 2)[spent.long()],
+    "side by side": lambda spent: torch.cat([torch.ones(3, 2), spent]),
+    "its shape": lambda spent: spent.tanh().shape,
+    "a value": lambda spent: bool(spent.sum() > 0),
+    "its length": len,
+    "as an array": lambda spent: spent.numpy(),
+}
+
+
+@pytest.mark.parametrize("read", READINGS)
+def test_reading_what_is_not_kept_is_an_error(read):
+    model = nn.Linear(2, 2)
+    record = Record([(model, random(3, 2))], [], False).without({model})
+    with record.replaying():
+        spent = model(torch.ones(3, 2)).tanh()
+        with pytest.raises(PrefixChanged, match="read now"):
+            READINGS[read](spent)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -285,12 +379,13 @@ def test_the_model_is_left_as_it_was(fails):
     prefix = Prefix.probe(model, find_layer(model, "fc.weight"), model, VECTORS[:2])
     model.fails = fails
     if fails:
-        with pytest.raises(RuntimeError, match="after the layer"), record.replaying():
+        # Whoever replays goes on without the record, and comes to the error itself.
+        with pytest.raises(PrefixChanged, match="after the layer"), record.replaying():
             model(VECTORS)
         with pytest.raises(RuntimeError, match="after the layer"):
-            prefix.record(lambda: model(VECTORS), VECTORS)
+            prefix.record(lambda: model(VECTORS))
     else:
-        prefix.record(lambda: model(VECTORS), VECTORS)
+        prefix.record(lambda: model(VECTORS))
     model.fails = False
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(VECTORS), before)

@@ -15,13 +15,18 @@ DIVISIBLE = ["glue", "in place before", "skip in place", "filled", "several call
 @pytest.mark.parametrize("name", DIVISIBLE)
 def test_each_samples_part_is_its_own_record(name):
     model, x, _ = make(name)
-    found = record_of(model, x).by_sample()
+    found = record_of(model, x).by_sample(len(x))
     for i in range(len(x)):
-        alone = record_of(model, x[i : i + 1])
-        wanted = [alone.copies.get(place, tensor) for place, tensor in enumerate(alone.tensors) if alone.rows[place]]
+        wanted = record_of(model, x[i : i + 1]).tensors
         assert len(found) == len(wanted) > 0
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(got[i], want, **EXACT)
+
+
+def test_a_record_that_has_other_rows_than_the_samples_is_not_divided():
+    """Also where the first axis happens to be as long as the batch."""
+    model, x, _ = make("time first")
+    assert record_of(model, x[: x.shape[1]]).by_sample(x.shape[1]) is None
 
 
 def pairs(self, x):
