@@ -21,7 +21,6 @@ from stages.overfitting.batch_size import auto_batch_size, auto_threads, rows_wo
 from stages.overfitting.collector import (
     Collector,
     bad_rows,
-    check_recipe,
     is_finite,
     make_overfitter,
     not_finite,
@@ -29,6 +28,7 @@ from stages.overfitting.collector import (
     writers,
 )
 from stages.overfitting.overfitter import Overfitter
+from stages.overfitting.recipe import check_recipe
 from stages.per_sample.pass_size import forward_operations
 from stages.run_directory.format import Extent
 from stages.run_directory.locks import Part

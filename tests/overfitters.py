@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stages.foundation.trees import leaves, take
-from stages.overfitting.descent import DenseDescent
-from stages.overfitting.overfit import Recipe, overfit
+from stages.overfitting.dense import DenseDescent
+from stages.overfitting.descent import LabelledBatch
+from stages.overfitting.overfit import overfit
 from stages.overfitting.overfitter import Overfitter
+from stages.overfitting.recipe import Recipe
 from stages.per_sample.layer import find_layer
 from stages.per_sample.self_check import choose
 
@@ -187,7 +189,7 @@ def way_equal_to_the_loop(model, name, x, recipe=RECIPES["sgd"], loss=squares):
     wanted = wanted_of(model, name, x, y, recipe, loss)
     layer = find_layer(model, name)
     method, _ = choose(model, layer, forward, x[:2].clone())
-    descent = DenseDescent(method, layer.weight(model), x, y, loss, recipe)
+    descent = DenseDescent(method, layer.weight(model), LabelledBatch(x, y, loss), recipe)
     assert_same(overfit(descent, loss(model(x), y), recipe), wanted)
     return method.name
 

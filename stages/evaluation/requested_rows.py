@@ -12,7 +12,7 @@ from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
 from stages.lifecycle.branches import branch_of, bring_up
 from stages.lifecycle.context import BASE_FILE, RunContext
-from stages.overfitting.collector import recipe_of
+from stages.overfitting.recipe import recipe_of
 from stages.overfitting.whole_network import overfit_whole
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import ORDER

@@ -1,7 +1,6 @@
 """The work of collecting: samples are read ahead, overfitted batch by batch, and compressed and written meanwhile."""
 
 import contextlib
-import dataclasses
 import os
 import queue
 import time
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.config import CollectTable
-from stages.foundation.errors import ComputeError, SettingsError
+from stages.foundation.errors import ComputeError
 from stages.foundation.trees import Tree, leaves, to_device
-from stages.overfitting.overfit import Recipe, Views
 from stages.overfitting.overfitter import Overfitter
+from stages.overfitting.recipe import Views, recipe_of
 from stages.per_sample.layer import Layer
 from stages.store.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.tasks.conditioning import fields_of
@@ -30,43 +29,6 @@ from stages.tasks.views import any_views, has_views, views_of
 OnProgress = Callable[[int, dict[str, float]], None]
 Buffers = dict[str, Tensor]
 SUMMED = ("rho", "degenerate", "base_loss", "overfit_loss", "steps")
-
-
-def recipe_of(settings: CollectTable) -> Recipe:
-    """How a sample is overfitted, as `[collect]` says."""
-    return Recipe(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Recipe)})
-
-
-def check_recipe(settings: CollectTable, task: Task) -> None:
-    """Refuse settings that do not go together, or not with the task.
-
-    Raises:
-        SettingsError: with the reason.
-    """
-    if settings.optimizer == "adam":
-        for key in ("momentum", "weight_decay"):
-            if value := getattr(settings, key):
-                raise SettingsError(f"collect.{key} = {value} is of sgd, not of adam", "use --set collect.optimizer=sgd")
-    if not settings.until_converged:
-        for key in ("tolerance", "max_steps"):
-            if (value := getattr(settings, key)) != CollectTable.model_fields[key].default:
-                raise SettingsError(
-                    f"collect.{key} = {value} is of until_converged, which is not set",
-                    "use --set collect.until_converged=true, or leave it out",
-                )
-    if settings.repeats > 1 and not has_views(task):
-        raise SettingsError(
-            f"collect.repeats = {settings.repeats}: the task has no view(), so every overfit of a sample is the same",
-            "leave it out, or draw a part of the sample for each gradient step in view()",
-        )
-    if settings.store == "factored":
-        why = "Adam's steps are none" if settings.optimizer == "adam" else ""
-        why = "with weight decay they are none" if settings.weight_decay else why
-        if why:
-            raise SettingsError(
-                f"collect.store = 'factored' needs deltas that are one outer product: {why}",
-                "use --set collect.store=dense, or --set collect.optimizer=sgd without weight_decay",
-            )
 
 
 def make_overfitter(task: Task, model: nn.Module, layer: Layer, settings: CollectTable, given: tuple[Tree, Tree]) -> Overfitter:

@@ -1,5 +1,6 @@
-"""Gradient steps on a batch of weights, each sample its own; and what makes them each sample's own."""
+"""Gradient steps on a batch of samples, each its own; and what makes them each sample's own."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,10 +8,9 @@ import torch
 from torch import Tensor
 
 from stages.foundation.errors import TaskError
-from stages.foundation.trees import Tree, batch_size, take
-from stages.overfitting.overfit import LossFunction, Recipe, Views
+from stages.foundation.trees import Tree, take
+from stages.overfitting.recipe import LossFunction, Recipe, Views
 from stages.per_sample.prefix import Record
-from stages.per_sample.weights import PerSampleWeights, Substitution
 
 # Multiples of it, without their whole part, lie far from one another.
 GOLDEN_RATIO = 0.6180339887
@@ -40,104 +40,77 @@ class Recorded:
         return 0.0 if self.record is None else WORTH_LEAVING
 
 
-class DenseDescent:
-    """Gradient steps on a weight for each sample, by torch.optim on all of them at once.
+@dataclass(frozen=True)
+class LabelledBatch:
+    """B samples to overfit.
 
-    Args:
-        run: the model with a weight per sample.
-        weight: the base's weight θ of the layer, in its own shape.
+    Attributes:
         x: inputs (B, …).
         y: labels (B, …).
         loss: (output, y) to (B,).
-        recipe: optimizer and learning rate.
         prefix: what comes before the layer.
         views: step to the (x, y) used at it, each (B, …); None: the whole samples.
         check: find out whether samples get into each other's rows.
     """
 
-    def __init__(
-        self,
-        run: PerSampleWeights,
-        weight: Tensor,
-        x: Tree,
-        y: Tree,
-        loss: LossFunction,
-        recipe: Recipe,
-        prefix: Recorded | None = None,
-        views: Views | None = None,
-        check: bool = True,
-    ) -> None:
-        self._run, self._weight, self._x, self._y, self._loss = run, weight, x, y, loss
-        self._prefix, self._views, self._until_converged = prefix or Recorded(), views, recipe.until_converged
-        self._check = check and isinstance(run, Substitution)
-        self._kept = torch.arange(batch_size(x), device=weight.device)
-        self._theta = weight.expand(batch_size(x), *weight.shape).clone(memory_format=torch.contiguous_format)
-        self._theta.requires_grad_()
-        self._optimizer = make_optimizer(recipe, [self._theta])
+    x: Tree
+    y: Tree
+    loss: LossFunction
+    prefix: Recorded = Recorded()
+    views: Views | None = None
+    check: bool = True
 
-    def gradient(self, step: int) -> Tensor:
-        """The gradient of the sum of the losses: each sample's own, since samples do not interact."""
-        x, y, record = self._x, self._y, self._prefix.record
-        if self._views is not None:
-            (x, y), record = self._views(step), None
-            x, y = take(x, self._kept), take(y, self._kept)
-        with torch.enable_grad():
-            values = self._loss(self._run(x, self._theta, record), y)
-            self._theta.grad = own_gradients(values, self._theta, check=step == 0 and self._check)
-        # A sample that leaves here does so with the loss of the whole of it.
-        return values.detach() if self._views is None or not self._until_converged else self.losses()
 
-    def gradient_size(self) -> tuple[Tensor, Tensor]:
-        """As the interface says."""
-        flat = self._theta.grad.flatten(1)
-        return flat.abs().amax(1), flat.norm(dim=1)
+class Descent(ABC):
+    """The gradient steps of a batch, whatever form the weights have; every tensor has a row for each sample still in it.
 
-    def advance(self, step: int) -> None:
-        """One step of torch's optimizer: it works elementwise, so each sample takes its own."""
-        self._optimizer.step()
+    Args:
+        batch: the samples.
+        recipe: optimizer and learning rate.
+    """
 
-    def keep(self, rows: Tensor) -> None:
-        """Weights, gradients and the optimizer's state of those samples."""
-        old, gradient = self._theta, self._theta.grad
-        self._theta = old.detach()[rows].requires_grad_()
-        self._theta.grad = gradient[rows]
-        state = self._optimizer.state.pop(old, {})
-        self._optimizer.param_groups[0]["params"] = [self._theta]
-        self._optimizer.state[self._theta] = {
-            name: value[rows] if isinstance(value, Tensor) and value.dim() else value for name, value in state.items()
-        }
-        self._x, self._y, self._kept = take(self._x, rows), take(self._y, rows), self._kept[rows]
-        self._prefix = self._prefix.of(self._x)
+    def __init__(self, batch: LabelledBatch, recipe: Recipe) -> None:
+        self._x, self._y, self._loss, self._recipe = batch.x, batch.y, batch.loss, recipe
+        self._prefix, self._check = batch.prefix, batch.check
 
     @property
     def replays(self) -> bool:
-        """As the interface says."""
-        return self._prefix.record is not None and self._views is None
+        """Whether a record is in use."""
+        return self._prefix.record is not None
 
     @property
     def worth_leaving(self) -> float:
-        """As the interface says."""
+        """The share of the batch that has to be finished before the others go on without it: a record must be made anew."""
         return self._prefix.worth_leaving
 
+    @abstractmethod
+    def gradient(self, step: int) -> Tensor:
+        """Find the gradient at the present weights, before step `step`; the losses of the whole samples there, (B,)."""
+
+    @abstractmethod
+    def gradient_size(self) -> tuple[Tensor, Tensor]:
+        """The largest entry and the norm of each sample's gradient, (B,), (B,)."""
+
+    @abstractmethod
+    def advance(self, step: int) -> None:
+        """Take the step, counted from 0."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the samples, (B,) bool."""
+        self._x, self._y = take(self._x, rows), take(self._y, rows)
+        self._prefix = self._prefix.of(self._x)
+
+    @abstractmethod
     def losses(self) -> Tensor:
-        """As the interface says."""
-        with torch.no_grad():
-            return self._loss(self._run(self._x, self._theta, self._prefix.record), self._y)
+        """The losses of the whole samples at the present weights, (B,)."""
 
+    @abstractmethod
     def delta(self) -> tuple[Tensor, ...]:
-        """θ_s − θ, (B, out, in)."""
-        return ((self._theta.detach() - self._weight).view(len(self._theta), len(self._weight), -1),)
+        """What the weights have changed by: (B, out, in), or two factors (B, out), (B, in)."""
 
+    @abstractmethod
     def norm(self) -> Tensor:
-        """As the interface says."""
-        return self.delta()[0].flatten(1).norm(dim=1)
-
-
-def make_optimizer(recipe: Recipe, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """torch's Adam (β 0.9, 0.999, ε 1e-8) or SGD. Not their fused forms: those take a gradient's memory for contiguous."""
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=recipe.lr)
-    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        """The Frobenius norm of that, (B,)."""
 
 
 def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:

@@ -6,13 +6,15 @@ present weights follows from its output at the base's.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.foundation.trees import Tree, take
-from stages.overfitting.descent import Recorded, own_gradients
-from stages.overfitting.overfit import LossFunction, Recipe
+from stages.overfitting.descent import Descent, LabelledBatch, own_gradients
+from stages.overfitting.recipe import Recipe
+from stages.per_sample.capture import ACTIVATION, LAYER_INPUT
+from stages.per_sample.runner import FirstPass
 from stages.per_sample.weights import Substitution
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -20,39 +22,22 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 CHUNK_BYTES = 1 << 19
 
 
-class OuterProductDescent:
+class OuterProductDescent(Descent):
     """What both optimizers share: the gradient d in the layer's output z.
 
     Args:
         run: the model, which the layer's output can be put into.
         weight: the layer's weight θ (out, in).
-        vectors: the layer's input i, (B, in).
-        output: the layer's output at θ, (B, out), in the shape the model gives it.
-        x: inputs (B, …).
-        y: labels (B, …).
-        loss: (output, y) to (B,).
+        first: the base's own pass: the layer's input i (B, in), and its output at θ, (B, out), in the shape the model gives it.
+        batch: the samples.
         recipe: optimizer and learning rate.
-        prefix: what comes before the layer.
-        check: find out whether samples get into each other's rows.
     """
 
-    def __init__(
-        self,
-        run: Substitution,
-        weight: Tensor,
-        vectors: Tensor,
-        output: Tensor,
-        x: Tree,
-        y: Tree,
-        loss: LossFunction,
-        recipe: Recipe,
-        prefix: Recorded | None = None,
-        check: bool = True,
-    ) -> None:
-        self._run, self._weight, self._x, self._y, self._loss, self._recipe = run, weight, x, y, loss, recipe
-        self._prefix, self._check = prefix or Recorded(), check
-        self._shape = output.shape[1:]
-        self._vectors, self._start = vectors.flatten(1), output.flatten(1)
+    def __init__(self, run: Substitution, weight: Tensor, first: FirstPass, batch: LabelledBatch, recipe: Recipe) -> None:
+        super().__init__(batch, recipe)
+        output = first.captured[ACTIVATION]
+        self._run, self._weight, self._shape = run, weight, output.shape[1:]
+        self._vectors, self._start = first.captured[LAYER_INPUT].flatten(1), output.flatten(1)
         self._output = self._start
         self._signal = torch.empty(0)
 
@@ -78,21 +63,9 @@ class OuterProductDescent:
         """Those samples' rows of everything."""
         for name in ("_vectors", "_start", "_output", "_signal"):
             setattr(self, name, getattr(self, name)[rows])
-        self._x, self._y = take(self._x, rows), take(self._y, rows)
-        self._prefix = self._prefix.of(self._x)
-
-    @property
-    def replays(self) -> bool:
-        """As the interface says."""
-        return self._prefix.record is not None
-
-    @property
-    def worth_leaving(self) -> float:
-        """As the interface says."""
-        return self._prefix.worth_leaving
+        super().keep(rows)
 
     def losses(self) -> Tensor:
-        """As the interface says."""
         with torch.no_grad():
             return self._losses_at(self._output)
 
@@ -101,8 +74,8 @@ class SgdDescent(OuterProductDescent):
     """θ_t = θ + U_t ⊗ i + c_t θ (c_t = 0 without weight decay), as torch.optim.SGD has it:
     g = d ⊗ i + λ θ_t, b ← μ b + g, θ_t+1 = θ_t − lr · b."""
 
-    def __init__(self, *args: object, bias: Tensor | None = None, factored: bool = False, **named: object) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, *args: Any, bias: Tensor | None = None, factored: bool = False) -> None:
+        super().__init__(*args)
         self._factored = factored and not self._recipe.weight_decay
         self._change = torch.zeros_like(self._start)
         self._momentum = torch.zeros_like(self._start)
@@ -123,7 +96,6 @@ class SgdDescent(OuterProductDescent):
             self._output = self._output + self._share * self._unbiased
 
     def keep(self, rows: Tensor) -> None:
-        """As the interface says."""
         super().keep(rows)
         for name in ("_change", "_momentum", "_unbiased"):
             setattr(self, name, getattr(self, name)[rows])
@@ -146,8 +118,8 @@ class AdamDescent(OuterProductDescent):
     """Adam's step −lr · M̂ i / (sqrt(V̂) |i| + ε) is −lr · M̂ / (sqrt(V̂) + ε/|i|) times the sign of i: the sum over steps is kept
     without the sign, which is put on at the end. ε is treated exactly; where i = 0, ε/|i| is infinite and the step zero."""
 
-    def __init__(self, *args: object, out: Tensor | None = None, **named: object) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, *args: Any, out: Tensor | None = None) -> None:
+        super().__init__(*args)
         self._size, self._sign = self._vectors.abs(), self._vectors.sign()
         self._reach = EPSILON / self._size
         self._mean, self._square = torch.zeros_like(self._start), torch.zeros_like(self._start)
@@ -187,7 +159,6 @@ class AdamDescent(OuterProductDescent):
         torch.bmm(total, vectors[rows].unsqueeze(2), out=shift[rows].unsqueeze(2))
 
     def keep(self, rows: Tensor) -> None:
-        """As the interface says."""
         super().keep(rows)
         for name in ("_size", "_sign", "_reach", "_mean", "_square", "_sum", "_norm"):
             setattr(self, name, getattr(self, name)[rows])
@@ -197,5 +168,4 @@ class AdamDescent(OuterProductDescent):
         return (self._sum if self._signed else self._sum * self._sign.unsqueeze(1),)
 
     def norm(self) -> Tensor:
-        """As the interface says."""
         return self._norm

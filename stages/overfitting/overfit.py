@@ -1,49 +1,15 @@
 """Overfitting: a few gradient steps on one sample, on the layer only, starting from the base, many samples at once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stages.foundation.trees import Tree
+from stages.overfitting.descent import Descent
+from stages.overfitting.recipe import Recipe
 from stages.per_sample.prefix import PrefixChanged
 
 DEGENERATE_GRADIENT = 1e-6
-
-LossFunction = Callable[[Tree, Tree], Tensor]
-Views = Callable[[int], tuple[Tree, Tree]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a sample is overfitted.
-
-    Attributes:
-        optimizer: "adam" (β 0.9, 0.999, ε 1e-8) or "sgd".
-        lr: learning rate.
-        steps: gradient steps, unless until_converged.
-        momentum: of sgd.
-        weight_decay: of sgd, towards zero as in torch.optim.SGD.
-        until_converged: step until the gradient's norm is at most `tolerance` of its first, at most `max_steps` times.
-        tolerance: share of the first gradient's norm.
-        max_steps: gradient steps at most, if until_converged.
-    """
-
-    optimizer: str
-    lr: float
-    steps: int = 3
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    until_converged: bool = False
-    tolerance: float = 0.1
-    max_steps: int = 100
-
-    @property
-    def most_steps(self) -> int:
-        """The number of steps that no sample exceeds."""
-        return self.max_steps if self.until_converged else self.steps
 
 
 @dataclass(frozen=True)
@@ -65,40 +31,6 @@ class OverfitResult:
     base_loss: Tensor
     overfit_loss: Tensor
     steps: Tensor
-
-
-class Descent(Protocol):
-    """The gradient steps of a batch, whatever form the weights have; every tensor has a row for each sample still in it.
-
-    Attributes:
-        replays: whether a record is in use.
-        worth_leaving: the share of the batch that has to be finished before the others go on without it: a record
-            must be made anew for them.
-    """
-
-    replays: bool
-    worth_leaving: float
-
-    def gradient(self, step: int) -> Tensor:
-        """Find the gradient at the present weights, before step `step`; the losses of the whole samples there, (B,)."""
-
-    def gradient_size(self) -> tuple[Tensor, Tensor]:
-        """The largest entry and the norm of each sample's gradient, (B,), (B,)."""
-
-    def advance(self, step: int) -> None:
-        """Take the step, counted from 0."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the samples, (B,) bool."""
-
-    def losses(self) -> Tensor:
-        """The losses of the whole samples at the present weights, (B,)."""
-
-    def delta(self) -> tuple[Tensor, ...]:
-        """What the weights have changed by: (B, out, in), or two factors (B, out), (B, in)."""
-
-    def norm(self) -> Tensor:
-        """The Frobenius norm of that, (B,)."""
 
 
 def overfit(descent: Descent, base_loss: Tensor, recipe: Recipe) -> OverfitResult:

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from stages.foundation.errors import TaskError
 from stages.foundation.trees import Tree, leaves
-from stages.overfitting.descent import DenseDescent, Recorded
+from stages.overfitting.dense import DenseDescent
+from stages.overfitting.descent import Descent, LabelledBatch, Recorded
 from stages.overfitting.outer_product import AdamDescent, SgdDescent
-from stages.overfitting.overfit import Descent, LossFunction, OverfitResult, Recipe, Views, overfit
-from stages.per_sample.capture import ACTIVATION, LAYER_INPUT
+from stages.overfitting.overfit import OverfitResult, overfit
+from stages.overfitting.recipe import LossFunction, Recipe, Views
+from stages.per_sample.capture import LAYER_INPUT
 from stages.per_sample.layer import Layer
 from stages.per_sample.prefix import PrefixChanged
 from stages.per_sample.runner import FirstPass, Runner
@@ -76,7 +78,8 @@ class Overfitter(Runner):
             return f"the layer sees {vectors[0].numel() // vectors.shape[-1]} vectors per sample, not one"
         # Without labels, on the outputs themselves: three steps of each form must agree.
         trial = Recipe(self.recipe.optimizer, 1e-3, 3, self.recipe.momentum, self.recipe.weight_decay)
-        forms = [self._descent(kind, first, x, None, _sum_of_squares, trial) for kind in (True, False)]
+        batch = LabelledBatch(x, None, _sum_of_squares, self._prefix_of(first))
+        forms = [self._descent(closed, first, batch, trial) for closed in (True, False)]
         deltas = []
         for descent in forms:
             for step in range(trial.steps):
@@ -93,17 +96,15 @@ class Overfitter(Runner):
         Samples whose loss is so small that their gradient is rounding noise are left out.
         """
         trial = dataclasses.replace(self.recipe, steps=min(3, self.recipe.steps), until_converged=False)
+        loop = Loop(self.model, self.layer, self.forward)
         with torch.no_grad():
             try:
-                first = self.first_pass(x)
-                found = self._tried(first, x, y, trial, views)
+                found = self._tried(x, y, trial, views)
             except PrefixChanged:
                 self.prefix = None
-                first = self.first_pass(x)
-                found = self._tried(first, x, y, trial, views)
-            base_loss, weight = found.base_loss, self.layer.weight(self.model)
-            loop = Loop(self.model, self.layer, self.forward)
-            wanted = overfit(DenseDescent(loop, weight, x, y, self._loss, trial, None, views), base_loss, trial)
+                found = self._tried(x, y, trial, views)
+            base_loss, batch = found.base_loss, LabelledBatch(x, y, self._loss, views=views)
+            wanted = overfit(DenseDescent(loop, self.layer.weight(self.model), batch, trial), base_loss, trial)
         telling = (base_loss.abs() > TELLING_LOSS) & ~wanted.degenerate & torch.isfinite(wanted.rho)
         right = (found.delta - wanted.delta).flatten(1).norm(dim=1) <= CONFIRM_TOLERANCE * wanted.rho
         if bool((telling & ~right).any()):
@@ -111,9 +112,13 @@ class Overfitter(Runner):
             self.method, self.prefix = loop, None
             self.why_dense = f"the layer is overfitted by loop: {self.reason}"
 
-    def _tried(self, first: FirstPass, x: Tree, y: Tree, recipe: Recipe, views: Views | None) -> OverfitResult:
-        descent = self._descent(not self.why_dense, first, x, y, self._loss, recipe, views)
-        return overfit(descent, self._loss(first.output, y), recipe)
+    def _tried(self, x: Tree, y: Tree, recipe: Recipe, views: Views | None) -> OverfitResult:
+        first = self.first_pass(x)
+        batch = LabelledBatch(x, y, self._loss, self._prefix_of(first), views)
+        return overfit(self._descent(not self.why_dense, first, batch, recipe), self._loss(first.output, y), recipe)
+
+    def _prefix_of(self, first: FirstPass) -> Recorded:
+        return Recorded(first.record, lambda inputs: self.first_pass(inputs).record)
 
     def overfit(
         self, first: FirstPass, x: Tree, y: Tree, views: Views | None = None, out: Tensor | None = None, check: bool = True
@@ -123,7 +128,7 @@ class Overfitter(Runner):
         Args:
             first: the base's own pass over x.
             x: inputs; y: labels.
-            views: as `DenseDescent`.
+            views: as `LabelledBatch`.
             out: memory that the deltas (B, out, in) may be left in.
             check: find out whether samples get into each other's rows, which takes a backward pass more.
 
@@ -132,11 +137,9 @@ class Overfitter(Runner):
         """
         try:
             with torch.no_grad():
-                base_loss = self._loss(first.output, y)
-                descent = self._descent(
-                    not self.why_dense, first, x, y, self._loss, self.recipe, views, self._factored, out, check
-                )
-                return overfit(descent, base_loss, self.recipe)
+                batch = LabelledBatch(x, y, self._loss, self._prefix_of(first), views, check)
+                descent = self._descent(not self.why_dense, first, batch, self.recipe, self._factored, out)
+                return overfit(descent, self._loss(first.output, y), self.recipe)
         except PrefixChanged:
             # This batch went another way than the probe: what comes before the layer is computed in every pass.
             self._changed += 1
@@ -153,17 +156,12 @@ class Overfitter(Runner):
         self,
         closed: bool,
         first: FirstPass,
-        x: Tree,
-        y: Tree,
-        loss: LossFunction,
+        batch: LabelledBatch,
         recipe: Recipe,
-        views: Views | None = None,
         factored: bool = False,
         out: Tensor | None = None,
-        check: bool = True,
     ) -> Descent:
-        weight = self.layer.weight(self.model)
-        prefix = Recorded(first.record, lambda inputs: self.first_pass(inputs).record)
+        weight, run = self.layer.weight(self.model), self.method
         one_vector = first.captured[LAYER_INPUT][0].numel() == self.layer.matrix_shape[1]
         if factored and not one_vector:
             raise TaskError(
@@ -171,11 +169,10 @@ class Overfitter(Runner):
                 "use --set collect.store=dense",
             )
         if not (closed and one_vector):
-            return DenseDescent(self.method, weight, x, y, loss, recipe, prefix, views, check)
-        given = (self.method, weight, first.captured[LAYER_INPUT], first.captured[ACTIVATION], x, y, loss, recipe, prefix)
+            return DenseDescent(run, weight, batch, recipe)
         if recipe.optimizer == "adam":
-            return AdamDescent(*given, check, out=out)
-        return SgdDescent(*given, check, bias=self.method.module.bias, factored=factored)
+            return AdamDescent(run, weight, first, batch, recipe, out=out)
+        return SgdDescent(run, weight, first, batch, recipe, bias=run.module.bias, factored=factored)
 
 
 def _sum_of_squares(output: Tree, _: Tree) -> Tensor:

@@ -1,10 +1,13 @@
 """Overfitting the whole network on one sample: the bound that the paper sets beside overfitting one layer."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from stages.foundation.trees import Tree
-from stages.overfitting.overfit import LossFunction, Recipe
+from stages.overfitting.dense import make_optimizer
+from stages.overfitting.recipe import LossFunction, Recipe
 from stages.per_sample.weights import Forward
 
 
@@ -37,11 +40,8 @@ def overfit_whole(model: nn.Module, forward: Forward, loss: LossFunction, recipe
                 parameter.grad = None
 
 
-def _descend(parameters: list[Tensor], loss: object, recipe: Recipe) -> None:
-    if recipe.optimizer == "adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=recipe.lr)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+def _descend(parameters: list[Tensor], loss: Callable[[], Tensor], recipe: Recipe) -> None:
+    optimizer = make_optimizer(recipe, parameters)
     first = 0.0
     for step in range(recipe.most_steps):
         optimizer.zero_grad()

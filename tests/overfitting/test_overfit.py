@@ -9,8 +9,10 @@ from overfitters import EXACT, LAYERS, RECIPES, assert_same, cross_entropy, forw
 from torch import nn
 
 from stages.foundation.errors import TaskError
-from stages.overfitting.descent import DenseDescent
-from stages.overfitting.overfit import Recipe, overfit
+from stages.overfitting.dense import DenseDescent
+from stages.overfitting.descent import LabelledBatch
+from stages.overfitting.overfit import overfit
+from stages.overfitting.recipe import Recipe
 from stages.per_sample.layer import find_layer
 from stages.per_sample.weights import Loop, Substitution, Vmap
 
@@ -25,7 +27,8 @@ RECIPES = {
 
 def run_overfit(method, model, name, x, y, recipe=RECIPES["plain"], loss=cross_entropy, views=None):
     layer = find_layer(model, name)
-    descent = DenseDescent(method(model, layer, forward), layer.weight(model), x, y, loss, recipe, views=views)
+    batch = LabelledBatch(x, y, loss, views=views)
+    descent = DenseDescent(method(model, layer, forward), layer.weight(model), batch, recipe)
     return overfit(descent, loss(model(x), y), recipe)
 
 

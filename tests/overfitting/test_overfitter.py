@@ -23,8 +23,8 @@ from overfitters import (
 from torch import nn
 
 from stages.foundation.errors import TaskError
-from stages.overfitting.overfit import Recipe
 from stages.overfitting.overfitter import Overfitter
+from stages.overfitting.recipe import Recipe
 from stages.per_sample.layer import find_layer
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)

@@ -6,7 +6,7 @@ from overfitters import EXACT, RECIPES, Custom, equal_to_the_loop, frozen, rando
 from test_prefix import VECTORS, make, nested, parts, record_of
 from torch import nn
 
-from stages.overfitting.overfit import Recipe
+from stages.overfitting.recipe import Recipe
 
 # What each sample has of its own stands in its rows, in the order of the samples.
 DIVISIBLE = ["glue", "in place before", "skip in place", "filled", "several calls", "called before and after", "nested"]
