@@ -10,7 +10,7 @@ import torch
 
 from stages.evaluation.pictures import check_pictures, write_pictures
 from stages.foundation.errors import SettingsError
-from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
+from stages.foundation.files import digest, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.lifecycle.materials import Materials
@@ -18,7 +18,7 @@ from stages.lifecycle.outcome import Finished, Outcome
 from stages.lifecycle.sharing import SharedStage
 from stages.prediction.batch_size import prediction_batch, prediction_bytes
 from stages.prediction.personalised import PersonalisedModel
-from stages.prediction.predicting import Answering, Smaller
+from stages.prediction.predicting import Answering, Smaller, extract_members
 from stages.prediction.predictor import load_personalised, strength_of
 from stages.run_directory.folders import StageFolder, check_run, folder_of
 from stages.run_directory.locks import Part
@@ -31,7 +31,7 @@ from stages.store.predictions import Answer, answer_rows
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task
 
-PREDICTIONS, SMALLER = "predictions.npz", "smaller.npz"
+PREDICTIONS, SMALLER = "predictions.npz", "smaller"
 SPLITS = ("test", "validation", "train")
 SMALLER_BLOCKS = "smaller batches, of which blocks are made, with --set infer.batch_size=N"
 
@@ -46,7 +46,7 @@ def infer(
     dry_run: bool = False,
     report: Report | None = None,
 ) -> Outcome:
-    """Predict for a split of the task, or for the x of an npz file. Asking again with other settings redoes that one answer.
+    """Predict for a split of the task, or for the x of a file. Asking again with other settings redoes that one answer.
 
     Args:
         part: "i/n", the i-th of n parts of the blocks; the last part to finish makes the answer whole.
@@ -97,7 +97,7 @@ class Infer(SharedStage):
         project: the project.
         report: hears of its progress.
         split: test, validation or train.
-        input_file: an npz file with x, in place of a split.
+        input_file: an npz file with x, or an npy file of x, in place of a split.
         part: as `infer`.
     """
 
@@ -119,7 +119,7 @@ class Infer(SharedStage):
             raise SettingsError(f"--split {split}: expected one of {', '.join(SPLITS)}", "or name a file with --input")
         self._split, self._input_file = split, input_file
         # Looked at at once: a file with faults is refused before anything else happens.
-        self._given = Split(load_npz(input_file, labels=False, mapped=True), name=input_file.name) if input_file else None
+        self._given = Split(load_npz(input_file, labels=False), name=input_file.name) if input_file else None
 
     @property
     def folder(self) -> StageFolder:
@@ -171,7 +171,7 @@ class Infer(SharedStage):
         """Keep the members of a smaller ensemble until the larger one is written."""
         record = self.folder.manifest()["files"].get(PREDICTIONS, {})
         if sha256_file(finished / PREDICTIONS) == record.get("sha256"):
-            link_or_copy(finished / PREDICTIONS, wip / SMALLER)
+            extract_members(finished / PREDICTIONS, wip / SMALLER)
 
     def prepare(self, wip: Path) -> None:
         """Settle what all parts share, and lay out the ledger."""
