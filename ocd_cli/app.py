@@ -164,7 +164,11 @@ def infer(
     split: Annotated[Literal["test", "validation", "train"], typer.Option(help="Predict for this split of the task.")] = "test",
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", help="Predict for the x of this npz file; labels are not needed.", metavar="FILE"),
+        typer.Option(
+            "--input",
+            help="Predict for the x of this npz file, or for the array of this npy file; labels are not needed.",
+            metavar="FILE",
+        ),
     ] = None,
     ensemble: Annotated[int | None, typer.Option(help="Deltas sampled for each input.", min=1)] = None,
     sample_steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", min=1)] = None,

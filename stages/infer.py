@@ -10,7 +10,7 @@ import torch
 
 from stages.evaluation.pictures import check_pictures, write_pictures
 from stages.foundation.errors import SettingsError
-from stages.foundation.files import digest, link_or_copy, remove, require_space, sha256_file, sweep
+from stages.foundation.files import digest, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.lifecycle.context import RunContext
@@ -19,7 +19,7 @@ from stages.lifecycle.sharing import BlockShare
 from stages.lifecycle.stage import Stage
 from stages.prediction.batch_size import prediction_batch, prediction_bytes
 from stages.prediction.personalised import PersonalisedModel
-from stages.prediction.predicting import Answering, Smaller
+from stages.prediction.predicting import Answering, Smaller, extract_members
 from stages.prediction.predictor import load_personalised, strength_of
 from stages.run_directory.folders import check_run
 from stages.run_directory.format import Extent
@@ -33,7 +33,7 @@ from stages.store.predictions import Answer, answer_rows
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task
 
-PREDICTIONS, SMALLER = "predictions.npz", "smaller.npz"
+PREDICTIONS, SMALLER = "predictions.npz", "smaller"
 SPLITS = ("test", "validation", "train")
 SMALLER_BLOCKS = "smaller batches, of which blocks are made, with --set infer.batch_size=N"
 
@@ -48,7 +48,7 @@ def infer(
     dry_run: bool = False,
     report: Report | None = None,
 ) -> CommandResult:
-    """Predict for a split of the task, or for the x of an npz file. Asking again with other settings redoes that one answer.
+    """Predict for a split of the task, or for the x of a file. Asking again with other settings redoes that one answer.
 
     Args:
         part: "i/n", the i-th of n parts of the blocks; the last part to finish makes the answer whole.
@@ -100,7 +100,7 @@ class Infer(Stage):
         context: what the run's stages work with.
         part: as `infer`.
         split: test, validation or train.
-        input_file: a file with x, in place of a split.
+        input_file: an npz file with x, or an npy file of x, in place of a split.
     """
 
     name = "infer"
@@ -114,7 +114,7 @@ class Infer(Stage):
             raise SettingsError(f"--split {split}: expected one of {', '.join(SPLITS)}", "or name a file with --input")
         self._split, self._input_file = split, input_file
         # Looked at at once: a file with faults is refused before anything else happens.
-        self._given = Split(load_npz(input_file, labels=False, mapped=True), name=input_file.name) if input_file else None
+        self._given = Split(load_npz(input_file, labels=False), name=input_file.name) if input_file else None
 
     @cached_property
     def query(self) -> Query:
@@ -158,7 +158,7 @@ class Infer(Stage):
         if finished is not None:
             record = self.folder.manifest().files.get(PREDICTIONS)
             if record and sha256_file(finished / PREDICTIONS) == record.sha256:
-                link_or_copy(finished / PREDICTIONS, work.path / SMALLER)
+                extract_members(finished / PREDICTIONS, work.path / SMALLER)
         if work.execution.get("members", members) != members:
             # Begun for fewer: blocks of those do not count, nor does the batch that suited them.
             work.forget_execution()

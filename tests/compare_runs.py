@@ -1,4 +1,4 @@
-"""Compare what two versions of ocd made of the same projects, two folders of finished runs: `python tests/compare_runs.py OLD NEW`.
+"""Compare what two versions of ocd made of the same projects: `python tests/compare_runs.py OLD NEW`, folders of finished runs.
 
 Predictions, results, weights and delta stores must be equal to the byte, apart from seconds and milliseconds in the results.
 Prints one JSON object, and ends with 1 if anything differs or is missing. Give both versions the same batch sizes and threads:

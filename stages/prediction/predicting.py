@@ -1,5 +1,6 @@
 """The work of inferring: predictions for the rows of a split, block by block, and what they score."""
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from stages.prediction.personalised import PersonalisedModel, Prediction
 from stages.store.predictions import Answer
 from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
-from stages.tasks.mapping import mapped_array
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
 
@@ -26,20 +26,27 @@ def array_name(name: str, path: str) -> str:
     return f"{name}.{path}".rstrip(".")
 
 
+def extract_members(predictions: Path, folder: Path) -> None:
+    """Lay the arrays of the members in an answer's file each in a file of its own, of which rows can be read."""
+    with zipfile.ZipFile(predictions) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith(MEMBERS)])
+
+
 class Smaller:
-    """The members of a smaller ensemble, read from its predictions as they are asked for.
+    """The members of a smaller ensemble, read from their files as they are asked for.
 
     Args:
-        path: its predictions, if there are any.
+        folder: as `extract_members` left it, if there is one.
         like: an output (1, …), for the names and shapes of its tensors.
         samples: inputs N.
     """
 
-    def __init__(self, path: Path | None, like: Tree, samples: int) -> None:
+    def __init__(self, folder: Path | None, like: Tree, samples: int) -> None:
         self._like, self._arrays, self.members = like, [], 0
-        arrays = [mapped_array(path, array_name(MEMBERS, name)) for name in leaves(like)] if path and path.exists() else []
-        if not arrays or any(array is None for array in arrays):
+        paths = [folder / f"{array_name(MEMBERS, name)}.npy" for name in leaves(like)] if folder else []
+        if not paths or not all(path.is_file() for path in paths):
             return
+        arrays = [np.load(path, mmap_mode="r") for path in paths]
         members, shapes = arrays[0].shape[1], [leaf.shape[1:] for leaf in leaves(like).values()]
         if [array.shape for array in arrays] == [(samples, members, *shape) for shape in shapes]:
             self._arrays, self.members = arrays, members

@@ -2,15 +2,13 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from stages.foundation.errors import ArtifactError
-from stages.foundation.files import sha256_file, sync_folder
+from stages.foundation.files import sha256_file, sync_folder, written_whole
 from stages.run_directory.format import ChunkRecord
-from stages.store.archives import Streamed, save_npz, whole
 from stages.store.chunks import encode, write
 from stages.store.delta_store import CHUNK_BYTES, DELTA, STORE, ArraySpec, chunk_name, lay_out
 from stages.store.ledger import LEDGER, Ledger
@@ -88,7 +86,8 @@ class Answer(Ledger):
         """
         name = self._file(block)
         path = self.folder / name
-        save_npz(path, {key: whole(value) for key, value in arrays.items()})
+        with written_whole(path) as stream:
+            np.savez(stream, **arrays)
         if chunks:
             sync_folder(self.folder / STORE / DELTA)
         entry = ChunkRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
@@ -109,20 +108,19 @@ class Answer(Ledger):
             ) from error
 
     def put_together(self, path: Path) -> None:
-        """Write all blocks as one npz file, a block at a time in memory.
+        """Write all blocks as one npz file, a block at a time in memory: the bytes of `numpy.savez`, which depend on the arrays
+        alone.
 
         Raises:
             ArtifactError: blocks that are not done, named, or damaged.
         """
         if missing := [block for block in range(self.blocks) if not self.is_done(block)]:
             raise ArtifactError(f"{self.folder} lacks blocks {missing[:8]}", "run the same command again")
-
-        def pieces(name: str) -> Iterator[np.ndarray]:
-            for block in range(self.blocks):
-                yield self.read(block, name)[name]
-
-        first = self.read(0)
-        save_npz(
-            path,
-            {name: Streamed(rows.dtype, (self.samples, *rows.shape[1:]), pieces(name)) for name, rows in first.items()},
-        )
+        with written_whole(path) as stream, zipfile.ZipFile(stream, "w") as archive:
+            for name, rows in self.read(0).items():
+                header = np.lib.format.header_data_from_array_1_0(rows) | {"shape": (self.samples, *rows.shape[1:])}
+                # A name given as text has a fixed date.
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array_header_1_0(entry, header)
+                    for block in range(self.blocks):
+                        entry.write(self.read(block, name)[name].tobytes())

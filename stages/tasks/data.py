@@ -15,7 +15,6 @@ from torch.utils.data import default_collate
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.seeds import generator, global_seed, seed_of
 from stages.foundation.trees import Tree, leaves, tree_map
-from stages.tasks.mapping import MappedRows, large_array
 from stages.tasks.user_code import user_code
 
 IDENTITY_ITEMS = 64
@@ -27,7 +26,7 @@ MISSING_HINT = "ocd.toml names it under [task]; relative paths start at its fold
 class ArrayDataset:
     """Arrays: items are pairs (x, y) of tensors, or (x, None) without labels."""
 
-    def __init__(self, x: Tensor | MappedRows, y: Tensor | MappedRows | None) -> None:
+    def __init__(self, x: Tensor, y: Tensor | None) -> None:
         self.x, self.y = x, y
 
     def __len__(self) -> int:
@@ -127,13 +126,13 @@ def as_float32(leaf: Any) -> Tensor:
     return leaf.float() if leaf.dtype == torch.float64 else leaf
 
 
-def load_npz(path: Path, *, labels: bool, mapped: bool = False) -> ArrayDataset:
+def load_npz(path: Path, *, labels: bool) -> ArrayDataset:
     """Read arrays x and y (float64 becomes float32, small integers int64) and check every row.
 
     Args:
-        path: the npz file.
+        path: the npz file; without `labels` also an npy file of x alone, which is left in the file and read as rows are asked
+            for, if it is of float32 or int64.
         labels: whether y must be there; where it may be missing and is, labels are None.
-        mapped: leave large arrays in the file where it is not compressed, to be read row by row; it must stay as it is.
 
     Raises:
         DataError: missing, not npz, pickled or ragged, empty, of unlike lengths, uint8 pictures, or not finite (the first
@@ -141,7 +140,7 @@ def load_npz(path: Path, *, labels: bool, mapped: bool = False) -> ArrayDataset:
     """
     if not path.is_file():
         raise DataError(f"{path} is missing", MISSING_HINT if labels else "--input names it")
-    arrays = _read_arrays(path, labels, mapped)
+    arrays = _read_arrays(path, labels)
     x, y = arrays["x"], arrays.get("y")
     if len(x) == 0:
         raise DataError(f"{path} is empty: x has shape {x.shape}", "at least one sample is needed")
@@ -155,37 +154,40 @@ def load_npz(path: Path, *, labels: bool, mapped: bool = False) -> ArrayDataset:
     return ArrayDataset(_tensor(path, "x", x), None if y is None else _tensor(path, "y", y))
 
 
-def _read_arrays(path: Path, labels: bool, mapped: bool) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, labels: bool) -> dict[str, np.ndarray]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
+        loaded = np.load(path, mmap_mode="c", allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded as archive:
+                return _from_archive(path, archive, ("x", "y") if labels else ("x",))
+        if labels:
             raise ValueError("it is a single array")
-        with loaded as archive:
-            names = archive.files
-            wanted = ("x", "y") if labels else ("x",)
-            if missing := [name for name in wanted if name not in names]:
-                raise DataError(
-                    f"{path} has no array {' or '.join(missing)}; it has {', '.join(names) or 'none'}",
-                    'write one with numpy.savez("train.npz", x=x, y=y)',
-                )
-            return {name: _read_array(path, archive, name, mapped) for name in ("x", "y") if name in names}
+        return {"x": _checked(path, "x", loaded)}
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError) as error:
         why = "it holds no array" if "pickle" in str(error) else str(error)
+        kinds = "an npz file" if labels else "an npz or npy file"
         raise DataError(
-            f"{path} is not an npz file: {why}", SAVE_HINT if labels else "write one with numpy.savez(FILE, x=x)"
+            f"{path} is not {kinds}: {why}",
+            SAVE_HINT if labels else "write one with numpy.savez(FILE, x=x), or numpy.save(FILE, x)",
         ) from error
 
 
-def _read_array(path: Path, archive: Any, name: str, mapped: bool) -> np.ndarray:
-    if mapped and (array := large_array(path, name)) is not None:
-        return array
-    try:
-        array = archive[name]
-    except ValueError as error:
-        raise DataError(
-            f"{path}: {name} is ragged or holds Python objects, which would need pickle",
-            "save one rectangular array of numbers, padding where needed",
-        ) from error
+def _from_archive(path: Path, archive: Any, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
+    names, found = archive.files, {}
+    if missing := [name for name in wanted if name not in names]:
+        raise DataError(f"{path} has no array {' or '.join(missing)}; it has {', '.join(names) or 'none'}", SAVE_HINT)
+    for name in [name for name in ("x", "y") if name in names]:
+        try:
+            found[name] = _checked(path, name, archive[name])
+        except ValueError as error:
+            raise DataError(
+                f"{path}: {name} is ragged or holds Python objects, which would need pickle",
+                "save one rectangular array of numbers, padding where needed",
+            ) from error
+    return found
+
+
+def _checked(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "fiub":
         raise DataError(f"{path}: {name} has dtype {array.dtype}, expected numbers", "save one rectangular array of numbers")
     if array.ndim == 0:
@@ -195,22 +197,20 @@ def _read_array(path: Path, archive: Any, name: str, mapped: bool) -> np.ndarray
     return array
 
 
-def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor | MappedRows:
-    kind = np.dtype(np.float32 if array.dtype.kind == "f" else np.int64)
-    in_file = isinstance(array.base, np.memmap)
-    if not in_file:
-        array = np.ascontiguousarray(array, dtype=kind)
+def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
+    # Where nothing has to be converted this is the array itself, in the file if it lies there.
+    array = np.ascontiguousarray(array, dtype=np.float32 if array.dtype.kind == "f" else np.int64)
     if array.dtype.kind == "f":
         flat = array.reshape(len(array), -1)
         rows = max(1, min(4096, PIECE_BYTES // max(1, flat[:1].nbytes)))
         for start in range(0, len(flat), rows):
-            bad = ~np.isfinite(flat[start : start + rows].astype(kind, copy=False)).all(1)
+            bad = ~np.isfinite(flat[start : start + rows]).all(1)
             if bad.any():
                 raise DataError(
                     f"{path}: {name}[{start + int(bad.argmax())}] is not finite",
                     "remove such rows, or fill what is missing",
                 )
-    return MappedRows(array, kind) if in_file else torch.from_numpy(array)
+    return torch.from_numpy(array)
 
 
 def dataset_identity(dataset: Any, name: str) -> str:

@@ -1,16 +1,13 @@
 """Data files of the examples: taken from `OCD_DATA`, else from a cache, else downloaded; with a checksum, the publisher's or
 that of the first download."""
 
-import hashlib
-import http.client
 import os
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from stages.foundation.errors import DataError
-
-_CHUNK = 1 << 20
+from stages.foundation.errors import DataError, SettingsError
+from stages.foundation.files import sha256_file, write_bytes
 
 
 def cache_folder() -> Path:
@@ -31,90 +28,61 @@ def fetch(name: str, urls: Sequence[str], sha256: str | None, timeout_s: float =
     Raises:
         DataError: a file with another checksum in `OCD_DATA`, one in the cache that is not the recorded one any more, or no
             server that gives the right one.
+        SettingsError: it has to be downloaded, and pooch is missing.
     """
     if folder := os.environ.get("OCD_DATA"):
         path = Path(folder).expanduser() / name
         if path.is_file():
-            if sha256 is not None and _sha256(path) != sha256:
+            if sha256 is not None and sha256_file(path) != sha256:
                 raise DataError(
                     f"{path} has another sha256 than expected ({sha256[:12]}…)",
                     "replace the file, or unset OCD_DATA to download it",
                 )
             return path
     path = cache_folder() / name
-    if path.is_file() and _is_right(path, sha256):
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    problems = []
-    for url in urls:
-        problem = _download(url, path, sha256, timeout_s)
-        if not problem:
-            return path
-        problems.append(f"  {url}: {problem}")
-    hint = f"put the file at {path}, or its folder in OCD_DATA"
-    if sha256 is None and _record(path).is_file():
-        hint += f"; where it may differ from an earlier download, delete {_record(path)}"
-    raise DataError(f"{name} could not be downloaded:\n" + "\n".join(problems), hint)
-
-
-def _is_right(path: Path, sha256: str | None) -> bool:
-    """Whether a file in the cache has its checksum; without one, the recorded one is demanded, or recorded now."""
-    found = _sha256(path)
-    if sha256 is not None:
-        return found == sha256
-    recorded = _recorded(path)
-    if recorded is None:
-        _write_record(path, found)
-    elif found != recorded:
+    record = path.with_name(f"{path.name}.sha256")
+    recorded = next(iter(record.read_text(errors="replace").split()), "nothing") if record.is_file() else None
+    expected, found = sha256 or recorded, sha256_file(path) if path.is_file() else None
+    if found and sha256 is None and found != (recorded or found):
         raise DataError(
-            f"{path} has changed: its sha256 is {found[:12]}…, {recorded[:12]}… was recorded when it was new",
-            f"delete it and {_record(path)} to download it again",
+            f"{path} has changed: its sha256 is {found[:12]}…, {expected[:12]}… was recorded when it was new",
+            f"delete it and {record} to download it again",
         )
-    return True
+    if not found or found != (expected or found):
+        hint = f"put the file at {path}, or its folder in OCD_DATA"
+        if sha256 is None and recorded:
+            hint += f"; where it may differ from an earlier download, delete {record}"
+        _download(path, urls, expected, timeout_s, hint)
+        found = sha256_file(path)
+    if recorded != found and (sha256 is None or recorded):
+        # As `sha256sum` writes it.
+        write_bytes(record, f"{found}  {path.name}\n".encode())
+    return path
 
 
-def _download(url: str, path: Path, sha256: str | None, timeout_s: float) -> str:
-    """Download to `path` if length and checksum are right; what is wrong otherwise, "" if nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _download(path: Path, urls: Sequence[str], sha256: str | None, timeout_s: float, hint: str) -> None:
+    """Download to `path` from the first server that gives a whole file, of this checksum where there is one.
+
+    Raises:
+        DataError: none does.
+    """
+    pooch, problems = _pooch(), []
+    downloader = pooch.HTTPDownloader(timeout=timeout_s)
+    for url in urls:
+        try:
+            pooch.retrieve(url, sha256 and f"sha256:{sha256}", path.name, path.parent, downloader=downloader)
+            return
+        except (OSError, ValueError) as error:
+            problems.append(f"  {url}: {error}")
+    raise DataError(f"{path.relative_to(cache_folder())} could not be downloaded:\n" + "\n".join(problems), hint)
+
+
+def _pooch() -> Any:
+    # Whoever has the data need not have it.
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer, partial.open("wb") as stream:
-            while chunk := answer.read(_CHUNK):
-                stream.write(chunk)
-            length = answer.headers.get("Content-Length")
-        if length is not None and partial.stat().st_size != int(length):
-            return f"broke off after {partial.stat().st_size:,} of {int(length):,} bytes"
-        got, recorded = _sha256(partial), _recorded(path)
-        expected = sha256 or recorded or got
-        if got != expected:
-            return f"sha256 {got[:12]}…, expected {expected[:12]}…"
-        if got != recorded and (sha256 is None or recorded is not None):
-            _write_record(path, got)
-        os.replace(partial, path)
-        return ""
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return str(error)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _record(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _recorded(path: Path) -> str | None:
-    """The checksum recorded beside a file of the cache, None if none is."""
-    if not _record(path).is_file():
-        return None
-    return next(iter(_record(path).read_text(errors="replace").split()), "nothing")
-
-
-def _write_record(path: Path, sha256: str) -> None:
-    """Record a checksum as `sha256sum` writes it."""
-    partial = path.with_name(f"{path.name}.sha256.{os.getpid()}.tmp")
-    partial.write_text(f"{sha256}  {path.name}\n")
-    os.replace(partial, _record(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        import pooch
+    except ImportError as error:
+        raise SettingsError("pooch, which downloads data, is not installed", 'pip install "torch-ocd[examples]"') from error
+    # The library says nothing by itself.
+    pooch.get_logger().setLevel("WARNING")
+    return pooch

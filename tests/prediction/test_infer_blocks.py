@@ -17,15 +17,12 @@ from overfitters import Custom, Tied, forward, frozen, random
 from processes import counted_blocks, stopped_at, wait_until
 from torch import nn
 
-from stages.foundation.errors import DataError
 from stages.infer import open_run
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.per_sample.weights import Loop, Substitution, Vmap
 from stages.prediction.personalised import PersonalisedModel
-from stages.store.archives import Streamed, save_npz
 from stages.store.predictions import Answer, answer_rows, chunk_rows
-from stages.tasks import mapping
 from stages.tasks.data import load_npz
 
 BLOCKS = 12
@@ -379,56 +376,44 @@ def test_blocks_of_fewer_members_do_not_count(ready, ocd):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_mapped_inputs_give_the_same_bytes(ready, ocd, monkeypatch, dtype):
-    monkeypatch.setattr(mapping, "LARGE", 0)
+def test_an_npy_file_gives_the_same_bytes(ready, ocd, dtype):
     with np.load(ready.root / "test.npz") as data:
-        x, y = data["x"].astype(dtype), data["y"]
-    found, given = [], []
-    for save in (np.savez, np.savez_compressed):
-        save(ready.root / "new.npz", x=x, y=y)
-        given.append(type(load_npz(ready.root / "new.npz", labels=False, mapped=True).x))
-        ocd(ready, "infer", "--input", ready.root / "new.npz")
-        found.append((predictions(ready, "new"), summary(ready, "new")["metrics"]))
-    assert given == [mapping.MappedRows, torch.Tensor]
-    (one, scores), (other, same) = found
-    assert {name: value.tobytes() for name, value in one.items()} == {name: value.tobytes() for name, value in other.items()}
-    assert scores == same
-    assert scores["base"]["accuracy"] is not None
+        x = data["x"].astype(dtype)
+    np.savez(ready.root / "one.npz", x=x)
+    np.save(ready.root / "other.npy", x)
+    found = []
+    for file in ("one.npz", "other.npy"):
+        ocd(ready, "infer", "--input", ready.root / file)
+        found.append((ready.run / "infer" / file[:-4] / "predictions.npz").read_bytes())
+    assert found[0] == found[1]
+    assert summary(ready, "other")["metrics"] is None
 
 
-def test_mapped_arrays_are_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(mapping, "LARGE", 0)
-    path = tmp_path / "new.npz"
-    x = np.random.default_rng(0).normal(size=(50, 4))
-    np.savez(path, x=x)
-    loaded = load_npz(path, labels=False, mapped=True).x
-    torch.testing.assert_close(loaded[torch.tensor([3, 1])], torch.from_numpy(x[[3, 1]]).float(), rtol=0, atol=0)
-    content = bytearray(path.read_bytes())
-    content[600] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"Bad CRC-32 for file 'x\.npy'"):
-        load_npz(path, labels=False, mapped=True)
-    x[37, 2] = np.nan
-    np.savez(path, x=x)
-    with pytest.raises(DataError, match=r"x\[37\] is not finite"):
-        load_npz(path, labels=False, mapped=True)
-
-
-@pytest.mark.parametrize("array", [np.asfortranarray(np.ones((3, 4))), np.zeros((0, 4)), np.float32(3), np.array(["a"])])
-def test_what_is_not_mapped(tmp_path, array):
-    np.savez(tmp_path / "new.npz", x=array)
-    assert mapping.large_array(tmp_path / "new.npz", "x") is None
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_an_npy_file_is_left_in_its_place(tmp_path, dtype):
+    x = np.arange(200).reshape(50, 4).astype(dtype)
+    np.save(tmp_path / "new.npy", x)
+    loaded = load_npz(tmp_path / "new.npy", labels=False)
+    found = np.load(tmp_path / "new.npy", mmap_mode="r+")
+    found[3] = 7
+    found.flush()
+    assert loaded.x[3].tolist() == [7] * 4
+    loaded.x[3] = 8
+    assert found[3].tolist() == [7] * 4
 
 
 # Files and sizes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
-def test_an_archive_in_pieces_has_the_bytes_of_savez(tmp_path, dtype):
-    wide, flat = np.arange(60).reshape(10, 3, 2).astype(dtype), np.arange(7).astype(dtype)
-    pieces = {"wide": [wide[:4], wide[4:9], wide[9:]], "flat": [flat]}
-    arrays = {"wide": wide, "flat": flat}
-    save_npz(tmp_path / "found.npz", {name: Streamed(a.dtype, a.shape, pieces[name]) for name, a in arrays.items()})
+def test_an_answer_has_the_bytes_of_savez(tmp_path, dtype):
+    arrays = {"wide": np.arange(60).reshape(10, 3, 2).astype(dtype), "flat": np.arange(10).astype(dtype)}
+    answer = Answer(tmp_path, samples=10, rows=4, fingerprint="a", members=1, delta=None, batch=4)
+    answer.create()
+    for block in range(answer.blocks):
+        span = answer.block_range(block)
+        answer.write_block(block, {name: array[span.start : span.stop] for name, array in arrays.items()}, {})
+    answer.put_together(tmp_path / "found.npz")
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     assert (tmp_path / "found.npz").read_bytes() == stream.getvalue()

@@ -89,6 +89,37 @@ def test_single_array(path):
     assert refused(path) == " is not an npz file: it is a single array"
 
 
+@pytest.mark.parametrize("save", [np.savez, np.save])
+def test_inputs_alone(path, save):
+    with path.open("wb") as file:
+        save(file, X) if save is np.save else save(file, x=X)
+    found = load_npz(path, labels=False)
+    assert (found.x.tolist(), found.y) == (X.tolist(), None)
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.where(X == 9, np.nan, X), ": x[4] is not finite"),
+        (X[:0], " is empty: x has shape (0, 2)"),
+        (np.float32(3), ": x is a single number, expected one row per sample"),
+        (np.array(["a"] * 6), ": x has dtype <U1, expected numbers"),
+        (np.array([{}] * 6), " is not an npz or npy file: Array can't be memory-mapped: Python objects in dtype."),
+    ],
+)
+def test_inputs_alone_with_faults(path, array, says):
+    with path.open("wb") as file:
+        np.save(file, array)
+    assert refused(path, labels=False) == says
+
+
+def test_inputs_alone_cut_short(path):
+    with path.open("wb") as file:
+        np.save(file, X)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert refused(path, labels=False).startswith(" is not an npz or npy file: ")
+
+
 @pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"PK\x03\x04 and then nothing of the kind"])
 def test_file_of_another_kind(path, content):
     path.write_bytes(content)
