@@ -5,12 +5,14 @@ for. So the functions at the end of this module put another function in the plac
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,13 @@ class Started:
     Args:
         folder: the project.
         args: the command's words.
-        delay: seconds that each pass of `SLOW_MODEL` takes once the work of collect or infer has begun.
+        delay: seconds that each pass of the slow project's model takes once the work of collect or infer has begun.
     """
 
     def __init__(self, folder: Folder, *args: object, delay: float = 0.0) -> None:
         words = [*map(str, args), "--config", str(folder.config), "--device", "cpu"]
         self._texts = [folder.root / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
-        self._code: int | None = None
+        self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             self._become(words, delay)
@@ -74,17 +76,17 @@ class Started:
 
     def ended(self) -> bool:
         """Whether it has."""
-        if self._code is None:
+        if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self._code = os.waitstatus_to_exitcode(status)
-        return self._code is not None
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is not None
 
-    def wait(self, code: int = 0, timeout: float = 60) -> "Started":
+    def wait(self, code: int = 0, timeout: float = 600) -> "Started":
         """Wait for its end; the exit code is asserted (negative: the signal), and no traceback is shown."""
         wait_until(self.ended, timeout)
-        shown = f"exit code {self._code}\n{self.stdout}\n{self.stderr}"
-        assert self._code == code, shown
+        shown = f"exit code {self.code}\n{self.stdout}\n{self.stderr}"
+        assert self.code == code, shown
         assert "Traceback" not in shown
         return self
 
@@ -112,16 +114,59 @@ class SmallDisk:
         return path
 
 
-def wait_until(ready: Any, timeout: float = 60) -> None:
-    """Wait for something to become true."""
+def wait_until(ready: Any, timeout: float = 600) -> None:
+    """Wait for something to become true; long enough for a busy machine."""
     deadline = time.monotonic() + timeout
     while not ready():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.002)
 
 
+@contextlib.contextmanager
+def before(where: Any, name: str, first: Callable[..., object]) -> Any:
+    """Let something happen before each call of a function of the library; `first` gets the call's arguments."""
+    call = getattr(where, name)
+
+    def both(*args: Any, **named: Any) -> Any:
+        first(*args)
+        return call(*args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, both)
+        yield
+
+
+def interrupt(*_: object) -> None:
+    """As ctrl-c does."""
+    raise KeyboardInterrupt
+
+
+def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
+    """From this block on, none can be written: an interruption, or another error."""
+
+    def stop(_: object, number: int, *args: object) -> None:
+        if number >= block:
+            raise error or KeyboardInterrupt
+
+    return before(kind, "write_block", stop)
+
+
+def stopped_training(after: int) -> Any:
+    """An interruption of any training after so many steps."""
+    steps = itertools.count()
+    return before(Trainer, "advance", lambda _: next(steps) < after or interrupt())
+
+
+@contextlib.contextmanager
+def counted_blocks(kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
+    """The blocks written meanwhile, in no order: writers work side by side."""
+    written: list[int] = []
+    with before(kind, "write_block", lambda _, number, *args: written.append(number)):
+        yield written
+
+
 def slow_down(delay: float) -> None:
-    """Let each pass of `SLOW_MODEL` take this many seconds once the work of collect or infer has begun; for good."""
+    """Let each pass of the slow project's model take this many seconds once collect or infer is at work; for good."""
 
     def slowed(work: Any) -> Any:
         def slow(*args: Any) -> None:
@@ -131,48 +176,3 @@ def slow_down(delay: float) -> None:
         return slow
 
     Collector.work, Answering.work = slowed(Collector.work), slowed(Answering.work)
-
-
-@contextlib.contextmanager
-def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
-    """From this block on, none can be written: an interruption, or another error."""
-    write = kind.write_block
-
-    def stopped(self, number, *args, **named):
-        if number >= block:
-            raise error or KeyboardInterrupt
-        write(self, number, *args, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "write_block", stopped)
-        yield
-
-
-@contextlib.contextmanager
-def counted_blocks(kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
-    """The blocks written meanwhile, in no order: writers work side by side."""
-    write, written = kind.write_block, []
-
-    def counted(self, number, *args, **named):
-        written.append(number)
-        write(self, number, *args, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "write_block", counted)
-        yield written
-
-
-@contextlib.contextmanager
-def stopped_training(after: int) -> Any:
-    """An interruption of any training after so many steps."""
-    advance, left = Trainer.advance, [after]
-
-    def stopped(self):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return advance(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", stopped)
-        yield

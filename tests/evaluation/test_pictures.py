@@ -1,6 +1,6 @@
 """Pictures of what `ocd infer` answered: strips whose panes are the arrays, and what happens where there can be none."""
 
-import json
+import itertools
 import sys
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from folders import flip, make_folder, own_task, results
 from older import forget
 from PIL import Image
-from processes import counted_blocks
+from processes import before, counted_blocks, interrupt
 
 from stages.evaluation import pictures
 from stages.evaluation.pictures import CAPTION, GAP, enlarged, picture_of, strip
@@ -130,7 +130,7 @@ def test_what_the_command_says(ready, ocd):
     assert f"pictures of 5 inputs: {where}\n" in result.stdout
     assert "infer: 5 of 5 pictures" in result.stderr
     assert f"pictures of 5 inputs: {where}\n" in ocd(ready, "infer").stdout
-    assert json.loads(ocd(ready, "infer", "--json").stdout)["pictures"] == 5
+    assert ocd.json(ready, "infer")["pictures"] == 5
 
 
 def test_strips_of_unlike_pictures():
@@ -142,17 +142,9 @@ def test_strips_of_unlike_pictures():
 # Kept, continued, damaged
 
 
-def test_drawing_that_was_interrupted(ready, painted_run, ocd, monkeypatch):
-    made = []
-
-    def stopped(panes):
-        made.append(panes)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return strip(panes)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pictures, "strip", stopped)
+def test_drawing_that_was_interrupted(ready, painted_run, ocd):
+    made = itertools.count()
+    with before(pictures, "strip", lambda _: next(made) < 2 or interrupt()):
         ocd(ready, "infer", code=4)
     assert not (ready.run / "infer" / "test").exists()
     with counted_blocks(Answer) as written:
@@ -195,7 +187,7 @@ def test_answers_from_before_there_were_pictures_stay(finished, ocd):
 
 def test_no_pictures_where_none_are_asked_for(painted, ocd, monkeypatch):
     monkeypatch.setenv("PICTURE", "sums")
-    found = json.loads(ocd(painted, "infer", "--json", "--set", "infer.pictures=0").stdout)
+    found = ocd.json(painted, "infer", "--set", "infer.pictures=0")
     assert found["pictures"] == 0
     assert not (painted.run / "infer" / "test" / "pictures").exists()
 

@@ -15,7 +15,7 @@ BLOCKS = 9
 
 
 def status_of(ocd, folder):
-    return json.loads(ocd(folder, "status", "--json").stdout)["stages"]["collect"]
+    return ocd.json(folder, "status")["stages"]["collect"]
 
 
 def test_one_part_after_another(ready, start, whole, collected_run):
@@ -26,7 +26,7 @@ def test_one_part_after_another(ready, start, whole, collected_run):
         if done < BLOCKS:
             part = {"stage": "collect", "state": "partial", "part": f"{number}/3"}
             assert found == {**part, "done": done, "total": BLOCKS, "unit": "blocks"}
-    assert found == json.loads((collected_run.run / "collect" / "manifest.json").read_text())["summary"]
+    assert found == collected_run.summary("collect")
     whole(ready)
 
 
@@ -99,7 +99,7 @@ def test_a_terminated_part(ready, start, whole, ocd):
 def test_rerunning_a_part_of_a_whole_store(collected, ocd, whole):
     with counted_blocks() as written:
         assert "collect: up to date" in ocd(collected, "collect", "--part", "2/3").stdout
-        summary = json.loads(ocd(collected, "collect", "--part", "1/5", "--json").stdout)
+        summary = ocd.json(collected, "collect", "--part", "1/5")
     assert summary["samples"] == 36
     assert written == []
     whole(collected)

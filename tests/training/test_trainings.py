@@ -199,7 +199,7 @@ def test_a_request_to_stop_leaves_a_checkpoint_of_that_step(ocd, quick, start):
         assert not reached or f"continues from step {reached:,}" in said
         earlier, reached = reached, max(int(path.stem) for path in (wip / "checkpoints").glob("*.json"))
         assert earlier + 1 < reached < 600
-    found = json.loads(ocd(quick, "status", "--json", *settings).stdout)["stages"]["train-diffusion"]
+    found = ocd.json(quick, "status", *settings)["stages"]["train-diffusion"]
     best = min(evaluated(wip).values())
     progress = {"done": reached, "kept": reached, "total": 600, "unit": "steps", "best_held_out_loss": best}
     assert (found["state"], found["progress"]) == ("partial", progress)
@@ -479,7 +479,7 @@ def test_automatic_presets(finished, monkeypatch):
     from stages.run_directory.project import load_project
 
     project = load_project(finished.config)
-    store = json.loads((finished.run / "collect" / "manifest.json").read_text())["store"]
+    store = finished.manifest("collect")["store"]
 
     def preset(device):
         settings = TrainDiffusionTable().model_dump()
