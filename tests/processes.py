@@ -35,17 +35,21 @@ class Started:
         folder: the project.
         args: the command's words.
         delay: seconds that each pass of the slow project's model takes once the work of collect or infer has begun.
+        held_after: blocks after which it is held there until `let_go`; 0 for not at all.
     """
 
-    def __init__(self, folder: Folder, *args: object, delay: float = 0.0) -> None:
+    def __init__(self, folder: Folder, *args: object, delay: float = 0.0, held_after: int = 0) -> None:
+        self._folder = folder
+        # So that what is computed and what is written keep together.
+        delay = delay or 0.02 * (held_after > 0)
         words = [*map(str, args), "--config", str(folder.config), "--device", "cpu"]
         self._texts = [folder.root / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(words, delay)
+            self._become(words, delay, held_after)
 
-    def _become(self, words: list[str], delay: float) -> None:
+    def _become(self, words: list[str], delay: float, held_after: int) -> None:
         code = 70
         try:
             for number, path in zip((1, 2), self._texts, strict=True):
@@ -53,7 +57,7 @@ class Started:
             sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
             # A shell's background jobs ignore it, and what they start inherits that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            slow_down(delay)
+            slow_down(delay, held_after)
             sys.argv = ["ocd", *words]
             try:
                 main()
@@ -88,6 +92,11 @@ class Started:
         shown = f"exit code {self.code}\n{self.stdout}\n{self.stderr}"
         assert self.code == code, shown
         assert "Traceback" not in shown
+        return self
+
+    def let_go(self) -> "Started":
+        """Let it, and the others of its project, go on."""
+        (self._folder.root / "go on").touch()
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -165,12 +174,12 @@ def counted_blocks(kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
         yield written
 
 
-def slow_down(delay: float) -> None:
-    """Let each pass of the slow project's model take this many seconds once collect or infer is at work; for good."""
+def slow_down(delay: float, held_after: int) -> None:
+    """Slow the passes of the slow project's model down, see `Started`, once collect or infer is at work; for good."""
 
     def slowed(work: Any) -> Any:
         def slow(*args: Any) -> None:
-            os.environ["SLOW_FORWARD_S"] = str(delay)
+            os.environ.update(SLOW_FORWARD_S=str(delay), HELD_AFTER_BLOCKS=str(held_after))
             work(*args)
 
         return slow
