@@ -37,9 +37,10 @@ def test_init_writes_every_setting(init):
     own = tomllib.loads("\n".join(line for line in lines if not line.startswith('class = "task:MyTask"')))
     for name, table in tables().items():
         known = {info.alias or key: info for key, info in table.model_fields.items()}
+        section = text.split(f"[{name}]")[1].split("\n[")[0]
         assert set(own[name]) == set(known)
         for key, info in known.items():
-            assert info.description in text
+            assert re.search(rf"^(# )?{key} = .*{re.escape(info.description)}", section, re.MULTILINE)
             if name != "task" and info.default is not None:
                 assert own[name][key] == info.default
 
