@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 # Many small products are slower on several threads, and a fixed count gives fixed bits. Set before torch is imported, and
@@ -15,6 +16,10 @@ from processes import SmallDisk, Started, wait_until
 from typer.testing import CliRunner, Result
 
 from ocd_cli.app import app
+from stages.tasks.fetch import cache_folder
+
+# Taken before a fixture hides it.
+OCD_DATA = os.environ.get("OCD_DATA")
 
 
 class Commands:
@@ -50,6 +55,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _no_settings_from_outside(monkeypatch):
     for name in ("OCD_CONFIG", "OCD_DATA"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def real_data(monkeypatch):
+    """Lets the test see a file of real data, or skips it: `real_data("mnist/…")`."""
+
+    def see(name: str) -> None:
+        if OCD_DATA:
+            monkeypatch.setenv("OCD_DATA", OCD_DATA)
+        if not (OCD_DATA and (Path(OCD_DATA) / name).is_file()) and not (cache_folder() / name).is_file():
+            pytest.skip(f"{name} is neither in OCD_DATA nor downloaded")
+
+    return see
 
 
 @pytest.fixture(scope="session")
@@ -141,3 +159,23 @@ def whole(collected_run, ocd):
         ocd(folder, "verify")
 
     return check
+
+
+@pytest.fixture
+def status(ocd):
+    """The stages of `ocd status --json`; its exit code is 0 whatever the states."""
+
+    def call(folder, *args):
+        return ocd.json(folder, "status", *args)["stages"]
+
+    return call
+
+
+@pytest.fixture
+def states(status):
+    """Each stage's state."""
+
+    def call(folder, *args):
+        return {name: entry["state"] for name, entry in status(folder, *args).items()}
+
+    return call

@@ -5,12 +5,14 @@ for. So the functions at the end of this module put another function in the plac
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,22 @@ class Started:
     Args:
         folder: the project.
         args: the command's words.
-        delay: seconds that each pass of `SLOW_MODEL` takes once the work of collect or infer has begun.
+        delay: seconds that each pass of the slow project's model takes once the work of collect or infer has begun.
+        held_after: blocks after which it is held there until `let_go`; 0 for not at all.
     """
 
-    def __init__(self, folder: Folder, *args: object, delay: float = 0.0) -> None:
+    def __init__(self, folder: Folder, *args: object, delay: float = 0.0, held_after: int = 0) -> None:
+        self._folder = folder
+        # So that what is computed and what is written keep together.
+        delay = delay or 0.02 * (held_after > 0)
         words = [*map(str, args), "--config", str(folder.config), "--device", "cpu"]
         self._texts = [folder.root / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
-        self._code: int | None = None
+        self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(words, delay)
+            self._become(words, delay, held_after)
 
-    def _become(self, words: list[str], delay: float) -> None:
+    def _become(self, words: list[str], delay: float, held_after: int) -> None:
         code = 70
         try:
             for number, path in zip((1, 2), self._texts, strict=True):
@@ -51,7 +57,7 @@ class Started:
             sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
             # A shell's background jobs ignore it, and what they start inherits that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            slow_down(delay)
+            slow_down(delay, held_after)
             sys.argv = ["ocd", *words]
             try:
                 main()
@@ -74,18 +80,23 @@ class Started:
 
     def ended(self) -> bool:
         """Whether it has."""
-        if self._code is None:
+        if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                self._code = os.waitstatus_to_exitcode(status)
-        return self._code is not None
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is not None
 
-    def wait(self, code: int = 0, timeout: float = 60) -> "Started":
+    def wait(self, code: int = 0, timeout: float = 600) -> "Started":
         """Wait for its end; the exit code is asserted (negative: the signal), and no traceback is shown."""
         wait_until(self.ended, timeout)
-        shown = f"exit code {self._code}\n{self.stdout}\n{self.stderr}"
-        assert self._code == code, shown
+        shown = f"exit code {self.code}\n{self.stdout}\n{self.stderr}"
+        assert self.code == code, shown
         assert "Traceback" not in shown
+        return self
+
+    def let_go(self) -> "Started":
+        """Let it, and the others of its project, go on."""
+        (self._folder.root / "go on").touch()
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -112,67 +123,65 @@ class SmallDisk:
         return path
 
 
-def wait_until(ready: Any, timeout: float = 60) -> None:
-    """Wait for something to become true."""
+def wait_until(ready: Any, timeout: float = 600) -> None:
+    """Wait for something to become true; long enough for a busy machine."""
     deadline = time.monotonic() + timeout
     while not ready():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.002)
 
 
-def slow_down(delay: float) -> None:
-    """Let each pass of `SLOW_MODEL` take this many seconds once the work of collect or infer has begun; for good."""
-
-    def slowed(work: Any) -> Any:
-        def slow(*args: Any) -> None:
-            os.environ["SLOW_FORWARD_S"] = str(delay)
-            work(*args)
-
-        return slow
-
-    Collector.work, Answering.work = slowed(Collector.work), slowed(Answering.work)
-
-
 @contextlib.contextmanager
-def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
-    """From this block on, none can be written: an interruption, or another error."""
-    write = kind.write_block
+def before(where: Any, name: str, first: Callable[..., object]) -> Any:
+    """Let something happen before each call of a function of the library; `first` gets the call's arguments."""
+    call = getattr(where, name)
 
-    def stopped(self, number, *args, **named):
-        if number >= block:
-            raise error or KeyboardInterrupt
-        write(self, number, *args, **named)
+    def both(*args: Any, **named: Any) -> Any:
+        first(*args)
+        return call(*args, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "write_block", stopped)
+        patch.setattr(where, name, both)
         yield
+
+
+def interrupt(*_: object) -> None:
+    """As ctrl-c does."""
+    raise KeyboardInterrupt
+
+
+def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
+    """From this block on, none can be written: an interruption, or another error."""
+
+    def stop(_: object, number: int, *args: object) -> None:
+        if number >= block:
+            raise error or KeyboardInterrupt
+
+    return before(kind, "write_block", stop)
+
+
+def stopped_training(after: int) -> Any:
+    """An interruption of any training after so many steps."""
+    steps = itertools.count()
+    return before(Trainer, "advance", lambda _: next(steps) < after or interrupt())
 
 
 @contextlib.contextmanager
 def counted_blocks(kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
     """The blocks written meanwhile, in no order: writers work side by side."""
-    write, written = kind.write_block, []
-
-    def counted(self, number, *args, **named):
-        written.append(number)
-        write(self, number, *args, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "write_block", counted)
+    written: list[int] = []
+    with before(kind, "write_block", lambda _, number, *args: written.append(number)):
         yield written
 
 
-@contextlib.contextmanager
-def stopped_training(after: int) -> Any:
-    """An interruption of any training after so many steps."""
-    advance, left = Trainer.advance, [after]
+def slow_down(delay: float, held_after: int) -> None:
+    """Slow the passes of the slow project's model down, see `Started`, once collect or infer is at work; for good."""
 
-    def stopped(self):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return advance(self)
+    def slowed(work: Any) -> Any:
+        def slow(*args: Any) -> None:
+            os.environ.update(SLOW_FORWARD_S=str(delay), HELD_AFTER_BLOCKS=str(held_after))
+            work(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", stopped)
-        yield
+        return slow
+
+    Collector.work, Answering.work = slowed(Collector.work), slowed(Answering.work)

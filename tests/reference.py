@@ -41,32 +41,42 @@ def overfit_loop(
     With `until_converged` a sample stops before a step where the norm of its gradient is at most `tolerance` times its first,
     or the largest entry is below a millionth.
     """
-    rows = []
-    for i in range(len(y)):
-        one_y = y[i : i + 1]
-        net = copy.deepcopy(model).eval().requires_grad_(False)
-        weight = net.get_parameter(parameter_name).requires_grad_(True)
-        start = weight.detach().clone()
+    rule = (until_converged, tolerance, max_steps if until_converged else steps)
+
+    def stepper_of(weight):
         if optimizer == "adam":
-            stepper = torch.optim.Adam([weight], lr=lr)
-        else:
-            stepper = torch.optim.SGD([weight], lr=lr, momentum=momentum, weight_decay=weight_decay)
-        base_loss = loss(net(one_sample(x, i)), one_y).sum().detach()
-        largest, first, taken = torch.zeros(()), None, 0
-        for _ in range(max_steps if until_converged else steps):
-            stepper.zero_grad()
-            loss(net(one_sample(x, i)), one_y).sum().backward()
-            peak, norm = weight.grad.abs().max(), weight.grad.norm()
-            largest = torch.maximum(largest, peak.float())
-            first = norm if first is None else first
-            if until_converged and (norm <= tolerance * first or peak < 1e-6):
-                break
-            stepper.step()
-            taken += 1
-        overfit_loss = loss(net(one_sample(x, i)), one_y).sum().detach()
-        delta = (weight.detach() - start).flatten(1)
-        rows.append((delta, delta.square().sum().sqrt(), base_loss, overfit_loss, largest, torch.tensor(taken)))
+            return torch.optim.Adam([weight], lr=lr)
+        return torch.optim.SGD([weight], lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    rows = [one_overfit(model, parameter_name, loss, one_sample(x, i), y[i : i + 1], stepper_of, *rule) for i in range(len(y))]
     return OverfitLoop(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def one_overfit(model, parameter_name, loss, x, y, stepper_of, until_converged, tolerance, most):
+    """The fields of `OverfitLoop` for one sample, a batch of one."""
+    net = copy.deepcopy(model).eval().requires_grad_(False)
+    weight = net.get_parameter(parameter_name).requires_grad_(True)
+    start, stepper = weight.detach().clone(), stepper_of(weight)
+    base_loss = loss(net(copied(x)), y).sum().detach()
+    largest, first, taken = torch.zeros(()), None, 0
+    for _ in range(most):
+        stepper.zero_grad()
+        loss(net(copied(x)), y).sum().backward()
+        peak, norm = weight.grad.abs().max(), weight.grad.norm()
+        largest = torch.maximum(largest, peak.float())
+        first = norm if first is None else first
+        if until_converged and (norm <= tolerance * first or peak < 1e-6):
+            break
+        stepper.step()
+        taken += 1
+    overfit_loss = loss(net(copied(x)), y).sum().detach()
+    delta = (weight.detach() - start).flatten(1)
+    return delta, delta.square().sum().sqrt(), base_loss, overfit_loss, largest, torch.tensor(taken)
+
+
+def copied(x):
+    """A copy of a batch of one, for models that work in place on their input."""
+    return one_sample(x, 0)
 
 
 def one_sample(x, i):

@@ -5,15 +5,12 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 
 import pytest
-from folders import Folder, arrays
-from processes import counted_blocks
+from folders import arrays
 from typer.testing import CliRunner
 
 from ocd_cli.app import app
-from stages.foundation.config import tables
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
 COMMANDS = ("init", *STAGES, "run", "status", "verify")
@@ -100,7 +97,7 @@ def test_dry_run_of_a_fresh_project(project, ocd):
     result = ocd(folder, "train-base", "--dry-run")
     assert "2 epochs on 36 samples" in result.stdout
     assert "bytes" in result.stdout or "KiB" in result.stdout
-    found = one_object(ocd(folder, "run", "--dry-run", "--json").stdout)
+    found = ocd.json(folder, "run", "--dry-run")
     assert list(found["stages"]) == list(STAGES)
     assert not folder.run.exists()
 
@@ -108,7 +105,7 @@ def test_dry_run_of_a_fresh_project(project, ocd):
 @pytest.mark.parametrize("stage", STAGES)
 def test_dry_run_says_how_much_and_writes_nothing(finished, ocd, stage):
     before = finished.files()
-    found = one_object(ocd(finished, stage, "--force", "--dry-run", "--json").stdout)
+    found = ocd.json(finished, stage, "--force", "--dry-run")
     assert found["stage"] == stage
     assert found["bytes"] > 0
     assert found["what"]
@@ -127,8 +124,8 @@ def test_dry_run_says_how_much_and_writes_nothing(finished, ocd, stage):
 
 def test_dry_run_tells_about_enough_bytes(finished, ocd):
     """What is foreseen for the store is what its arrays take, uncompressed."""
-    found = one_object(ocd(finished, "collect", "--force", "--dry-run", "--json").stdout)
-    store = json.loads((finished.run / "collect" / "manifest.json").read_text())["store"]
+    found = ocd.json(finished, "collect", "--force", "--dry-run")
+    store = finished.manifest("collect")["store"]
     sizes = {"float32": 4, "int32": 4, "int64": 8, "bool": 1}
     expected = 0
     for entry in store["arrays"].values():
@@ -144,7 +141,7 @@ def test_dry_run_tells_about_enough_bytes(finished, ocd):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_second_run_is_up_to_date(project, finished, ocd, stage):
-    first = one_object(ocd(finished, stage, "--force", "--json").stdout)
+    first = ocd.json(finished, stage, "--force")
     result = ocd(finished, stage, "--json")
     assert one_object(result.stdout) == first
     assert f"{stage}: up to date" in result.stderr
@@ -155,19 +152,19 @@ def test_second_run_is_up_to_date(project, finished, ocd, stage):
 
 def test_second_run_of_everything(project, ocd):
     folder = project()
-    first = one_object(ocd(folder, "run", "--json").stdout)
+    first = ocd.json(folder, "run")
     assert list(first["stages"]) == list(STAGES)
     before = folder.files()
-    assert one_object(ocd(folder, "run", "--json").stdout) == first
+    assert ocd.json(folder, "run") == first
     assert folder.files() == before
     assert ocd(folder, "run").stdout.count("up to date") == 6
 
 
 def test_json_of_the_others(finished, ocd, tmp_path):
-    assert one_object(ocd(finished, "status", "--json").stdout)["stages"]
-    assert one_object(ocd(finished, "verify", "--json").stdout)["whole"] is True
+    assert ocd.json(finished, "status")["stages"]
+    assert ocd.json(finished, "verify")["whole"] is True
     (tmp_path / "new").mkdir()
-    found = one_object(ocd(None, "init", "--config", tmp_path / "new", "--json").stdout)
+    found = ocd.json(None, "init", "--config", tmp_path / "new")
     assert found["written"] is True
 
 
@@ -206,136 +203,7 @@ def test_each_stage_keeps_a_log(finished):
 # Where settings come from
 
 
-def test_settings_found_upward(project, ocd, monkeypatch):
-    folder = project()
-    (folder.root / "deep" / "er").mkdir(parents=True)
-    monkeypatch.chdir(folder.root / "deep" / "er")
-    result = ocd(None, "train-base")
-    assert f"settings: {folder.config}" in result.stderr
-    assert (folder.run / "train-base" / "manifest.json").exists()
-    assert os.listdir() == []
-
-
-def test_search_stops_at_home(project, ocd, monkeypatch):
-    folder = project()
-    (folder.root / "home").mkdir()
-    monkeypatch.setenv("HOME", str(folder.root / "home"))
-    monkeypatch.chdir(folder.root / "home")
-    ocd(None, "status", code=2)
-
-
-def test_settings_by_environment(project, finished, ocd, monkeypatch, tmp_path):
-    folder = project()
-    monkeypatch.chdir(folder.root)
-    monkeypatch.setenv("OCD_CONFIG", str(finished.config))
-    result = ocd(None, "status", "--json")
-    assert one_object(result.stdout)["run"] == str(finished.run)
-    assert str(finished.config) in result.stderr
-    # A flag goes before it, and a folder stands for the file in it.
-    assert one_object(ocd(None, "status", "--json", "--config", folder.root).stdout)["run"] == str(folder.run)
-
-
-def test_set_goes_before_the_file_and_a_flag_before_set(project, ocd):
-    folder = project({"run": {"seed": 1}})
-
-    def seed(*args):
-        ocd(folder, "train-base", "--force", *args)
-        manifest = json.loads((folder.run / "train-base" / "manifest.json").read_text())
-        assert json.loads((folder.run / "run.json").read_text())["seed"] == manifest["identity"]["settings"]["run.seed"]
-        return manifest["identity"]["settings"]["run.seed"]
-
-    assert seed() == 1
-    assert seed("--set", "run.seed=2") == 2
-    assert seed("--set", "run.seed=2", "--set", "run.seed=3") == 3
-    assert seed("--set", "run.seed=2", "--seed", 4) == 4
-
-
-def test_seed_is_part_of_every_result(finished, ocd):
-    found = one_object(ocd(finished, "status", "--json", "--seed", 2).stdout)["stages"]
-    assert {entry["state"] for entry in found.values()} == {"stale"}
-    for entry in found.values():
-        assert {"setting": "run.seed", "was": 1, "now": 2} in entry["changed"]
-
-
-def test_other_seed_other_result(finished, project, ocd):
-    folder = project()
-    ocd(folder, "run", "--seed", 2)
-    for stage in ("train-base", "collect", "train-diffusion", "train-scale", "infer/test"):
-        contents = {json.loads((f.run / stage / "manifest.json").read_text())["content"] for f in (folder, finished)}
-        assert len(contents) == 2
-
-
-@pytest.mark.parametrize("how", ["flag", "file"])
-def test_run_directory(project, ocd, tmp_path, monkeypatch, how):
-    monkeypatch.chdir(tmp_path)
-    if how == "flag":
-        # Relative to where one is, as paths on a command line are.
-        folder, place = project(), tmp_path / "elsewhere"
-        ocd(folder, "train-base", "--run", "elsewhere")
-    else:
-        folder = project({"run": {"directory": "results/first"}})
-        place = folder.root / "results" / "first"
-        ocd(folder, "train-base")
-    assert (place / "train-base" / "manifest.json").exists()
-    assert not folder.run.exists()
-
-
-def test_values_of_set_are_toml_or_words(project, ocd):
-    folder = project()
-    args = ("--set", "task.model_args.width=5", "--set", "collect.optimizer=sgd", "--set", 'collect.split="all"')
-    ocd(folder, "run", "--until", "collect", *args)
-    settings = json.loads((folder.run / "collect" / "manifest.json").read_text())["identity"]["settings"]
-    assert settings["task.model_args"] == {"width": 5}
-    assert settings["collect.optimizer"] == "sgd"
-    assert settings["collect.split"] == "all"
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "collect.samples=all",
-        "collect.batch_size=auto",
-        "collect.block_samples=auto",
-        "train-diffusion.width=auto",
-        "infer.batch_size=auto",
-    ],
-)
-def test_defaults_that_are_words_may_be_given(finished_run, ocd, setting):
-    ocd(finished_run, "status", "--set", setting)
-
-
 # --force
-
-
-@pytest.mark.parametrize("stage", ["collect", "train-scale"])
-def test_forced_work_keeps_the_old_until_the_new_is_whole(finished, ocd, monkeypatch, stage):
-    before = finished.files()
-
-    def interrupted(*args, **named):
-        raise KeyboardInterrupt
-
-    name = {
-        "collect": "stages.store.delta_store.DeltaStore.write_block",
-        "train-scale": "stages.training.trainer.Trainer.advance",
-    }
-    with monkeypatch.context() as patch:
-        patch.setattr(name[stage], interrupted)
-        ocd(finished, stage, "--force", code=4)
-    kept = {name: data for name, data in finished.files().items() if ".wip/" not in name}
-    assert kept == before
-    found = one_object(ocd(finished, "status", "--json").stdout)["stages"]
-    assert {entry["state"] for entry in found.values()} == {"done"}
-    ocd(finished, stage, "--force")
-    assert not (finished.run / f"{stage}.wip").exists()
-    assert not (finished.run / f"{stage}.old").exists()
-
-
-def test_force_redoes_from_scratch(project, ocd):
-    folder = project({"collect": {"block_samples": 8}})
-    ocd(folder, "run", "--until", "collect")
-    with counted_blocks() as written:
-        ocd(folder, "collect", "--force")
-    assert sorted(written) == [0, 1, 2, 3, 4]
 
 
 # run
@@ -343,11 +211,11 @@ def test_force_redoes_from_scratch(project, ocd):
 
 def test_run_from_and_until_are_inclusive(project, ocd):
     folder = project()
-    assert list(one_object(ocd(folder, "run", "--until", "collect", "--json").stdout)["stages"]) == list(STAGES[:3])
+    assert list(ocd.json(folder, "run", "--until", "collect")["stages"]) == list(STAGES[:3])
     assert not (folder.run / "train-diffusion").exists()
-    found = one_object(ocd(folder, "run", "--from", "collect", "--until", "train-scale", "--json").stdout)["stages"]
+    found = ocd.json(folder, "run", "--from", "collect", "--until", "train-scale")["stages"]
     assert list(found) == list(STAGES[2:5])
-    assert list(one_object(ocd(folder, "run", "--from", "infer", "--json").stdout)["stages"]) == ["infer"]
+    assert list(ocd.json(folder, "run", "--from", "infer")["stages"]) == ["infer"]
 
 
 def test_run_stops_at_what_is_stale(finished, ocd):
@@ -361,9 +229,9 @@ def test_run_stops_at_what_is_stale(finished, ocd):
 
 def test_infer_options(finished, ocd):
     args = ("--ensemble", 3, "--sample-steps", 4, "--sampler", "ddpm", "--strength", 0.5, "--save-deltas")
-    found = one_object(ocd(finished, "infer", *args, "--json").stdout)
+    found = ocd.json(finished, "infer", *args)
     assert found["ensemble"] == 3
-    manifest = json.loads((finished.run / "infer" / "test" / "manifest.json").read_text())
+    manifest = finished.manifest("infer/test")
     settings = manifest["identity"]["settings"]
     assert settings["infer.sample_steps"] == 4
     assert settings["infer.sampler"] == "ddpm"
@@ -377,118 +245,10 @@ def test_infer_options(finished, ocd):
 def test_infer_names_its_answer(finished, ocd, file, name):
     (finished.root / "inputs").mkdir()
     path = finished.save(f"inputs/{file}", arrays(5, 2)[0])
-    result = one_object(ocd(finished, "infer", "--input", path, "--json").stdout)
+    result = ocd.json(finished, "infer", "--input", path)
     assert result["query"] == name
     assert result["metrics"] is None
     assert (finished.run / "infer" / name / "predictions.npz").exists()
 
 
 # init
-
-
-@pytest.fixture
-def init(ocd, tmp_path, monkeypatch):
-    """Runs `ocd init` in an empty folder and returns the file's text."""
-    (tmp_path / "new").mkdir()
-    monkeypatch.chdir(tmp_path / "new")
-
-    def call(*args, code=0):
-        # The fixture's own --device would be written into the file.
-        result = CliRunner().invoke(app, ["init", *map(str, args)], prog_name="ocd")
-        assert result.exit_code == code, result.stderr
-        path = tmp_path / "new" / "ocd.toml"
-        return path.read_text() if path.exists() else None, result.stdout + result.stderr
-
-    return call
-
-
-def test_init_writes_every_setting(init):
-    text, _ = init()
-    raw = tomllib.loads(text)
-    assert list(raw) == list(tables())
-    # Uncommented, every line is a setting: its default, or for what has none an example.
-    lines = [re.sub(r"^# (?=\w+ = )", "", line) for line in text.splitlines()]
-    # The toy's class stands beside the example for one's own.
-    own = tomllib.loads("\n".join(line for line in lines if not line.startswith('class = "task:MyTask"')))
-    for name, table in tables().items():
-        known = {info.alias or key: info for key, info in table.model_fields.items()}
-        assert set(own[name]) == set(known)
-        for key, info in known.items():
-            assert info.description in text
-            if name != "task" and info.default is not None:
-                assert own[name][key] == info.default
-
-
-def test_init_writes_what_works(init, ocd, tmp_path):
-    init()
-    result = ocd(Folder(tmp_path / "new"), "train-base", "--set", "train-base.epochs=1")
-    assert "accuracy" in result.stdout
-
-
-def test_init_with_every_line_uncommented_is_the_same(init, ocd, tmp_path):
-    text, _ = init()
-    task, rest = text.index("[task]"), text.index("[train-base]")
-    loose = re.sub(r"^# (?=\w+ = )", "", text[:task] + text[rest:], flags=re.MULTILINE) + "\n" + text[task:rest]
-    (tmp_path / "new" / "ocd.toml").write_text(loose)
-    ocd(Folder(tmp_path / "new"), "status")
-
-
-def test_init_keeps_what_is_there(init):
-    text, _ = init()
-    again, message = init("--set", "collect.lr=0.5", code=2)
-    assert again == text
-    assert "error:" in message
-    assert "ocd init --force" in message
-    assert "lr = 0.5  #" in init("--set", "collect.lr=0.5", "--force")[0]
-
-
-PLAIN = [
-    word for value in ("model=mymodel:net", "loss=mse", "train=a.npz", "test=b.npz") for word in ("--set", f"task.{value}")
-]
-
-
-def test_init_takes_settings(init):
-    text, _ = init(*PLAIN, "--set", "task.model_args.width=8", "--seed", 7, "--device", "cpu", "--run", "out")
-    raw = tomllib.loads(text)
-    assert raw["run"] == {"directory": "out", "seed": 7, "device": "cpu"}
-    assert raw["task"] == {
-        "model": "mymodel:net",
-        "loss": "mse",
-        "train": "a.npz",
-        "test": "b.npz",
-        "model_args": {"width": 8},
-    }
-
-
-@pytest.mark.parametrize(
-    ("setting", "says"),
-    [
-        ("collect.stepps=3", "did you mean steps?"),
-        ("colect.steps=3", "did you mean collect?"),
-        ("collect.steps=0", "greater than or equal to 1"),
-        ("collect", "table.key=value"),
-        ("task.model=mymodel:net", "task.loss is missing"),
-    ],
-)
-def test_init_refuses(init, setting, says):
-    text, message = init("--set", setting, code=2)
-    assert text is None
-    assert says in message
-
-
-def test_init_dry_run(init):
-    text, message = init("--dry-run")
-    assert text is None
-    assert "[train-diffusion]" in message
-    tomllib.loads(message)
-
-
-def test_init_quotes_what_needs_quotes(init):
-    text, _ = init(*PLAIN, "--set", 'task.model_args={"a b" = "c\\"d", list = [1, 2.5, true]}')
-    assert tomllib.loads(text)["task"]["model_args"] == {"a b": 'c"d', "list": [1, 2.5, True]}
-
-
-@pytest.mark.parametrize("name", ["größe.npz", "a\\b.npz", "\U0001f4f7.npz", 'quo"te.npz'])
-def test_init_writes_any_file_name(init, name):
-    text, _ = init(*PLAIN, "--set", f"task.train={name}")
-    assert tomllib.loads(text)["task"]["train"] == name

@@ -1,7 +1,5 @@
 """`prediction = "mean"`: the same network without diffusion, one pass from the conditioning to the unit delta (Eq. 1)."""
 
-import json
-
 import numpy as np
 import torch
 
@@ -64,8 +62,8 @@ def test_it_learns_a_function_of_the_conditioning():
 def test_its_members_are_one(ocd, finished):
     mean = ("--set", "train-diffusion.prediction=mean")
     ocd(finished, "train-diffusion", "--force", "--quiet", *mean)
-    summary = json.loads((finished.run / "train-diffusion" / "manifest.json").read_text())["summary"]
+    summary = finished.summary("train-diffusion")
     assert summary["prediction"] == "mean"
     ocd(finished, "infer", "--quiet", *mean)
-    members = np.load(finished.run / "infer" / "test" / "predictions.npz")["member_output"]
+    members = finished.predictions()["member_output"]
     assert np.array_equal(members[:, 0], members[:, 1])

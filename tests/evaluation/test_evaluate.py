@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from evaluating import COSTLY, evaluated, rows_of
 from folders import own_task, states
 from planted import helping, hopeless
 
@@ -27,19 +28,6 @@ ROWS = [
     "nearest k blended in layer input",
     "shuffled conditioning",
 ]
-COSTLY = ["alternative layer", "deterministic hypernetwork", "ocd conditioned on x", "base trained for as long again"]
-
-
-def evaluated(ocd, folder, *args):
-    """The results of `ocd evaluate`, which must be those of the file."""
-    found = json.loads(ocd(folder, "evaluate", "--json", "--quiet", *args).stdout)
-    same = found == json.loads((folder.run / "evaluate" / "results.json").read_text())
-    assert same  # on its own: pytest would take minutes to explain a difference
-    return found
-
-
-def rows_of(results):
-    return {row["name"]: row for row in results["rows"]}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +99,7 @@ def test_it_tells_what_ocd_costs_and_whether_it_copies(hopeless_run):
     folder, results = hopeless_run
     cost, found = results["cost"], results["memorisation"]
     assert cost["parameters"]["base"] == 6 * 24 + 24 + 24 * 3 + 3
-    trained = json.loads((folder.run / "train-diffusion" / "manifest.json").read_text())["summary"]
+    trained = folder.summary("train-diffusion")
     assert cost["parameters"]["denoiser"] == trained["parameters"]
     assert cost["parameters"]["scale"] > 0
     assert 0 < cost["base_ms"] < cost["ocd_one_draw_ms"]
@@ -139,7 +127,7 @@ def test_a_regression_has_likelihood_and_coverage(helped):
 def test_its_rows_of_ocd_are_what_infer_predicts(ocd, helped):
     folder, results = helped
     ocd(folder, "infer", "--quiet")
-    metrics = json.loads((folder.run / "infer" / "test" / "manifest.json").read_text())["summary"]["metrics"]
+    metrics = folder.summary("infer/test")["metrics"]
     rows = rows_of(results)
     for name in ("base", "ocd one draw", "ocd ensemble"):
         # Rounding: their batches differ.
@@ -152,7 +140,7 @@ def test_infer_at_the_fitted_strength(ocd, hopeless_run):
     fitted = json.loads((folder.run / "evaluate" / "strength.json").read_text())
     assert fitted["strength"] == rows_of(results)["ocd validated strength"]["strength"]
     assert min(fitted["losses"], key=fitted["losses"].get) == f"{fitted['strength']}"
-    summary = json.loads(ocd(folder, "infer", "--strength", "auto", "--json", "--quiet").stdout)
+    summary = ocd.json(folder, "infer", "--strength", "auto")
     assert summary["strength"] == fitted["strength"]
     shown = rows_of(results)["ocd validated strength"]["metrics"]["cross_entropy"]["mean"]
     assert summary["metrics"]["ocd ensemble"]["cross_entropy"] == pytest.approx(shown, rel=1e-4)
@@ -161,13 +149,13 @@ def test_infer_at_the_fitted_strength(ocd, hopeless_run):
     forced = ("--set", "infer.strength=auto", "--set", "evaluate.strengths=[0.125]")
     evaluated(ocd, folder, *forced)
     assert states(ocd, folder, *forced[1::2])["infer"] == "stale"
-    assert json.loads(ocd(folder, "infer", *forced, "--json", "--quiet").stdout)["strength"] == 0.125
+    assert ocd.json(folder, "infer", *forced)["strength"] == 0.125
 
 
 def test_run_evaluates_where_predictions_need_it(ocd, project):
     auto = ("--set", "infer.strength=auto")
     folder = project(rows=120)
-    stages = json.loads(ocd(folder, "run", "--json", "--quiet", *auto).stdout)["stages"]
+    stages = ocd.json(folder, "run", *auto)["stages"]
     assert list(stages)[-2:] == ["evaluate", "infer"]
     assert stages["infer"]["strength"] == rows_of(stages["evaluate"])["ocd validated strength"]["strength"]
     assert set(states(ocd, folder, auto[1]).values()) == {"done"}
@@ -192,76 +180,6 @@ def test_an_evaluation_is_redone_when_asked_otherwise(ocd, finished):
     assert "evaluate is redone: evaluate.samples was 'all', is now 10" in other.stderr
     assert json.loads((finished.run / "evaluate" / "results.json").read_text())["samples"] == 10
     ocd(finished, "verify")
-
-
-@pytest.fixture
-def roomy(ocd, project):
-    """A run with enough validation samples to fit strengths on."""
-    folder = project(rows=120)
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
-    return folder
-
-
-def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
-    finished = roomy
-    words = [word for name in COSTLY for word in ("--add", name)]
-    results = evaluated(ocd, finished, *words)
-    rows = rows_of(results)
-    assert set(COSTLY) <= set(rows)
-    assert not results["left_out"] or {entry["name"] for entry in results["left_out"]}.isdisjoint(COSTLY)
-    branches = finished.run / "branches"
-    shared = {
-        "alternative-layer": ["train-base"],
-        "deterministic-hypernetwork": ["train-base", "select-layer", "collect"],
-        "conditioned-on-x": ["train-base", "select-layer"],
-        "base-trained-longer": [],
-    }
-    assert {path.name for path in branches.iterdir()} == set(shared)
-    for name, stages in shared.items():
-        for stage in stages:
-            same = [(run / stage / "manifest.json").read_bytes() for run in (finished.run, branches / name)]
-            assert same[0] == same[1], (name, stage)
-    assert rows["deterministic hypernetwork"]["members"] == 1
-    layers = [
-        json.loads((run / "select-layer" / "layer.json").read_text())["layer"]
-        for run in (finished.run, branches / "alternative-layer")
-    ]
-    assert layers[0] != layers[1]
-    ocd(finished, "verify")
-    # Nothing of a branch is made twice.
-    times = {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")}
-    ocd(finished, "evaluate", "--quiet", "--force", *words)
-    assert {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")} == times
-
-
-def test_a_branch_follows_its_run(ocd, finished):
-    words = ("--add", "deterministic hypernetwork", "--quiet")
-    ocd(finished, "evaluate", *words)
-    branch = finished.run / "branches" / "deterministic-hypernetwork"
-    was = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
-    changed = ("--set", "collect.lr=0.02")
-    ocd(finished, "run", "--force", "--from", "collect", "--until", "train-scale", "--quiet", *changed)
-    ocd(finished, "evaluate", *words, *changed)
-    now = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
-    assert now != was
-    assert now == json.loads((finished.run / "collect" / "manifest.json").read_text())["content"]
-
-
-def test_seeds_are_whole_trainings(ocd, finished):
-    results = evaluated(ocd, finished, "--seeds", "3")
-    found = results["seeds"]
-    assert found["seeds"] == [1, 2, 3]
-    assert found["verdicts"][0] == results["verdict"]
-    others = [
-        json.loads((finished.run / "branches" / f"seed-{seed}" / "evaluate" / "results.json").read_text()) for seed in (2, 3)
-    ]
-    for row in found["rows"]:
-        values = [rows_of(result)[row["name"]]["metrics"]["cross_entropy"]["mean"] for result in (results, *others)]
-        entry = row["metrics"]["cross_entropy"]
-        assert entry["values"] == values
-        assert entry["mean"] == pytest.approx(np.mean(values))
-        assert entry["standard_deviation"] == pytest.approx(np.std(values, ddof=1))
-    assert len({row["metrics"]["cross_entropy"]["mean"] for result in (results, *others) for row in result["rows"][:1]}) == 3
 
 
 def test_a_task_adds_rows(ocd, project):
@@ -325,24 +243,3 @@ def test_no_label_reaches_a_prediction(ocd, finished):
         confidence = [entry[name]["metrics"]["calibration_error"]["mean"] for entry in (first, second)]
         assert confidence[0] != confidence[1] or name.startswith("overfitted")
         assert row["members"] == first[name]["members"]
-
-
-def test_interrupted_it_begins_again_and_keeps_its_branches(ocd, finished, monkeypatch):
-    words = ("--add", "deterministic hypernetwork")
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("stages.evaluate.compare", interrupted)
-        shown = ocd(finished, "evaluate", *words, code=4)
-    assert "evaluate was interrupted" in shown.stderr
-    assert "run the same command again" in shown.stderr
-    assert not (finished.run / "evaluate").exists()
-    branch = finished.run / "branches" / "deterministic-hypernetwork" / "train-diffusion" / "denoiser.safetensors"
-    made = branch.stat().st_mtime_ns
-    assert states(ocd, finished, 'evaluate.rows=["deterministic hypernetwork"]')["evaluate"] == "partial"
-    results = evaluated(ocd, finished, *words)
-    assert branch.stat().st_mtime_ns == made
-    assert "deterministic hypernetwork" in rows_of(results)
-    ocd(finished, "verify")

@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 from folders import make_folder, own_task
 
-from stages.evaluation import from_run
+from stages.evaluate import Evaluate
+from stages.evaluation.from_run import with_neighbours
 from stages.evaluation.rows import TABLE
+from stages.evaluation.subject import EvaluatedSamples
+from stages.lifecycle.context import RunContext
+from stages.run_directory.project import load_project
 
 FORMS = {
     "log-probabilities": "LogProbabilities",
@@ -109,7 +114,7 @@ def test_fields_of_the_tasks_own(evaluated, ocd):
     assert left_out["nearest neighbour in layer input"] == "the store has no field layer_input"
     assert left_out["nearest k blended in layer input"] == "the store has no field layer_input"
     assert "nearest neighbour" in {row["name"] for row in results["rows"]}
-    again = json.loads(ocd(folder, "evaluate", "--json", "--quiet", "--add", "ocd conditioned on x").stdout)
+    again = ocd.json(folder, "evaluate", "--add", "ocd conditioned on x")
     reasons = {entry["name"]: entry["reason"] for entry in again["left_out"]}
     assert reasons["ocd conditioned on x"].startswith("collect.condition_on_x = true beside a conditioning() of the task's own")
 
@@ -129,22 +134,16 @@ def test_the_batch_size_changes_nothing_but_rounding(evaluated, ocd):
 
 def test_a_sample_is_not_its_own_neighbour(ocd, project):
     """Of a store that holds validation samples, too, none is compared with its own delta."""
-    folder = project({"collect": {"split": "all"}, "evaluate": {"resamples": 200}}, rows=400)
-    ocd(folder, "run", "--quiet", "--until", "train-scale", "--set", "task.validation_fraction=0.5")
-    seen = []
-    original = from_run.nearest
-
-    def noted(*given, **named):
-        found = original(*given, **named)
-        seen.append(found.distance[:, 0])
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(from_run, "nearest", noted)
-        ocd(folder, "evaluate", "--quiet", "--set", "task.validation_fraction=0.5")
-    # Test samples in x and in the layer's input, then validation samples: no two samples are the same.
-    assert len(seen) == 4
-    assert all(float(distance.min()) > 0 for distance in seen)
+    folder = project({"task": {"validation_fraction": 0.5}, "collect": {"split": "all"}}, rows=400)
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    stage = Evaluate(RunContext(load_project(folder.config, overrides=["run.device=cpu"])))
+    numbers, known = stage.training.sample_index, stage.training.field("layer_input")
+    for split in (stage.context.test_split, stage.context.splits["validation"]):
+        evaluated = EvaluatedSamples(split, torch.arange(len(split)))
+        assert with_neighbours(stage.subject, evaluated, stage.context.splits["all"], numbers, known, 1, 16, print) == {}
+        for kind in ("x", "layer_input"):
+            # No two samples are the same.
+            assert float(evaluated.neighbours[kind].distance[:, 0].min()) > 0
 
 
 def test_branches_follow_data_that_only_code_reads(ocd, project):

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from overfitters import random
 
-from stages.evaluation import neighbours
-from stages.evaluation.neighbours import CANDIDATES_AT_ONCE, Neighbours, flat_inputs, input_blocks, nearest
+from stages.evaluation.neighbours import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, Neighbours, flat_inputs, input_blocks, nearest
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
 
@@ -55,10 +54,10 @@ def test_nearest_in_single_precision():
     torch.testing.assert_close(found.distance.double(), distance, rtol=1e-5, atol=0)
 
 
-def test_more_queries_than_go_at_once(monkeypatch):
-    asked, known = random(23, 4), random(40, 4, seed=1)
-    wanted = nearest(asked, [(0, known)], 5)
-    monkeypatch.setattr(neighbours, "QUERIES_AT_ONCE", 5)
+def test_more_queries_than_go_at_once():
+    asked, known = random(QUERIES_AT_ONCE + 23, 4), random(40, 4, seed=1)
+    parts = [nearest(part, [(0, known)], 5) for part in asked.split(500)]
+    wanted = Neighbours(torch.cat([part.distance for part in parts]), torch.cat([part.row for part in parts]))
     found = nearest(asked, [(0, known)], 5)
     assert torch.equal(found.row, wanted.row)
     # Products of other shapes may be summed in another order.
@@ -143,13 +142,14 @@ class Pairs:
 
 
 @pytest.mark.parametrize("make", [lambda x: ArrayDataset(x, None), Pairs])
-def test_blocks_are_of_the_positions_in_their_order(make, monkeypatch):
+def test_blocks_are_of_the_positions_in_their_order(make):
     """Numbers count the positions that were asked for, not rows of the dataset."""
-    x, rows, positions = random(30, 2, 2, dtype=torch.float32), torch.arange(29, -1, -1), torch.tensor([3, 20, 4, 11, 7])
-    monkeypatch.setattr(neighbours, "CANDIDATES_AT_ONCE", 2)
+    count = 2 * CANDIDATES_AT_ONCE + 30
+    x, rows = random(count, 2, 2, dtype=torch.float32), torch.arange(count - 1, -1, -1)
+    positions = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 2 * CANDIDATES_AT_ONCE + 5]
     found = list(input_blocks(Task(), Split(make(x), rows), positions, CPU))
-    assert [start for start, _ in found] == [0, 2, 4]
-    assert torch.equal(torch.cat([block for _, block in found]), x[29 - positions].flatten(1))
+    assert [start for start, _ in found] == [0, CANDIDATES_AT_ONCE, 2 * CANDIDATES_AT_ONCE]
+    assert torch.equal(torch.cat([block for _, block in found]), x[count - 1 - positions].flatten(1))
 
 
 def test_neighbours_by_blocks_of_a_split_larger_than_one_block():

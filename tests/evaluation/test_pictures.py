@@ -1,6 +1,6 @@
 """Pictures of what `ocd infer` answered: strips whose panes are the arrays, and what happens where there can be none."""
 
-import json
+import itertools
 import sys
 
 import numpy as np
@@ -9,7 +9,7 @@ import reference
 import torch
 from folders import flip, make_folder, own_task, results
 from PIL import Image
-from processes import counted_blocks
+from processes import before, counted_blocks, interrupt
 
 from stages.evaluation import pictures
 from stages.evaluation.pictures import CAPTION, GAP, enlarged, picture_of, strip
@@ -129,7 +129,7 @@ def test_what_the_command_says(ready, ocd):
     assert f"pictures of 5 inputs: {where}\n" in result.stdout
     assert "infer: 5 of 5 pictures" in result.stderr
     assert f"pictures of 5 inputs: {where}\n" in ocd(ready, "infer").stdout
-    assert json.loads(ocd(ready, "infer", "--json").stdout)["pictures"] == 5
+    assert ocd.json(ready, "infer")["pictures"] == 5
 
 
 def test_strips_of_unlike_pictures():
@@ -141,17 +141,9 @@ def test_strips_of_unlike_pictures():
 # Kept, continued, damaged
 
 
-def test_drawing_that_was_interrupted(ready, painted_run, ocd, monkeypatch):
-    made = []
-
-    def stopped(panes):
-        made.append(panes)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return strip(panes)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pictures, "strip", stopped)
+def test_drawing_that_was_interrupted(ready, painted_run, ocd):
+    made = itertools.count()
+    with before(pictures, "strip", lambda _: next(made) < 2 or interrupt()):
         ocd(ready, "infer", code=4)
     assert not (ready.run / "infer" / "test").exists()
     with counted_blocks(Answer) as written:
@@ -188,7 +180,7 @@ def test_a_changed_picture_is_noticed(painted, ocd):
 
 def test_no_pictures_where_none_are_asked_for(painted, ocd, monkeypatch):
     monkeypatch.setenv("PICTURE", "sums")
-    found = json.loads(ocd(painted, "infer", "--json", "--set", "infer.pictures=0").stdout)
+    found = ocd.json(painted, "infer", "--set", "infer.pictures=0")
     assert found["pictures"] == 0
     assert not (painted.run / "infer" / "test" / "pictures").exists()
 
@@ -202,7 +194,8 @@ def test_without_pillow_the_answer_comes_all_the_same(ready, ocd, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "PIL", None)
         result = ocd(ready, "infer")
-    assert 'no pictures: Pillow is missing; to have them: pip install "ocd[examples]", then ocd infer --force' in result.stderr
+    hint = 'no pictures: Pillow is missing; to have them: pip install "torch-ocd[examples]", then ocd infer --force'
+    assert hint in result.stderr
     assert not (ready.run / "infer" / "test" / "pictures").exists()
     assert ready.summary("infer/test")["pictures"] == 0
     ocd(ready, "infer", "--force")

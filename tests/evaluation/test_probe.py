@@ -1,6 +1,5 @@
 """probe: tells headroom from none before anything is trained, and writes nothing."""
 
-import json
 import tomllib
 
 import numpy as np
@@ -24,7 +23,7 @@ ROWS = {
 
 
 def probed(ocd, folder, *args):
-    return json.loads(ocd(folder, "probe", "--json", "--quiet", *args).stdout)
+    return ocd.json(folder, "probe", *args)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def test_what_it_finds_is_what_the_stages_do(ocd, without):
         assert entry["cost"]["collect_seconds"] > 0
     ocd(without, "select-layer", "--quiet")
     ocd(without, "collect", "--quiet")
-    manifest = json.loads((without.run / "collect" / "manifest.json").read_text())
+    manifest = without.manifest("collect")
     stored = sum(entry["size"] for name, entry in manifest["files"].items() if name.startswith("deltas.zarr"))
     assert stored < 1.2 * mine["cost"]["collect_bytes"]
 

@@ -6,152 +6,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from gathering import CLASSES, MEMBERS, ROUNDING, SAMPLES, Bare, Binary, Classes, Numbers, Other, figures, gathered, labels_of
+from hypothesis import settings
 from overfitters import random
 from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from torch import nn
 
-from stages.evaluation.metrics import Gathered, Residuals, disagreement, probabilities
-from stages.tasks.losses import binary_accuracy, binary_cross_entropy, cross_entropy, mean_binary_probability, mse
-from stages.tasks.protocol import Task
+from stages.evaluation.metrics import Gathered
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
-# Sums in another order, in float64.
-ROUNDING = 1e-12
-SAMPLES, CLASSES, MEMBERS = 40, 3, 5
-
-
-def labels_of(*shape, seed=0, classes=CLASSES):
-    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Classes(Task):
-    kind = "classification"
-
-    def loss(self, output, y):
-        return cross_entropy(output, y)
-
-
-class Binary(Task):
-    kind = "classification"
-
-    def loss(self, output, y):
-        return binary_cross_entropy(output, y)
-
-    def metrics(self, output, y):
-        return {"accuracy": binary_accuracy(output, y)}
-
-    def combine(self, outputs):
-        return mean_binary_probability(outputs)
-
-
-class Numbers(Task):
-    kind = "regression"
-
-    def loss(self, output, y):
-        return mse(output, y)
-
-
-class Other(Task):
-    def loss(self, output, y):
-        return mse(output, y)
-
-
-class Bare(Numbers):
-    """Its loss and metrics take whatever there is."""
-
-    def loss(self, output, y):
-        return (output["a"] if isinstance(output, dict) else output).reshape(len(y), -1).sum(1)
-
-    def metrics(self, output, y):
-        return {}
-
-
-def gathered(task, members, y, *, variance=None, batch=17):
-    """What comes of (E, N, …) in batches of unequal sizes."""
-    found = Gathered(task, variance)
-    for start in range(0, len(y), batch):
-        part = members[:, start : start + batch]
-        found.add(part, task.combine(part), y[start : start + batch])
-    return found
-
-
-def figures(found):
-    """Over all samples, by name."""
-    statistics, samples = found.statistics(), len(found.values("loss"))
-    return {name: float(statistic(np.full((1, samples), 1 / samples))[0]) for name, statistic in statistics.items()}
 
 
 # Probabilities
 
 
-def test_probabilities_of_classes():
-    logits, y = random(4, 3, 2, 5), labels_of(4, 2, 5)
-    p, labels = probabilities(logits, y)
-    assert p.shape == (4, 3, 10)
-    torch.testing.assert_close(p, logits.exp().div(logits.exp().sum(1, keepdim=True)).flatten(2))
-    assert torch.equal(labels, y.flatten(1))
-    torch.testing.assert_close(p.sum(1), torch.ones(4, 10, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("shapes", [((6,), (6,)), ((6, 1), (6,)), ((6,), (6, 1)), ((6, 1, 2, 2), (6, 2, 2)), ((6, 4), (6, 4))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_probabilities_of_a_binary_classifier(shapes, dtype):
-    logits, y = random(*shapes[0]), labels_of(*shapes[1], classes=2).to(dtype)
-    p, labels = probabilities(logits, y)
-    flat = logits.reshape(6, -1)
-    torch.testing.assert_close(p, torch.stack([1 / (1 + flat.exp()), 1 / (1 + (-flat).exp())], dim=1))
-    assert torch.equal(labels, y.reshape(6, -1).long())
-
-
-@pytest.mark.parametrize(
-    ("output", "y"),
-    [
-        ({"a": torch.zeros(2, 3)}, torch.zeros(2, dtype=torch.long)),
-        (torch.zeros(2, 3), (torch.zeros(2),)),
-        (torch.zeros(2, 3), torch.zeros(2, 2)),
-        (torch.zeros(2, 3), torch.zeros(2)),
-    ],
-)
-def test_no_probabilities_of_other_forms(output, y):
-    assert probabilities(output, y) is None
-
-
 # Disagreement
-
-
-@given(members=st.integers(1, 6), classes=st.integers(2, 5), sharpness=st.sampled_from([0.0, 0.1, 3.0, 1e4]))
-@PROPERTY
-def test_disagreement_lies_between_zero_and_the_logarithm_of_the_members(members, classes, sharpness):
-    p = torch.softmax(sharpness * random(members, 4, classes, 3), dim=2)
-    found = disagreement(p)
-    assert found.shape == (4,)
-    assert (found >= -ROUNDING).all()
-    assert (found <= min(math.log(members), math.log(classes)) + ROUNDING).all()
-
-
-def test_equal_members_do_not_disagree():
-    p = torch.softmax(random(1, 4, 3, 2), dim=2).expand(5, -1, -1, -1)
-    torch.testing.assert_close(disagreement(p), torch.zeros(4, dtype=torch.float64), rtol=0, atol=ROUNDING)
-
-
-def test_members_that_are_sure_of_different_classes_disagree_most():
-    p = torch.eye(4, dtype=torch.float64).view(4, 1, 4, 1)
-    assert disagreement(p).item() == pytest.approx(math.log(4), abs=ROUNDING)
-
-
-def test_disagreement_is_the_mean_distance_from_the_mean():
-    """Mutual information is also the mean Kullback-Leibler divergence of the members from their mean."""
-    p = torch.softmax(2 * random(5, 3, 4, 2), dim=2)
-    wanted = torch.zeros(3, dtype=torch.float64)
-    for b in range(3):
-        for place in range(2):
-            for member in range(5):
-                one, mean = p[member, b, :, place], p[:, b, :, place].mean(0)
-                wanted[b] += (one * (one / mean).log()).sum() / (5 * 2)
-    torch.testing.assert_close(disagreement(p), wanted, rtol=0, atol=ROUNDING)
 
 
 # Classification
@@ -330,81 +200,6 @@ def test_a_task_of_another_kind_has_its_loss_alone():
 
 
 # The variance of residuals
-
-
-def residuals(members, y, batch=13):
-    found = Residuals()
-    for start in range(0, len(y), batch):
-        part = members[:, start : start + batch]
-        found.add(part, part.mean(0), y[start : start + batch])
-    return found
-
-
-def loss_of(variance, members, y):
-    """Minus twice the mean log-likelihood, but for a constant."""
-    total = members.numpy().var(0) + variance
-    return np.mean(np.log(total) + (y.numpy() - members.numpy().mean(0)) ** 2 / total)
-
-
-@pytest.mark.parametrize("noise", [0.3, 1.0, 5.0])
-@pytest.mark.parametrize("shape", [(), (3,)])
-def test_the_variance_is_the_likeliest(noise, shape):
-    members = random(MEMBERS, 300, *shape) * random(1, 300, *shape, seed=3)
-    y = members.mean(0) + noise * random(300, *shape, seed=1) + members.std(0) * random(300, *shape, seed=2)
-    found = residuals(members, y).variance()
-    grid = np.exp(np.linspace(-10, 5, 3001))
-    wanted = grid[np.argmin([loss_of(variance, members, y) for variance in grid])]
-    # The grid's own step.
-    assert found == pytest.approx(wanted, rel=0.006)
-    assert all(loss_of(found, members, y) <= loss_of(found * factor, members, y) for factor in (0.99, 1.01))
-
-
-def test_the_variance_of_one_member_is_the_mean_square():
-    members, y = random(1, 300), random(300, seed=1)
-    assert residuals(members, y).variance() == pytest.approx(float((y - members[0]).square().mean()), rel=ROUNDING)
-
-
-def test_the_variance_of_a_simulation_is_found():
-    """Residuals N(0, 0.7 + v_i) with v_i from 0.1 to 10."""
-    draw = torch.Generator().manual_seed(0)
-    spread = torch.linspace(math.log(0.1), math.log(10), 20_000, dtype=torch.float64).exp()
-    # Two members at ± sqrt(v) have mean 0 and variance v.
-    members = torch.stack([spread.sqrt(), -spread.sqrt()])
-    y = torch.randn(20_000, generator=draw, dtype=torch.float64) * (0.7 + spread).sqrt()
-    # Its standard error is sqrt(2 / Σ 1/(0.7 + v)²) = 0.012.
-    assert residuals(members, y).variance() == pytest.approx(0.7, abs=0.05)
-
-
-def test_members_that_vary_more_than_they_err_leave_next_to_nothing():
-    members, y = 10 * random(MEMBERS, 300), random(300, seed=1)
-    y = members.mean(0) + y
-    assert residuals(members, y).variance() < 1e-4
-
-
-def test_without_errors_the_variance_is_small_but_above_zero():
-    members = random(1, 300)
-    assert residuals(members, members[0].clone()).variance() == pytest.approx(1e-12)
-    # A likelihood can then still be had.
-    found = figures(gathered(Numbers(), members, members[0].clone(), variance=1e-12))
-    assert math.isfinite(found["log_likelihood"])
-
-
-def test_wide_outputs_are_thinned_evenly():
-    """The residual of each number is its place."""
-    members, y = torch.zeros(1, 4, 1000), torch.arange(1000.0).expand(4, -1)
-    found = residuals(members, y)
-    kept = found.parts[0][0]
-    assert kept.shape[1] <= Residuals.most_numbers
-    assert kept[0].diff().unique().tolist() == [4.0]
-    # Every fourth of 0 … 999.
-    assert found.variance() == pytest.approx(float(torch.arange(0.0, 1000, 4).square().mean()), rel=1e-6)
-
-
-def test_no_variance_without_residuals():
-    found = Residuals()
-    assert found.variance() is None
-    found.add(random(2, 5, 3), random(5, 3), random(5, 2))
-    assert found.variance() is None
 
 
 def test_gathering_keeps_no_graph():

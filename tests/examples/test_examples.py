@@ -1,23 +1,13 @@
 """The examples as a user runs them: digits and bring_your_own whole, MNIST as far as its data allow."""
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from folders import example
 
-from stages.tasks.fetch import cache_folder
-
-MNIST_FILE = "mnist/train-images-idx3-ubyte.gz"
-# Taken before the tests' own fixture hides it.
-OCD_DATA = os.environ.get("OCD_DATA")
-
 
 def test_digits_end_to_end(ocd, tmp_path):
     folder = example("digits", tmp_path)
-    stages = json.loads(ocd(folder, "run", "--json", "--quiet").stdout)["stages"]
+    stages = ocd.json(folder, "run")["stages"]
     metrics = stages["infer"]["metrics"]
     assert list(metrics) == ["base", "ocd one draw", "ocd ensemble"]
     assert metrics["base"]["accuracy"] > 0.9
@@ -27,46 +17,41 @@ def test_digits_end_to_end(ocd, tmp_path):
     assert stages["collect"]["overfit_loss"] < stages["collect"]["base_loss"]
     found = dict(np.load(folder.run / "infer" / "test" / "predictions.npz"))
     assert found["member_output"].shape == (600, 5, 10)
-    results = json.loads(ocd(folder, "evaluate", "--json", "--quiet").stdout)
+    results = ocd.json(folder, "evaluate")
     rows = {row["name"]: row["metrics"]["cross_entropy"] for row in results["rows"]}
     assert rows["ocd ensemble"]["mean"] == pytest.approx(metrics["ocd ensemble"]["cross_entropy"], rel=1e-4)
     assert rows["shuffled conditioning"]["mean"] > rows["ocd ensemble"]["mean"]
-    assert json.loads(ocd(folder, "probe", "--json", "--quiet", "--layer", "fc2.weight").stdout)["headroom"] == "x"
+    assert ocd.json(folder, "probe", "--layer", "fc2.weight")["headroom"] == "x"
     ocd(folder, "verify")
 
 
 def test_bring_your_own_goes_from_two_files_to_predictions_in_one_command(ocd, tmp_path):
     folder = example("bring_your_own", tmp_path)
     fast = ("--set", "train-diffusion.max_steps=100", "--set", "train-scale.max_steps=100")
-    stages = json.loads(ocd(folder, "run", "--json", *fast).stdout)["stages"]
+    stages = ocd.json(folder, "run", *fast)["stages"]
     assert stages["infer"]["inputs"] == 169
-    assert len(json.loads(ocd(folder, "evaluate", "--json", "--quiet", *fast).stdout)["rows"]) == 18
+    assert len(ocd.json(folder, "evaluate", *fast)["rows"]) == 18
     assert ocd(folder, "probe", "--layer", "head.weight").stdout
-    assert np.isfinite(np.load(folder.run / "infer" / "test" / "predictions.npz")["output"]).all()
+    assert np.isfinite(folder.predictions()["output"]).all()
 
 
 def test_init_alone_writes_a_file_that_works(ocd, tmp_path):
     ocd(None, "init", "--config", tmp_path)
     few = [word for key in ("train-diffusion.max_steps", "train-scale.max_steps") for word in ("--set", f"{key}=50")]
-    stages = json.loads(ocd(None, "run", "--json", "--config", tmp_path, *few, "--set", "select-layer.draws=50").stdout)[
-        "stages"
-    ]
+    stages = ocd.json(None, "run", "--config", tmp_path, *few, "--set", "select-layer.draws=50")["stages"]
     assert stages["infer"]["metrics"]["base"]["accuracy"] > 0.5
 
 
-def test_mnist_reads_the_real_data(ocd, tmp_path, monkeypatch):
-    if OCD_DATA:
-        monkeypatch.setenv("OCD_DATA", OCD_DATA)
-    if not (OCD_DATA and (Path(OCD_DATA) / MNIST_FILE).is_file()) and not (cache_folder() / MNIST_FILE).is_file():
-        pytest.skip("MNIST is neither in OCD_DATA nor downloaded")
+def test_mnist_reads_the_real_data(ocd, tmp_path, real_data):
+    real_data("mnist/train-images-idx3-ubyte.gz")
     folder = example("mnist_lenet5", tmp_path)
     few = ("collect.samples=200", "train-diffusion.max_steps=20", "train-scale.max_steps=50", "select-layer.draws=20")
     few += ("task.args.classifier_epochs=1", "evaluate.samples=40", "evaluate.validation_samples=20")
     words = [word for setting in few for word in ("--set", setting)]
     ocd(folder, "run", "--until", "train-scale", *words)
-    summary = json.loads((folder.run / "collect" / "manifest.json").read_text())["summary"]
+    summary = folder.summary("collect")
     assert summary["shape"] == [84, 120]
-    base = json.loads((folder.run / "train-base" / "manifest.json").read_text())["summary"]
+    base = folder.summary("train-base")
     assert base["test"]["accuracy"] > 0.95
-    results = json.loads(ocd(folder, "evaluate", "--json", "--quiet", *words).stdout)
+    results = ocd.json(folder, "evaluate", *words)
     assert {"classifier on I(x)", "classifier on I(x) and x"} <= {row["name"] for row in results["rows"]}

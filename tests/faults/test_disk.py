@@ -1,11 +1,13 @@
 """A disk that is full, beforehand and in the middle: one message, exit code 4, and the run goes on once there is room."""
 
+import errno
+import os
 import re
 import shutil
 
 import pytest
-from folders import Folder, blocks_of, make_folder
-from processes import counted_blocks
+from folders import Folder, blocks_of, make_folder, states
+from processes import before, counted_blocks
 
 from stages.collect import Collect
 from stages.run_directory.folders import StageFolder
@@ -67,16 +69,8 @@ def test_too_little_room_is_found_beforehand(small, small_disk, ocd, on_disk):
 
 # A chunk of deltas is about 45 KB, a record 2 KB: the room left ends in a chunk, between two, in a record.
 @pytest.mark.parametrize("free", [0, 4 << 10, 24 << 10, 48 << 10, 64 << 10, 68 << 10, 72 << 10])
-def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, monkeypatch, free):
-    write = DeltaStore.write_block
-
-    def written(self, block, *args, **named):
-        if block == 4:
-            small_disk.fill(free)
-        write(self, block, *args, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DeltaStore, "write_block", written)
+def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, free):
+    with before(DeltaStore, "write_block", lambda _, block, *args: small_disk.fill(free) if block == 4 else None):
         result = ocd(small, "collect", "--quiet", "--set", "collect.writers=1", code=4)
     assert re.fullmatch(
         r"error: the disk is full: [\d,]+ bytes are free at \S+\n  make room, then run the same command again\n", result.stderr
@@ -95,21 +89,15 @@ def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, monkey
     same_store(small, on_disk, ocd)
 
 
-@pytest.mark.parametrize("where", ["before the manifest", "before the names are exchanged"])
-def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, monkeypatch, where):
-    owner, name = {"before the manifest": (Collect, "_result"), "before the names are exchanged": (StageFolder, "exchange")}[
-        where
-    ]
-    call = getattr(owner, name)
-
-    def filled(*args):
-        small_disk.fill()
-        return call(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, filled)
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [(Collect, "_result"), (StageFolder, "exchange")],
+    ids=["before the manifest", "before the names are exchanged"],
+)
+def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, where, name):
+    with before(where, name, lambda *_: small_disk.fill()):
         # An exchange needs no room.
-        ocd(small, "collect", "--quiet", code=4 if name == "_result" else 0)
+        ocd(small, "collect", "--quiet", code=4 if where is Collect else 0)
     (small_disk.path / "filler").unlink()
     with counted_blocks() as redone:
         ocd(small, "collect")
@@ -128,3 +116,37 @@ def test_only_what_is_not_there_yet_needs_room(small, small_disk, ocd, monkeypat
     free += 1
     ocd(small, "collect")
     assert len(blocks_of(small, "collect")) == 18
+
+
+@pytest.mark.parametrize("stage", ["collect", "train-diffusion", "infer"])
+def test_not_enough_disk(finished, ocd, monkeypatch, stage):
+    usage = shutil.disk_usage(finished.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=700))
+    result = ocd(finished, stage, "--force", "--quiet", code=4)
+    assert result.stdout == ""
+    assert all(fact in result.stderr for fact in ("error: not enough disk", "bytes are needed", "700 are free", "--run"))
+    monkeypatch.undo()
+    assert states(ocd, finished)[stage] == "done"
+
+
+@pytest.mark.parametrize("writes", [0, 3, 7])
+@pytest.mark.parametrize("stage", ["train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer"])
+def test_disk_full_while_writing(finished, ocd, monkeypatch, stage, writes):
+    finished.without(stage)
+    left, sync = [writes], os.fsync
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = ocd(finished, stage, "--quiet", code=4)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "disk is full" in result.stderr
+    assert "run the same command again" in result.stderr
+    assert not [name for name in finished.files() if name.endswith((".tmp", ".partial"))]
+    monkeypatch.undo()
+    ocd(finished, stage)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from folders import Folder, blocks_of, make_folder, results, store
-from processes import wait_until
+from processes import before, interrupt, wait_until
 
 from stages.collect import Collect
 
@@ -95,8 +95,8 @@ def killed_at(folder, start, number):
         KilledAt(patch, number)
         process = start(folder, "collect", "--quiet", "--set", "collect.writers=1")
     wait_until(process.ended)
-    assert process._code in (0, -signal.SIGKILL), process.stderr
-    return process._code != 0
+    assert process.code in (0, -signal.SIGKILL), process.stderr
+    return process.code != 0
 
 
 def names(folder):
@@ -117,17 +117,13 @@ def test_a_kill_at_every_change_of_beginning_and_of_a_block(ready, collected_run
     assert names(ready) == names(collected_run)
 
 
-def interrupted(*args):
-    raise KeyboardInterrupt
-
-
-def test_a_kill_at_every_change_of_finishing(collected, collected_run, ocd, start, whole, monkeypatch):
+def test_a_kill_at_every_change_of_finishing(collected, collected_run, ocd, start, whole):
     """All blocks are there: what is left is to write the manifest and to give the folder its name."""
     folder = collected.run / "collect"
     assert killed_at(collected, start, 1) is False  # up to date: nothing is changed
     shutil.rmtree(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Collect, "_result", interrupted)
+    # Nothing that is asked for stops between the last block and the manifest.
+    with before(Collect, "_finished", interrupt):
         ocd(collected, "collect", code=4)
     assert len(blocks_of(collected)) == 9
     rounds = 0

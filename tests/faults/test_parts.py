@@ -15,7 +15,7 @@ BLOCKS = 9
 
 
 def status_of(ocd, folder):
-    return json.loads(ocd(folder, "status", "--json").stdout)["stages"]["collect"]
+    return ocd.json(folder, "status")["stages"]["collect"]
 
 
 def test_one_part_after_another(ready, start, whole, collected_run):
@@ -26,7 +26,7 @@ def test_one_part_after_another(ready, start, whole, collected_run):
         if done < BLOCKS:
             part = {"stage": "collect", "state": "partial", "part": f"{number}/3"}
             assert found == {**part, "done": done, "total": BLOCKS, "unit": "blocks"}
-    assert found == json.loads((collected_run.run / "collect" / "manifest.json").read_text())["summary"]
+    assert found == collected_run.summary("collect")
     whole(ready)
 
 
@@ -68,9 +68,9 @@ def test_two_parts_that_finish_together(ready, start, whole, monkeypatch, attemp
 
 @pytest.mark.parametrize("again", [["--part", "2/2"], []], ids=["its part", "plain"])
 def test_a_dead_part(ready, start, whole, ocd, again):
-    dead = start(ready, "collect", "--part", "2/2", delay=0.1)
+    dead = start(ready, "collect", "--part", "2/2", held_after=1)
+    wait_until(lambda: blocks_of(ready))
     ocd(ready, "collect", "--part", "1/2")
-    wait_until(lambda: len(blocks_of(ready)) >= 6)
     dead.kill()
     dead.wait(-signal.SIGKILL)
     kept = {path.name: path.stat().st_mtime_ns for path in blocks_of(ready)}
@@ -85,7 +85,7 @@ def test_a_dead_part(ready, start, whole, ocd, again):
 
 
 def test_a_terminated_part(ready, start, whole, ocd):
-    part = start(ready, "collect", "--part", "1/2", "--quiet", delay=0.02)
+    part = start(ready, "collect", "--part", "1/2", "--quiet", held_after=1)
     wait_until(lambda: blocks_of(ready))
     part.kill(signal.SIGTERM)
     assert part.wait(4).stderr == (
@@ -99,7 +99,7 @@ def test_a_terminated_part(ready, start, whole, ocd):
 def test_rerunning_a_part_of_a_whole_store(collected, ocd, whole):
     with counted_blocks() as written:
         assert "collect: up to date" in ocd(collected, "collect", "--part", "2/3").stdout
-        summary = json.loads(ocd(collected, "collect", "--part", "1/5", "--json").stdout)
+        summary = ocd.json(collected, "collect", "--part", "1/5")
     assert summary["samples"] == 36
     assert written == []
     whole(collected)
@@ -111,8 +111,8 @@ def test_rerunning_a_part_of_a_whole_store(collected, ocd, whole):
 @pytest.fixture
 def running(ready, start):
     """Part 1/2 under way for as long as the test takes."""
-    part = start(ready, "collect", "--part", "1/2", delay=0.03)
-    wait_until(lambda: (ready.run / "collect.wip" / "blocks").exists())
+    part = start(ready, "collect", "--part", "1/2", held_after=1)
+    wait_until(lambda: blocks_of(ready))
     return part
 
 
@@ -134,26 +134,26 @@ def test_what_a_running_part_keeps_off(ready, running, ocd, words, says):
     if words != ["--part", "1/2"]:
         assert result.stderr.splitlines()[0].endswith(" (part 1/2)")
     # Whoever was at work stays unharmed.
-    running.wait()
+    running.let_go().wait()
     ocd(ready, "collect", "--part", "2/2")
     assert len(blocks_of(ready, "collect")) == BLOCKS
 
 
 def test_a_running_collect_keeps_parts_off(ready, start, ocd, whole):
-    plain = start(ready, "collect", delay=0.02)
+    plain = start(ready, "collect", held_after=1)
     wait_until(lambda: blocks_of(ready))
     result = ocd(ready, "collect", "--quiet", "--part", "1/2", code=4)
     assert f"error: collect is in use by process {plain.pid} on " in result.stderr
-    plain.wait()
+    plain.let_go().wait()
     whole(ready)
 
 
 def test_a_killed_collect_is_not_named_as_who_holds_it(ready, start, ocd):
-    dead = start(ready, "collect", delay=0.1)
+    dead = start(ready, "collect", held_after=1)
     wait_until(lambda: blocks_of(ready))
     dead.kill()
     dead.wait(-signal.SIGKILL)
-    part = start(ready, "collect", "--part", "1/2", delay=0.1)
+    part = start(ready, "collect", "--part", "1/2", held_after=1)
     wait_until(lambda: status_of(ocd, ready)["in_use_by"])
     assert f"collect is in use by process {part.pid} on " in ocd(ready, "collect", code=4).stderr
 
@@ -170,7 +170,7 @@ def test_other_settings_need_force(ready, ocd, whole):
 
 
 def test_status_while_parts_run(ready, start, ocd):
-    parts = [start(ready, "collect", "--part", f"{number}/2", delay=0.03) for number in (1, 2)]
+    parts = [start(ready, "collect", "--part", f"{number}/2", held_after=2) for number in (1, 2)]
     wait_until(lambda: len(blocks_of(ready)) >= 2)
     entry = status_of(ocd, ready)
     assert entry["state"] == "partial"
@@ -184,7 +184,7 @@ def test_status_while_parts_run(ready, start, ocd):
     parts[0].kill()
     parts[0].wait(-signal.SIGKILL)
     assert [text[-11:] for text in status_of(ocd, ready)["in_use_by"]] == [" (part 2/2)"]
-    parts[1].wait()
+    parts[1].let_go().wait()
     assert status_of(ocd, ready)["in_use_by"] == []
 
 

@@ -9,7 +9,7 @@ from processes import counted_blocks, wait_until
 
 
 def test_two_collects_at_once(ready, start, ocd, whole):
-    first = start(ready, "collect", delay=0.02)
+    first = start(ready, "collect", held_after=1)
     wait_until(lambda: blocks_of(ready))
     result = ocd(ready, "collect", "--quiet", code=4)
     assert re.fullmatch(
@@ -18,7 +18,7 @@ def test_two_collects_at_once(ready, start, ocd, whole):
         result.stderr,
     )
     assert result.stdout == ""
-    first.wait()
+    first.let_go().wait()
     assert "collect: up to date" in ocd(ready, "collect").stdout
     whole(ready)
 
@@ -61,7 +61,7 @@ def test_a_dataset_that_raises(with_dataset, ocd, tmp_path, part):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_end(ready, start, ocd, whole, number):
-    process = start(ready, "collect", "--quiet", delay=0.05)
+    process = start(ready, "collect", "--quiet", held_after=2)
     wait_until(lambda: len(blocks_of(ready)) >= 2)
     process.kill(number)
     assert process.wait(4).stderr == (

@@ -22,7 +22,7 @@ def fields(x, **captured):
 
 def test_the_store_and_the_networks_have_x(ocd, project):
     folder = project()
-    summary = json.loads(ocd(folder, "run", "--json", "--quiet", *ON).stdout)["stages"]["infer"]
+    summary = ocd.json(folder, "run", *ON)["stages"]["infer"]
     assert summary["inputs"] == 24
     arrays = store(folder)
     given = np.load(folder.root / "train.npz")["x"]

@@ -1,87 +1,13 @@
 """Whole models through the overfitter: every sample's result is the loop's, by the method that was to be expected."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from overfitters import RECIPES, Custom, cross_entropy, equal_to_the_loop, frozen, random, squares, way_equal_to_the_loop
+from models import VECTORS, Attending, Residual, dense, lenet, mlp, recurrent
+from overfitters import RECIPES, Custom, cross_entropy, equal_to_the_loop, frozen, random, squares
 from torch import nn
-from torch.nn.utils import parametrizations
-
-from stages.foundation.errors import TaskError
 
 CLASSES = torch.arange(5) % 3
-
-
-def batch_norm(channels):
-    """Statistics and weights as training leaves them: no two channels alike."""
-    norm = nn.BatchNorm2d(channels)
-    norm.running_mean.copy_(random(channels, seed=7))
-    norm.running_var.copy_(random(channels, seed=8).square() + 0.5)
-    nn.init.normal_(norm.weight, 1, 0.2)
-    nn.init.normal_(norm.bias, 0, 0.2)
-    return norm
-
-
-class Block(nn.Module):
-    """A residual block, in place as torchvision's."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), batch_norm(channels)
-        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), batch_norm(channels)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        h = self.relu(self.bn1(self.conv1(x)))
-        h = self.bn2(self.conv2(h))
-        h += x
-        return self.relu(h)
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), batch_norm(4), nn.ReLU(inplace=True))
-        self.blocks, self.head = nn.Sequential(Block(4), Block(4)), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
-
-
-class Attending(nn.Module):
-    """Patches, attention and an mlp with skip connections, a class token, and a head on it."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch, self.token = nn.Conv2d(1, 8, 2, 2), nn.Parameter(torch.randn(1, 1, 8))
-        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.mlp, self.head = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), nn.Linear(8, 3)
-
-    def forward(self, x):
-        h = self.patch(x).flatten(2).transpose(1, 2)
-        h = torch.cat([self.token.expand(len(x), -1, -1), h], dim=1)
-        n = self.norm1(h)
-        h = h + self.attention(n, n, n, need_weights=False)[0]
-        h = h + self.mlp(self.norm2(h))
-        return self.head(h[:, 0])
-
-
-def lenet():
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(),
-        nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3),
-    )  # fmt: skip
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def recurrent(kind):
-    return Custom(lambda self, x: self.head(self.rnn(x)[0][:, -1]), rnn=kind(4, 5, batch_first=True), head=nn.Linear(5, 3))
 
 
 # model: how it is made, the shape of a sample
@@ -168,19 +94,10 @@ def weighed(self, x):
     return self.head((torch.tanh(x) @ self.w).tanh())
 
 
-def one_by_one(self, x):
-    return torch.stack([self.fc(row) for row in x]).tanh()
-
-
-def dense(run):
-    return lambda: Custom(run, fc=nn.Linear(3, 3), head=nn.Linear(3, 3))
-
-
 def with_parameter(run, *shape):
     return lambda: Custom(run, w=nn.Parameter(torch.randn(*shape)), head=nn.Linear(3, 3))
 
 
-VECTORS = random(5, 3)
 WORDS = torch.tensor([[0, 1, 1], [4, 2, 0], [3, 3, 3], [1, 0, 2], [2, 4, 4]])
 # name: how it is made, the layer, the inputs, the method
 OTHERS = {
@@ -255,54 +172,6 @@ def test_torchs_own_transformer(layer, method, recipe):
     before = torch.backends.mha.get_fastpath_enabled()
     assert equal_to_the_loop(model, layer, random(4, 5, 4), RECIPES[recipe]).name == method
     assert torch.backends.mha.get_fastpath_enabled() == before
-
-
-# Layers whose module is never called with the samples: they have nothing to condition on, but weights of their own.
-UNSEEN = {
-    "called sample by sample": (dense(one_by_one), "fc.weight", VECTORS, "vmap"),
-    "parametrised": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), parametrizations.weight_norm(nn.Linear(4, 2))),
-        "2.parametrizations.weight.original1",
-        random(5, 3),
-        "vmap",
-    ),
-    "output projection": (Attending, "attention.out_proj.weight", random(5, 1, 4, 4), "vmap"),
-    "old weight norm": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.utils.weight_norm(nn.Linear(4, 2))),
-        "2.weight_v",
-        random(5, 3),
-        "vmap",
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", UNSEEN)
-def test_layers_that_see_no_input(name, recipe):
-    make, layer, x, method = UNSEEN[name]
-    torch.manual_seed(4)
-    model = frozen(make())
-    model(x)  # the old weight norm has a weight without gradients from here on, and can be copied
-    assert way_equal_to_the_loop(model, layer, x, RECIPES[recipe]) == method
-
-
-@pytest.mark.parametrize("name", ["output projection", "parametrised", "called sample by sample"])
-def test_a_layer_that_sees_no_input_is_refused_by_the_overfitter(name):
-    make, layer, x, _ = UNSEEN[name]
-    with pytest.raises(TaskError, match=f"of {layer} (is not called|has shape)"):
-        equal_to_the_loop(frozen(make()), layer, x)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_the_old_weight_norm_is_left_with_a_weight_of_its_own():
-    """It keeps the weight that it computes on the module; one of vmap's must not stay there."""
-    torch.manual_seed(4)
-    model, x = frozen(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 2)))), random(5, 4)
-    before = model(x)
-    way_equal_to_the_loop(model, "0.weight_v", x)
-    assert torch.equal(copy.deepcopy(model)(x), before)
-    assert torch.equal(model(x), before)
 
 
 class Answer(dict):

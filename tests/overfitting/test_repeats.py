@@ -1,8 +1,6 @@
 """Several overfits of one sample, each with other parts of it: the store, who reads it, and what is refused."""
 
-import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +8,14 @@ import torch
 from folders import PROJECTS, blocks_of, make_folder, own_task, reader_of, results, states, store
 from processes import counted_blocks
 
-from stages.diffusion.delta_batch import usable_split
 from stages.evaluate import Evaluate
-from stages.evaluation.from_run import unseen, with_neighbours
+from stages.evaluation.from_run import with_neighbours
 from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples
 from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
-from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.user_code import load_object
 from stages.training.batches import TrainingBatches
 
@@ -65,9 +61,7 @@ def deltas(repeated_run):
 @pytest.fixture
 def evaluation(repeated_run):
     """The stage, about to work, four samples at a time."""
-    stage = Evaluate(RunContext(load_project(repeated_run.config, overrides=["run.device=cpu"])))
-    stage._size = 4
-    return stage
+    return Evaluate(RunContext(load_project(repeated_run.config, overrides=["run.device=cpu", "evaluate.batch_size=4"])))
 
 
 # The store
@@ -147,7 +141,7 @@ def test_two_parts_make_the_whole(ocd, ready, repeated_run):
 
 
 def test_what_the_commands_say(ocd, ready):
-    plan = json.loads(ocd(ready, "collect", "--dry-run", "--json").stdout)
+    plan = ocd.json(ready, "collect", "--dry-run")
     assert plan["what"] == "overfit 0.weight (6, 3) on 18 samples, 3 times each, 6 blocks"
     assert (plan["samples"], plan["blocks"]) == (SAMPLES, 6)
     assert "deltas: 54 of 0.weight (6×3), 3 of each sample, by substitution\n" in ocd(ready, "collect").stdout
@@ -156,7 +150,7 @@ def test_what_the_commands_say(ocd, ready):
 
 def test_samples_left_out_are_named_once(ocd, ready, monkeypatch, repeated_run):
     monkeypatch.setenv("SPOILED", str(float(known_task().train().x[11, 0, 0])))
-    summary = json.loads(ocd(ready, "collect", "--json", "--quiet", "--set", "collect.skip_bad=true").stdout)
+    summary = ocd.json(ready, "collect", "--set", "collect.skip_bad=true")
     assert summary["skipped"] == [11]
     arrays, whole = store(ready), store(repeated_run)
     bad = arrays["sample_index"] == 11
@@ -233,44 +227,14 @@ def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
     assert torch.equal(other.held_out.numbers, held)
 
 
-class Store:
-    """Two rows a sample, one of which is degenerate in all but the last samples."""
-
-    def __init__(self, samples):
-        self.sample_index = torch.arange(100, 100 + samples).repeat_interleave(2)
-        self.degenerate = torch.tensor([False, True]).repeat(samples)
-        self.degenerate[-8:] = True
-        self.rho = torch.where(self.degenerate, 0.0, 1.0)
-        self.usable = torch.nonzero(~self.degenerate).squeeze(1)
-
-    def __len__(self):
-        return len(self.rho)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_sample_with_a_row_in_training_is_not_unseen(seed):
-    """Though another of its rows is degenerate, which no training draws."""
-    training, tables = Store(30), SimpleNamespace(held_out=0.3)
-    splits = {"validation": Split(ArrayDataset(torch.zeros(140, 1), None), torch.arange(95, 140))}
-    settings = SimpleNamespace(train_diffusion=tables, train_scale=tables)
-    project = SimpleNamespace(settings=settings)
-    context = SimpleNamespace(splits=splits, project=project, validation_is_given=False, seed=seed)
-    found = splits["validation"].rows[unseen(context, training)]
-    drawn, held_out = usable_split(training.degenerate, training.rho, training.sample_index, 0.3, seed)
-    assert not set(found.tolist()) & set(training.sample_index[drawn].tolist())
-    assert set(training.sample_index[held_out].tolist()) <= set(found.tolist())
-    # Those that are not in the store at all, and some of those that are degenerate altogether.
-    assert {*range(95, 100), *range(130, 140)} <= set(found.tolist())
-    assert set(found.tolist()) & set(range(126, 130)) != set(range(126, 130))
-
-
 def test_neighbours_are_samples_not_rows(evaluation):
-    assert evaluation._find_neighbours() == {}
-    split = evaluation.context.splits["all"]
-    first = evaluation.training.sample_index[evaluation.training.first_rows]
+    split, rows = evaluation.context.splits["all"], evaluation.training.first_rows
+    first, fields = evaluation.training.sample_index[rows], evaluation.training.field("layer_input")[rows]
+    evaluated = EvaluatedSamples(evaluation.context.test_split, torch.arange(7))
+    assert with_neighbours(evaluation.subject, evaluated, split, first, fields, 5, 4, print) == {}
     known, asked = split.inputs(first).flatten(1), evaluation.context.test_split.inputs(range(7)).flatten(1)
     wanted = torch.cdist(asked.double(), known.double()).sort(dim=1)
-    batch = Batch(evaluation.subject, evaluation._test, torch.arange(7))
+    batch = Batch(evaluation.subject, evaluated, torch.arange(7))
     for kind in ("x", "layer_input"):
         found = batch.neighbours(kind).row
         assert found.shape == (7, 5)
@@ -297,7 +261,7 @@ def test_training_samples_are_not_their_own_neighbours(evaluation):
 
 
 def test_evaluate_blends_neighbours(ocd, repeated):
-    found = {row["name"] for row in json.loads(ocd(repeated, "evaluate", "--json", "--quiet").stdout)["rows"]}
+    found = {row["name"] for row in ocd.json(repeated, "evaluate")["rows"]}
     assert {"nearest neighbour", "nearest k blended", "nearest k blended in layer input", "random training deltas"} <= found
     assert "ocd validated strength" in found
 

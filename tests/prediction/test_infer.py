@@ -1,7 +1,5 @@
 """Inference: no label on the way, members by number, answers to several queries, and the Python door."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,7 @@ def test_no_label_is_read_on_the_way_to_a_prediction(ocd, finished):
     finished.save("bare.npz", x)
     true = finished.predictions()
     for name in ("wrong", "bare"):
-        result = json.loads(ocd(finished, "infer", "--json", "--input", finished.root / f"{name}.npz").stdout)
+        result = ocd.json(finished, "infer", "--input", finished.root / f"{name}.npz")
         assert (result["metrics"] is None) == (name == "bare")
         found = finished.predictions(name)
         assert {key: value.tobytes() for key, value in found.items()} == {key: value.tobytes() for key, value in true.items()}
@@ -84,7 +82,7 @@ def test_splits_and_files_have_answers_of_their_own(ocd, finished):
     finished.save("train.npz", *np.load(finished.root / "given.npz").values())
     ocd(finished, "infer", "--input", finished.root / "test.npz")
     assert {path.name for path in (finished.run / "infer").iterdir()} == {"test", "validation", "train", "input-test"}
-    found = json.loads(ocd(finished, "status", "--json").stdout)
+    found = ocd.json(finished, "status")
     assert found["queries"] == ["input-test", "train", "validation"]
     assert found["stages"]["infer"]["state"] == "done"
     assert "input-test, train, validation" in ocd(finished, "status").stdout

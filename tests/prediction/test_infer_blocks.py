@@ -76,7 +76,7 @@ def predictions(folder, name="test"):
 
 
 def status_of(ocd, folder):
-    return json.loads(ocd(folder, "status", "--json").stdout)["stages"]["infer"]
+    return ocd.json(folder, "status")["stages"]["infer"]
 
 
 # What is predicted
@@ -216,7 +216,7 @@ def test_a_damaged_block_is_redone(ready, ocd, whole, name, harm):
     with stopped_at(4, kind=Answer):
         ocd(ready, "infer", code=4)
     harm(ready.run / WIP / name, keep_time=True)
-    problems = json.loads(ocd(ready, "verify", "--json", code=3).stdout)["stages"][WIP]["problems"]
+    problems = ocd.json(ready, "verify", code=3)["stages"][WIP]["problems"]
     assert any("000001" in text for text in problems)
     with counted_blocks(Answer) as written:
         ocd(ready, "infer")

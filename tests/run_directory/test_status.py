@@ -5,50 +5,11 @@ import os
 import shutil
 
 import pytest
+from expectations import ALL_DONE, STAGES, changes, from_on
 from folders import Folder, flip
 from processes import stopped_at
 
 from stages.run_directory.folders import StageFolder
-
-STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
-ALL_DONE = dict.fromkeys(STAGES, "done")
-
-
-@pytest.fixture
-def status(ocd):
-    """The stages of `ocd status --json`; its exit code is 0 whatever the states."""
-
-    def call(folder, *args):
-        return json.loads(ocd(folder, "status", "--json", *args).stdout)["stages"]
-
-    return call
-
-
-@pytest.fixture
-def states(status):
-    """Each stage's state."""
-
-    def call(folder, *args):
-        return {name: entry["state"] for name, entry in status(folder, *args).items()}
-
-    return call
-
-
-def from_on(first, state, rest="done"):
-    """The states where `first` has one, and what reads it is stale."""
-    reads = {
-        "train-base": STAGES[1:],
-        "select-layer": ("collect", "train-diffusion", "train-scale", "infer"),
-        "collect": ("train-diffusion", "train-scale", "infer"),
-        "train-diffusion": ("infer",),
-        "train-scale": ("infer",),
-        "infer": (),
-    }[first]
-    return {name: state if name == first else "stale" if name in reads else rest for name in STAGES}
-
-
-def changes(entry):
-    return {change["setting"]: (change["was"], change["now"]) for change in entry["changed"]}
 
 
 def test_nothing_run(project, states, ocd):
@@ -148,184 +109,8 @@ def test_execution_settings_change_nothing(finished, states, ocd, setting):
 
 # Extents
 
-EXTENTS = [
-    ("train-base.epochs", "train-base", 2, 3, 1),
-    ("collect.samples", "collect", 20, 30, 10),
-    ("train-diffusion.max_steps", "train-diffusion", 40, 60, 20),
-    ("train-scale.max_steps", "train-scale", 40, 60, 20),
-    ("infer.ensemble", "infer", 2, 3, 1),
-]
-
-
-@pytest.fixture(scope="module")
-def few_samples(finished_run, tmp_path_factory, ocd):
-    """A finished run over some of the training set, so that it can be extended; not to be changed."""
-    root = tmp_path_factory.mktemp("few") / "project"
-    shutil.copytree(finished_run.root, root)
-    folder = Folder(root)
-    for stage in STAGES[2:]:
-        shutil.rmtree(folder.run / stage)
-    folder.write({"collect": {"samples": 20}})
-    ocd(folder, "run")
-    return folder
-
-
-@pytest.fixture
-def extendable(few_samples, tmp_path):
-    shutil.copytree(few_samples.root, tmp_path / "few")
-    return Folder(tmp_path / "few")
-
-
-@pytest.mark.parametrize(("setting", "stage", "value", "larger", "smaller"), EXTENTS)
-def test_extents(extendable, status, states, ocd, setting, stage, value, larger, smaller):
-    assert states(extendable) == ALL_DONE
-    # Smaller is less than there is.
-    found = status(extendable, "--set", f"{setting}={smaller}")
-    assert found[stage]["state"] == "stale"
-    assert changes(found[stage]) == {setting: (value, smaller)}
-    # Larger is more of the same.
-    found = status(extendable, "--set", f"{setting}={larger}")
-    assert found[stage]["state"] == "partial"
-    assert changes(found[stage]) == {setting: (value, larger)}
-    assert states(extendable, "--set", f"{setting}={larger}") == from_on(stage, "partial")
-    ocd(extendable, stage, "--set", f"{setting}={larger}")
-    assert states(extendable, "--set", f"{setting}={larger}")[stage] == "done"
-    # Now the former value is the smaller one.
-    assert states(extendable)[stage] == "stale"
-
-
-def test_extended_equals_whole(extendable, finished, ocd):
-    """Twenty samples and then all are the same store as all at once."""
-    ocd(extendable, "collect", "--set", "collect.samples=all")
-    contents = [json.loads((f.run / "collect" / "manifest.json").read_text())["content"] for f in (extendable, finished)]
-    assert contents[0] == contents[1]
-
-
-@pytest.mark.parametrize(
-    ("stage", "setting"), [("train-diffusion", "max_steps"), ("train-scale", "max_steps"), ("train-base", "epochs")]
-)
-def test_extended_training_equals_whole(finished, project, ocd, stage, setting):
-    more = {"max_steps": 60, "epochs": 3}[setting]
-    args = ("--set", f"{stage}.{setting}={more}")
-    ocd(finished, stage, *args)
-    extended = json.loads((finished.run / stage / "manifest.json").read_text())["content"]
-    shutil.rmtree(finished.run / stage)
-    ocd(finished, stage, *args)
-    assert json.loads((finished.run / stage / "manifest.json").read_text())["content"] == extended
-
-
-def test_all_samples_are_as_many_as_there_are(finished, states):
-    # 36 of 40 rows are for training, and all of them are there.
-    assert states(finished, "--set", "collect.samples=36") == ALL_DONE
-    assert states(finished, "--set", "collect.samples=1000") == ALL_DONE
-    assert states(finished, "--set", "collect.samples=35")["collect"] == "stale"
-
-
-def test_cosine_makes_max_steps_part_of_the_result(finished, status, states, ocd):
-    cosine = ("--set", "train-diffusion.lr_schedule=cosine")
-    found = status(finished, *cosine)["train-diffusion"]
-    assert found["state"] == "stale"
-    assert changes(found)["train-diffusion.lr_schedule"] == ("constant", "cosine")
-    ocd(finished, "train-diffusion", *cosine, "--force")
-    assert states(finished, *cosine)["train-diffusion"] == "done"
-    found = status(finished, *cosine, "--set", "train-diffusion.max_steps=60")["train-diffusion"]
-    assert found["state"] == "stale"
-    assert changes(found) == {"train-diffusion.max_steps": (40, 60)}
-
 
 # Files
-
-ARTIFACTS = [
-    ("train-base", "base.safetensors"),
-    ("select-layer", "layer.json"),
-    ("collect", "deltas.zarr/delta/c.0.0.0"),
-    ("collect", "blocks/000000.json"),
-    ("train-diffusion", "denoiser.safetensors"),
-    ("train-scale", "scale.json"),
-    ("infer", "test/predictions.npz"),
-]
-
-
-@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "deleted"])
-@pytest.mark.parametrize(("stage", "name"), ARTIFACTS)
-def test_artifact_damaged(finished, status, states, ocd, stage, name, damage):
-    path, folder = finished.run / stage / name, finished.run / ("infer/test" if stage == "infer" else stage)
-    content = json.loads((folder / "manifest.json").read_text())["content"]
-    if damage == "flipped byte":
-        flip(path)
-    elif damage == "cut short":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        path.unlink()
-    detail = status(finished)[stage]["detail"]
-    assert name.rpartition("/")[2] in detail
-    assert ("is missing" if damage == "deleted" else "content changed") in detail
-    # The delta store mends its blocks; whatever else is damaged has to be redone.
-    assert states(finished) == from_on(stage, "partial" if stage == "collect" else "stale")
-    # Redone from scratch: nothing of the damaged result is taken over.
-    ocd(finished, stage, "--force")
-    assert json.loads((folder / "manifest.json").read_text())["content"] == content
-    assert states(finished) == ALL_DONE
-
-
-@pytest.mark.parametrize(("stage", "name"), ARTIFACTS)
-def test_artifact_merely_touched(finished, states, stage, name):
-    os.utime(finished.run / stage / name)
-    assert states(finished) == ALL_DONE
-
-
-@pytest.mark.parametrize("name", ["train.npz", "test.npz", "mymodel.py"])
-def test_source_merely_touched(finished, states, name):
-    os.utime(finished.root / name)
-    assert states(finished) == ALL_DONE
-
-
-@pytest.mark.parametrize(("name", "stage"), [("train.npz", "train-base"), ("test.npz", "infer")])
-def test_data_changed(finished, status, states, name, stage):
-    flip(finished.root / name)
-    assert list(changes(status(finished)[stage])) == [f"content of {name.removesuffix('.npz')}"]
-    expected = from_on(stage, "stale")
-    assert states(finished) == expected
-
-
-@pytest.mark.parametrize(("name", "stage"), [("train.npz", "train-base"), ("test.npz", "infer")])
-def test_data_deleted(finished, status, ocd, name, stage):
-    (finished.root / name).unlink()
-    assert status(finished)[stage]["state"] == "stale"
-    assert f"{name} is missing" in status(finished)[stage]["detail"]
-
-
-def test_code_changed(finished, status, states):
-    finished.edit("mymodel.py", "Tanh", "ReLU")
-    assert list(changes(status(finished)["train-base"])) == ["content of code mymodel.py"]
-    found = states(finished)
-    assert found["train-base"] == found["select-layer"] == found["collect"] == found["infer"] == "stale"
-
-
-def test_comment_in_code_changes_nothing(finished, states):
-    finished.edit("mymodel.py", "\n\n\n", "\n\n\n# It is tiny.\n")
-    assert states(finished) == ALL_DONE
-
-
-def test_trainings_read_no_code(finished, status, ocd):
-    # They know the delta store alone: other code that gives the same store is nothing to them.
-    source = (finished.root / "mymodel.py").read_text()
-    (finished.root / "mymodel.py").write_text(source.replace("width=6", "width=3 + 3"))
-    for stage in STAGES[:3]:
-        ocd(finished, stage, "--force")
-    found = status(finished)
-    assert found["train-diffusion"]["state"] == found["train-scale"]["state"] == "done"
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_forced_equals_first(finished, states, ocd, stage):
-    """Redoing a stage gives the same fingerprint and content, so that nothing after it goes stale."""
-    folder = finished.run / ("infer/test" if stage == "infer" else stage)
-    before = json.loads((folder / "manifest.json").read_text())
-    ocd(finished, stage, "--force")
-    after = json.loads((folder / "manifest.json").read_text())
-    assert (after["fingerprint"], after["content"]) == (before["fingerprint"], before["content"])
-    assert states(finished) == ALL_DONE
 
 
 # `auto`
@@ -336,7 +121,7 @@ def test_layer_by_flag_then_plain(project, states, ocd):
     ocd(folder, "train-base")
     ocd(folder, "select-layer", "--layer", "0.weight")
     assert states(folder)["select-layer"] == "done"
-    result = json.loads(ocd(folder, "collect", "--json").stdout)
+    result = ocd.json(folder, "collect")
     assert result["layer"] == "0.weight"
     assert states(folder)["collect"] == "done"
     # Another name by flag is another wish.

@@ -71,7 +71,7 @@ def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, p
     with stopped_at(2):
         ocd(folder, "collect", "--force", "--set", "collect.steps=5", code=4)
     assert states(ocd, folder)["collect"] == "done"
-    entry = json.loads(ocd(folder, "status", "--json", "--set", "collect.samples=20").stdout)["stages"]["collect"]
+    entry = ocd.json(folder, "status", "--set", "collect.samples=20")["stages"]["collect"]
     assert entry["state"] == "stale"
     assert entry["progress"] is None
     assert "collect.steps was 5, is now 2" in ocd(folder, "collect", "--set", "collect.samples=20", code=3).stderr
@@ -91,14 +91,14 @@ def test_random_augmentation_flat_fields_and_metrics_without_value(ocd, project)
     """A dataset that draws from torch's generator is the same in every process; a field of one number a sample is one column;
     a metric that is no number for some samples is left blank."""
     folder = project({"task": own_task("task:Normed")}, code="tasks")
-    stages = json.loads(ocd(folder, "run", "--json").stdout)["stages"]
+    stages = ocd.json(folder, "run")["stages"]
     assert stages["infer"]["metrics"]["base"]["sometimes"] is None
     assert stages["infer"]["metrics"]["base"]["accuracy"] is not None
     assert stages["train-base"]["test"]["sometimes"] is None
     assert set(states(ocd, folder).values()) == {"done"}
     shown = ocd(folder, "infer").stdout
     assert "nan" not in shown.lower()
-    store = json.loads((folder.run / "collect" / "manifest.json").read_text())["store"]
+    store = folder.manifest("collect")["store"]
     assert store["arrays"]["keys"]["shape"][1:] == [1]
 
 
@@ -125,7 +125,7 @@ def test_wide_outputs_are_pooled_and_the_store_says_so(ocd, project):
     for name in ("train", "test"):
         folder.save(f"{name}.npz", x, np.concatenate([x, x], axis=1))
     ocd(folder, "run", "--until", "collect")
-    summary = json.loads((folder.run / "collect" / "manifest.json").read_text())
+    summary = folder.manifest("collect")
     assert summary["summary"]["pooled"]["base_output"] == "mean over axes [2, 3] of (2, 48, 48)"
     assert summary["store"]["arrays"]["base_output"]["shape"] == [9, 2]
 
@@ -160,12 +160,12 @@ def test_going_on_after_an_evaluation_off_the_grid_equals_never_stopping(tmp_pat
 
 def test_a_dataset_class_is_made(ocd, project):
     folder = project({"task": {"train": "data:Rows"}}, code="models")
-    assert json.loads(ocd(folder, "train-base", "--json").stdout)["parameters"] == 51
+    assert ocd.json(folder, "train-base")["parameters"] == 51
 
 
 def test_small_trainings_take_one_thread_and_the_setting_decides_otherwise(ocd, finished):
     def threads(stage):
-        return json.loads((finished.run / stage / "manifest.json").read_text())["made"]["threads"]
+        return finished.manifest(stage)["made"]["threads"]
 
     before = torch.get_num_threads()
     assert threads("train-diffusion") == threads("train-scale") == 1

@@ -28,7 +28,7 @@ def edit(path, change):
 
 def test_whole_run(finished, ocd):
     before = finished.files()
-    found = json.loads(ocd(finished, "verify", "--json").stdout)
+    found = ocd.json(finished, "verify")
     assert found["whole"] is True
     assert list(found["stages"]) == ["train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer/test"]
     assert all(entry["files"] and entry["bytes"] and not entry["problems"] for entry in found["stages"].values())
@@ -119,7 +119,7 @@ def test_all_damage_at_once(finished, problems):
 
 def test_unfinished_work_is_no_damage(finished, ocd):
     shutil.move(finished.run / "train-scale", finished.run / "train-scale.wip")
-    found = json.loads(ocd(finished, "verify", "--json").stdout)
+    found = ocd.json(finished, "verify")
     assert "train-scale" not in found["stages"]
 
 

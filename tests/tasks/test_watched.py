@@ -130,7 +130,7 @@ def test_neighbours_are_found_where_the_task_says_samples_lie(ocd, watched):
     assert (by_place != by_numbers).sum() >= 3
     found = nearest(places_of(task, test.x), input_blocks(task, Split(train), torch.arange(24), torch.device("cpu")), 1)
     assert torch.equal(found.row[:, 0], by_place)
-    rows = {row["name"]: row for row in json.loads(ocd(watched, "evaluate", "--json", "--quiet").stdout)["rows"]}
+    rows = {row["name"]: row for row in ocd.json(watched, "evaluate")["rows"]}
     assert rows["nearest neighbour"]["metrics"]["mse"]["mean"] == pytest.approx(
         _with_deltas_of(watched, by_place, test), rel=1e-4
     )

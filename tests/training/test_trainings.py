@@ -198,7 +198,7 @@ def test_a_request_to_stop_leaves_a_checkpoint_of_that_step(ocd, quick, start):
         assert not reached or f"continues from step {reached:,}" in said
         earlier, reached = reached, max(int(path.stem) for path in (wip / "checkpoints").glob("*.json"))
         assert earlier + 1 < reached < 600
-    found = json.loads(ocd(quick, "status", "--json", *settings).stdout)["stages"]["train-diffusion"]
+    found = ocd.json(quick, "status", *settings)["stages"]["train-diffusion"]
     best = min(evaluated(wip).values())
     progress = {"done": reached, "kept": reached, "total": 600, "unit": "steps", "best_held_out_loss": best}
     assert (found["state"], found["progress"]) == ("partial", progress)

@@ -1,6 +1,5 @@
 """Tuning by the task's own loss: deltas drawn with a gradient, the loss itself, and what it brings."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -155,7 +154,7 @@ def test_noise_on_the_conditioning_is_for_training_alone():
 
 
 def ensemble_loss(ocd, folder):
-    results = json.loads(ocd(folder, "infer", "--json", "--quiet").stdout)
+    results = ocd.json(folder, "infer")
     return results["metrics"]["ocd ensemble"]["mse"]
 
 
@@ -168,9 +167,9 @@ def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, tmp_path):
     words = [word for key, value in changed.items() for word in ("--set", f"train-diffusion.{key}={value}")]
     shown = ocd(folder, "train-diffusion", "--force", *words).stdout
     assert "held-out loss of the task with generated deltas 0." in shown
-    assert json.loads(ocd(folder, "train-diffusion", "--json", *words).stdout)["held_out_task_loss"] < 1
+    assert ocd.json(folder, "train-diffusion", *words)["held_out_task_loss"] < 1
     ocd(folder, "infer", *words)
-    assert json.loads(ocd(folder, "infer", "--json", *words).stdout)["metrics"]["ocd ensemble"]["mse"] < 0.9 * plain
+    assert ocd.json(folder, "infer", *words)["metrics"]["ocd ensemble"]["mse"] < 0.9 * plain
 
 
 def test_an_extended_training_is_the_same_as_a_whole_one(ocd, tmp_path):
@@ -221,7 +220,7 @@ def test_losses_may_be_negative(ocd, tmp_path):
     ocd(folder, "run", "--until", "collect")
     words = ["--set", "train-diffusion.tune_after=5", "--set", "train-diffusion.max_steps=10"]
     # A unit is about five, and the error itself about one.
-    assert -1.5 < json.loads(ocd(folder, "train-diffusion", "--json", *words).stdout)["held_out_task_loss"] < 0
+    assert -1.5 < ocd.json(folder, "train-diffusion", *words)["held_out_task_loss"] < 0
 
 
 def test_tuning_that_would_never_begin_is_refused(ocd, tmp_path):

@@ -1,0 +1,183 @@
+"""What the overfitter does not take for granted: hooks, samples that change places, methods that are wrong, work in place."""
+
+import pytest
+import torch
+from overfitters import (
+    RECIPES,
+    Custom,
+    assert_same,
+    equal_to_the_loop,
+    forward,
+    frozen,
+    random,
+    squares,
+    wanted_of,
+)
+from torch import nn
+
+from stages.foundation.errors import TaskError
+from stages.overfitting.overfitter import Overfitter
+from stages.per_sample.layer import find_layer
+
+HOOKS = {
+    "clamped": lambda module, args, output: output.clamp(-0.5, 0.5),
+    "cut at zero": lambda module, args, output: output.relu(),
+    # Less than the self-check's tolerance.
+    "bent a little": lambda module, args, output: output + 3e-4 * output.abs(),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_of_the_users_on_the_layer(name, recipe):
+    """It stands between the layer's product and what follows, and must act once."""
+    torch.manual_seed(6)
+    model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
+    model[2].register_forward_hook(HOOKS[name])
+    equal_to_the_loop(model, "2.weight", random(6, 4), RECIPES[recipe])
+
+
+def test_a_hook_of_the_users_before_the_layer():
+    torch.manual_seed(6)
+    model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
+    model[2].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assert equal_to_the_loop(model, "2.weight", random(6, 4)).name == "outer product"
+
+
+def in_order_of_size(self, x):
+    """The samples sorted, as for packed sequences, and put back."""
+    order = x[:, 0].argsort()
+    return self.head(self.fc(x[order]).tanh()[order.argsort()])
+
+
+def by_expert(self, x):
+    """Each row of a sample (B, rows, in) goes to one of two layers."""
+    chosen = x[..., 0] > 0
+    out = x.new_zeros(*x.shape[:2], 3)
+    out[chosen], out[~chosen] = self.fc(x[chosen]), self.head(x[~chosen])
+    return out.tanh()
+
+
+def probe_alike(x, first):
+    """A batch whose first two samples, the probe, hide what the others show."""
+    x[:, 0] = torch.tensor(first)
+    return x
+
+
+HIDDEN = {
+    "in order of size": (in_order_of_size, lambda: probe_alike(random(6, 3), [-1.0, 1, 0.5, -0.5, 2, 0])),
+    "by expert": (
+        by_expert,
+        lambda: torch.cat([random(4, 4, 1).abs() * torch.tensor(ROWS).unsqueeze(2), random(4, 4, 2, seed=1)], dim=2),
+    ),
+}
+
+
+# Two rows of each probe sample go to the layer; three, and one, of the others: as many on the whole.
+ROWS = [[1.0, 1, -1, -1], [1, -1, 1, -1], [1, 1, 1, -1], [1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", HIDDEN)
+def test_samples_that_change_places_within_the_model(name, recipe):
+    """Two samples cannot show it; in the batch every sample gets its own delta, or it is said that it cannot."""
+    run, make = HIDDEN[name]
+    torch.manual_seed(7)
+    model = frozen(Custom(run, fc=nn.Linear(3, 3), head=nn.Linear(3, 3)))
+    try:
+        equal_to_the_loop(model, "fc.weight", make(), RECIPES[recipe])
+    except TaskError as error:
+        assert error.message.startswith("samples get into each other's rows")
+
+
+def trimmed_rows(self, x):
+    """As many rows of (B, rows, in) as the longest sample of the batch has; a sample's length is its first number."""
+    rows = int(x[:, 0, 0].max())
+    shown = (torch.arange(rows) < x[:, :1, 0]).unsqueeze(2)
+    return (self.fc(x[:, :rows]).tanh() * shown).sum(1)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 3, 2], [3, 3, 1, 2], [2, 1, 1, 1]], ids=str)
+def test_a_probe_that_is_shorter_or_longer_than_the_batch(lengths):
+    """One vector a sample in the probe is no promise for the batch."""
+    x = random(4, 3, 3)
+    x[:, 0, 0] = torch.tensor(lengths)
+    torch.manual_seed(7)
+    model = frozen(Custom(trimmed_rows, fc=nn.Linear(3, 3)))
+    for recipe in RECIPES.values():
+        equal_to_the_loop(model, "fc.weight", x, recipe, confirm=True)
+        equal_to_the_loop(model, "fc.weight", x.flip(0), recipe, confirm=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_right_is_confirmed(recipe):
+    torch.manual_seed(7)
+    model = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)))
+    for name, method in (("0.weight", "substitution"), ("3.weight", "outer product")):
+        assert equal_to_the_loop(model, name, random(6, 1, 3), RECIPES[recipe], confirm=True).name == method
+
+
+class Wrong:
+    """A method that takes each weight for a little larger than it is."""
+
+    name = "substitution"
+
+    def __init__(self, method):
+        self._way = method
+
+    def __call__(self, x, weights, record=None):
+        return self._way(x, 1.1 * weights, record)
+
+
+def test_what_is_wrong_is_not_confirmed_and_the_loop_is_taken():
+    torch.manual_seed(7)
+    model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
+    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    overfitter.method = Wrong(overfitter.method)
+    overfitter.confirm(x, y)
+    assert (overfitter.name, overfitter.prefix) == ("loop", None)
+    assert overfitter.reason == "a self-check by the task's loss found substitution to give other deltas"
+    assert_same(overfitter.overfit(overfitter.first_pass(x), x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
+
+
+class NotANumber(Wrong):
+    """A method whose gradients are no numbers, though its losses are."""
+
+    def __call__(self, x, weights, record=None):
+        return self._way(x, weights + (weights - weights.detach()) * float("nan") if weights.requires_grad else weights, record)
+
+
+def test_what_is_no_number_is_not_confirmed():
+    torch.manual_seed(7)
+    model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
+    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    overfitter.method = NotANumber(overfitter.method)
+    overfitter.confirm(x, y)
+    assert overfitter.name == "loop"
+
+
+def scaled_in_place(self, x):
+    x /= 2
+    return self.head(self.fc(x).tanh())
+
+
+def shifted_in_place(self, x):
+    x = x.flatten(1)
+    x += 1
+    return self.head(self.fc(x).tanh())
+
+
+@pytest.mark.parametrize("layer", ["fc.weight", "head.weight"])
+@pytest.mark.parametrize("run", [scaled_in_place, shifted_in_place])
+def test_a_model_that_works_in_place_on_its_input(run, layer):
+    """In training each batch is seen once, so nobody notices; here the same one is seen in every step."""
+    torch.manual_seed(8)
+    equal_to_the_loop(frozen(Custom(run, fc=nn.Linear(3, 4), head=nn.Linear(4, 2))), layer, random(5, 3))
+
+
+def test_the_users_arrays_are_left_as_they_are():
+    torch.manual_seed(8)
+    model, x = frozen(Custom(shifted_in_place, fc=nn.Linear(3, 4), head=nn.Linear(4, 2))), random(5, 3)
+    before = x.clone()
+    Overfitter(model, find_layer(model, "head.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    assert torch.equal(x, before)
