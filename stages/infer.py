@@ -19,7 +19,7 @@ from stages.lifecycle.sharing import BlockShare
 from stages.lifecycle.stage import Stage
 from stages.prediction.batch_size import prediction_batch, prediction_bytes
 from stages.prediction.personalised import PersonalisedModel
-from stages.prediction.predicting import Answering, Smaller, extract_members
+from stages.prediction.predicting import BlockPredictor, Smaller, extract_members
 from stages.prediction.predictor import load_personalised, strength_of
 from stages.run_directory.folders import check_run
 from stages.run_directory.format import Extent
@@ -29,7 +29,7 @@ from stages.run_directory.project import Project, load_project
 from stages.run_directory.states import Query, States, require_done
 from stages.store.delta_store import STORE, ArraySpec
 from stages.store.ledger import LEDGER
-from stages.store.predictions import Answer, answer_rows
+from stages.store.predictions import PredictionBlocks, prediction_rows
 from stages.tasks.data import Split, check_like, load_npz
 from stages.tasks.loader import check_task
 
@@ -189,14 +189,14 @@ class Infer(Stage):
         # Those of a smaller ensemble come without their deltas; where nothing is left to do, the folder may be gone.
         known = folder / SMALLER if share.pending and not self._delta else None
         smaller = Smaller(known, self._like, len(self.inputs))
-        answering = Answering(personalised, self.inputs, self.settings.ensemble, self._like, smaller)
-        answering.work(
+        predictor = BlockPredictor(personalised, self.inputs, self.settings.ensemble, self._like, smaller)
+        predictor.work(
             answer,
             share.pending,
             self.unfinished.execution["batch_size"],
             lambda done: self.report.progress(before + done, before + left, "inputs"),
         )
-        return self._result(answer, answering) if share.is_whole() else None
+        return self._result(answer, predictor) if share.is_whole() else None
 
     @cached_property
     def _personalised(self) -> tuple[PersonalisedModel, str]:
@@ -237,22 +237,22 @@ class Infer(Stage):
         return min(wanted, len(self.inputs))
 
     def _block_rows(self, batch: int) -> int:
-        return answer_rows(len(self.inputs), batch, self._row_bytes)
+        return prediction_rows(len(self.inputs), batch, self._row_bytes)
 
     def _check_part(self) -> None:
         if self.part:
             rows = self._block_rows(self._batch_size())
             Part.check(self.part, -(-len(self.inputs) // rows), SMALLER_BLOCKS)
 
-    def _answer(self, folder: Path) -> Answer:
+    def _answer(self, folder: Path) -> PredictionBlocks:
         kept, work, members = self.unfinished.execution, self.unfinished, self.settings.ensemble
         rows, batch = kept["block_samples"], kept["batch_size"]
-        return Answer(folder, len(self.inputs), rows, work.fingerprint, members, self._delta, batch)
+        return PredictionBlocks(folder, len(self.inputs), rows, work.fingerprint, members, self._delta, batch)
 
-    def _result(self, answer: Answer, answering: Answering) -> WorkResult:
+    def _result(self, answer: PredictionBlocks, predictor: BlockPredictor) -> WorkResult:
         path, context, members = answer.folder / PREDICTIONS, self.context, self.settings.ensemble
         answer.put_together(path)
-        content, figures = sha256_file(path), answering.figures(answer, context.task)
+        content, figures = sha256_file(path), predictor.figures(answer, context.task)
         summary = {
             "query": self.query.name,
             "inputs": len(self.inputs),

@@ -22,9 +22,9 @@ from folders import Folder
 
 from ocd_cli.app import main
 from stages.overfitting.collector import Collector
-from stages.prediction.predicting import Answering
+from stages.prediction.predicting import BlockPredictor
 from stages.store.delta_store import DeltaStore
-from stages.store.predictions import Answer
+from stages.store.predictions import PredictionBlocks
 from stages.training.trainer import Trainer
 
 
@@ -150,7 +150,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
+def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaStore | PredictionBlocks] = DeltaStore) -> Any:
     """From this block on, none can be written: an interruption, or another error."""
 
     def stop(_: object, number: int, *args: object) -> None:
@@ -167,7 +167,7 @@ def stopped_training(after: int) -> Any:
 
 
 @contextlib.contextmanager
-def counted_blocks(kind: type[DeltaStore | Answer] = DeltaStore) -> Any:
+def counted_blocks(kind: type[DeltaStore | PredictionBlocks] = DeltaStore) -> Any:
     """The blocks written meanwhile, in no order: writers work side by side."""
     written: list[int] = []
     with before(kind, "write_block", lambda _, number, *args: written.append(number)):
@@ -184,4 +184,4 @@ def slow_down(delay: float, held_after: int) -> None:
 
         return slow
 
-    Collector.work, Answering.work = slowed(Collector.work), slowed(Answering.work)
+    Collector.work, BlockPredictor.work = slowed(Collector.work), slowed(BlockPredictor.work)

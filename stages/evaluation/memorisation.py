@@ -49,26 +49,35 @@ def memorisation(
         generated delta is nearer to a training delta than 95 % of the training deltas are to each other. Degenerate samples,
         whose true delta is rounding noise, are not left out.
     """
-    parts: dict[str, list[Tensor]] = {"generated": [], "true": [], "class": []}
-    for positions in evaluated.order[:count].split(size):
-        batch = Batch(subject, evaluated, positions)
-        parts["generated"].append(batch.generated[0][:, 0].cpu())
-        parts["true"].append(batch.overfitted.cpu())
-        if class_means is not None:
-            parts["class"].append(class_means[classes(batch)].cpu())
-    generated, true = torch.cat(parts["generated"]), torch.cat(parts["true"])
+    generated, true, of_class = _gathered(subject, evaluated, size, count, class_means, classes)
     nearest = _nearest(subject, generated, true, nearest_cosine)
-    cosines = {
-        "generated_true": cosine(generated, true),
-        **nearest,
-        "generated_mean": cosine(generated, mean.cpu().expand_as(generated)),
-    }
+    cosines = {"generated_true": cosine(generated, true), **nearest}
+    cosines["generated_mean"] = cosine(generated, mean.cpu().expand_as(generated))
     if class_means is not None:
-        cosines["generated_class_mean"] = cosine(generated, torch.cat(parts["class"]))
+        cosines["generated_class_mean"] = cosine(generated, of_class)
     # As near to each other as a twentieth of the training deltas are.
     close = nearest["training_nearest"].double().quantile(0.95)
     figures = {name: float(value.double().mean()) for name, value in cosines.items()}
     return {"samples": len(generated), **figures, "copies": float((nearest["generated_nearest"] > close).double().mean())}
+
+
+def _gathered(
+    subject: Subject,
+    evaluated: EvaluatedSamples,
+    size: int,
+    count: int,
+    class_means: Tensor | None,
+    classes: Callable[[Batch], Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One generated delta a sample, the true one, and the mean of its class, (Q, out, in) each."""
+    generated, true, of_class = [], [], []
+    for positions in evaluated.order[:count].split(size):
+        batch = Batch(subject, evaluated, positions)
+        generated.append(batch.generated[0][:, 0].cpu())
+        true.append(batch.overfitted.cpu())
+        if class_means is not None:
+            of_class.append(class_means[classes(batch)].cpu())
+    return torch.cat(generated), torch.cat(true), torch.cat(of_class) if of_class else None
 
 
 def _nearest(subject: Subject, generated: Tensor, true: Tensor, nearest_cosine: NearestCosine) -> dict[str, Tensor]:

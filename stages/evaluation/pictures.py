@@ -15,7 +15,7 @@ from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, take, tree_map
 from stages.lifecycle.context import RunContext
 from stages.prediction.predicting import BASE, OUTPUT, array_name, as_tree
-from stages.store.predictions import Answer
+from stages.store.predictions import PredictionBlocks
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task, uses_default
 from stages.tasks.user_code import user_code
@@ -74,7 +74,9 @@ def _is_finite(tree: Tree) -> bool:
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree).values())
 
 
-def write_pictures(context: RunContext, inputs: Split, answer: Answer, like: Tree, most: int, report: Report) -> dict[str, int]:
+def write_pictures(
+    context: RunContext, inputs: Split, answer: PredictionBlocks, like: Tree, most: int, report: Report
+) -> dict[str, int]:
     """Write strips of the first inputs of an answer that is whole, one input in memory at a time.
 
     Args:
@@ -108,7 +110,7 @@ def write_pictures(context: RunContext, inputs: Split, answer: Answer, like: Tre
     return {"pictures": written}
 
 
-def _panes(context: RunContext, inputs: Split, answer: Answer, like: Tree, total: int) -> Iterator[list[Pane]]:
+def _panes(context: RunContext, inputs: Split, answer: PredictionBlocks, like: Tree, total: int) -> Iterator[list[Pane]]:
     """Captions and pictures of one input after another."""
     labelled = total > 0 and inputs.labels([0]) is not None
     overfitted = _overfitted(context, inputs) if labelled else None
@@ -127,7 +129,7 @@ def _panes(context: RunContext, inputs: Split, answer: Answer, like: Tree, total
         ]
 
 
-def _answered(answer: Answer, like: Tree, total: int) -> Iterator[tuple[Tree, Tree]]:
+def _answered(answer: PredictionBlocks, like: Tree, total: int) -> Iterator[tuple[Tree, Tree]]:
     """What the base and the ensemble gave for each of the first inputs."""
     names = {array: [array_name(array, path) for path in leaves(like)] for array in (BASE, OUTPUT)}
     for block in range(answer.blocks):

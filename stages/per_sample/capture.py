@@ -1,7 +1,8 @@
 """Capturing I(x) (Eq. 7) from any model, unchanged, by hooks on the selected layer's module."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,25 +38,9 @@ def capture(
         TaskError: the layer's module or a watched one is not called or does not exist, or its rows do not divide into B
             samples.
     """
-    seen: dict[str, Any] = {}
-
-    def keep_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen[LAYER_INPUT] = _first_tensor([*args, *named.values()])
-
-    def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[name] = _first_tensor([output])
-
-    module, others = layer.module(model), watched_modules(model, watched)
-    handles = [module.register_forward_pre_hook(keep_input, with_kwargs=True)]
-    for name, one in {ACTIVATION: module, **others}.items():
-        # Its own output, before other hooks have it.
-        handles.append(one.register_forward_hook(functools.partial(keep_output, name), prepend=True))
-    try:
-        with torch.no_grad():
-            output = plain(forward)(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    others = watched_modules(model, watched)
+    with _hooked(layer.module(model), others) as seen, torch.no_grad():
+        output = plain(forward)(model, x)
     if seen.get(LAYER_INPUT) is None or seen.get(ACTIVATION) is None:
         raise TaskError(
             f"the module of {layer.name} is not called in the forward pass, so it has no input to condition on",
@@ -66,6 +51,28 @@ def capture(
     fields = {name: _per_sample(value, batch_size(x), layer.name) for name, value in seen.items()}
     whole = list(leaves(output).values())
     return output, fields | {BASE_OUTPUT: whole[0] if len(whole) == 1 and whole[0].dim() > 1 else flat_output(output)}
+
+
+@contextmanager
+def _hooked(module: nn.Module, others: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """What the layer's module sees and gives, and what others give, by field, once a pass has been run."""
+    seen: dict[str, Any] = {}
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen[LAYER_INPUT] = _first_tensor([*args, *named.values()])
+
+    def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[name] = _first_tensor([output])
+
+    handles = [module.register_forward_pre_hook(keep_input, with_kwargs=True)]
+    for name, one in {ACTIVATION: module, **others}.items():
+        # Its own output, before other hooks have it.
+        handles.append(one.register_forward_hook(functools.partial(keep_output, name), prepend=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def watched_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

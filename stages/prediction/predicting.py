@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.foundation.trees import Tree, leaves, take, to_device, tree_map
 from stages.prediction.personalised import PersonalisedModel, Prediction
-from stages.store.predictions import Answer
+from stages.store.predictions import PredictionBlocks
 from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.protocol import Task
@@ -63,7 +63,7 @@ def as_tree(like: Tree, tensors: list[Tensor]) -> Tree:
     return tree_map(lambda _: next(following), like)
 
 
-class Answering:
+class BlockPredictor:
     """Predicts for the rows of a split and writes them into the blocks of an answer.
 
     Args:
@@ -78,7 +78,7 @@ class Answering:
         self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble
         self._like, self._smaller = like, smaller
 
-    def work(self, answer: Answer, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
+    def work(self, answer: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
         """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
 
         Raises:
@@ -116,7 +116,7 @@ class Answering:
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
         return {name: value.contiguous().numpy() for name, value in arrays.items()}
 
-    def figures(self, answer: Answer, task: Task) -> dict[str, Any]:
+    def figures(self, answer: PredictionBlocks, task: Task) -> dict[str, Any]:
         """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
         are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
         could not be scored."""

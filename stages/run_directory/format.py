@@ -109,21 +109,18 @@ class Identity(Record):
         return digest(self.as_json())
 
 
-class SourceRecord(Record):
-    """A file of the user's that a stage depends on, as it was."""
+class FileRecord(Record):
+    """A file as it was when it was recorded."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class SourceRecord(FileRecord):
+    """A file of the user's that a stage depends on."""
 
     path: str
-    size: int
-    mtime_ns: int
-    sha256: str
-
-
-class FileRecord(Record):
-    """A file of a finished stage."""
-
-    size: int
-    mtime_ns: int
-    sha256: str
 
 
 class Extent(Record):
@@ -135,7 +132,7 @@ class Extent(Record):
 
 
 class Total(Record):
-    """How much there is to do, and in what it is counted: "blocks" or "steps"."""
+    """How much there is to do, in "blocks" or "steps"."""
 
     total: int
     unit: str
@@ -193,17 +190,8 @@ class Made(Record):
 class Manifest(Hashed):
     """`manifest.json`, written last: what makes a finished folder trustworthy.
 
-    Attributes:
-        stage, identity, fingerprint: what the result is.
-        extents: how far it went, by "stage.key".
-        execution: execution settings as resolved.
-        content: the hash (or, for select-layer, the name) that later stages depend on.
-        summary: figures worth printing.
-        sources: the user's files that it depends on.
-        files: every file of the folder but the log, by name.
-        made: when and with what.
-        store: of collect.
-        chosen: what `auto` came to, where that is no setting of the identity, by "stage.key".
+    `stage`, `identity` and `fingerprint` say what the result is; `extents`, `content`, `summary`, `store` and `chosen` are
+    `WorkResult`'s; `execution` are settings as resolved; `files` are those of the folder but the log, by name.
     """
 
     stage: str

@@ -16,7 +16,7 @@ from stages.store.ledger import LEDGER, Ledger
 MOST_BLOCKS, LARGEST_BLOCK, BLOCK_BYTES = 64, 4096, 64 << 20
 
 
-def answer_rows(samples: int, batch: int, row_bytes: int) -> int:
+def prediction_rows(samples: int, batch: int, row_bytes: int) -> int:
     """Rows to a block of an answer: a whole number of batches, about a 64th of it, as far as memory holds them."""
     wanted = min(-(-samples // MOST_BLOCKS), LARGEST_BLOCK, BLOCK_BYTES // max(1, row_bytes))
     return batch * max(1, -(-wanted // batch))
@@ -28,7 +28,7 @@ def chunk_rows(batch: int, row_bytes: int) -> int:
     return max(rows for rows in range(1, min(batch, most) + 1) if batch % rows == 0)
 
 
-class Answer(Ledger):
+class PredictionBlocks(Ledger):
     """The blocks of an answer: predictions at `folder`/blocks/000000.npz, sampled deltas at `folder`/deltas.zarr.
 
     Args:

@@ -67,8 +67,13 @@ def fields_of(
             "collect.condition_on_x = true beside a conditioning() of the task's own, which has the last word",
             "leave it out, and let conditioning() give x itself",
         )
-    count = batch_size(x)
-    for name, value in own.items():
+    _check_own(own, batch_size(x))
+    return {name: _rows(value.detach().float()) for name, value in own.items()}, {}
+
+
+def _check_own(fields: dict[str, Tensor], count: int) -> None:
+    """Refuse fields of the task's own that are not one row per sample, or have names that the store cannot have."""
+    for name, value in fields.items():
         if not isinstance(value, Tensor) or value.shape[:1] != (count,):
             raise TaskError(
                 f"conditioning() gave {name} of shape {tuple(getattr(value, 'shape', ()))} for a batch of {count}",
@@ -76,7 +81,6 @@ def fields_of(
             )
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise TaskError(f"conditioning() gave a field named {name!r}", "names are letters, digits and underscores")
-    return {name: _rows(value.detach().float()) for name, value in own.items()}, {}
 
 
 def _numbers(x: Tree) -> Tensor:

@@ -30,15 +30,8 @@ def fetch(name: str, urls: Sequence[str], sha256: str | None, timeout_s: float =
             server that gives the right one.
         SettingsError: it has to be downloaded, and pooch is missing.
     """
-    if folder := os.environ.get("OCD_DATA"):
-        path = Path(folder).expanduser() / name
-        if path.is_file():
-            if sha256 is not None and sha256_file(path) != sha256:
-                raise DataError(
-                    f"{path} has another sha256 than expected ({sha256[:12]}…)",
-                    "replace the file, or unset OCD_DATA to download it",
-                )
-            return path
+    if (path := _given(name, sha256)) is not None:
+        return path
     path = cache_folder() / name
     record = path.with_name(f"{path.name}.sha256")
     recorded = next(iter(record.read_text(errors="replace").split()), "nothing") if record.is_file() else None
@@ -57,6 +50,18 @@ def fetch(name: str, urls: Sequence[str], sha256: str | None, timeout_s: float =
     if recorded != found and (sha256 is None or recorded):
         # As `sha256sum` writes it.
         write_bytes(record, f"{found}  {path.name}\n".encode())
+    return path
+
+
+def _given(name: str, sha256: str | None) -> Path | None:
+    """The file in `OCD_DATA`, if it is there."""
+    folder = os.environ.get("OCD_DATA")
+    if not folder or not (path := Path(folder).expanduser() / name).is_file():
+        return None
+    if sha256 is not None and sha256_file(path) != sha256:
+        raise DataError(
+            f"{path} has another sha256 than expected ({sha256[:12]}…)", "replace the file, or unset OCD_DATA to download it"
+        )
     return path
 
 

@@ -230,14 +230,18 @@ def begin_training(
         tuning=tuning,
         tune_after=table.tune_after,
     )
-    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    return Training(batches, denoiser, steps, _new_trainer(settings, denoiser, steps, ranks))
+
+
+def _new_trainer(settings: DenoiserSettings, denoiser: Denoiser, steps: DenoisingSteps, ranks: Ranks) -> Trainer:
+    table, trained = settings.table, [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
     cosine = table.max_steps if table.lr_schedule == "cosine" else None
     trainer = Trainer(denoiser, optimizer, steps, cosine_steps=cosine, ranks=ranks)
     if table.compile:
         # After the trainer has made its copy, which is evaluated as it is.
         denoiser.compile()
-    return Training(batches, denoiser, steps, trainer)
+    return trainer
 
 
 def _new_denoiser(settings: DenoiserSettings, batches: TrainingBatches, device: torch.device) -> Denoiser:

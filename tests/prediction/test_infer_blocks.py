@@ -22,7 +22,7 @@ from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.per_sample.weights import Loop, Substitution, Vmap
 from stages.prediction.personalised import PersonalisedModel
-from stages.store.predictions import Answer, answer_rows, chunk_rows
+from stages.store.predictions import PredictionBlocks, chunk_rows, prediction_rows
 from stages.tasks.data import load_npz
 
 BLOCKS = 12
@@ -165,7 +165,7 @@ def test_killed_and_continued(ready, start, ocd, whole, kept):
     entry = status_of(ocd, ready)
     assert entry["state"] == "partial"
     assert entry["progress"] == {"done": len(there), "total": BLOCKS, "unit": "blocks"}
-    with counted_blocks(Answer) as written:
+    with counted_blocks(PredictionBlocks) as written:
         result = ocd(ready, "infer", "--set", "infer.batch_size=5")
     # The batch it was begun with is kept, so that the bits are.
     assert sorted(written) == list(range(len(there), BLOCKS))
@@ -191,9 +191,9 @@ def test_killed_while_it_is_put_together(ready, ocd, whole, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Answer, "put_together", stop)
+        patch.setattr(PredictionBlocks, "put_together", stop)
         ocd(ready, "infer", code=4)
-    with counted_blocks(Answer) as written:
+    with counted_blocks(PredictionBlocks) as written:
         ocd(ready, "infer")
     assert written == []
     whole(ready)
@@ -204,7 +204,7 @@ def test_killed_between_manifest_and_exchange(answered, ocd, whole):
     (answered.run / "infer" / "test").rename(wip)
     (wip / "blocks").mkdir()
     (wip / "blocks" / "000000.json").write_text("{}")
-    with counted_blocks(Answer) as written:
+    with counted_blocks(PredictionBlocks) as written:
         ocd(answered, "infer")
     assert written == []
     whole(answered)
@@ -213,21 +213,21 @@ def test_killed_between_manifest_and_exchange(answered, ocd, whole):
 @pytest.mark.parametrize("harm", [flip, lambda path, **_: path.unlink()], ids=["changed", "gone"])
 @pytest.mark.parametrize("name", ["blocks/000001.npz", "deltas.zarr/delta/c.1.0.0.0"])
 def test_a_damaged_block_is_redone(ready, ocd, whole, name, harm):
-    with stopped_at(4, kind=Answer):
+    with stopped_at(4, kind=PredictionBlocks):
         ocd(ready, "infer", code=4)
     harm(ready.run / WIP / name, keep_time=True)
     problems = ocd.json(ready, "verify", code=3)["stages"][WIP]["problems"]
     assert any("000001" in text for text in problems)
-    with counted_blocks(Answer) as written:
+    with counted_blocks(PredictionBlocks) as written:
         ocd(ready, "infer")
     assert sorted(written) == [1, *range(4, BLOCKS)]
     whole(ready)
 
 
 def test_other_settings_discard_what_was_begun(ready, ocd):
-    with stopped_at(4, kind=Answer):
+    with stopped_at(4, kind=PredictionBlocks):
         ocd(ready, "infer", code=4)
-    with counted_blocks(Answer) as written:
+    with counted_blocks(PredictionBlocks) as written:
         ocd(ready, "infer", "--strength", 0.5)
     assert written == list(range(BLOCKS))
 
@@ -257,9 +257,9 @@ def test_all_parts_at_once(ready, start, ocd, whole):
 
 
 def test_parts_take_up_what_a_plain_command_left(ready, ocd, whole):
-    with stopped_at(4, kind=Answer):
+    with stopped_at(4, kind=PredictionBlocks):
         ocd(ready, "infer", code=4)
-    with counted_blocks(Answer) as written:
+    with counted_blocks(PredictionBlocks) as written:
         for number in (1, 2):
             ocd(ready, "infer", "--part", f"{number}/2")
     assert sorted(written) == list(range(4, BLOCKS))
@@ -352,7 +352,7 @@ def test_a_larger_ensemble(ready, ocd, drawn, words):
 
 def test_a_larger_ensemble_that_was_interrupted(ready, ocd, drawn):
     ocd(ready, "infer", *BARE)
-    with stopped_at(4, kind=Answer):
+    with stopped_at(4, kind=PredictionBlocks):
         ocd(ready, "infer", *BARE, "--ensemble", 3, code=4)
     drawn.clear()
     ocd(ready, "infer", *BARE, "--ensemble", 3)
@@ -363,7 +363,7 @@ def test_a_larger_ensemble_that_was_interrupted(ready, ocd, drawn):
 
 
 def test_blocks_of_fewer_members_do_not_count(ready, ocd):
-    with stopped_at(4, kind=Answer):
+    with stopped_at(4, kind=PredictionBlocks):
         ocd(ready, "infer", code=4)
     ocd(ready, "infer", "--ensemble", 4, "--set", "infer.batch_size=5")
     assert predictions(ready)["member_output"].shape == (24, 4, 3)
@@ -408,7 +408,7 @@ def test_an_npy_file_is_left_in_its_place(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
 def test_an_answer_has_the_bytes_of_savez(tmp_path, dtype):
     arrays = {"wide": np.arange(60).reshape(10, 3, 2).astype(dtype), "flat": np.arange(10).astype(dtype)}
-    answer = Answer(tmp_path, samples=10, rows=4, fingerprint="a", members=1, delta=None, batch=4)
+    answer = PredictionBlocks(tmp_path, samples=10, rows=4, fingerprint="a", members=1, delta=None, batch=4)
     answer.create()
     for block in range(answer.blocks):
         span = answer.block_range(block)
@@ -422,7 +422,7 @@ def test_an_answer_has_the_bytes_of_savez(tmp_path, dtype):
 @given(samples=st.integers(1, 300_000), batch=st.integers(1, 1024), row_bytes=st.integers(1, 1 << 30))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_blocks_are_whole_batches(samples, batch, row_bytes):
-    rows = answer_rows(samples, batch, row_bytes)
+    rows = prediction_rows(samples, batch, row_bytes)
     assert rows % batch == 0
     assert rows == batch or (rows < 4096 + batch and rows - batch < samples / 64 + 1)
 
