@@ -191,17 +191,3 @@ def available_memory() -> int | None:
         free = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
         found.append(free + sum(int(count) for _, count in cached))
     return min(found, default=None)
-
-
-def require_memory(needed: int, what: str) -> None:
-    """Refuse beforehand what memory cannot hold.
-
-    Raises:
-        TryAgainError: fewer than `needed` bytes are available.
-    """
-    available = available_memory()
-    if available is not None and needed > available:
-        raise TryAgainError(
-            f"{what} takes {needed:,} bytes of memory, {available:,} are available",
-            "collect fewer samples with --set collect.samples=N, or free memory",
-        )

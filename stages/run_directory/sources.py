@@ -2,8 +2,6 @@
 
 import ast
 import hashlib
-import io
-import tokenize
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,39 +24,17 @@ def code_files(project: Project) -> list[Path]:
 
 
 def hash_code(path: Path) -> str:
-    """sha256 of a Python file without its comments, blank lines and trailing space, which change no result.
+    """sha256 of what a Python file says, whatever its comments and layout, which change no result.
 
     Raises:
         TaskError: the file is not Python.
     """
-    source, kept = "", set()
     try:
-        with tokenize.open(path) as stream:
-            source = stream.read()
-        # As the tokenizer counts lines, not str.splitlines, which knows more ends of lines.
-        lines = source.split("\n")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            (row, column), (last, _) = token.start, token.end
-            if token.type == tokenize.COMMENT:
-                lines[row - 1] = lines[row - 1][:column]
-            elif last > row:
-                # Inside a string over several lines blank ones count, too.
-                kept.update(range(row, last + 1))
-    except (tokenize.TokenError, SyntaxError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} is not valid Python{_fault(source)}", "mend it, then run the same command again") from error
-    text = "\n".join(
-        line if number in kept else line.rstrip() for number, line in enumerate(lines, 1) if number in kept or line.strip()
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _fault(source: str) -> str:
-    """Where and why Python refuses a source; the tokenizer's own message shows neither well."""
-    try:
-        ast.parse(source)
-    except SyntaxError as error:
-        return f", line {error.lineno}: {error.msg}"
-    return ""
+        said = ast.unparse(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError) as error:
+        fault = f", line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else f": {error}"
+        raise TaskError(f"{path} is not valid Python{fault}", "mend it, then run the same command again") from error
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def source_record(
