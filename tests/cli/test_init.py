@@ -4,7 +4,7 @@ import re
 import tomllib
 
 import pytest
-from folders import Folder
+from folders import Folder, put
 from typer.testing import CliRunner
 
 from ocd_cli.app import app
@@ -68,9 +68,7 @@ def test_init_keeps_what_is_there(init):
     assert "lr = 0.5  #" in init("--set", "collect.lr=0.5", "--force")[0]
 
 
-PLAIN = [
-    word for value in ("model=mymodel:net", "loss=mse", "train=a.npz", "test=b.npz") for word in ("--set", f"task.{value}")
-]
+PLAIN = put("task.model=mymodel:net", "task.loss=mse", "task.train=a.npz", "task.test=b.npz")
 
 
 def test_init_takes_settings(init):

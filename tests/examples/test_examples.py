@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from folders import example
+from folders import example, put
 
 
 def test_digits_end_to_end(ocd, tmp_path):
@@ -15,7 +15,7 @@ def test_digits_end_to_end(ocd, tmp_path):
     assert stages["train-diffusion"]["cosine"] > 0.8
     assert stages["train-diffusion"]["cosine"] > stages["train-diffusion"]["cosine_shuffled"] + 0.1
     assert stages["collect"]["overfit_loss"] < stages["collect"]["base_loss"]
-    found = dict(np.load(folder.run / "infer" / "test" / "predictions.npz"))
+    found = folder.predictions()
     assert found["member_output"].shape == (600, 5, 10)
     results = ocd.json(folder, "evaluate")
     rows = {row["name"]: row["metrics"]["cross_entropy"] for row in results["rows"]}
@@ -37,7 +37,7 @@ def test_bring_your_own_goes_from_two_files_to_predictions_in_one_command(ocd, t
 
 def test_init_alone_writes_a_file_that_works(ocd, tmp_path):
     ocd(None, "init", "--config", tmp_path)
-    few = [word for key in ("train-diffusion.max_steps", "train-scale.max_steps") for word in ("--set", f"{key}=50")]
+    few = put("train-diffusion.max_steps=50", "train-scale.max_steps=50")
     stages = ocd.json(None, "run", "--config", tmp_path, *few, "--set", "select-layer.draws=50")["stages"]
     assert stages["infer"]["metrics"]["base"]["accuracy"] > 0.5
 
@@ -47,7 +47,7 @@ def test_mnist_reads_the_real_data(ocd, tmp_path, real_data):
     folder = example("mnist_lenet5", tmp_path)
     few = ("collect.samples=200", "train-diffusion.max_steps=20", "train-scale.max_steps=50", "select-layer.draws=20")
     few += ("task.args.classifier_epochs=1", "evaluate.samples=40", "evaluate.validation_samples=20")
-    words = [word for setting in few for word in ("--set", setting)]
+    words = put(*few)
     ocd(folder, "run", "--until", "train-scale", *words)
     summary = folder.summary("collect")
     assert summary["shape"] == [84, 120]

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from folders import Folder, blocks_of, reader_of, results, states, store
+from folders import blocks_of, reader_of, results, states, store
 from networks import random
 from PIL import Image
 from processes import counted_blocks, stopped_at
@@ -59,7 +59,7 @@ def finished_example(told_example):
 @pytest.fixture
 def example(finished_example, tmp_path):
     """A copy of it."""
-    return Folder(shutil.copytree(finished_example.root, tmp_path / "tinynerf"))
+    return finished_example.copy(tmp_path / "tinynerf")
 
 
 @pytest.fixture(scope="module")

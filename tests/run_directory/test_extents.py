@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 from expectations import ALL_DONE, STAGES, changes, from_on
-from folders import Folder
 
 EXTENTS = [
     ("train-base.epochs", "train-base", 2, 3, 1),
@@ -18,11 +17,7 @@ EXTENTS = [
 @pytest.fixture(scope="module")
 def few_samples(finished_run, tmp_path_factory, ocd):
     """A finished run over some of the training set, so that it can be extended; not to be changed."""
-    root = tmp_path_factory.mktemp("few") / "project"
-    shutil.copytree(finished_run.root, root)
-    folder = Folder(root)
-    for stage in STAGES[2:]:
-        shutil.rmtree(folder.run / stage)
+    folder = finished_run.copy(tmp_path_factory.mktemp("few") / "project").without(*STAGES[2:])
     folder.write({"collect": {"samples": 20}})
     ocd(folder, "run")
     return folder
@@ -30,8 +25,7 @@ def few_samples(finished_run, tmp_path_factory, ocd):
 
 @pytest.fixture
 def extendable(few_samples, tmp_path):
-    shutil.copytree(few_samples.root, tmp_path / "few")
-    return Folder(tmp_path / "few")
+    return few_samples.copy(tmp_path / "few")
 
 
 @pytest.mark.parametrize(("setting", "stage", "value", "larger", "smaller"), EXTENTS)
