@@ -1,5 +1,6 @@
 """evaluate: OCD beside the base and what a sceptic would try, on labelled test samples, with intervals and a verdict."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,12 @@ from stages.evaluation.from_run import (
     class_means,
     class_numbers,
     extra_rows,
+    find_neighbours,
     make_subject,
     samples_at_once,
     training_rows,
     unseen,
     with_denoiser,
-    with_neighbours,
 )
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS
@@ -105,11 +106,12 @@ class Evaluate(Stage):
             seed: read_json(folder_of(branch, self.name).path / RESULTS_FILE) for seed, branch in seed_branches(self.context)
         }
         rows, left_out = self._rows()
-        fitted, temperature = self._fit(rows, left_out)
+        rows, fitted, temperature, more = self._fit(rows)
+        left_out |= more
         strengths = self._strengths(rows, fitted)
         compared = self._compare(rows, strengths)
         rng = np.random.default_rng(seed_of(self.context.seed, "evaluate", "bootstrap"))
-        on_progress = self._heard("resamples", self.settings.resamples)
+        on_progress = self._progress("resamples", self.settings.resamples)
         found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, on_progress)
         losses = {name: metrics[primary] for name, metrics in found.items()}
         comparisons = compared_with(losses)
@@ -184,10 +186,13 @@ class Evaluate(Stage):
         requested, without = requested_rows(self.context, subject)
         # Stages of branches have had their names shown meanwhile.
         self.report.start(self.name)
-        missing = self._find_neighbours()
+        self._test, missing = self._with_neighbours(self._test)
+        if self._validation is not None:
+            self._validation, more = self._with_neighbours(self._validation)
+            missing |= more
         rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
-        more, left_out = training_rows(subject, training, self._class_means, missing)
-        rows += more
+        made, left_out = training_rows(subject, training, self._class_means, missing)
+        rows += made
         whole = whole_network_row(self.context, len(self._test.order))
         if isinstance(whole, str):
             left_out[row.ORACLE_ALL] = whole
@@ -196,39 +201,41 @@ class Evaluate(Stage):
         rows += [*requested, *extra_rows(self.context, {one.name for one in rows})]
         return row.in_order(rows), left_out | without
 
-    def _find_neighbours(self) -> dict[str, str]:
-        """Nearest training samples of test and validation samples; what they cannot be found in, with the reason."""
-        first, known = self.training.first_rows, self.training.field("layer_input")
-        known = None if known is None else known[first]
-        given = (self.context.splits["all"], self.training.sample_index[first], known, self.settings.neighbours, self._size)
-        missing: dict[str, str] = {}
-        for evaluated in filter(None, (self._test, self._validation)):
-            missing |= with_neighbours(self.subject, evaluated, *given, self._heard("neighbours", len(self.training)))
-        return missing
+    def _with_neighbours(self, evaluated: EvaluatedSamples) -> tuple[EvaluatedSamples, dict[str, str]]:
+        """The samples with their nearest training samples; and what these cannot be found in, with the reason."""
+        training, whole = self.training, self.context.splits["all"]
+        first, known = training.first_rows, training.field("layer_input")
+        found, missing = find_neighbours(
+            self.subject,
+            evaluated,
+            whole,
+            training.sample_index[first],
+            None if known is None else known[first],
+            self.settings.neighbours,
+            self._size,
+            self._progress("neighbours", len(training)),
+        )
+        return dataclasses.replace(evaluated, neighbours=found), missing
 
-    def _fit(self, rows: list[Row], left_out: LeftOut) -> tuple[dict[str, Fitted], float | None]:
-        """Strengths and the temperature; rows that are nothing without them are taken out of `rows`."""
+    def _fit(self, rows: list[Row]) -> tuple[list[Row], dict[str, Fitted], float | None, LeftOut]:
+        """Fit strengths and a temperature on validation samples: rows that need them come or go."""
         classification, validation = self.context.task.kind == CLASSIFICATION, self._validation
-        if not classification:
-            left_out[row.TEMPERATURE] = "the task has no classes"
-        wanting = [one for one in rows if one.validated]
+        left_out = {} if classification else {row.TEMPERATURE: "the task has no classes"}
         if validation is None:
-            rows[:] = [one for one in rows if one.name != row.VALIDATED]
             left_out[row.VALIDATED] = NO_VALIDATION
             left_out.setdefault(row.TEMPERATURE, NO_VALIDATION)
-            return {}, None
-        strengths, size = self.settings.strengths, self._size
-        on_progress = self._heard("validation samples × rows", len(validation.order) * len(wanting))
+            return [one for one in rows if one.name != row.VALIDATED], {}, None, left_out
+        strengths, size, wanting = self.settings.strengths, self._size, [one for one in rows if one.validated]
+        on_progress = self._progress("validation samples × rows", len(validation.order) * len(wanting))
         fitted = fit_strengths(self.subject, validation, wanting, strengths, size, on_progress)
         if not classification:
-            return fitted, None
+            return rows, fitted, None, left_out
         if (found := fit_temperature(self.subject, validation, size)) is None:
-            left_out[row.TEMPERATURE] = "outputs and labels are not logits and class numbers"
-            return fitted, None
+            reason = "outputs and labels are not logits and class numbers"
+            return rows, fitted, None, left_out | {row.TEMPERATURE: reason}
         temperature, normalised = found
         one = row.temperature_row(lambda output: scaled(output, temperature, normalised=normalised))
-        rows[:] = row.in_order([*rows, one])
-        return fitted, temperature
+        return row.in_order([*rows, one]), fitted, temperature, left_out
 
     def _strengths(self, rows: list[Row], fitted: Mapping[str, Fitted]) -> dict[str, float]:
         """Every row's strength: as fitted; of OCD's own rows, and where nothing could be fitted, as `[infer]` has it."""
@@ -244,12 +251,12 @@ class Evaluate(Stage):
         """Every row on the test samples."""
         subject, size, variances = self.subject, self._size, {}
         if self._validation is not None:
-            on_progress = self._heard("validation samples × rows", len(self._validation.order) * len(rows))
+            on_progress = self._progress("validation samples × rows", len(self._validation.order) * len(rows))
             variances = fit_variances(subject, self._validation, rows, strengths, size, on_progress)
-        on_progress = self._heard("test samples × rows", len(self._test.order) * len(rows))
+        on_progress = self._progress("test samples × rows", len(self._test.order) * len(rows))
         return compare(subject, self._test, rows, strengths, variances, size, on_progress)
 
-    def _heard(self, unit: str, total: int) -> Callable[[int], None]:
+    def _progress(self, unit: str, total: int) -> Callable[[int], None]:
         return lambda done: self.report.progress(done, total, unit)
 
     # What is told beside the rows.

@@ -88,7 +88,7 @@ def probe_of(context: RunContext) -> tuple[Tree, Tree]:
     return rows.batch([i % len(rows) for i in range(PROBE)])
 
 
-def with_neighbours(
+def find_neighbours(
     subject: Subject,
     evaluated: EvaluatedSamples,
     split: Split,
@@ -97,12 +97,12 @@ def with_neighbours(
     k: int,
     size: int,
     on_progress: OnProgress,
-) -> dict[str, str]:
-    """Find the nearest training samples of the evaluated samples, in x and in what the layer sees.
+) -> tuple[dict[str, Neighbours], dict[str, str]]:
+    """The nearest training samples of the evaluated samples, in x and in what the layer sees.
 
     Args:
         subject: what is evaluated.
-        evaluated: gets the neighbours.
+        evaluated: the samples.
         split: all training samples.
         numbers: those that have a delta, (N,); neighbours are counted in this order.
         known: what the layer sees of each of them, (N, d), or None.
@@ -111,22 +111,21 @@ def with_neighbours(
         on_progress: of progress.
 
     Returns:
-        what neighbours could not be found in, with the reason.
+        the neighbours, by what the distance is taken in; and what they could not be found in, with the reason.
     """
-    missing = {}
+    found, missing = {}, {}
     asked = evaluated.order.sort().values
     count, own = len(evaluated.split), own_rows(evaluated.split, split, asked, numbers)
     if places_of(subject.task, evaluated.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
-        evaluated.neighbours[row.IN_X] = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
+        found[row.IN_X] = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
     if known is None:
-        missing[row.IN_LAYER_INPUT] = "the store has no field layer_input"
-        return missing
+        return found, missing | {row.IN_LAYER_INPUT: "the store has no field layer_input"}
     parts = [Batch(subject, evaluated, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
-    evaluated.neighbours[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
-    return missing
+    found[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
+    return found, missing
 
 
 def _nearest_in_x(
@@ -139,7 +138,7 @@ def _nearest_in_x(
     k: int,
     on_progress: OnProgress,
 ) -> Neighbours:
-    """As `with_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
+    """As `find_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
     parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(evaluated.inputs(asked[:1])).values())
     for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // numbers_each)):
         queries = places_of(subject.task, evaluated.inputs(asked[part])).to(subject.device)
@@ -167,7 +166,7 @@ def training_rows(
         subject: what is evaluated.
         training: the store.
         means: as `class_means`.
-        missing: as `with_neighbours`.
+        missing: as `find_neighbours`.
     """
     left_out = {}
     found = [row.random_training_row(), row.mean_row(training.mean.to(subject.device))]

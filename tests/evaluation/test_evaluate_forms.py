@@ -7,7 +7,7 @@ import torch
 from folders import make_folder, own_task
 
 from stages.evaluate import Evaluate
-from stages.evaluation.from_run import with_neighbours
+from stages.evaluation.from_run import find_neighbours
 from stages.evaluation.rows import TABLE
 from stages.evaluation.subject import EvaluatedSamples
 from stages.lifecycle.context import RunContext
@@ -140,10 +140,12 @@ def test_a_sample_is_not_its_own_neighbour(ocd, project):
     numbers, known = stage.training.sample_index, stage.training.field("layer_input")
     for split in (stage.context.test_split, stage.context.splits["validation"]):
         evaluated = EvaluatedSamples(split, torch.arange(len(split)))
-        assert with_neighbours(stage.subject, evaluated, stage.context.splits["all"], numbers, known, 1, 16, print) == {}
+        whole = stage.context.splits["all"]
+        found, missing = find_neighbours(stage.subject, evaluated, whole, numbers, known, 1, 16, print)
+        assert missing == {}
         for kind in ("x", "layer_input"):
             # No two samples are the same.
-            assert float(evaluated.neighbours[kind].distance[:, 0].min()) > 0
+            assert float(found[kind].distance[:, 0].min()) > 0
 
 
 def test_branches_follow_data_that_only_code_reads(ocd, project):

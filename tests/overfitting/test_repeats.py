@@ -1,6 +1,7 @@
 """Several overfits of one sample, each with other parts of it: the store, who reads it, and what is refused."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from folders import PROJECTS, blocks_of, make_folder, own_task, reader_of, resul
 from processes import counted_blocks
 
 from stages.evaluate import Evaluate
-from stages.evaluation.from_run import with_neighbours
+from stages.evaluation.from_run import find_neighbours
 from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples
 from stages.foundation.seeds import generator
@@ -231,7 +232,9 @@ def test_neighbours_are_samples_not_rows(evaluation):
     split, rows = evaluation.context.splits["all"], evaluation.training.first_rows
     first, fields = evaluation.training.sample_index[rows], evaluation.training.field("layer_input")[rows]
     evaluated = EvaluatedSamples(evaluation.context.test_split, torch.arange(7))
-    assert with_neighbours(evaluation.subject, evaluated, split, first, fields, 5, 4, print) == {}
+    found, missing = find_neighbours(evaluation.subject, evaluated, split, first, fields, 5, 4, print)
+    assert missing == {}
+    evaluated = replace(evaluated, neighbours=found)
     known, asked = split.inputs(first).flatten(1), evaluation.context.test_split.inputs(range(7)).flatten(1)
     wanted = torch.cdist(asked.double(), known.double()).sort(dim=1)
     batch = Batch(evaluation.subject, evaluated, torch.arange(7))
@@ -253,10 +256,12 @@ def test_training_samples_are_not_their_own_neighbours(evaluation):
     evaluated = EvaluatedSamples(evaluation.context.splits["all"], torch.tensor([3, 0, 5]))
     known = training.field("layer_input")[training.first_rows]
     numbers = training.sample_index[training.first_rows]
-    assert with_neighbours(evaluation.subject, evaluated, evaluation.context.splits["all"], numbers, known, 17, 2, print) == {}
+    whole = evaluation.context.splits["all"]
+    found, missing = find_neighbours(evaluation.subject, evaluated, whole, numbers, known, 17, 2, print)
+    assert missing == {}
     for kind in ("x", "layer_input"):
         for position in (3, 0, 5):
-            row = evaluated.neighbours[kind].row[position]
+            row = found[kind].row[position]
             assert sorted(numbers[row].tolist()) == [number for number in range(SAMPLES) if number != position]
 
 
