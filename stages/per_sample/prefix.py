@@ -11,7 +11,7 @@ that are replayed themselves, it works on a single row instead of the batch.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,7 +142,7 @@ class Prefix:
             if record is None or not record.calls:
                 return None
             divides = divides and _has_rows(record.tensors, size)
-        return cls([module for module, _ in record.calls], holders, divides)
+        return cls(list(dict.fromkeys(module for module, _ in record.calls)), holders, divides)
 
     def record(self, run: Callable[[], Tree]) -> tuple[Tree, Record | None]:
         """What a forward pass returns, and the record of it; None where it does not come to the layer."""
@@ -169,10 +169,9 @@ class Prefix:
             is_right: whether passes that replay a record come to the same results.
         """
         for module in self._modules:
-            try:
-                self._unread |= {module} if is_right(record.without(self._unread | {module})) else set()
-            except PrefixChanged:
-                continue
+            with suppress(PrefixChanged):
+                if is_right(record.without(self._unread | {module})):
+                    self._unread.add(module)
 
 
 def _has_rows(tensors: list[Tensor], samples: int) -> bool:
