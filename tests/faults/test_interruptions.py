@@ -110,7 +110,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, ocd):
     often = put("train-diffusion.checkpoint_steps=5")
     with stopped_training(after=23):
         ocd(finished, "train-diffusion", *often, code=4)
-    newest = max((finished.run / "train-diffusion.wip" / "checkpoints").glob("*.safetensors"))
+    newest = max((finished.run / "train-diffusion.wip" / "checkpoints").glob("*.json")).with_suffix(".safetensors")
     newest.write_bytes(newest.read_bytes()[:100])
     result = ocd(finished, "train-diffusion", *often)
     assert f"checkpoint {newest.stem} is not usable, the one before is taken" in result.stderr
