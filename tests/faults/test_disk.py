@@ -9,7 +9,6 @@ import pytest
 from folders import Folder, blocks_of, make_folder, states
 from processes import before, counted_blocks
 
-from stages.collect import Collect
 from stages.run_directory.folders import StageFolder
 from stages.store.delta_store import DeltaStore
 
@@ -91,13 +90,13 @@ def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, free):
 
 @pytest.mark.parametrize(
     ("where", "name"),
-    [(Collect, "_result"), (StageFolder, "exchange")],
+    [(DeltaStore, "totals"), (StageFolder, "exchange")],
     ids=["before the manifest", "before the names are exchanged"],
 )
 def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, where, name):
     with before(where, name, lambda *_: small_disk.fill()):
         # An exchange needs no room.
-        ocd(small, "collect", "--quiet", code=4 if where is Collect else 0)
+        ocd(small, "collect", "--quiet", code=4 if where is DeltaStore else 0)
     (small_disk.path / "filler").unlink()
     with counted_blocks() as redone:
         ocd(small, "collect")

@@ -13,7 +13,7 @@ import pytest
 from folders import Folder, blocks_of, make_folder, results, store
 from processes import before, interrupt, wait_until
 
-from stages.collect import Collect
+from stages.store.delta_store import DeltaStore
 
 # Whatever changes the run directory goes through one of these.
 CALLS = ("fsync", "replace", "rename", "link", "unlink", "rmdir", "mkdir")
@@ -123,7 +123,7 @@ def test_a_kill_at_every_change_of_finishing(collected, collected_run, ocd, star
     assert killed_at(collected, start, 1) is False  # up to date: nothing is changed
     shutil.rmtree(folder)
     # Nothing that is asked for stops between the last block and the manifest.
-    with before(Collect, "_finished", interrupt):
+    with before(DeltaStore, "totals", interrupt):
         ocd(collected, "collect", code=4)
     assert len(blocks_of(collected)) == 9
     rounds = 0
