@@ -54,7 +54,6 @@ class FactoredDenoiser(Denoiser):
         return torch.cat([e, *(_unit_rows(side).flatten(1) for side in (u, v))], dim=1)
 
     def forward(self, noisy: Tensor, t: Tensor, encoded: Tensor) -> Tensor:
-        """As the interface says."""
         e, both = encoded.split([self.width, self._both], dim=1)
         u, v = self._apart(both)
         left = torch.bmm(v, noisy.to(v).transpose(1, 2)) / self.shape[1]

@@ -34,7 +34,6 @@ class MlpDenoiser(Denoiser):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, noisy: Tensor, t: Tensor, encoded: Tensor) -> Tensor:
-        """As the interface says."""
         e = self.embed(encoded + positional_encoding(t, self.width))
         hidden = self.enter(noisy.flatten(1)) + e
         for block in self.blocks:

@@ -100,7 +100,6 @@ class UNetDenoiser(Denoiser):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, noisy: Tensor, t: Tensor, encoded: Tensor) -> Tensor:
-        """As the interface says."""
         position = positional_encoding(t, self.plan.channels).to(encoded)
         e = self.embed(position) + encoded if self.plan.late else self.embed(position + encoded)
         rows, columns = self.shape

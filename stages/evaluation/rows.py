@@ -82,7 +82,6 @@ class DeltaRow:
     validated: bool = False
 
     def members(self, batch: Batch) -> Members:
-        """As the interface says."""
         return batch.along(self.source(batch))
 
 
@@ -100,7 +99,7 @@ class OutputRow:
     validated: bool = False
 
     def members(self, batch: Batch) -> Members:
-        """As the interface says; the strength means nothing."""
+        """The same output at every strength."""
         output = as_member(self.predict(batch))
         return lambda strength: output
 
@@ -119,7 +118,6 @@ class ElsewhereRow:
     validated: bool = True
 
     def members(self, batch: Batch) -> Members:
-        """As the interface says."""
         other = Batch(self.elsewhere, batch.evaluated, batch.positions)
         return other.along(other.generated[0])
 

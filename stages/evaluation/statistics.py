@@ -32,7 +32,6 @@ class Mean:
     values: np.ndarray
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """As the interface says."""
         return weights @ self.values
 
     def standard_error(self, draws: np.ndarray) -> float:
@@ -52,7 +51,6 @@ class RootMean:
     values: np.ndarray
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """As the interface says."""
         return np.sqrt(weights @ self.values)
 
     def standard_error(self, draws: np.ndarray) -> float:
@@ -80,7 +78,6 @@ class CalibrationError:
         return cls(gaps)
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """As the interface says."""
         return np.abs(weights @ self.gaps).sum(1)
 
     def standard_error(self, draws: np.ndarray) -> float:
@@ -101,7 +98,6 @@ class Auroc:
     positive: np.ndarray
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """As the interface says."""
         order = np.argsort(self.scores, kind="stable")
         _, group = np.unique(self.scores[order], return_inverse=True)
         starts = np.flatnonzero(np.diff(group, prepend=-1))

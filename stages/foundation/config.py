@@ -239,7 +239,7 @@ class EvaluateTable(Table):
     resamples: int = identity(2000, "bootstrap resamples for the 95 % intervals", ge=100)
     neighbours: int = identity(5, "k of the row nearest k blended", ge=1)
     memorisation_samples: int = identity(256, "test samples whose deltas are compared with all training deltas", ge=1)
-    rows: list[RequestedRow] = identity([], "costly rows to add: each but the first takes a training")
+    rows: list[RequestedRow] = identity([], "rows to add on request: each but the first takes a training")
     seeds: int = identity(1, "whole trainings, with seeds from run.seed on, for mean ± standard deviation", ge=1)
     batch_size: Count | Auto = execution("auto", "samples at once")
 

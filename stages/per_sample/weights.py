@@ -105,7 +105,7 @@ class Loop:
         self._parameter = f"model.{layer.name}"
 
     def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
-        """As the interface says; a record is of use only where there is one weight."""
+        """A record is of use only where there is one weight."""
         size = _group_size(x, weights)
         if record is not None and len(weights) == 1:
             with record.replaying():
@@ -131,7 +131,7 @@ class Vmap:
         self._parameter = f"model.{layer.name}"
 
     def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
-        """As the interface says; a record is of use only where it can be divided into samples."""
+        """A record is of use only where it can be divided into samples."""
         groups, size = len(weights), _group_size(x, weights)
         grouped = tree_map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), x)
         parts = record.by_sample(groups) if record is not None and size == 1 else None
@@ -169,7 +169,7 @@ class Substitution:
         self._change = product_of(self.module, bias=False)
 
     def __call__(self, x: Tree, weights: Tensor, record: Record | None = None) -> Tree:
-        """As the interface says.
+        """The layer alone computes with the weights.
 
         Raises:
             NotSubstitutable: the layer is called other than once, or its rows do not divide into samples.

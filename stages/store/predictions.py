@@ -56,7 +56,7 @@ class PredictionBlocks(Ledger):
             lay_out(self.folder / STORE, {DELTA: self._delta}, self.samples, self._chunk_rows)
 
     def chunk_names(self, block: int) -> list[str]:
-        """As `Ledger`."""
+        """The predictions, and the chunks of the deltas."""
         return [self._file(block), *self._delta_names(self.block_range(block))]
 
     def _file(self, block: int) -> str:

@@ -77,7 +77,7 @@ class OwnEncoder(nn.Module):
             self.channels = shape[0]
 
     def forward(self, values: Tensor) -> Tensor:
-        """As the module has it."""
+        """The module's output, checked."""
         wanted = (len(values), self._width)
         if values.is_meta:
             return self._sketched(values, wanted)

@@ -21,7 +21,7 @@ from stages.tasks.views import glances_of
 STAGE = "train-diffusion"
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
 SAMPLE_STEPS = 10
-# Held-out rows that it is judged on.
+# Held-out rows that its loss is computed on.
 HELD_OUT_ROWS = 16
 
 
