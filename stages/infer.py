@@ -1,4 +1,4 @@
-"""infer: sample deltas from the inputs alone, apply them, predict (Alg. 2); and the door for Python programs, `open_run`."""
+"""infer: sample deltas from the inputs alone, apply them, predict (Alg. 2); and the Python entry point, `open_run`."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Encoders of conditioning fields that one fully connected layer does not do justice to: pictures and sounds (Sec. 4.3)."""
+"""Encoders of conditioning fields that need more than one linear layer: pictures and sounds (Sec. 4.3)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows of `evaluate` that are made on request: most take a training, in a branch of the run that shares what it can."""
+"""Rows of `evaluate` that are made on request: most take a training, in a further run that reuses finished stages of this."""
 
 import time
 from collections.abc import Iterable

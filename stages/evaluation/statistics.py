@@ -1,4 +1,4 @@
-"""Figures over samples, and their bootstrap: every figure is a function of how often each sample counts."""
+"""Figures over samples, each a function of how much every sample counts, so that a bootstrap only changes the weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is evaluated: a model with one layer, the deltas it was taught by and those it generates, and batches of samples."""
+"""What is evaluated: a model with one layer, its training deltas and generated ones, and batches of samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

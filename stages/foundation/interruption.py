@@ -1,4 +1,4 @@
-"""Requests to stop that wait until it is convenient."""
+"""Requests to stop, held until a safe point."""
 
 import contextlib
 import signal

@@ -1,4 +1,5 @@
-"""How one layer of one model is overfitted: the fastest method that a self-check finds right, and what of it is reused."""
+"""How one layer of one model is overfitted: the fastest method that a self-check finds right, and which parts of a pass are
+reused."""
 
 import dataclasses
 from collections.abc import Sequence

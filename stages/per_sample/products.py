@@ -1,4 +1,4 @@
-"""The products of Linear, Conv1d and Conv2d with several weights: weight g for the g-th of G equal parts of the batch."""
+"""Linear, Conv1d and Conv2d applied with G weights to a batch of G equal parts."""
 
 from collections.abc import Callable
 

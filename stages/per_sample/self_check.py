@@ -1,4 +1,4 @@
-"""By which method to run a model with a weight for each sample, and what of a pass can be replayed: found by self-checks."""
+"""Chooses the method for per-sample weights, and what of a pass can be replayed, by checks on a few samples."""
 
 import torch
 from torch import Tensor, nn

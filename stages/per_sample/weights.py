@@ -1,4 +1,4 @@
-"""One interface for weights of one's own for each sample, and the three methods behind it.
+"""A different weight for each sample: the interface, and the three methods behind it.
 
 `PerSampleWeights` runs the model with the selected layer's weight replaced: G weights serve a batch of G·S samples, weight
 g the samples g·S … (g+1)·S − 1. S = 1 is a weight per sample; G = 1 an ordinary forward pass with another weight.

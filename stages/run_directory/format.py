@@ -1,5 +1,4 @@
-"""The files of a run directory as types: every reader goes through them, so that a foreign or hand-edited file gives one
-message, with its field."""
+"""The JSON records of a run directory as types, so that a foreign or hand-edited one gives one message with its field."""
 
 from pathlib import Path
 from typing import Any, Literal, Self

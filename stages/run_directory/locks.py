@@ -1,4 +1,4 @@
-"""Several processes at one stage: each has its part of the blocks, and the last to finish puts its name on the whole."""
+"""Several processes at one stage: each has its part of the blocks; the last to finish gives the folder its final name."""
 
 import contextlib
 import fcntl

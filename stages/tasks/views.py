@@ -1,4 +1,4 @@
-"""What a sample shows of itself at a gradient step."""
+"""The part of a sample that is used at one gradient step."""
 
 from collections.abc import Callable, Sequence
 
