@@ -1,7 +1,11 @@
 """How much memory training a denoiser takes, found without taking it."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.diffusion.denoiser import Denoiser
@@ -38,7 +42,7 @@ def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
         return tensor
 
     rows = 2
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = _pass(denoiser, rows)
     own_bytes = output.untyped_storage().nbytes()
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -66,3 +70,20 @@ def _pass(denoiser: Denoiser, rows: int) -> Tensor:
         fields = {name: torch.empty(rows, width) for name, width in denoiser.encoder.normalise.widths.items()}
         noisy, t = torch.empty(rows, *denoiser.shape), torch.zeros(rows, dtype=torch.long)
         return denoiser(noisy, t, denoiser.encode(fields))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as CPUs and GPUs compute it, without a matrix of all positions by all positions; the meta device keeps one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
+            return _KeptByAttention.apply(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class _KeptByAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, output)
+        return output

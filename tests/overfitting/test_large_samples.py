@@ -84,13 +84,12 @@ def test_batches_of_a_block_are_alike(overfitter, rows):
 
 
 def test_a_samples_memory_grows_with_its_rows(overfitter):
-    model, layer = overfitter.model, overfitter.layer
-    sizes = {}
+    model, sizes = overfitter.model, {}
     for rows in (10, 1000):
         x = torch.randn(4, rows, 6)
-        sizes[rows] = sample_bytes(overfitter, layer, model, forward, x, x, factored=False)
+        sizes[rows] = sample_bytes(overfitter, x, x, factored=False)
         assert largest_output(model, forward, x) == 4 * 5 * rows
-        few = sample_bytes(overfitter, layer, model, forward, x, x[:, :5], factored=False)
+        few = sample_bytes(overfitter, x, x[:, :5], factored=False)
         # A step that sees five rows keeps less for the way back; the losses before and after are of all of them.
         assert few < sizes[rows]
         assert few >= 2 * largest_output(model, forward, x)
@@ -149,7 +148,7 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch, most, batches):
     model, task, draw = nn.Linear(3, 8), Rendered(), torch.Generator().manual_seed(1)
     x, y = torch.randn(13, 20, 3, generator=draw), torch.randn(13, 20, 8, generator=draw)
     monkeypatch.setattr(scoring, "OUTPUT_BYTES", most)
-    found = scoring.evaluate(task, model, Split(ArrayDataset(x, y)), CPU)
+    found = scoring.mean_metrics(task, model, Split(ArrayDataset(x, y)), CPU)
     assert task.batches == batches
     errors = (model(x) - y).detach().double()
     assert found["mse"] == pytest.approx(float(errors.square().mean()), rel=1e-6)
