@@ -153,7 +153,7 @@ BAD_CODE = {
     "no such module": ({"task": {"model": "nowhere_to_be_found:net"}}, MODEL, ["nowhere_to_be_found", "task.model"]),
     "no such name": ({"task": {"model": "mymodel:ned"}}, MODEL, ["mymodel.py has no ned", "did you mean net?"]),
     "does not import": ({}, "import not_installed_anywhere\n" + MODEL, ["mymodel.py", "not_installed_anywhere", "line 1"]),
-    "not Python": ({}, MODEL + "def = 3\n", ["mymodel.py", "SyntaxError", "line 6"]),
+    "not Python": ({}, MODEL + "def = 3\n", ["mymodel.py is not valid Python", "line 6: invalid syntax"]),
     "a bracket never closed": ({}, MODEL + "broken = (3\n", ["mymodel.py", "line 6"]),
     "raises on import": ({}, "1 / 0\n" + MODEL, ["mymodel.py, line 1", "1 / 0", "ZeroDivisionError"]),
     "leaves on import": ({}, "raise SystemExit(7)\n" + MODEL, ["mymodel.py, line 1", "SystemExit"]),
