@@ -56,7 +56,7 @@ CODE = {
 # Put before or after the plain model's code, which then does not import.
 NOT_IMPORTED = {
     "does not import": ("import not_installed_anywhere\n", "", ["mymodel.py", "not_installed_anywhere", "line 1"]),
-    "not Python": ("", "def = 3\n", ["mymodel.py", "SyntaxError", "line 8"]),
+    "not Python": ("", "def = 3\n", ["mymodel.py is not valid Python", "line 8: invalid syntax"]),
     "a bracket never closed": ("", "broken = (3\n", ["mymodel.py", "line 8"]),
     "raises on import": ("1 / 0\n", "", ["mymodel.py, line 1", "1 / 0", "ZeroDivisionError", "run the same command again"]),
     "leaves on import": ("raise SystemExit(7)\n", "", ["mymodel.py, line 1", "SystemExit"]),
