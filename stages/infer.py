@@ -24,9 +24,9 @@ from stages.prediction.predictor import load_personalised, strength_of
 from stages.run_directory.folders import check_run
 from stages.run_directory.format import Extent
 from stages.run_directory.locks import Part
-from stages.run_directory.pipeline import AUTO, spec_of
+from stages.run_directory.pipeline import AUTO, Query, spec_of
 from stages.run_directory.project import Project, load_project
-from stages.run_directory.states import Query, States, require_done
+from stages.run_directory.states import States, require_done
 from stages.store.delta_store import STORE, ArraySpec
 from stages.store.ledger import LEDGER
 from stages.store.predictions import PredictionBlocks, prediction_rows

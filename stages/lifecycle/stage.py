@@ -18,14 +18,13 @@ from stages.lifecycle.unfinished import Unfinished
 from stages.run_directory.folders import BEGUN, MANIFEST, StageFolder, check_run, file_records, folder_of, prepare_run
 from stages.run_directory.format import Begun, Identity, Manifest, SourceRecord
 from stages.run_directory.locks import Part
-from stages.run_directory.pipeline import AUTO, STAGES, StageSpec, extent_settings, spec_of
+from stages.run_directory.pipeline import AUTO, STAGES, Query, StageSpec, extent_settings, spec_of
 from stages.run_directory.provenance import made, now, threads_restored
-from stages.run_directory.sources import sources_of
+from stages.run_directory.sources import inputs_of
 from stages.run_directory.states import (
     DONE,
     PARTIAL,
     STALE,
-    Query,
     StageState,
     States,
     make_identity,
@@ -226,12 +225,11 @@ class Stage(ABC):
 
     def _fresh(self) -> tuple[Identity, dict[str, SourceRecord]]:
         """Identity and sources with every `auto` undecided and nothing taken from an earlier manifest."""
-        project, query = self.context.project, self.query
-        roles = self._spec.data if query is None else tuple(filter(None, [query.split]))
-        inputs, sources = sources_of(project, self._spec, roles, None, self.context.hash_dataset)
-        inputs |= {STAGES[name].content: self.context.manifest_of(name).content for name in self._spec.reads}
-        inputs |= {} if query is None else {"query": query.content}
-        return make_identity(project, self._spec, inputs, None), sources
+        project, spec = self.context.project, self._spec
+        upstream = {STAGES[name].content: self.context.manifest_of(name).content for name in spec.reads}
+        hash_dataset = self.context.hash_dataset
+        inputs, sources = inputs_of(project, spec, self.query, upstream, recorded=None, hash_dataset=hash_dataset)
+        return make_identity(project, spec, inputs, None), sources
 
     def _complete(self) -> CommandResult:
         """Work, write the manifest last, exchange the folders."""

@@ -42,6 +42,21 @@ class StageSpec:
     settings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Query:
+    """What infer is asked.
+
+    Attributes:
+        name: of the answer's folder.
+        split: the split whose content counts, "" where it is a file's.
+        content: what tells these inputs from others.
+    """
+
+    name: str = "test"
+    split: str = "test"
+    content: str = "test"
+
+
 STAGES = {
     spec.name: spec
     for spec in (

@@ -4,12 +4,13 @@ import ast
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.files import sha256_file
 from stages.foundation.specs import is_code, module_file
 from stages.run_directory.format import Begun, Manifest, SourceRecord
-from stages.run_directory.pipeline import StageSpec
+from stages.run_directory.pipeline import Query, StageSpec
 from stages.run_directory.project import Project
 
 DATA_ROLES = ("train", "validation", "test")
@@ -112,6 +113,22 @@ def sources_of(
         more = encoder_sources(project, recorded)
         return hashes | more[0], sources | more[1]
     return hashes, sources
+
+
+def inputs_of(
+    project: Project,
+    spec: StageSpec,
+    query: Query | None,
+    upstream: dict[str, str],
+    *,
+    recorded: Begun | Manifest | None,
+    hash_dataset: Callable[[str], str | None] | None,
+) -> tuple[dict[str, Any], dict[str, SourceRecord]]:
+    """The content hashes of all that a stage reads, `upstream` being those of earlier stages, and the records of the user's
+    files among them; `recorded` and `hash_dataset` as `task_sources`."""
+    roles = spec.data if query is None else tuple(filter(None, [query.split]))
+    inputs, sources = sources_of(project, spec, roles, recorded, hash_dataset)
+    return inputs | upstream | ({} if query is None else {"query": query.content}), sources
 
 
 def task_sources(

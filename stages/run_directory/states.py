@@ -11,26 +11,11 @@ from typing import Any
 from stages.foundation.errors import ArtifactError, OcdError
 from stages.run_directory.folders import StageFolder, damaged_files, folder_of
 from stages.run_directory.format import FORMAT_VERSION, Begun, Extent, Identity, Manifest, SourceRecord
-from stages.run_directory.pipeline import ORDER, STAGES, StageSpec, extent_settings, identity_settings, spec_of
+from stages.run_directory.pipeline import ORDER, STAGES, Query, StageSpec, extent_settings, identity_settings, spec_of
 from stages.run_directory.project import Project
-from stages.run_directory.sources import sources_of
+from stages.run_directory.sources import inputs_of
 
 MISSING, PARTIAL, STALE, DONE = "missing", "partial", "stale", "done"
-
-
-@dataclass(frozen=True)
-class Query:
-    """What infer is asked.
-
-    Attributes:
-        name: of the answer's folder.
-        split: the split whose content counts, "" where it is a file's.
-        content: what tells these inputs from others.
-    """
-
-    name: str = "test"
-    split: str = "test"
-    content: str = "test"
 
 
 @dataclass(frozen=True)
@@ -152,9 +137,9 @@ class States:
         recorded = begun or manifest
         if recorded is None and self._waits(spec):
             return StageState(spec.name, MISSING)
-        roles = spec.data if query is None else tuple(filter(None, [query.split]))
-        inputs, sources = sources_of(self.project, spec, roles, recorded, self._hash_dataset)
-        inputs |= self._upstream_content(spec) | ({} if query is None else {"query": query.content})
+        inputs, sources = inputs_of(
+            self.project, spec, query, self._upstream_content(spec), recorded=recorded, hash_dataset=self._hash_dataset
+        )
 
         def identity(record: Begun | Manifest | None) -> Identity:
             return make_identity(self.project, spec, inputs, record)
