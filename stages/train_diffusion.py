@@ -126,7 +126,7 @@ class TrainDiffusion(Stage):
 
     def begin(self, finished: Path | None) -> None:
         """Settle what is in memory at once; take up a finished training's last checkpoint, where there is one."""
-        work, settings = self.unfinished, self.decided(self._begun_settings())
+        work, settings = self.unfinished, self._denoiser
         require_space(work.path, 40 * settings.parameters)
         if finished is not None:
             take_up_training(finished, work.path)
@@ -136,6 +136,11 @@ class TrainDiffusion(Stage):
         work.keep_execution(micro_batch_size=micro)
         work.tell_total(self.settings.max_steps, "steps")
 
+    @cached_property
+    def _denoiser(self) -> DenoiserSettings:
+        """The denoiser as the work was begun with it."""
+        return self.decided(self._begun_settings())
+
     def _begun_settings(self) -> dict[str, Any]:
         """What the settings were when the work was begun, every `auto` decided."""
         prefix, settings = f"{self.name}.", self.unfinished.begun.identity.settings
@@ -143,9 +148,8 @@ class TrainDiffusion(Stage):
 
     def work(self, folder: Path) -> WorkResult:
         """Train, keep the best averaged weights."""
-        begun, micro = self._begun_settings(), self.unfinished.execution["micro_batch_size"]
-        self.ranks.begin({"settings": begun, "micro_batch": micro, "threads": torch.get_num_threads()})
-        settings = self.decided(begun)
+        settings, micro = self._denoiser, self.unfinished.execution["micro_batch_size"]
+        self.ranks.begin({"settings": self._begun_settings(), "micro_batch": micro, "threads": torch.get_num_threads()})
         training = self.training(settings, micro)
         if warning := schedule_warning(self.settings.schedule, len(training.batches.held_out.deltas[0].flatten())):
             self.report.message(warning)

@@ -119,8 +119,9 @@ class TrainingBatches:
         if self._resident is None:
             for found in self._reader.batches(self._names, drawn, self.batch_size):
                 yield self._batch(found.pop("row")[share], {name: value[share] for name, value in found.items()})
-        for found in in_batches(({"row": rows} for rows in drawn), self.batch_size):
-            yield self._some(found["row"][share])
+        else:
+            for found in in_batches(({"row": rows} for rows in drawn), self.batch_size):
+                yield self._some(found["row"][share])
 
     def blame(self, numbers: Tensor, errors: Tensor) -> str:
         """The samples whose loss is worst, by their numbers in the user's training set, for a message.
