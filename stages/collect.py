@@ -34,9 +34,9 @@ from stages.run_directory.format import Extent
 from stages.run_directory.locks import Part
 from stages.run_directory.project import Project
 from stages.store.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
+from stages.tasks.checks import check_task
 from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
-from stages.tasks.loader import check_task
 from stages.tasks.views import any_views
 
 # Samples that self-checks are made on.

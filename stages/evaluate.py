@@ -54,7 +54,7 @@ from stages.run_directory.format import Strength
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
-from stages.tasks.loader import check_task
+from stages.tasks.checks import check_task
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.scoring import finite
 from stages.training.trainer import threads_for

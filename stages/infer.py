@@ -30,8 +30,8 @@ from stages.run_directory.states import States, require_done
 from stages.store.delta_store import STORE, ArraySpec
 from stages.store.ledger import LEDGER
 from stages.store.predictions import PredictionBlocks, prediction_rows
+from stages.tasks.checks import check_task
 from stages.tasks.data import Split, check_like, load_npz
-from stages.tasks.loader import check_task
 
 PREDICTIONS, SMALLER = "predictions.npz", "smaller"
 SPLITS = ("test", "validation", "train")

@@ -30,9 +30,9 @@ from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.states import States, require_done
 from stages.store.delta_store import result_specs
+from stages.tasks.checks import check_task
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
-from stages.tasks.loader import check_task
 from stages.training.memory import operations
 
 # What is tried beside the settings of `[collect]`.

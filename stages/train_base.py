@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stages.foundation.files import sha256_file
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
-from stages.foundation.tensors import import_weights, load_tensors, save_model
+from stages.foundation.tensors import import_weights, load_state, load_tensors, save_model, state_tensors
 from stages.foundation.trees import to_device
 from stages.lifecycle.context import BASE_FILE, RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
@@ -22,8 +22,9 @@ from stages.run_directory.format import Extent
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.sources import data_path
+from stages.tasks.checks import check_task, check_training_output
 from stages.tasks.data import Split
-from stages.tasks.loader import check_task, losses, naming_rows
+from stages.tasks.loader import losses, naming_rows
 from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import finite, mean_metrics
 from stages.tasks.user_code import user_code
@@ -47,7 +48,7 @@ class TrainBase(Stage):
 
     def plan(self) -> dict[str, Any]:
         """Epochs and samples, or the file to import."""
-        size = sum(value.numel() * value.element_size() for value in self.context.new_model().state_dict().values())
+        size = sum(value.numel() * value.element_size() for value in state_tensors(self.context.new_model()).values())
         if (weights := self._weights) is not None:
             return {"what": f"import {weights.name}", "bytes": size}
         return {"what": f"train {self.settings.epochs} epochs on {len(self.context.splits['train']):,} samples", "bytes": size}
@@ -58,6 +59,8 @@ class TrainBase(Stage):
         context = self.context
         for split in (context.splits["train"], context.splits["validation"], context.test_split):
             check_task(context.task, self._initial, split)
+        if self._trains:
+            check_training_output(context.task, context.new_model().to(context.device), context.splits["train"])
         layer = context.project.settings.select_layer.layer
         if layer != AUTO:
             find_layer(self._initial, layer)
@@ -142,12 +145,12 @@ class TrainBase(Stage):
             return {"score": figures["loss"], **{f"validation_{name}": value for name, value in figures.items()}}
 
         def snapshot() -> dict[str, Tensor]:
-            return {name: value.clone() for name, value in model.state_dict().items()}
+            return {name: value.clone() for name, value in state_tensors(model).items()}
 
         trainer = Trainer(model, _optimizer(settings, model), self._step_losses(model), average=False, clip=False)
         plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
         trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, snapshot, plan, self.report).run()
-        model.load_state_dict(load_tensors(trained.snapshot))
+        load_state(model, load_tensors(trained.snapshot))
         done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
         return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)
 

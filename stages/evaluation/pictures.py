@@ -14,7 +14,7 @@ from stages.foundation.files import remove, write_bytes
 from stages.foundation.progress import Report
 from stages.foundation.trees import Tree, leaves, take, tree_map
 from stages.lifecycle.context import RunContext
-from stages.prediction.predicting import BASE, OUTPUT, array_name, as_tree
+from stages.prediction.predicting import BASE, OUTPUT, stored_output
 from stages.store.predictions import PredictionBlocks
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task, uses_default
@@ -131,14 +131,13 @@ def _panes(context: RunContext, inputs: Split, answer: PredictionBlocks, like: T
 
 def _answered(answer: PredictionBlocks, like: Tree, total: int) -> Iterator[tuple[Tree, Tree]]:
     """What the base and the ensemble gave for each of the first inputs."""
-    names = {array: [array_name(array, path) for path in leaves(like)] for array in (BASE, OUTPUT)}
     for block in range(answer.blocks):
         span = answer.block_range(block)
         if span.start >= total:
             return
-        arrays = answer.read(block, *names[BASE], *names[OUTPUT])
+        base, ours = (stored_output(answer.read(block), name, like) for name in (BASE, OUTPUT))
         for place in range(min(len(span), total - span.start)):
-            yield tuple(as_tree(like, [torch.from_numpy(arrays[name])[place] for name in names[kind]]) for kind in names)
+            yield take(base, place), take(ours, place)
 
 
 def _overfitted(context: RunContext, inputs: Split) -> Callable[[int], tuple[Tree, Tree, Tree]]:

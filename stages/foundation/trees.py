@@ -1,29 +1,83 @@
-"""x, y and outputs are tensors, or tuples or dicts of them: the few operations that all three forms need."""
+"""x, y and outputs are tensors, or tuples, lists, dicts or dataclasses of them: the few operations that all forms need."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Tree = Any  # a Tensor, or a tuple, list or dict of trees
+from stages.foundation.errors import TaskError
+
+# A Tensor; or a tuple, list, dict or dataclass of trees, of whatever class, which is kept. An entry may be None.
+Tree = Any
+
+
+def parts_of(tree: Tree) -> dict[Any, Tree] | None:
+    """The entries of a tree by their key, index or field; None for a tensor, or whatever else is no tree of its own."""
+    if isinstance(tree, Mapping):
+        return dict(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
+        return dict(enumerate(tree))
+    return None
+
+
+def _with_parts(tree: Tree, parts: dict[Any, Tree]) -> Tree:
+    """A tree of the same class with other entries.
+
+    Raises:
+        TaskError: its class cannot be copied.
+    """
+    kind = type(tree)
+    if kind is dict:
+        return parts
+    if isinstance(tree, (tuple, list)):
+        # A namedtuple takes its fields one by one.
+        return kind(*parts.values()) if hasattr(tree, "_fields") else kind(list(parts.values()))
+    try:
+        made = copy.copy(tree)
+        if isinstance(tree, Mapping):
+            for key, value in parts.items():
+                made[key] = value
+    except Exception as error:
+        raise TaskError(
+            f"a {kind.__name__} cannot be copied: {type(error).__name__}: {error}", "return a dict, a tuple or a dataclass"
+        ) from error
+    # Dicts whose entries are attributes, too, keep them in step; fields of a frozen dataclass can be set no other way.
+    new = {id(old): parts[key] for key, old in parts_of(tree).items()}
+    names = parts if dataclasses.is_dataclass(tree) else vars(tree) if hasattr(tree, "__dict__") else ()
+    for name in names:
+        if id(getattr(tree, name)) in new:
+            object.__setattr__(made, name, new[id(getattr(tree, name))])
+    return made
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """Apply `function` to every tensor of `tree` (and the tensors at the same places of `others`)."""
-    if isinstance(tree, dict):
-        return {key: tree_map(function, value, *(other[key] for other in others)) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return tuple(tree_map(function, *values) for values in zip(tree, *others, strict=True))
-    return function(tree, *others)
+    """Apply `function` to every tensor of `tree` (and the tensors at the same places of `others`); None stays None."""
+    if tree is None:
+        return None
+    parts = parts_of(tree)
+    if parts is None:
+        return function(tree, *others)
+    rest = [parts_of(other) for other in others]
+    return _with_parts(tree, {key: tree_map(function, value, *(other[key] for other in rest)) for key, value in parts.items()})
 
 
 def leaves(tree: Tree) -> dict[str, Tensor]:
     """Every tensor of `tree` by its path: "" for a lone tensor, "logits", "0", "0.hidden"."""
-    if isinstance(tree, (dict, tuple, list)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {f"{key}.{path}".rstrip("."): leaf for key, value in items for path, leaf in leaves(value).items()}
-    return {"": tree}
+    parts = parts_of(tree)
+    if parts is None:
+        return {} if tree is None else {"": tree}
+    return {f"{key}.{path}".rstrip("."): leaf for key, value in parts.items() for path, leaf in leaves(value).items()}
+
+
+def as_tree(like: Tree, tensors: Sequence[Tensor]) -> Tree:
+    """A tree of the form of `like`, of other tensors in the order of `leaves`."""
+    following = iter(tensors)
+    return tree_map(lambda _: next(following), like)
 
 
 def batch_size(tree: Tree) -> int:
@@ -57,23 +111,15 @@ def flat_output(output: Tree) -> Tensor:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with its tensors changed: those in nested tuples, lists and dicts of any kind, which keep their kind; what else
-    is in there stays as it is."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return type(value)((key, map_tensors(function, part)) for key, part in value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, part) for part in value))
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return type(value)(map_tensors(function, part) for part in value)
-    return value
+    """`value` with its tensors changed; what else is in there stays as it is."""
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists and dicts, in the order of `map_tensors`."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+    parts = parts_of(value)
+    if parts is not None:
+        for part in parts.values():
             yield from tensors_in(part)
+    elif isinstance(value, Tensor):
+        yield value

@@ -19,8 +19,8 @@ from stages.run_directory.format import Manifest
 from stages.run_directory.project import Project
 from stages.tasks.data import Split, dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
+from stages.tasks.model import make_model, put_in_eval_mode, settle_embeddings
 from stages.tasks.protocol import Task
-from stages.tasks.user_code import user_code
 
 BASE_FILE = "base.safetensors"
 
@@ -81,8 +81,8 @@ class RunContext:
 
     def new_model(self) -> nn.Module:
         """The task's model with the run's seeded initialisation."""
-        with user_code("model()"), global_seed(self.seed, "model"):
-            return self.task.model()
+        with global_seed(self.seed, "model"):
+            return make_model(self.task, lambda: self.splits["all"].inputs([0]))
 
     @cached_property
     def base(self) -> nn.Module:
@@ -93,7 +93,10 @@ class RunContext:
         """The same in a model of its own."""
         model = self.new_model()
         load_model(self.file_of("train-base", BASE_FILE), model)
-        return model.to(self.device).eval().requires_grad_(False)
+        settle_embeddings(model)
+        model.to(self.device)
+        put_in_eval_mode(model)
+        return model.requires_grad_(False)
 
     @cached_property
     def layer(self) -> Layer:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.config import CollectTable
 from stages.foundation.errors import ComputeError
+from stages.foundation.seeds import seed_of
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.overfitting.overfitter import Overfitter
 from stages.overfitting.recipe import Views, recipe_of
@@ -21,6 +22,7 @@ from stages.per_sample.layer import Layer
 from stages.store.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.independence import check_row
 from stages.tasks.loader import forward, losses
 from stages.tasks.protocol import Task
 from stages.tasks.views import any_views, has_views, views_of
@@ -105,7 +107,7 @@ class Collector:
         """How long overfitting takes, measured on a few rows."""
         given, start = self._rows.batch(positions), time.perf_counter()
         # To have the numbers on the CPU is to have waited for them.
-        bad_rows({name: value.cpu().numpy() for name, value in self.overfit_batch(positions, given).items()})
+        bad_rows({name: value.cpu().numpy() for name, value in self.overfit_batch(positions, given, check=False).items()})
         return (time.perf_counter() - start) / len(positions)
 
     def overfit_batch(
@@ -118,6 +120,10 @@ class Collector:
         first = self._overfitter.first_pass(x)
         fields, _ = fields_of(self._task, self._layer_kind, x, first.output, first.captured)
         found = self._overfitter.overfit(first, x, y, self._views(positions, given), out, check)
+        if check and len(numbers) > 1:
+            row = seed_of("independence", int(positions[0])) % len(numbers)
+            name = f"{self._rows.name}[{int(numbers[row])}]"
+            check_row(self._task, self._overfitter.model, x, y, first.output, found.base_loss, row, name)
         delta = dict(zip(FACTORS, found.delta, strict=True)) if isinstance(found.delta, tuple) else {DELTA: found.delta}
         results = {name: getattr(found, name) for name in SUMMED}
         return {**delta, **results, "sample_index": numbers, **fields}

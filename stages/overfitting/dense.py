@@ -6,7 +6,7 @@ from torch import Tensor
 from stages.foundation.trees import batch_size, take
 from stages.overfitting.descent import Descent, LabelledBatch, own_gradients
 from stages.overfitting.recipe import Recipe
-from stages.per_sample.weights import PerSampleWeights, Substitution
+from stages.per_sample.weights import PerSampleWeights
 
 
 class DenseDescent(Descent):
@@ -22,7 +22,6 @@ class DenseDescent(Descent):
     def __init__(self, run: PerSampleWeights, weight: Tensor, batch: LabelledBatch, recipe: Recipe) -> None:
         super().__init__(batch, recipe)
         self._run, self._weight, self._views = run, weight, batch.views
-        self._check = self._check and isinstance(run, Substitution)
         count = batch_size(batch.x)
         self._kept = torch.arange(count, device=weight.device)
         self._theta = weight.expand(count, *weight.shape).clone(memory_format=torch.contiguous_format).requires_grad_()

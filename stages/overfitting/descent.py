@@ -60,6 +60,12 @@ class LabelledBatch:
     views: Views | None = None
     check: bool = True
 
+    def alone(self, row: int) -> "LabelledBatch":
+        """One sample of it as a batch of its own, with nothing recorded."""
+        place, views = slice(row, row + 1), self.views
+        shown = None if views is None else lambda step: tuple(take(tree, place) for tree in views(step))
+        return LabelledBatch(take(self.x, place), take(self.y, place), self.loss, views=shown)
+
 
 class Descent(ABC):
     """The gradient steps of a batch, whatever form the weights have; every tensor has a row for each sample still in it.
@@ -120,7 +126,7 @@ def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:
         values: losses (B,).
         leaf: a row for each sample, (B, …).
         check: find out whether a sample's loss depends on another one's row: with the losses multiplied by different factors
-            each gradient must come out multiplied by its own.
+            each gradient must come out multiplied by its own. They are powers of two, which no dtype rounds.
 
     Returns:
         (B, …).
@@ -134,12 +140,12 @@ def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:
     if gradient is None:
         raise TaskError("the loss does not depend on the layer", "choose another layer, or let the loss keep its gradient")
     if check:
-        factors = 1 + torch.arange(len(values), device=values.device, dtype=values.dtype) * GOLDEN_RATIO % 1
+        factors = 2 ** (8 * (torch.arange(len(values), device=values.device, dtype=values.dtype) * GOLDEN_RATIO % 1)).floor()
         (scaled,) = torch.autograd.grad((factors * values).sum(), leaf)
         factors = factors.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
         norms = gradient.flatten(1).norm(dim=1)
         # Rounding is far below the first term, except where a gradient is itself next to nothing.
-        wrong = (scaled - factors * gradient).flatten(1).norm(dim=1) > 1e-2 * norms + 1e-6 * norms.max()
+        wrong = (scaled / factors - gradient).flatten(1).norm(dim=1) > 1e-2 * norms + 1e-6 * norms.max()
         if wrong.any():
             raise TaskError(
                 "samples get into each other's rows on their way to the layer: the model sorts, routes or mixes them",

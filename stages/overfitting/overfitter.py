@@ -92,7 +92,8 @@ class Overfitter(Runner):
         return ""
 
     def confirm(self, x: Tree, y: Tree, views: Views | None = None) -> None:
-        """Compare with the plain loop on labelled samples (B, …), by the task's own loss; the loop is taken where they differ.
+        """Compare with the plain loop on labelled samples (B, …), each a batch of its own, by the task's own loss; the loop is
+        taken where they differ.
 
         Samples whose loss is so small that their gradient is rounding noise are left out.
         """
@@ -104,10 +105,15 @@ class Overfitter(Runner):
             except PrefixChanged:
                 self.prefix = None
                 found = self._tried(x, y, trial, views)
-            base_loss, batch = found.base_loss, LabelledBatch(x, y, self._loss, views=views)
-            wanted = overfit(DenseDescent(loop, self.layer.weight(self.model), batch, trial), base_loss, trial)
-        telling = (base_loss.abs() > TELLING_LOSS) & ~wanted.degenerate & torch.isfinite(wanted.rho)
-        right = (found.delta - wanted.delta).flatten(1).norm(dim=1) <= CONFIRM_TOLERANCE * wanted.rho
+            base_loss, weight = found.base_loss, self.layer.weight(self.model)
+            batch = LabelledBatch(x, y, self._loss, views=views)
+            alone = [
+                overfit(DenseDescent(loop, weight, batch.alone(row), trial), base_loss[row : row + 1], trial)
+                for row in range(len(base_loss))
+            ]
+        rho, degenerate, delta = (torch.cat([getattr(one, name) for one in alone]) for name in ("rho", "degenerate", "delta"))
+        telling = (base_loss.abs() > TELLING_LOSS) & ~degenerate & torch.isfinite(rho)
+        right = (found.delta - delta).flatten(1).norm(dim=1) <= CONFIRM_TOLERANCE * rho
         if bool((telling & ~right).any()):
             self.reason = f"a self-check by the task's loss found {self.name} to give other deltas"
             self.method, self.prefix = loop, None

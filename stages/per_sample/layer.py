@@ -70,6 +70,8 @@ def find_layer(model: nn.Module, name: str) -> Layer:
     Raises:
         SettingsError: there is none of this name, or it is a vector; the candidates are listed.
     """
+    # As torch.compile calls it, which is undone.
+    name = name.replace("_orig_mod.", "")
     known = {layer.name: layer for layer in candidates(model)}
     names = dict(model.named_parameters(remove_duplicate=False))
     for other in known:

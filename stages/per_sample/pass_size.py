@@ -44,7 +44,8 @@ def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) 
     seen: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.layout == torch.strided:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     leaf = layer.weight(model).clone().requires_grad_()
@@ -55,7 +56,8 @@ def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) 
         del output
     except (OcdError, RuntimeError):
         return 0
-    ours = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), leaf)}
+    known = (p for p in (*model.parameters(), *model.buffers(), leaf) if p.layout == torch.strided)
+    ours = {p.untyped_storage().data_ptr() for p in known}
     return sum(size for place, size in seen.items() if place not in ours) // batch_size(x)
 
 

@@ -11,6 +11,14 @@ from stages.foundation.trees import map_tensors
 from stages.per_sample.layer import Layer
 
 HALF = (torch.float16, torch.bfloat16)
+# What a forward pass in batches may differ by from one sample at a time: rounding, of a few layers.
+TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+def tolerance_of(model: nn.Module) -> float:
+    """What outputs of a batch may differ by from those of its samples alone, as a share of their size: 1e-3, or some multiple
+    of the rounding of half precision, where a model has parameters of it."""
+    return max((TOLERANCE.get(parameter.dtype, 1e-3) for parameter in model.parameters()), default=1e-3)
 
 
 def in_single_precision(model: nn.Module, layer: Layer, run: Callable[[], object]) -> str:

@@ -6,7 +6,7 @@ g the samples g·S … (g+1)·S − 1. S = 1 is a weight per sample; G = 1 an or
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stages.foundation.errors import OcdError
-from stages.foundation.trees import Tree, batch_size, concatenate, take, tree_map
+from stages.foundation.trees import Tree, as_tree, batch_size, concatenate, leaves, take, tree_map
 from stages.per_sample.layer import Layer
 from stages.per_sample.prefix import Record
 from stages.per_sample.products import Product, product_of
@@ -110,7 +110,8 @@ class Loop:
         if record is not None and len(weights) == 1:
             with record.replaying():
                 return self._one(x, weights[0])
-        return concatenate([self._one(take(x, slice(i * size, (i + 1) * size)), weight) for i, weight in enumerate(weights)])
+        # Each weight by its number: a model may change a weight in place (max_norm), which no view of all of them allows.
+        return concatenate([self._one(take(x, slice(i * size, (i + 1) * size)), weights[i]) for i in range(len(weights))])
 
     def _one(self, x: Tree, weight: Tensor) -> Tree:
         with _attributes_restored(self._bound):
@@ -136,17 +137,19 @@ class Vmap:
         grouped = tree_map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), x)
         parts = record.by_sample(groups) if record is not None and size == 1 else None
 
-        def one(weight: Tensor, inputs: Tree, tensors: list[Tensor]) -> Tree:
-            if parts is None:
-                return functional_call(self._bound, {self._parameter: weight}, (inputs,))
-            with record.replaying(tensors):
-                return functional_call(self._bound, {self._parameter: weight}, (inputs,))
+        form: list[Tree] = []
+
+        def one(weight: Tensor, inputs: Tree, tensors: list[Tensor]) -> list[Tensor]:
+            with nullcontext() if parts is None else record.replaying(tensors):
+                form[:] = [functional_call(self._bound, {self._parameter: weight}, (inputs,))]
+            # vmap knows tuples, lists and dicts alone.
+            return list(leaves(form[0]).values())
 
         with warnings.catch_warnings(), _attributes_restored(self._bound):
             # It warns of operations that it has to run one sample after another; that costs time, nothing else.
             warnings.filterwarnings("ignore", message=".*performance drop.*")
             outputs = torch.vmap(one)(weights, grouped, parts or [])
-        return tree_map(lambda leaf: leaf.flatten(0, 1), outputs)
+        return as_tree(form[0], [leaf.flatten(0, 1) for leaf in outputs])
 
 
 class Substitution:

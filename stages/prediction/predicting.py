@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from stages.foundation.trees import Tree, leaves, take, to_device, tree_map
+from stages.foundation.trees import Tree, as_tree, leaves, take, to_device, tree_map
 from stages.prediction.personalised import PersonalisedModel, Prediction
 from stages.store.predictions import PredictionBlocks
 from stages.tasks.data import Split
@@ -24,6 +23,12 @@ CPU = torch.device("cpu")
 def array_name(name: str, path: str) -> str:
     """The array of one tensor of a tree: "output", or "output.logits"."""
     return f"{name}.{path}".rstrip(".")
+
+
+def stored_output(arrays: dict[str, np.ndarray], name: str, like: Tree) -> Tree:
+    """One of an answer's outputs as a tree of the form of `like`; None for an entry that the members' combination left out."""
+    found = [arrays.get(array_name(name, path)) for path in leaves(like)]
+    return as_tree(like, [None if array is None else torch.from_numpy(array) for array in found])
 
 
 def extract_members(predictions: Path, folder: Path) -> None:
@@ -55,12 +60,6 @@ class Smaller:
         """Their outputs of some inputs, (E, B, …)."""
         rows = [np.array(array[span.start : span.stop]) for array in self._arrays]
         return as_tree(self._like, [torch.from_numpy(value).transpose(0, 1) for value in rows])
-
-
-def as_tree(like: Tree, tensors: list[Tensor]) -> Tree:
-    """A tree of the same form, of other tensors in the order of `leaves`."""
-    following = iter(tensors)
-    return tree_map(lambda _: next(following), like)
 
 
 class BlockPredictor:
@@ -143,8 +142,7 @@ class BlockPredictor:
             return None
 
         def tree(name: str) -> Tree:
-            found = [torch.from_numpy(arrays[array_name(name, path)]) for path in leaves(self._like)]
-            return take(as_tree(self._like, found), part)
+            return take(stored_output(arrays, name, self._like), part)
 
         outputs = {
             "base": tree(BASE),

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.seeds import generator, global_seed, seed_of
-from stages.foundation.trees import Tree, leaves, tree_map
+from stages.foundation.trees import Tree, as_tree, leaves
 from stages.tasks.user_code import user_code
 
 IDENTITY_ITEMS = 64
@@ -89,7 +89,8 @@ class Split:
 
     def _stack(self, parts: list[Tree], rows: Tensor) -> Tree:
         try:
-            return tree_map(as_float32, default_collate(parts))
+            # torch makes lists of tuples.
+            return as_tree(parts[0], [as_float32(leaf) for leaf in leaves(default_collate(parts)).values()])
         except (TypeError, RuntimeError, KeyError) as error:
             raise DataError(
                 f"{self.name}: rows {rows.tolist()[:4]} … do not stack into one batch: {error}",
@@ -225,7 +226,7 @@ def dataset_identity(dataset: Any, name: str) -> str:
     found = hashlib.sha256(str(count).encode())
     for row in rows:
         for part in split.item(row):
-            for path, leaf in leaves(part).items():
+            for path, leaf in (leaves(part) or {"": part}).items():
                 array = _numbers(leaf, f"{name}[{row}]")
                 found.update(f"{row}/{path}/{tuple(array.shape)}/{array.dtype}".encode())
                 found.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
@@ -273,15 +274,22 @@ def _describe(parts: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
     )
 
 
-def require_tensors(output: Tree, where: str) -> None:
-    """Refuse outputs that are no tensors.
+def require_tensors(output: Tree, count: int) -> None:
+    """Refuse outputs that are no tensors with a row for each of `count` samples.
 
     Raises:
         TaskError: the model returned something else.
     """
-    for leaf in leaves(output).values():
+    found = leaves(output)
+    for path, leaf in (found or {"": None}).items():
+        place = f" as {path}" if path else ""
         if not isinstance(leaf, Tensor):
             raise TaskError(
-                f"{where} returned {type(leaf).__name__}, expected a tensor, or a tuple or dict of them",
-                "see Task.forward",
+                f"the model returned {type(leaf).__name__}{place}, expected a tensor, or a tuple or dict of them",
+                "let a forward() of a Task class return what is needed of it",
+            )
+        if leaf.shape[:1] != (count,):
+            raise TaskError(
+                f"the model returned{place} a tensor of shape {tuple(leaf.shape)} for {count} sample{'s' if count > 1 else ''}",
+                "its first axis must be the sample; squeeze(-1) drops the last axis alone, squeeze() also the sample's",
             )

@@ -1,12 +1,13 @@
 """The built-in losses, metrics and ways to combine an ensemble's outputs, each giving one value per sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.foundation.errors import DataError
+from stages.foundation.errors import DataError, TaskError
+from stages.foundation.trees import Tree, leaves, parts_of
 
 
 class LabelError(DataError):
@@ -23,6 +24,30 @@ def _first_row(wrong: Tensor) -> int:
 
 def _per_sample(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def kind_of(output: Tree) -> str:
+    """What a model returned, in words: "a tensor (4, 10)", "a dict of logits (4, 10), hidden (4, 64)"."""
+    listed = ", ".join(f"{path} {tuple(leaf.shape)}".strip() for path, leaf in leaves(output).items())
+    return f"a tensor {listed}" if isinstance(output, Tensor) else f"a {type(output).__name__} of {listed}"
+
+
+def require_one_tensor(output: Tree, wanted_by: str) -> None:
+    """Refuse an output of several parts where one tensor is needed.
+
+    Raises:
+        TaskError: it is a tuple, a dict or the like; the entry to take is named.
+    """
+    if isinstance(output, Tensor):
+        return
+    parts = parts_of(output)
+    key = next((key for key in parts if key == "logits"), next(iter(parts)))
+    entry = f"output[{key!r}]" if isinstance(output, (tuple, list, Mapping)) else f"output.{key}"
+    raise TaskError(
+        f"{wanted_by} needs one tensor, and the model returns {kind_of(output)}",
+        f"write a loss of your own that takes the entry, such as {entry}: def my_loss(output, y), and set "
+        'task.loss = "mymodel:my_loss"; or a Task class whose forward() returns it',
+    )
 
 
 def cross_entropy(output: Tensor, y: Tensor) -> Tensor:

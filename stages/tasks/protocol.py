@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.foundation.errors import DataError, TaskError
 from stages.foundation.trees import Tree, tree_map
 from stages.tasks.losses import (
     CLASSIFICATION,
     OTHER,
     REGRESSION,
+    LabelError,
     accuracy,
     cross_entropy,
     mae,
@@ -18,6 +20,7 @@ from stages.tasks.losses import (
     mean_output,
     mean_probability,
     mse,
+    require_one_tensor,
 )
 
 
@@ -25,6 +28,11 @@ def _mean_probability(outputs: Tensor) -> Tensor:
     """Of logits of several classes (E, B, C, …), or of a binary classifier's (E, B) or (E, B, 1)."""
     binary = outputs.dim() == 2 or outputs.shape[2:] == (1,)
     return mean_binary_probability(outputs) if binary else mean_probability(outputs)
+
+
+def combined_by(mean: Callable[[Tensor], Tensor], outputs: Tree) -> Tree:
+    """`mean` of each floating-point tensor (E, B, …) of an output; None in place of others."""
+    return tree_map(lambda leaf: mean(leaf) if leaf.is_floating_point() or leaf.is_complex() else None, outputs)
 
 
 class Task:
@@ -65,16 +73,24 @@ class Task:
 
     def metrics(self, output: Tree, y: Tree) -> dict[str, Tensor]:
         """Figures to report, each (B,). By kind: cross-entropy and accuracy, mse and mae, or the loss."""
-        if self.kind == CLASSIFICATION:
-            return {"cross_entropy": cross_entropy(output, y), "accuracy": accuracy(output, y)}
-        if self.kind == REGRESSION:
-            return {"mse": mse(output, y), "mae": mae(output, y)}
-        return {"loss": self.loss(output, y)}
+        by_kind = {CLASSIFICATION: {"cross_entropy": cross_entropy, "accuracy": accuracy}, REGRESSION: {"mse": mse, "mae": mae}}
+        found = by_kind.get(self.kind, {"loss": self.loss})
+        if self.kind in by_kind:
+            require_one_tensor(output, f"kind = {self.kind!r}, which scores by {' and '.join(found)},")
+        try:
+            return {name: metric(output, y) for name, metric in found.items()}
+        except LabelError:
+            raise
+        except DataError as error:
+            raise TaskError(
+                f"kind = {self.kind!r} scores by {' and '.join(found)}, which do not fit: {error.message}",
+                "leave kind out: outputs are scored by the loss then; or give a Task class metrics() of its own",
+            ) from error
 
     def combine(self, outputs: Tree) -> Tree:
         """An ensemble's outputs (E, B, …) as one (B, …): the log of the mean probability (its logit, where there is one number
-        a sample), or the mean."""
-        return tree_map(_mean_probability if self.kind == CLASSIFICATION else mean_output, outputs)
+        a sample), or the mean. Entries that hold integers have no mean and become None."""
+        return combined_by(_mean_probability if self.kind == CLASSIFICATION else mean_output, outputs)
 
     def view(self, x: Tree, y: Tree, generator: torch.Generator) -> tuple[Tree, Tree]:
         """The part of one sample (no batch axis) used at one gradient step of overfitting; by default all of it."""

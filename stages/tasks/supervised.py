@@ -1,5 +1,6 @@
 """The task of a user with a plain supervised problem, declared in `[task]` without a Task class."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 from stages.foundation.config import TaskTable
 from stages.foundation.errors import SettingsError, TaskError
 from stages.foundation.specs import is_code
-from stages.foundation.trees import Tree, tree_map
+from stages.foundation.trees import Tree
 from stages.tasks.data import load_npz
-from stages.tasks.losses import LOSSES, OTHER, mean_binary_probability
-from stages.tasks.protocol import Task
+from stages.tasks.losses import LOSSES, OTHER, mean_binary_probability, require_one_tensor
+from stages.tasks.protocol import Task, combined_by
 from stages.tasks.user_code import load_object, user_code
 
 
@@ -29,7 +30,7 @@ class SupervisedTask(Task):
         if loss in LOSSES:
             self._loss, kind, self._metrics = LOSSES[loss]
         elif is_code(loss):
-            self._loss, kind, self._metrics = load_object(root, loss, "task.loss"), OTHER, {}
+            self._loss, kind, self._metrics = _own_loss(root, loss), OTHER, {}
         else:
             raise SettingsError(f"task.loss = {loss!r} is unknown", f'known: {", ".join(LOSSES)}, or "mymodel:my_loss"')
         self.kind = settings.kind or kind
@@ -38,17 +39,22 @@ class SupervisedTask(Task):
         """The user's model."""
         spec = self._settings.model or ""
         make = load_object(self._root, spec, "task.model")
-        with user_code(spec):
-            model = make(**self._settings.model_args)
-        if not isinstance(model, nn.Module):
+        if isinstance(make, nn.Module):
             raise TaskError(
-                f"{spec} returned {type(model).__name__}, expected a torch.nn.Module",
-                "task.model names a class or a function that makes one",
+                f"task.model = {spec!r} is a model already ({type(make).__name__}), expected what makes one",
+                "name its class, or a function: def make(): return Net()",
             )
-        return model
+        with user_code(spec):
+            return make(**self._settings.model_args)
 
     def loss(self, output: Tree, y: Tree) -> Tensor:
-        """The loss that `task.loss` names."""
+        """The loss that `task.loss` names.
+
+        Raises:
+            TaskError: a built-in one, and an output of several tensors.
+        """
+        if self._metrics:
+            require_one_tensor(output, f"task.loss = {self._settings.loss!r}")
         return self._loss(output, y)
 
     def metrics(self, output: Tree, y: Tree) -> dict[str, Tensor]:
@@ -60,7 +66,7 @@ class SupervisedTask(Task):
     def combine(self, outputs: Tree) -> Tree:
         """By kind; logits of a binary classifier by their mean probability."""
         if self._settings.loss == "binary_cross_entropy":
-            return tree_map(mean_binary_probability, outputs)
+            return combined_by(mean_binary_probability, outputs)
         return super().combine(outputs)
 
     def train(self) -> Any:
@@ -88,3 +94,15 @@ class SupervisedTask(Task):
             with user_code(spec):
                 return found()
         return found
+
+
+def _own_loss(root: Path, spec: str) -> Callable[[Tree, Tree], Tensor]:
+    loss = load_object(root, spec, "task.loss")
+    if isinstance(loss, type):
+        raise TaskError(
+            f"task.loss = {spec!r} is a class, expected a function of (output, y), or an instance",
+            f'in mymodel.py: my_loss = {loss.__name__}(reduction="none"); then task.loss = "mymodel:my_loss"',
+        )
+    if not callable(loss):
+        raise TaskError(f"task.loss = {spec!r} is {type(loss).__name__}, expected a function of (output, y)", "name a function")
+    return loss

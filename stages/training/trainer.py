@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.foundation.seeds import generator
+from stages.foundation.tensors import load_state, state_tensors
 from stages.training.ranks import Ranks
 
 T = TypeVar("T")
@@ -181,7 +182,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor needed to continue, by name: those in use, not copies."""
-        found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        found = {f"network.{name}": value for name, value in state_tensors(self.network).items()}
         if self.averaged is not self.network:
             found |= {f"averaged.{name}": value for name, value in self.averaged.named_parameters()}
         for index, entries in self.optimizer.state_dict()["state"].items():
@@ -193,9 +194,8 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from `state()` as it was after `step` steps."""
         self.step = step
-        self.network.load_state_dict(
-            {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}
-        )
+        network = {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}
+        load_state(self.network, network)
         if self.averaged is not self.network:
             self.averaged.load_state_dict(self.network.state_dict())
             with torch.no_grad():

@@ -22,7 +22,7 @@ CODE = {
         ],
     ),
     "wrong argument": ({"model_args": {"widht": 3}}, ["mymodel:net", "TypeError", "widht"]),
-    "no module returned": ({"model": "mymodel:a_number"}, ["mymodel:a_number", "int", "torch.nn.Module"]),
+    "no module returned": ({"model": "mymodel:a_number"}, ["model() returned int", "torch.nn.Module", "task.model"]),
     "raises in the forward pass": (
         {"model": "mymodel:Raising"},
         ["forward pass", "ValueError", "cannot", at("raise ValueError", "forward")],
