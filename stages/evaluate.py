@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import (
-    Compared,
     Fitted,
     compare,
     fit_strengths,
@@ -33,7 +32,7 @@ from stages.evaluation.from_run import (
     with_denoiser,
 )
 from stages.evaluation.memorisation import memorisation
-from stages.evaluation.metrics import LOSS
+from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.requested_rows import LeftOut, requested_rows, seed_branches, whole_network_row
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
@@ -109,16 +108,16 @@ class Evaluate(Stage):
         rows, fitted, temperature, more = self._fit(rows)
         left_out |= more
         strengths = self._strengths(rows, fitted)
-        compared = self._compare(rows, strengths)
+        gathered = self._compare(rows, strengths)
         rng = np.random.default_rng(seed_of(self.context.seed, "evaluate", "bootstrap"))
         on_progress = self._progress("resamples", self.settings.resamples)
-        found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, on_progress)
+        found, primary = estimate_all(gathered, self.settings.resamples, rng, on_progress)
         losses = {name: metrics[primary] for name, metrics in found.items()}
         comparisons = compared_with(losses)
         results = {
             "verdict": verdict(comparisons, losses, primary, classes=self.context.task.kind == CLASSIFICATION),
             "metric": primary,
-            "rows": row_records(compared, found, fitted, strengths),
+            "rows": row_records(gathered, found, fitted, strengths),
             "left_out": [{"name": name, "reason": reason} for name, reason in left_out.items()],
             "comparisons": as_json(comparisons),
             **self._facts(temperature),
@@ -127,7 +126,7 @@ class Evaluate(Stage):
         }
         if others:
             results["seeds"] = over_seeds({self.context.seed: results, **others})
-        save_arrays(folder / SAMPLES_FILE, _samples(self.context.test_split.rows[compared.order], compared))
+        save_arrays(folder / SAMPLES_FILE, _samples(self.context.test_split.rows[self._test.order], gathered))
         return self._result(folder, results, fitted)
 
     def _result(self, folder: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> WorkResult:
@@ -247,7 +246,7 @@ class Evaluate(Stage):
         found |= {one.name: configured for one in rows if one.validated and one.name not in found}
         return found | {row.NEAREST: 1.0, row.ORACLE: 1.0}
 
-    def _compare(self, rows: list[Row], strengths: dict[str, float]) -> Compared:
+    def _compare(self, rows: list[Row], strengths: dict[str, float]) -> dict[str, Gathered]:
         """Every row on the test samples."""
         subject, size, variances = self.subject, self._size, {}
         if self._validation is not None:
@@ -286,7 +285,7 @@ class Evaluate(Stage):
         )
 
 
-def _samples(numbers: Tensor, compared: Compared) -> dict[str, np.ndarray]:
+def _samples(numbers: Tensor, gathered: Mapping[str, Gathered]) -> dict[str, np.ndarray]:
     """Each row's loss on each test sample, (rows, N), for plots and tests of one's own."""
-    losses = np.stack([gathered.values(LOSS) for gathered in compared.gathered.values()])
-    return {"sample_index": numbers.numpy(), "row": np.array(list(compared.gathered)), "loss": losses}
+    losses = np.stack([one.values(LOSS) for one in gathered.values()])
+    return {"sample_index": numbers.numpy(), "row": np.array(list(gathered)), "loss": losses}

@@ -175,14 +175,14 @@ class Probe:
         start = time.perf_counter()
         mean = self._mean_delta(subject, size)
         each = (time.perf_counter() - start) / min(len(self._evaluated.order), len(self._searched))
-        compared, strengths = cross_fitted(subject, evaluated, self._rows(mean, evaluated), STRENGTHS, size)
+        gathered, strengths = cross_fitted(subject, evaluated, self._rows(mean, evaluated), STRENGTHS, size)
         rng = np.random.default_rng(seed_of(self._context.seed, "probe"))
-        found, metric = estimate_all(compared.gathered, RESAMPLES, rng, lambda done: None)
+        found, metric = estimate_all(gathered, RESAMPLES, rng, lambda done: None)
         trial = Trial(layer.name, settings, metric, {name: metrics[metric] for name, metrics in found.items()})
         record = {
             "layer": layer.name,
             "settings": settings,
-            "rows": row_records(compared, found),
+            "rows": row_records(gathered, found),
             "strengths": strengths,
             "cost": self._cost(subject, each),
         }

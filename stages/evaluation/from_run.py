@@ -244,7 +244,7 @@ def extra_rows(context: RunContext, taken: set[str]) -> list[Row]:
         raise TaskError("extra_rows() gave no dict of functions", 'return {"a name": lambda x: outputs}, or {} for no rows')
     if clash := sorted((taken | set(row.TABLE)) & found.keys()):
         raise TaskError(f"extra_rows() gave a row named {clash[0]!r}, which ocd has itself", "give it another name")
-    return [row.OutputRow(name, _guarded(name, predict)) for name, predict in found.items()]
+    return [row.output_row(name, _guarded(name, predict)) for name, predict in found.items()]
 
 
 def _guarded(name: str, predict: Callable[[Tree], Tree]) -> Callable[[Batch], Tree]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.evaluation import rows as row
 from stages.evaluation.from_run import make_subject, with_denoiser
-from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
+from stages.evaluation.rows import Row, elsewhere_row, output_row
 from stages.evaluation.subject import Batch, Subject
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
@@ -74,13 +74,13 @@ def _alternative(context: RunContext, subject: Subject) -> Row | str:
     values = {"select-layer.layer": others[-1], "select-layer.draws": 0}
     branch = _branch(context, "alternative-layer", values, _learned())
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
-    return ElsewhereRow(row.ALTERNATIVE, other)
+    return elsewhere_row(row.ALTERNATIVE, other)
 
 
 def _regression(context: RunContext, subject: Subject) -> Row:
     """The same network regressing the unit delta from the conditioning (Eq. 1)."""
     branch = _branch(context, "deterministic-hypernetwork", {"train-diffusion.prediction": "mean"}, _learned())
-    return ElsewhereRow(row.REGRESSION_ROW, with_denoiser(subject, branch, None, 1))
+    return elsewhere_row(row.REGRESSION_ROW, with_denoiser(subject, branch, None, 1))
 
 
 def _with_x(context: RunContext, subject: Subject) -> Row | str:
@@ -89,7 +89,7 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
         return "collect.condition_on_x is set: all of OCD's rows are conditioned on x"
     branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, _learned())
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
-    return ElsewhereRow(row.WITH_X, other)
+    return elsewhere_row(row.WITH_X, other)
 
 
 def _longer(context: RunContext, subject: Subject) -> Row | str:
@@ -99,7 +99,7 @@ def _longer(context: RunContext, subject: Subject) -> Row | str:
         return "the base was imported, or trained by the task: its training cannot be continued"
     values = {"train-base.epochs": 2 * reached, "train-base.patience": 0}
     model = _branch(context, "base-trained-longer", values, ("train-base",)).another_base()
-    return OutputRow(row.LONGER, lambda batch: context.forward(model, batch.x))
+    return output_row(row.LONGER, lambda batch: context.forward(model, batch.x))
 
 
 def whole_network_row(context: RunContext, samples: int) -> Row | str:
@@ -121,7 +121,7 @@ def whole_network_row(context: RunContext, samples: int) -> Row | str:
     seconds = (time.perf_counter() - start) / min(TRIED, len(split)) * samples
     if seconds > LONGEST_S and row.ORACLE_ALL not in context.project.settings.evaluate.rows:
         return f"sample by sample it would take about {seconds / 60:.0f} minutes; ask with --add '{row.ORACLE_ALL}'"
-    return OutputRow(row.ORACLE_ALL, each)
+    return output_row(row.ORACLE_ALL, each)
 
 
 def seed_branches(context: RunContext) -> Iterable[tuple[int, Project]]:

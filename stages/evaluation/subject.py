@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.evaluation.neighbours import Neighbours
-from stages.foundation.trees import Tree, to_device, tree_map
+from stages.foundation.trees import Tree, to_device
 from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import Layer
 from stages.per_sample.runner import FirstPass
@@ -168,8 +168,3 @@ class Batch:
             taken = self.subject.training.of_samples(row.reshape(-1)).to(self.subject.device)
             self._of_neighbours[kind] = taken.view(*row.shape, *self.subject.layer.matrix_shape)
         return self._of_neighbours[kind]
-
-
-def as_member(output: Tree) -> Tree:
-    """A single output (B, …) as the only member (1, B, …)."""
-    return tree_map(lambda leaf: leaf.unsqueeze(0), output)
