@@ -22,7 +22,6 @@ from stages.evaluation.comparison import (
 from stages.evaluation.from_run import (
     LARGEST,
     class_means,
-    class_numbers,
     extra_rows,
     find_neighbours,
     make_subject,
@@ -202,18 +201,9 @@ class Evaluate(Stage):
 
     def _with_neighbours(self, evaluated: EvaluatedSamples) -> tuple[EvaluatedSamples, dict[str, str]]:
         """The samples with their nearest training samples; and what these cannot be found in, with the reason."""
-        training, whole = self.training, self.context.splits["all"]
-        first, known = training.first_rows, training.field("layer_input")
-        found, missing = find_neighbours(
-            self.subject,
-            evaluated,
-            whole,
-            training.sample_index[first],
-            None if known is None else known[first],
-            self.settings.neighbours,
-            self._size,
-            self._progress("neighbours", len(training)),
-        )
+        training, whole, k = self.training, self.context.splits["all"], self.settings.neighbours
+        on_progress = self._progress("neighbours", len(training))
+        found, missing = find_neighbours(self.subject, training, evaluated, whole, k, self._size, on_progress)
         return dataclasses.replace(evaluated, neighbours=found), missing
 
     def _fit(self, rows: list[Row]) -> tuple[list[Row], dict[str, Fitted], float | None, LeftOut]:
@@ -273,16 +263,9 @@ class Evaluate(Stage):
         }
 
     def _memorisation(self) -> dict[str, Any]:
-        return memorisation(
-            self.subject,
-            self._test,
-            self._size,
-            self.settings.memorisation_samples,
-            self.training.mean,
-            None if isinstance(self._class_means, str) else self._class_means,
-            class_numbers,
-            self.training.nearest_cosines,
-        )
+        count, means = self.settings.memorisation_samples, self._class_means
+        class_means = None if isinstance(means, str) else means
+        return memorisation(self.subject, self.training, self._test, self._size, count, class_means)
 
 
 def _samples(numbers: Tensor, gathered: Mapping[str, Gathered]) -> dict[str, np.ndarray]:

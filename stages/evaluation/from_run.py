@@ -90,10 +90,9 @@ def probe_of(context: RunContext) -> tuple[Tree, Tree]:
 
 def find_neighbours(
     subject: Subject,
+    training: StoredDeltas,
     evaluated: EvaluatedSamples,
     split: Split,
-    numbers: Tensor,
-    known: Tensor | None,
     k: int,
     size: int,
     on_progress: OnProgress,
@@ -102,10 +101,9 @@ def find_neighbours(
 
     Args:
         subject: what is evaluated.
+        training: the store; neighbours are counted as its samples.
         evaluated: the samples.
         split: all training samples.
-        numbers: those that have a delta, (N,); neighbours are counted in this order.
-        known: what the layer sees of each of them, (N, d), or None.
         k: how many.
         size: samples at once.
         on_progress: of progress.
@@ -113,15 +111,17 @@ def find_neighbours(
     Returns:
         the neighbours, by what the distance is taken in; and what they could not be found in, with the reason.
     """
-    found, missing = {}, {}
-    asked = evaluated.order.sort().values
+    found, missing, known = {}, {}, training.field(LAYER_INPUT)
+    asked, numbers = evaluated.order.sort().values, training.sample_index[training.first_rows]
     count, own = len(evaluated.split), own_rows(evaluated.split, split, asked, numbers)
     if places_of(subject.task, evaluated.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
-        found[row.IN_X] = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
+        in_x = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
+        found[row.IN_X] = in_x.spread(asked, count)
     if known is None:
         return found, missing | {row.IN_LAYER_INPUT: "the store has no field layer_input"}
+    known = known[training.first_rows]
     parts = [Batch(subject, evaluated, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
     found[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
@@ -138,14 +138,13 @@ def _nearest_in_x(
     k: int,
     on_progress: OnProgress,
 ) -> Neighbours:
-    """As `find_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
+    """Of large inputs only as many as memory holds are compared with all training samples at a time."""
     parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(evaluated.inputs(asked[:1])).values())
     for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // numbers_each)):
         queries = places_of(subject.task, evaluated.inputs(asked[part])).to(subject.device)
         blocks = input_blocks(subject.task, split, numbers, subject.device)
-        found = nearest(queries, blocks, k, on_progress, None if own is None else own[part])
-        parts.append(found.spread(asked[part], len(evaluated)))
-    return parts[0].joined(parts[1:])
+        parts.append(nearest(queries, blocks, k, on_progress, None if own is None else own[part]))
+    return Neighbours(torch.cat([part.distance for part in parts]), torch.cat([part.row for part in parts]))
 
 
 def own_rows(evaluated: Split, training: Split, positions: Tensor, numbers: Tensor) -> Tensor | None:

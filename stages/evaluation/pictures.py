@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def write_pictures(
     remove(folder)
     if uses_default(context.task, "picture"):
         return {}
-    if total and not _has_pillow():
+    if total and find_spec("PIL") is None:
         report.message(NO_PILLOW)
         total = 0
     for position, panes in enumerate(_panes(context, inputs, answer, like, total)):
@@ -154,14 +155,6 @@ def _overfitted(context: RunContext, inputs: Split) -> Callable[[int], tuple[Tre
         return take(x, 0), take(y, 0), tree_map(lambda leaf: leaf[0, 0].cpu(), members)
 
     return output
-
-
-def _has_pillow() -> bool:
-    try:
-        from PIL import Image, ImageDraw  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def strip(panes: list[Pane]) -> bytes:

@@ -15,7 +15,7 @@ from stages.lifecycle.context import BASE_FILE, RunContext
 from stages.overfitting.recipe import recipe_of
 from stages.overfitting.whole_network import overfit_whole
 from stages.run_directory.folders import folder_of
-from stages.run_directory.pipeline import ORDER
+from stages.run_directory.pipeline import LEARNED, ORDER
 from stages.run_directory.project import Project
 from stages.tasks.loader import losses
 
@@ -60,10 +60,6 @@ def _branch(context: RunContext, name: str, values: dict[str, Any], stages: Iter
     return RunContext(project, context.report)
 
 
-def _learned() -> tuple[str, ...]:
-    return ORDER[: ORDER.index("train-scale") + 1]
-
-
 def _alternative(context: RunContext, subject: Subject) -> Row | str:
     """OCD on the layer with the second highest score; on that with the highest, where the second is the one chosen."""
     candidates = context.manifest_of("select-layer").summary["candidates"]
@@ -72,14 +68,14 @@ def _alternative(context: RunContext, subject: Subject) -> Row | str:
     if not others:
         return "select-layer has no scores of other layers"
     values = {"select-layer.layer": others[-1], "select-layer.draws": 0}
-    branch = _branch(context, "alternative-layer", values, _learned())
+    branch = _branch(context, "alternative-layer", values, LEARNED)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
     return elsewhere_row(row.ALTERNATIVE, other)
 
 
 def _regression(context: RunContext, subject: Subject) -> Row:
     """The same network regressing the unit delta from the conditioning (Eq. 1)."""
-    branch = _branch(context, "deterministic-hypernetwork", {"train-diffusion.prediction": "mean"}, _learned())
+    branch = _branch(context, "deterministic-hypernetwork", {"train-diffusion.prediction": "mean"}, LEARNED)
     return elsewhere_row(row.REGRESSION_ROW, with_denoiser(subject, branch, None, 1))
 
 
@@ -87,7 +83,7 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
     """OCD whose networks see x beside the paper's three fields."""
     if context.project.settings.collect.condition_on_x:
         return "collect.condition_on_x is set: all of OCD's rows are conditioned on x"
-    branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, _learned())
+    branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, LEARNED)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
     return elsewhere_row(row.WITH_X, other)
 

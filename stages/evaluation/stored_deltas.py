@@ -1,7 +1,7 @@
 """The delta store as `evaluate` and `probe` read it: single rows, means by group, nearest directions."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -65,13 +65,12 @@ class StoredDeltas:
         self._blocks[block] = deltas
         return deltas
 
-    def blocks(self, on_progress: Callable[[int], None] = lambda done: None) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every block: its row numbers (n,) and deltas (n, out, in)."""
         for block in range(self._reader.blocks):
             deltas = self._block(block)
             start = block * self._reader.block_samples
             yield torch.arange(start, start + len(deltas)), deltas
-            on_progress(start + len(deltas))
 
     def means(self, groups: Tensor, count: int) -> Tensor:
         """The mean delta of the usable rows of each group: groups (N,) in [0, count) to (count, out, in); zero where a group

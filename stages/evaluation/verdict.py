@@ -36,11 +36,6 @@ class Comparison:
     difference: float
     interval: tuple[float, float]
 
-    @classmethod
-    def of(cls, ensemble: Estimate, other: Estimate) -> "Comparison":
-        """From two estimates over the same resamples."""
-        return cls(*ensemble.minus(other))
-
     @property
     def favours(self) -> bool:
         """Whether the whole interval is on the ensemble's side."""
@@ -55,7 +50,7 @@ class Comparison:
 def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
     return {
-        name: Comparison.of(estimates[ENSEMBLE], estimates[name])
+        name: Comparison(*estimates[ENSEMBLE].minus(estimates[name]))
         for name in (BASE, *RIVALS, *NEIGHBOURS, *_further(estimates))
         if name in estimates and ENSEMBLE in estimates
     }
@@ -89,7 +84,7 @@ def verdict(
         # The one that comes closest to OCD's own loss explains the most of it.
         name = min(equals, key=lambda other: estimates[other].value)
         does_as_well = estimates[name].value <= estimates[ENSEMBLE].value
-        gains = does_as_well or Comparison.of(estimates[name], estimates[BASE]).favours
+        gains = does_as_well or Comparison(*estimates[name].minus(estimates[BASE])).favours
         why = f"the gain is that of {name}" if gains else f"too few samples to tell it from {name}"
         said = f"OCD does not help: {why} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
     elif absent:

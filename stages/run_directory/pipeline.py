@@ -93,6 +93,8 @@ STAGES = {
     )
 }
 ORDER = tuple(STAGES)
+# What all predictions need.
+LEARNED = ORDER[: ORDER.index("train-scale") + 1]
 
 
 def spec_of(project: Project, name: str) -> StageSpec:
