@@ -10,15 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from stages.evaluation import rows as row
-from stages.evaluation.comparison import (
-    Fitted,
-    compare,
-    fit_strengths,
-    fit_temperature,
-    fit_variances,
-    scaled,
-    seeded_order,
-)
+from stages.evaluation.comparison import Fitted, compare, fit_strengths, fit_temperature, fit_variances, scaled, seeded_order
 from stages.evaluation.from_run import (
     LARGEST,
     class_means,

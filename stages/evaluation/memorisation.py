@@ -19,12 +19,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def memorisation(
-    subject: Subject,
-    training: StoredDeltas,
-    evaluated: EvaluatedSamples,
-    size: int,
-    count: int,
-    class_means: Tensor | None,
+    subject: Subject, training: StoredDeltas, evaluated: EvaluatedSamples, size: int, count: int, class_means: Tensor | None
 ) -> dict[str, Any]:
     """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble.
 

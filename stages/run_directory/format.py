@@ -18,13 +18,14 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     @classmethod
-    def of(cls, raw: Any, path: Path) -> Self:
-        """The record in what was read from `path`.
+    def read(cls, path: Path) -> Self:
+        """The record at `path`.
 
         Raises:
-            ArtifactError: it is of another format version, lacks a field, or has one that cannot be.
+            ArtifactError: it is missing, no JSON, of another format version, lacks a field, or has one that cannot be.
         """
-        check_version(raw, path)
+        raw = read_json(path)
+        _check_version(raw, path)
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -33,15 +34,6 @@ class Record(BaseModel):
             what = "is missing" if first["type"] == "missing" else f"is {first['input']!r:.80}: {first['msg'].lower()}"
             more = f" (and {len(others)} more problems)" if others else ""
             raise ArtifactError(f"{path}: {field} {what}{more}", REDO) from error
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """The record at `path`.
-
-        Raises:
-            ArtifactError: it is missing, no JSON, or as `of`.
-        """
-        return cls.of(read_json(path), path)
 
     def write(self, path: Path) -> None:
         """Write it whole."""
@@ -56,12 +48,8 @@ class Record(BaseModel):
         return self.model_copy(update=changed)
 
 
-def check_version(raw: Any, path: Path) -> None:
-    """Refuse a record of another format version before anything else of it is looked at.
-
-    Raises:
-        ArtifactError: with both versions.
-    """
+def _check_version(raw: Any, path: Path) -> None:
+    """Refuse a record of another format version before anything else of it is looked at."""
     for part in (raw, raw.get("identity") if isinstance(raw, dict) else None):
         if isinstance(part, dict) and part.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise ArtifactError(
