@@ -141,12 +141,9 @@ class TrainBase(Stage):
             figures = mean_metrics(context.task, model, context.splits["validation"], context.device)
             return {"score": figures["loss"], **{f"validation_{name}": value for name, value in figures.items()}}
 
-        def snapshot() -> dict[str, Tensor]:
-            return {name: value.clone() for name, value in model.state_dict().items()}
-
         trainer = Trainer(model, _optimizer(settings, model), self._step_losses(model), average=False, clip=False)
         plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
-        trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, snapshot, plan, self.report).run()
+        trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, plan, self.report).run()
         model.load_state_dict(load_tensors(trained.snapshot))
         done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
         return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)

@@ -188,23 +188,13 @@ class TrainDiffusion(Stage):
 
     def _run(self, folder: Path, fingerprint: str, settings: DenoiserSettings, training: Training) -> Trained:
         table, trainer = self.settings, training.trainer
-        plan = Plan(
-            table.max_steps,
-            table.evaluate_steps,
-            table.checkpoint_steps,
-            table.patience,
-            table.checkpoint_minutes,
-            LARGEST_LOSS,
-            f"try a smaller learning rate: --set {self.name}.lr={settings.lr / 4:g} --force",
-            # Of what tuning will do nothing is known before.
-            table.tune_after,
-        )
+        # Of what tuning will do nothing is known before.
+        plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=table.tune_after)
         return TrainingRun(
             folder,
             fingerprint,
             trainer,
             self._evaluation(settings, training),
-            lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
             training.blame,

@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Self
 
 from stages.foundation.errors import ArtifactError, ComputeError
 from stages.foundation.files import disk_errors, link_or_copy, remove, sha256_file, sweep, write_bytes
@@ -49,6 +47,14 @@ class Plan:
     advice: str = "try a smaller lr with --force"
     patient_until: int = 0
 
+    @classmethod
+    def of(cls, table: Any, stage: str, largest_loss: float, lr: float, patient_until: int = 0) -> Self:
+        """As the settings of `[train-diffusion]` and `[train-scale]` have it."""
+        names = ("max_steps", "evaluate_steps", "checkpoint_steps", "patience", "checkpoint_minutes")
+        settings = {name: getattr(table, name) for name in names}
+        advice = f"try a smaller learning rate: --set {stage}.lr={lr / 4:g} --force"
+        return cls(**settings, largest_loss=largest_loss, advice=advice, patient_until=patient_until)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -75,7 +81,6 @@ class TrainingRun:
         fingerprint: of the stage; a checkpoint of another is not continued.
         trainer: what is driven.
         evaluate: figures of the averaged network, the one called "score" to be minimised.
-        snapshot: the tensors worth keeping when the score is the best so far.
         plan: how far and how often.
         report: hears of it.
         blame: which samples the last step's loss was lost on, in words.
@@ -88,14 +93,13 @@ class TrainingRun:
         fingerprint: str,
         trainer: Trainer,
         evaluate: Callable[[], dict[str, float]],
-        snapshot: Callable[[], dict[str, Tensor]],
         plan: Plan,
         report: Report,
         blame: Callable[[], str] = lambda: "",
         ranks: Ranks | None = None,
     ) -> None:
         self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
-        self._evaluate, self._snapshot, self._plan, self._report = evaluate, snapshot, plan, report
+        self._evaluate, self._plan, self._report = evaluate, plan, report
         self._blame, self._ranks = blame, ranks or Ranks()
         self._best: dict[str, Any] = {}
         # Patience waits for a score clearly below the mark, the one it last began to wait from.
@@ -201,7 +205,7 @@ class TrainingRun:
         if not self._best or score < self._best["score"]:
             self._best = {key: _plain(value) for key, value in row.items()}
             path = self._best_path(row)
-            save_tensors(path, self._snapshot())
+            save_tensors(path, self._trainer.snapshot())
             self._best_hash = sha256_file(path)
 
     def _checkpoint(self) -> None:
