@@ -11,7 +11,7 @@ import torch
 from stages.diffusion.denoising import held_out_figures
 from stages.diffusion.schedule import NoiseSchedule, schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
-from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
+from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
 from stages.foundation.progress import Report
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
@@ -116,7 +116,7 @@ class TrainDiffusion(Stage):
                 f"train-diffusion.tune_after = {after:,}, but the training ends at max_steps = {last:,}: nothing is tuned",
                 f"give it fewer than {last:,} steps on deltas, or 0 for no tuning",
             )
-        if self._planned.description.get("encoders"):
+        if self._planned.description.encoders:
             self._planned.make(begin=True)
         self.micro_batch(self._planned)
 
@@ -217,7 +217,7 @@ class TrainDiffusion(Stage):
 
     def _result(self, folder: Path, trained: Trained, settings: DenoiserSettings, samples: int) -> WorkResult:
         link_or_copy(trained.snapshot, folder / DENOISER_FILE)
-        write_json(folder / DESCRIPTION_FILE, settings.description)
+        settings.description.write(folder / DESCRIPTION_FILE)
         best = trained.best
         summary = {
             "steps": trained.steps,
@@ -229,7 +229,7 @@ class TrainDiffusion(Stage):
             "cosine_shuffled": best["cosine_shuffled"],
             "samples": samples,
             "parameters": settings.parameters,
-            **{key: settings.description[key] for key in ("preset", "prediction", "schedule")},
+            **{key: getattr(settings.description, key) for key in ("preset", "prediction", "schedule")},
         }
-        content = digest([sha256_file(folder / DENOISER_FILE), settings.description])
+        content = digest([sha256_file(folder / DENOISER_FILE), settings.description.as_json()])
         return WorkResult(summary, content, {"train-diffusion.max_steps": trained.extent(self.settings.max_steps)})

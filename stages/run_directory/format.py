@@ -268,6 +268,31 @@ class LayerChoice(Record):
     candidates: list[Candidate]
 
 
+class EncoderDescription(Record):
+    """An encoder of a field: its kind, and the field's shape."""
+
+    kind: str
+    shape: list[int]
+
+
+class DenoiserDescription(Record):
+    """`denoiser.json`: what the denoiser is built from; what its preset has no use for is not there."""
+
+    preset: Literal["mlp", "factored", "paper", "authors", "small"]
+    width: int
+    multipliers: list[int] | None = None
+    blocks: int
+    attention_max_tokens: int | None = None
+    dropout: float | None = None
+    pad_to: int | None = None
+    prediction: Literal["epsilon", "x0", "mean"]
+    rank: int | None = None
+    shape: list[int]
+    fields: dict[str, int]
+    schedule: Literal["ddpm", "authors", "paper"]
+    encoders: dict[str, EncoderDescription] = {}
+
+
 class ScaleDescription(Record):
     """`scale.json`: the width of each field, and of the hidden layers."""
 

@@ -18,7 +18,7 @@ from stages.foundation.errors import TryAgainError
 from stages.foundation.files import available_memory
 from stages.foundation.processes import local_count
 from stages.foundation.seeds import global_seed
-from stages.run_directory.format import StoreDescription
+from stages.run_directory.format import DenoiserDescription, StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
@@ -55,7 +55,7 @@ class DenoiserSettings:
     """
 
     table: TrainDiffusionTable
-    description: dict[str, Any]
+    description: DenoiserDescription
     lr: float
     batch_size: int
     half: bool
@@ -66,18 +66,18 @@ class DenoiserSettings:
     def decided(self) -> dict[str, Any]:
         """What the `auto` settings stand for."""
         shapes = ("shape", "fields", "encoders", "schedule")
-        kept = {key: value for key, value in self.description.items() if key not in shapes}
+        kept = {key: value for key, value in self.description.as_json().items() if key not in shapes}
         return {**kept, "lr": self.lr, "batch_size": self.batch_size, "precision": BFLOAT16 if self.half else FLOAT32}
 
     @property
     def preset(self) -> str:
         """The kind of denoiser."""
-        return self.description["preset"]
+        return self.description.preset
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of a delta."""
-        return tuple(self.description["shape"])
+        return tuple(self.description.shape)
 
     @cached_property
     def sketch(self) -> Denoiser:
@@ -99,7 +99,7 @@ class DenoiserSettings:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule."""
         rows, columns = self.shape
-        return make_schedule(self.description["schedule"], rows * columns, self.description["prediction"])
+        return make_schedule(self.description.schedule, rows * columns, self.description.prediction)
 
 
 def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any], device: torch.device) -> DenoiserSettings:
@@ -124,7 +124,7 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
     def made(preset: str) -> DenoiserSettings:
         found = resolve({**settings, "preset": preset}, shape)
         lr, batch_size = found.pop("lr"), found.pop("batch_size")
-        description = {**found, **shapes}
+        description = DenoiserDescription(**found, **shapes)
         make = partial(build_denoiser, project, description)
         return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
 
@@ -164,7 +164,7 @@ def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) ->
     if (needed := training_bytes(settings.sketch, wanted, settings.half)) > free:
         fewer = f"fewer at once with --set {STAGE}.micro_batch_size=auto, " if wanted > 1 else ""
         raise TryAgainError(
-            f"training preset {settings.preset} of width {settings.description['width']} on deltas of "
+            f"training preset {settings.preset} of width {settings.description.width} on deltas of "
             f"{'×'.join(map(str, settings.shape))} takes about {needed:,} bytes of memory with {wanted} at once; "
             f"{free:,} may be taken",
             f"take {fewer}a smaller network with --set {STAGE}.width=N or --set {STAGE}.preset=mlp, or free memory",
