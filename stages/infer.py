@@ -166,22 +166,22 @@ class Infer(Stage):
                 remove(work.path / name)
         batch = self._batch_size()
         work.keep_execution(batch_size=batch, block_samples=self._block_rows(batch), members=members)
-        answer = self._answer(work.path)
-        Part.check(self.part, answer.blocks, SMALLER_BLOCKS)
-        work.tell_total(answer.blocks, "blocks")
+        predictions = self._predictions(work.path)
+        Part.check(self.part, predictions.blocks, SMALLER_BLOCKS)
+        work.tell_total(predictions.blocks, "blocks")
         if self.part is None:
             sweep(work.path)
         count, delta = len(self.inputs), self._delta.row_bytes if self._delta else 0
-        left = (answer.blocks - answer.records) / answer.blocks
+        left = (predictions.blocks - predictions.records) / predictions.blocks
         require_space(work.path, round(count * (self._row_bytes + left * (self._row_bytes + delta))))
-        answer.create()
+        predictions.create()
         if self.part is None:
-            answer.trim()
-        self._share = BlockShare(answer, self._holding)
+            predictions.trim()
+        self._share = BlockShare(predictions, self._holding)
 
     def work(self, folder: Path) -> WorkResult | None:
         """Every block (of the part) that is not done, then what makes the answer whole; None while others have some to do."""
-        answer, share = self._answer(folder), self._share
+        predictions, share = self._predictions(folder), self._share
         before, left = share.look_again(self.report, "inputs"), share.rows_left
         personalised, reason = self._personalised
         if reason:
@@ -191,12 +191,12 @@ class Infer(Stage):
         smaller = Smaller(known, self._like, len(self.inputs))
         predictor = BlockPredictor(personalised, self.inputs, self.settings.ensemble, self._like, smaller)
         predictor.work(
-            answer,
+            predictions,
             share.pending,
             self.unfinished.execution["batch_size"],
             lambda done: self.report.progress(before + done, before + left, "inputs"),
         )
-        return self._result(answer, predictor) if share.is_whole() else None
+        return self._result(predictions, predictor) if share.is_whole() else None
 
     @cached_property
     def _personalised(self) -> tuple[PersonalisedModel, str]:
@@ -244,15 +244,15 @@ class Infer(Stage):
             rows = self._block_rows(self._batch_size())
             Part.check(self.part, -(-len(self.inputs) // rows), SMALLER_BLOCKS)
 
-    def _answer(self, folder: Path) -> PredictionBlocks:
+    def _predictions(self, folder: Path) -> PredictionBlocks:
         kept, work, members = self.unfinished.execution, self.unfinished, self.settings.ensemble
         rows, batch = kept["block_samples"], kept["batch_size"]
         return PredictionBlocks(folder, len(self.inputs), rows, work.fingerprint, members, self._delta, batch)
 
-    def _result(self, answer: PredictionBlocks, predictor: BlockPredictor) -> WorkResult:
-        path, context, members = answer.folder / PREDICTIONS, self.context, self.settings.ensemble
-        answer.put_together(path)
-        content, figures = sha256_file(path), predictor.figures(answer, context.task)
+    def _result(self, predictions: PredictionBlocks, predictor: BlockPredictor) -> WorkResult:
+        path, context, members = predictions.folder / PREDICTIONS, self.context, self.settings.ensemble
+        predictions.put_together(path)
+        content, figures = sha256_file(path), predictor.figures(predictions, context.task)
         summary = {
             "query": self.query.name,
             "inputs": len(self.inputs),
@@ -260,7 +260,7 @@ class Infer(Stage):
             "strength": strength_of(context),
             **figures,
             "predictions": PREDICTIONS,
-            **write_pictures(context, self.inputs, answer, self._like, self.settings.pictures, self.report),
+            **write_pictures(context, self.inputs, predictions, self._like, self.settings.pictures, self.report),
         }
         extent = Extent(value=members, reached=members, exhausted=False)
         return WorkResult(summary, digest(content), {"infer.ensemble": extent}, {PREDICTIONS: content})

@@ -76,14 +76,14 @@ def _is_finite(tree: Tree) -> bool:
 
 
 def write_pictures(
-    context: RunContext, inputs: Split, answer: PredictionBlocks, like: Tree, most: int, report: Report
+    context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, most: int, report: Report
 ) -> dict[str, int]:
     """Write strips of the first inputs of an answer that is whole, one input in memory at a time.
 
     Args:
         context: the run's.
         inputs: the rows.
-        answer: their predictions; strips go to `pictures` in its folder, named after the row in the user's data.
+        predictions: of them; strips go to `pictures` in its folder, named after the row in the user's data.
         like: an output (1, …).
         most: inputs, at most.
         report: hears of the progress.
@@ -94,7 +94,7 @@ def write_pictures(
     Raises:
         TaskError: as `picture_of`, and faults of the task in overfitting.
     """
-    folder, total, written = answer.folder / FOLDER, min(most, len(inputs)), 0
+    folder, total, written = predictions.folder / FOLDER, min(most, len(inputs)), 0
     # What a killed process drew.
     remove(folder)
     if uses_default(context.task, "picture"):
@@ -102,7 +102,7 @@ def write_pictures(
     if total and find_spec("PIL") is None:
         report.message(NO_PILLOW)
         total = 0
-    for position, panes in enumerate(_panes(context, inputs, answer, like, total)):
+    for position, panes in enumerate(_panes(context, inputs, predictions, like, total)):
         if panes:
             folder.mkdir(exist_ok=True)
             write_bytes(folder / f"{int(inputs.rows[position]):06d}.png", strip(panes))
@@ -111,11 +111,11 @@ def write_pictures(
     return {"pictures": written}
 
 
-def _panes(context: RunContext, inputs: Split, answer: PredictionBlocks, like: Tree, total: int) -> Iterator[list[Pane]]:
+def _panes(context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, total: int) -> Iterator[list[Pane]]:
     """Captions and pictures of one input after another."""
     labelled = total > 0 and inputs.labels([0]) is not None
     overfitted = _overfitted(context, inputs) if labelled else None
-    for position, (base, ours) in enumerate(_answered(answer, like, total)):
+    for position, (base, ours) in enumerate(_answered(predictions, like, total)):
         outputs = {"base": base, "OCD": ours}
         if overfitted:
             x, y, best = overfitted(position)
@@ -130,14 +130,14 @@ def _panes(context: RunContext, inputs: Split, answer: PredictionBlocks, like: T
         ]
 
 
-def _answered(answer: PredictionBlocks, like: Tree, total: int) -> Iterator[tuple[Tree, Tree]]:
+def _answered(predictions: PredictionBlocks, like: Tree, total: int) -> Iterator[tuple[Tree, Tree]]:
     """What the base and the ensemble gave for each of the first inputs."""
     names = {array: [array_name(array, path) for path in leaves(like)] for array in (BASE, OUTPUT)}
-    for block in range(answer.blocks):
-        span = answer.block_range(block)
+    for block in range(predictions.blocks):
+        span = predictions.block_range(block)
         if span.start >= total:
             return
-        arrays = answer.read(block, *names[BASE], *names[OUTPUT])
+        arrays = predictions.read(block, *names[BASE], *names[OUTPUT])
         for place in range(min(len(span), total - span.start)):
             yield tuple(as_tree(like, [torch.from_numpy(arrays[name])[place] for name in names[kind]]) for kind in names)
 

@@ -78,7 +78,7 @@ class BlockPredictor:
         self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble
         self._like, self._smaller = like, smaller
 
-    def work(self, answer: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
+    def work(self, predictions: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
         """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
 
         Raises:
@@ -86,17 +86,17 @@ class BlockPredictor:
         """
         done = 0
         for block in blocks:
-            span, chunks, parts = answer.block_range(block), {}, []
+            span, chunks, parts = predictions.block_range(block), {}, []
             for start in range(span.start, span.stop, batch):
                 rows = range(start, min(span.stop, start + batch))
                 found = self._predict(rows)
-                if answer.keeps_deltas:
-                    chunks |= answer.write_deltas(rows, found.deltas.cpu().numpy())
+                if predictions.keeps_deltas:
+                    chunks |= predictions.write_deltas(rows, found.deltas.cpu().numpy())
                 parts.append(self._arrays(rows, found))
                 done += len(rows)
                 on_progress(done)
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            answer.write_block(block, arrays, chunks)
+            predictions.write_block(block, arrays, chunks)
 
     def _predict(self, rows: range) -> Prediction:
         known = self._smaller.members
@@ -116,16 +116,16 @@ class BlockPredictor:
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
         return {name: value.contiguous().numpy() for name, value in arrays.items()}
 
-    def figures(self, answer: PredictionBlocks, task: Task) -> dict[str, Any]:
+    def figures(self, predictions: PredictionBlocks, task: Task) -> dict[str, Any]:
         """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
         are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
         could not be scored."""
         count, rho = len(self._inputs), 0.0
         totals: dict[str, dict[str, float]] | None = {}
-        for block in range(answer.blocks):
-            arrays = answer.read(block)
+        for block in range(predictions.blocks):
+            arrays = predictions.read(block)
             rho += float(arrays[RHO].sum(dtype=np.float64))
-            span = answer.block_range(block)
+            span = predictions.block_range(block)
             for start in range(0, len(span), EVALUATION_BATCH):
                 part = slice(start, min(len(span), start + EVALUATION_BATCH))
                 totals = totals if totals is None else self._scored(totals, task, arrays, span, part)
