@@ -117,7 +117,10 @@ class Evaluate(Stage):
         }
         if others:
             results["seeds"] = over_seeds({self.context.seed: results, **others})
-        save_arrays(folder / SAMPLES_FILE, _samples(self.context.test_split.rows[self._test.order], gathered))
+        # For plots and tests of one's own: each row's loss on each test sample, (rows, N).
+        of_samples = np.stack([one.values(LOSS) for one in gathered.values()])
+        numbers = self.context.test_split.rows[self._test.order].numpy()
+        save_arrays(folder / SAMPLES_FILE, {"sample_index": numbers, "row": np.array(list(gathered)), "loss": of_samples})
         return self._result(folder, results, fitted)
 
     def _result(self, folder: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> WorkResult:
@@ -258,9 +261,3 @@ class Evaluate(Stage):
         count, means = self.settings.memorisation_samples, self._class_means
         class_means = None if isinstance(means, str) else means
         return memorisation(self.subject, self.training, self._test, self._size, count, class_means)
-
-
-def _samples(numbers: Tensor, gathered: Mapping[str, Gathered]) -> dict[str, np.ndarray]:
-    """Each row's loss on each test sample, (rows, N), for plots and tests of one's own."""
-    losses = np.stack([one.values(LOSS) for one in gathered.values()])
-    return {"sample_index": numbers.numpy(), "row": np.array(list(gathered)), "loss": losses}

@@ -198,7 +198,9 @@ class Probe:
         name = subject.layer.name
         if name not in self._seen:
             queries = self._layer_inputs(subject, evaluated.split, order)
-            found = nearest(torch.cat(list(queries)), self._numbered(subject, train, searched), NEIGHBOURS)
+            seen = enumerate(self._layer_inputs(subject, train, searched))
+            blocks = ((number * LARGEST_BATCH, part) for number, part in seen)
+            found = nearest(torch.cat(list(queries)), blocks, NEIGHBOURS)
             self._seen[name] = found.spread(order, count)
         return {row.IN_LAYER_INPUT: self._seen[name]} | ({} if self._in_x is None else {row.IN_X: self._in_x})
 
@@ -210,12 +212,6 @@ class Probe:
             fields = batch.fields
             seen = fields.get(LAYER_INPUT)
             yield (subject.overfitter.first_pass(batch.x).captured[LAYER_INPUT].float() if seen is None else seen).flatten(1)
-
-    def _numbered(self, subject: Subject, split: Split, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
-        start = 0
-        for part in self._layer_inputs(subject, split, positions):
-            yield start, part
-            start += len(part)
 
     def _mean_delta(self, subject: Subject, size: int) -> Tensor:
         """Of as many training samples as there are held-out ones, (out, in)."""

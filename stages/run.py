@@ -26,11 +26,6 @@ def stages_between(start: str | None, until: str | None) -> tuple[str, ...]:
     return ORDER[first : last + 1]
 
 
-def _asked_for(project: Project, name: str, ends: tuple[str | None, ...]) -> bool:
-    """Whether a stage in between is to be run: an evaluation only where it is named, or where predictions need it."""
-    return name != "evaluate" or name in ends or project.settings.infer.strength == AUTO
-
-
 def run(
     project: Project,
     start: str | None = None,
@@ -58,7 +53,7 @@ def run(
         OcdError: the first stage's that fails.
     """
     for name in stages_between(start, until):
-        if not _asked_for(project, name, (start, until)):
+        if name == "evaluate" and name not in (start, until) and project.settings.infer.strength != AUTO:
             continue
         try:
             yield command_of(name)(project, force=force, dry_run=dry_run, report=report)

@@ -128,8 +128,7 @@ class TrainDiffusion(Stage):
         """Settle what is in memory at once; take up a finished training's last checkpoint, where there is one."""
         work, settings = self.unfinished, self._denoiser
         require_space(work.path, 40 * settings.parameters)
-        if finished is not None:
-            take_up_training(finished, work.path)
+        take_up_training(finished, work.path)
         micro = self.micro_batch(settings)
         if self.settings.micro_batch_size != AUTO:
             work.forget_execution()

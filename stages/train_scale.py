@@ -88,8 +88,7 @@ class TrainScale(Stage):
     def begin(self, finished: Path | None) -> None:
         """Take up a finished training's last checkpoint, where there is one."""
         require_space(self.unfinished.path, 40 * self._size())
-        if finished is not None:
-            take_up_training(finished, self.unfinished.path)
+        take_up_training(finished, self.unfinished.path)
         self.unfinished.tell_total(self.settings.max_steps, "steps")
 
     def work(self, folder: Path) -> WorkResult:

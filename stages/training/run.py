@@ -283,9 +283,9 @@ class TrainingRun:
         self._report.message(f"continues from step {record.step:,}")
 
 
-def take_up_training(finished: Path, wip: Path) -> None:
-    """Begin an unfinished folder from a finished training's checkpoints and metrics, to go further."""
-    for path in [*(finished / CHECKPOINTS).iterdir(), finished / METRICS]:
+def take_up_training(finished: Path | None, wip: Path) -> None:
+    """Begin an unfinished folder from a finished training's checkpoints and metrics, where there is one, to go further."""
+    for path in [*(finished / CHECKPOINTS).iterdir(), finished / METRICS] if finished else ():
         link_or_copy(path, wip / path.relative_to(finished))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.drawing import drawn_with_gradient
+from stages.diffusion.denoising import drawn_with_gradient
 from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.seeds import generator, seed_of
