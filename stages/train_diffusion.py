@@ -22,7 +22,7 @@ from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
-from stages.training.denoiser import DenoiserSettings, Training, begin_training, decide, micro_batch
+from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
 from stages.training.memory import training_bytes
 from stages.training.ranks import Ranks
 from stages.training.run import Plan, Trained, TrainingRun, take_up_training
@@ -166,7 +166,7 @@ class TrainDiffusion(Stage):
                 self.unfinished.change_execution(micro_batch_size=left)
 
         tuning = self._tuning(settings.schedule, reader) if self.settings.tune_after else None
-        return begin_training(settings, reader, micro, self.context.device, self.ranks, smaller, tuning)
+        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, tuning)
 
     def _tuning(self, schedule: NoiseSchedule, reader: StoreReader) -> Tuning:
         context, rows = self.context, self.context.splits["train"]

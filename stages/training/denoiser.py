@@ -23,11 +23,12 @@ from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
 from stages.training.batches import TrainingBatches, free_on_gpu
-from stages.training.denoising_steps import DenoisingSteps, Ready, Tune
+from stages.training.denoising_steps import DenoisingSteps, Ready
 from stages.training.encoders import build_denoiser, described_encoders
 from stages.training.memory import operations, parameters, training_bytes
 from stages.training.ranks import Ranks
 from stages.training.trainer import Trainer
+from stages.training.tuning import Tuning
 
 STAGE = "train-diffusion"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -172,37 +173,8 @@ def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) ->
     return wanted
 
 
-@dataclass(frozen=True)
 class Training:
-    """What takes part in training a denoiser.
-
-    Attributes:
-        batches: what it learns from.
-        denoiser: the network.
-        steps: its losses.
-        trainer: takes the steps.
-    """
-
-    batches: TrainingBatches
-    denoiser: Denoiser
-    steps: DenoisingSteps
-    trainer: Trainer
-
-    def blame(self) -> str:
-        """The samples whose loss is worst in the last batch, for a message."""
-        return self.batches.blame(*self.steps.errors())
-
-
-def begin_training(
-    settings: DenoiserSettings,
-    reader: StoreReader,
-    micro: int,
-    device: torch.device,
-    ranks: Ranks,
-    smaller: Callable[[int], None],
-    tuning: Tune | None = None,
-) -> Training:
-    """Make everything anew, as it is before the first step.
+    """What takes part in training a denoiser, made anew, as it is before the first step.
 
     Args:
         settings: of the denoiser.
@@ -213,67 +185,76 @@ def begin_training(
         smaller: hears of a micro-batch that had to be halved.
         tuning: as `DenoisingSteps`.
     """
-    table = settings.table
-    wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
-    batches = TrainingBatches(reader, deltas=True, seed=settings.seed, device=device, **wanted)
-    denoiser = _new_denoiser(settings, batches, device)
-    steps = DenoisingSteps(
-        denoiser,
-        settings.schedule,
-        lambda step: read_ahead(_ready(settings, batches, ranks, step, device)),
-        batch_size=batches.batch_size,
-        micro_batch=micro,
-        half=settings.half,
-        ranks=ranks,
-        seed=settings.seed,
-        smaller=smaller,
-        tuning=tuning,
-        tune_after=table.tune_after,
-    )
-    return Training(batches, denoiser, steps, _new_trainer(settings, denoiser, steps, ranks))
 
+    def __init__(
+        self,
+        settings: DenoiserSettings,
+        reader: StoreReader,
+        micro: int,
+        device: torch.device,
+        ranks: Ranks,
+        smaller: Callable[[int], None],
+        tuning: Tuning | None = None,
+    ) -> None:
+        self._settings, self._device, self._ranks = settings, device, ranks
+        table = settings.table
+        wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
+        self.batches = TrainingBatches(reader, deltas=True, seed=settings.seed, device=device, **wanted)
+        self.denoiser = self._new_denoiser()
+        self.steps = DenoisingSteps(
+            self.denoiser,
+            settings.schedule,
+            lambda step: read_ahead(self._ready(step)),
+            batch_size=self.batches.batch_size,
+            micro_batch=micro,
+            half=settings.half,
+            ranks=ranks,
+            seed=settings.seed,
+            smaller=smaller,
+            tuning=tuning,
+            tune_after=table.tune_after,
+        )
+        self.trainer = self._new_trainer()
 
-def _new_trainer(settings: DenoiserSettings, denoiser: Denoiser, steps: DenoisingSteps, ranks: Ranks) -> Trainer:
-    table, trained = settings.table, [p for p in denoiser.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
-    cosine = table.max_steps if table.lr_schedule == "cosine" else None
-    trainer = Trainer(denoiser, optimizer, steps, cosine_steps=cosine, ranks=ranks)
-    if table.compile:
-        # After the trainer has made its copy, which is evaluated as it is.
-        denoiser.compile()
-    return trainer
+    def _new_denoiser(self) -> Denoiser:
+        settings = self._settings
+        with global_seed(settings.seed, STAGE, "network"):
+            denoiser = settings.make(begin=True)
+        denoiser.encoder.normalise.fit(self.batches.parts())
+        denoiser.encoder.noise = settings.table.conditioning_noise
+        if self._device.type == "cuda" and settings.preset in UNETS:
+            return denoiser.to(self._device, memory_format=torch.channels_last)
+        return denoiser.to(self._device)
 
+    def _new_trainer(self) -> Trainer:
+        table, trained = self._settings.table, [p for p in self.denoiser.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self._settings.lr, weight_decay=0.0, fused=True)
+        cosine = table.max_steps if table.lr_schedule == "cosine" else None
+        trainer = Trainer(self.denoiser, optimizer, self.steps, cosine_steps=cosine, ranks=self._ranks)
+        if table.compile:
+            # After the trainer has made its copy, which is evaluated as it is.
+            self.denoiser.compile()
+        return trainer
 
-def _new_denoiser(settings: DenoiserSettings, batches: TrainingBatches, device: torch.device) -> Denoiser:
-    with global_seed(settings.seed, STAGE, "network"):
-        denoiser = settings.make(begin=True)
-    denoiser.encoder.normalise.fit(batches.parts())
-    denoiser.encoder.noise = settings.table.conditioning_noise
-    if device.type == "cuda" and settings.preset in UNETS:
-        return denoiser.to(device, memory_format=torch.channels_last)
-    return denoiser.to(device)
+    def _ready(self, step: int) -> Iterator[Ready]:
+        """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
+        table, size = self._settings.table, self.batches.batch_size
+        on_deltas = max(0, table.tune_after - step) if table.tune_after else None
+        yield from itertools.islice(self._shares(self._ranks.share(size), step), on_deltas)
+        yield from self._shares(self._ranks.share(min(table.tune_samples, size)), step + on_deltas)
 
+    def _shares(self, share: slice, step: int) -> Iterator[Ready]:
+        """A part of each batch from a step on, with its draws, those of the whole batch."""
+        settings, pinned = self._settings, self._device.type == "cuda"
+        if pinned:
+            torch.cuda.set_device(self._device)
+        for batch in self.batches.batches(step, share):
+            size, steps = self.batches.batch_size, settings.schedule.steps
+            t, noise = step_draws(size, settings.shape, steps, settings.seed, STAGE, step)
+            t, noise = t[share], noise[share]
+            yield (batch.pinned(), t.pin_memory(), noise.pin_memory()) if pinned else (batch, t, noise)
+            step += 1
 
-def _ready(
-    settings: DenoiserSettings, batches: TrainingBatches, ranks: Ranks, step: int, device: torch.device
-) -> Iterator[Ready]:
-    """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
-    table = settings.table
-    on_deltas = max(0, table.tune_after - step) if table.tune_after else None
-    yield from itertools.islice(_shares(settings, batches, ranks.share(batches.batch_size), step, device), on_deltas)
-    tuned = ranks.share(min(table.tune_samples, batches.batch_size))
-    yield from _shares(settings, batches, tuned, step + on_deltas, device)
-
-
-def _shares(
-    settings: DenoiserSettings, batches: TrainingBatches, share: slice, step: int, device: torch.device
-) -> Iterator[Ready]:
-    """A part of each batch from a step on, with its draws, those of the whole batch."""
-    pinned = device.type == "cuda"
-    if pinned:
-        torch.cuda.set_device(device)
-    for batch in batches.batches(step, share):
-        t, noise = step_draws(batches.batch_size, settings.shape, settings.schedule.steps, settings.seed, STAGE, step)
-        t, noise = t[share], noise[share]
-        yield (batch.pinned(), t.pin_memory(), noise.pin_memory()) if pinned else (batch, t, noise)
-        step += 1
+    def blame(self) -> str:
+        """The samples whose loss is worst in the last batch, for a message."""
+        return self.batches.blame(*self.steps.errors())
