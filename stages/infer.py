@@ -94,14 +94,7 @@ def query_name(split: str, input_file: Path | None) -> str:
 
 
 class Infer(Stage):
-    """Answers one query.
-
-    Args:
-        context: what the run's stages work with.
-        part: as `infer`.
-        split: test, validation or train.
-        input_file: an npz file with x, or an npy file of x, in place of a split.
-    """
+    """Answers one query: about a split, or about the x of an npz or npy file."""
 
     name = "infer"
     scratch = (LEDGER, SMALLER)

@@ -67,11 +67,10 @@ def probe(
     """Try layers and settings on held-out samples; nothing is written.
 
     Args:
-        project: the project; only its base has to be there.
+        project: only its base has to be there.
         layers: parameter names, by default every candidate.
         samples: held-out samples to look at, by default 400.
         dry_run: only say what would be tried.
-        report: hears of its progress.
 
     Returns:
         of a dry run {"what"}; else

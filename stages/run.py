@@ -39,15 +39,9 @@ def run(
     it is named or `infer.strength = "auto"` needs it.
 
     Args:
-        project: the project.
         start: first stage, by default train-base.
         until: last stage, by default infer.
-        force: redo them from scratch.
         dry_run: only plan; a stage whose inputs are yet to be made is then no failure.
-        report: hears of their progress.
-
-    Yields:
-        each stage's result as it comes.
 
     Raises:
         OcdError: the first stage's that fails.

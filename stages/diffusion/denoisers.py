@@ -32,11 +32,8 @@ DENSE_BLOCKS = 3
 
 
 def resolve(settings: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """The settings that shape a denoiser with every `auto` decided; those of other presets are left out.
-
-    Args:
-        settings: of `[train-diffusion]`, its preset decided.
-        shape: (out, in) of a delta.
+    """The settings of `[train-diffusion]`, its preset decided, that shape a denoiser of deltas (out, in), with every `auto`
+    decided; those of other presets are left out.
 
     Raises:
         SettingsError: settings that do not go together.

@@ -16,17 +16,12 @@ SMALLEST_SQUARE = 1e-2
 
 
 def denoising_errors(denoiser: Denoiser, schedule: NoiseSchedule, rows: DeltaBatch, t: Tensor, noise: Tensor) -> Tensor:
-    """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers, for each sample (Eq. 9, Alg. 1 lines 7 to 10).
+    """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers, for each sample, (B,) (Eq. 9, Alg. 1 lines 7 to 10).
 
     Args:
-        denoiser: predicts x0, epsilon or the mean.
-        schedule: the noise schedule.
         rows: B samples with their deltas, of any length: the direction counts.
         t: steps from 0, (B,) int.
         noise: ε, (B, out, in).
-
-    Returns:
-        (B,).
     """
     clean = unit(rows.deltas)
     noisy, t = noised(denoiser, schedule, clean, t, noise)
@@ -110,12 +105,9 @@ def drawn_with_gradient(
     models on differentiable rewards", K = 1).
 
     Args:
-        denoiser: predicts x0, epsilon or the mean, which takes one pass.
-        schedule: the noise schedule.
         fields: conditioning, each (B, …).
         noise: the first noise, (B, out, in).
-        passes: of the denoiser, 1 … `sample_steps`.
-        sample_steps: the sampler's length.
+        passes: of the denoiser, 1 … `sample_steps`; one that predicts the mean takes one.
 
     Returns:
         (B, out, in), of unit root-mean-square.

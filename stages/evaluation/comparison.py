@@ -25,12 +25,8 @@ COLDEST, HOTTEST = 0.05, 20.0
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row's strength.
-
-    Attributes:
-        strength: the one with the lowest mean loss on validation samples; of equal ones the smallest.
-        losses: every strength tried, and its mean loss.
-    """
+    """A row's strength, the one with the lowest mean loss on validation samples (of equal ones the smallest), and the mean loss
+    of every strength tried."""
 
     strength: float
     losses: dict[float, float]
@@ -50,16 +46,7 @@ def fit_strengths(
     size: int,
     on_progress: OnProgress,
 ) -> dict[str, Fitted]:
-    """The strength of the lowest mean loss for each row, by name.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: validation samples.
-        rows: those to fit.
-        grid: strengths to try; 0 is the base.
-        size: samples at once.
-        on_progress: of progress.
-    """
+    """The strength of `grid` with the lowest mean loss on validation samples for each row, by name; 0 is the base."""
     sums = {row.name: dict.fromkeys(sorted(grid), 0.0) for row in rows}
     for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
         for strength in sums[name]:
@@ -134,16 +121,8 @@ def compare(
     size: int,
     on_progress: OnProgress,
 ) -> dict[str, Gathered]:
-    """What labelled samples contribute to every row's metrics, by the row's name.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: test samples.
-        rows: what to compare.
-        strengths: by name, 1 where there is none.
-        variances: of a regression's residuals, by name.
-        size: samples at once.
-        on_progress: of progress.
+    """What labelled samples contribute to every row's metrics, by the row's name, as are strengths (1 where there is none) and
+    the variances of a regression's residuals.
 
     Raises:
         DataError: a label is out of range; the row is named.
@@ -160,18 +139,8 @@ def compare(
 def cross_fitted(
     subject: Subject, evaluated: EvaluatedSamples, rows: Sequence[Row], grid: Sequence[float], size: int
 ) -> tuple[dict[str, Gathered], dict[str, list[float]]]:
-    """Every row's metrics where few samples have to serve for both: each half at the strengths of the lowest loss on the other.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: labelled samples.
-        rows: what to compare; those not validated have strength 1.
-        grid: strengths to try.
-        size: samples at once.
-
-    Returns:
-        as `compare`, and both strengths of every validated row.
-    """
+    """As `compare`, where few samples have to serve for both: each half at the strengths of the lowest loss on the other; and
+    both strengths of every validated row. The others have strength 1."""
     halves = [EvaluatedSamples(evaluated.split, part, evaluated.neighbours) for part in evaluated.order.tensor_split(2)]
     tried = {
         row.name: [

@@ -97,19 +97,11 @@ def find_neighbours(
     size: int,
     on_progress: OnProgress,
 ) -> tuple[dict[str, Neighbours], dict[str, str]]:
-    """The nearest training samples of the evaluated samples, in x and in what the layer sees.
-
-    Args:
-        subject: what is evaluated.
-        training: the store; neighbours are counted as its samples.
-        evaluated: the samples.
-        split: all training samples.
-        k: how many.
-        size: samples at once.
-        on_progress: of progress.
+    """The k nearest training samples of the evaluated samples, counted as the store's samples; `split` holds them all.
 
     Returns:
-        the neighbours, by what the distance is taken in; and what they could not be found in, with the reason.
+        the neighbours, by what the distance is taken in, x and what the layer sees; and what they could not be found in, with
+        the reason.
     """
     found, missing, known = {}, {}, training.field(LAYER_INPUT)
     asked, numbers = evaluated.order.sort().values, training.sample_index[training.first_rows]
@@ -159,14 +151,8 @@ def own_rows(evaluated: Split, training: Split, positions: Tensor, numbers: Tens
 def training_rows(
     subject: Subject, training: StoredDeltas, means: Tensor | str, missing: dict[str, str]
 ) -> tuple[list[Row], dict[str, str]]:
-    """The rows that are made of training samples' deltas, and those that cannot be, with the reason.
-
-    Args:
-        subject: what is evaluated.
-        training: the store.
-        means: as `class_means`.
-        missing: as `find_neighbours`.
-    """
+    """The rows that are made of training samples' deltas, and those that cannot be, with the reason; `means` as `class_means`,
+    `missing` as `find_neighbours` gives them."""
     left_out = {}
     found = [row.random_training_row(), row.mean_row(training.mean.to(subject.device))]
     if isinstance(means, str):
@@ -179,13 +165,7 @@ def training_rows(
 
 
 def class_means(subject: Subject, training: StoredDeltas, example: Batch) -> Tensor | str:
-    """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none.
-
-    Args:
-        subject: what is evaluated.
-        training: the store.
-        example: some samples with labels.
-    """
+    """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none."""
     if subject.task.kind != CLASSIFICATION:
         return "the task has no classes"
     outputs, output = training.field("base_output", vectors=True), example.first.output
@@ -255,13 +235,7 @@ def _guarded(name: str, predict: Callable[[Tree], Tree]) -> Callable[[Batch], Tr
 
 
 class OverfittedOnDemand:
-    """The deltas of training samples, each overfitted when it is asked for.
-
-    Args:
-        subject: overfits.
-        split: the training samples.
-        positions: theirs, in the order that rows are counted in.
-    """
+    """The deltas of training samples, each overfitted when it is asked for; rows are counted in the order of `positions`."""
 
     def __init__(self, subject: Subject, split: Split, positions: Tensor) -> None:
         self._subject, self._split, self._positions = subject, split, positions

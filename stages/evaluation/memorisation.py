@@ -21,15 +21,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def memorisation(
     subject: Subject, training: StoredDeltas, evaluated: EvaluatedSamples, size: int, count: int, class_means: Tensor | None
 ) -> dict[str, Any]:
-    """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble.
-
-    Args:
-        subject: what is evaluated.
-        training: the store.
-        evaluated: test samples.
-        size: samples at once.
-        count: samples to look at.
-        class_means: the mean training delta of each class, (classes, out, in), or None.
+    """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble, on `count` test samples;
+    `class_means` are (classes, out, in).
 
     Returns:
         generated_true: of the generated delta with the one that the sample's own label gives; generated_nearest: with the

@@ -78,15 +78,8 @@ def _is_finite(tree: Tree) -> bool:
 def write_pictures(
     context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, most: int, report: Report
 ) -> dict[str, int]:
-    """Write strips of the first inputs of an answer that is whole, one input in memory at a time.
-
-    Args:
-        context: the run's.
-        inputs: the rows.
-        predictions: of them; strips go to `pictures` in its folder, named after the row in the user's data.
-        like: an output (1, …).
-        most: inputs, at most.
-        report: hears of the progress.
+    """Write strips of the first inputs (`most` at most) of an answer that is whole to `pictures` in its folder, named after the
+    row in the user's data, one input in memory at a time; `like` is an output (1, …).
 
     Returns:
         {"pictures": strips written}, or {} where the task does not draw.

@@ -29,10 +29,6 @@ LeftOut = dict[str, str]
 def requested_rows(context: RunContext, subject: Subject) -> tuple[list[Row], LeftOut]:
     """The rows that `[evaluate] rows` asks for and that need a training, and those left out, with the reason.
 
-    Args:
-        context: of the run; its report hears of each branch that is begun.
-        subject: what is evaluated.
-
     Raises:
         ArtifactError, TryAgainError: a stage of a branch fails; it goes on where it was when asked for again.
     """

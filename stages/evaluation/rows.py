@@ -170,12 +170,7 @@ def neighbour_rows(
     missing: Mapping[str, str], *, validated: Sequence[str] = (NEAREST_INPUT, BLENDED, BLENDED_INPUT)
 ) -> list[Row]:
     """The delta of the nearest training sample, and those of the k nearest blended: in x (the first is the paper's ablation),
-    and in what the layer sees.
-
-    Args:
-        missing: what neighbours could not be found in.
-        validated: the rows whose strength is fitted.
-    """
+    and in what the layer sees; not in what is `missing`. `validated` names the rows whose strength is fitted."""
     sources = {
         NEAREST: (IN_X, nearest_delta),
         NEAREST_INPUT: (IN_LAYER_INPUT, nearest_delta),

@@ -16,13 +16,8 @@ TIMED_SAMPLES = 64
 
 
 def cost(context: RunContext, members: int, samples: int) -> dict[str, Any]:
-    """Parameters, milliseconds a sample of the base, one draw and an ensemble, and the seconds each stage took.
-
-    Args:
-        context: of a finished run.
-        members: of the ensemble.
-        samples: to measure with, at most 64.
-    """
+    """Parameters, milliseconds a sample (measured with at most 64) of the base, one draw and an ensemble, and the seconds each
+    stage took."""
     personalised = load_personalised(context, strength=1.0)[0]
     x = context.test_split.inputs(range(min(TIMED_SAMPLES, samples, len(context.test_split))))
     on_device, count = to_device(x, context.device), batch_size(x)

@@ -27,11 +27,7 @@ class Statistic(ABC):
 
 @dataclass(frozen=True)
 class Mean(Statistic):
-    """Σ w_i v_i.
-
-    Attributes:
-        values: (N,).
-    """
+    """Σ w_i v_i, of values (N,)."""
 
     values: np.ndarray
 
@@ -46,11 +42,7 @@ class Mean(Statistic):
 
 @dataclass(frozen=True)
 class RootMean(Statistic):
-    """sqrt(Σ w_i v_i).
-
-    Attributes:
-        values: (N,), none negative.
-    """
+    """sqrt(Σ w_i v_i), of values (N,), none negative."""
 
     values: np.ndarray
 
@@ -83,12 +75,7 @@ class CalibrationError(Statistic):
 
 @dataclass(frozen=True)
 class Auroc(Statistic):
-    """Probability that a positive sample's score is above a negative one's, ties counting half.
-
-    Attributes:
-        scores: (N,).
-        positive: (N,) bool.
-    """
+    """Probability that a positive sample's score is above a negative one's, ties counting half; (N,) both, `positive` bool."""
 
     scores: np.ndarray
     positive: np.ndarray
@@ -147,15 +134,7 @@ def estimates(
     rng: np.random.Generator,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[Any, Estimate]:
-    """Every figure over all samples and over the same bootstrap resamples.
-
-    Args:
-        statistics: of the same N samples, by any key.
-        samples: N.
-        resamples: R.
-        rng: source of the resamples.
-        on_progress: told of the resamples done so far.
-    """
+    """Every figure over all samples and over the same bootstrap resamples, by its key."""
     whole = np.full((1, samples), 1 / samples)
     parts: dict[Any, list[np.ndarray]] = {key: [] for key in statistics}
     done = 0

@@ -16,11 +16,7 @@ MEMORY_SHARE, MEMORY_UNKNOWN = 0.25, 1 << 30
 
 
 class StoredDeltas:
-    """The deltas of a finished store; those of degenerate rows read as zero.
-
-    Args:
-        reader: the store.
-    """
+    """The deltas of a finished store; those of degenerate rows read as zero."""
 
     def __init__(self, reader: StoreReader) -> None:
         self._reader = reader
@@ -107,12 +103,8 @@ class StoredDeltas:
         return self.means(torch.zeros(len(self), dtype=torch.long), 1)[0]
 
     def nearest_cosines(self, queries: Tensor, own: Tensor) -> Tensor:
-        """The largest cosine of each query with a training delta: (Q, out, in) to (Q,).
-
-        Args:
-            queries: deltas.
-            own: rows that a query is not compared with, its own, nor with others of their sample, (Q,); −1 for none.
-        """
+        """The largest cosine of each query with a training delta, (Q, out, in) to (Q,); not with its own row (Q,), −1 for none,
+        nor with others of that sample."""
         queries = F.normalize(queries.flatten(1).cpu(), dim=1)
         best = torch.full((len(queries),), -1.0)
         for rows, deltas in self.blocks():

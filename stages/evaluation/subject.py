@@ -45,16 +45,11 @@ class Subject:
     """A model with a layer whose weight may be another for each sample.
 
     Attributes:
-        task: the task.
-        base: the base, in eval mode.
-        layer: the layer.
+        base: in eval mode.
         overfitter: runs the base with a weight for each sample, and reuses what comes before the layer.
         overfit: the deltas that labels give.
-        device: where to compute.
-        seed: the run's.
         generate: the deltas that the conditioning gives; None before there is a denoiser.
         ensemble: members E.
-        training: the training samples' deltas.
     """
 
     task: Task
@@ -98,13 +93,7 @@ class EvaluatedSamples:
 
 
 class Batch:
-    """Some samples, and what of them is computed once, whoever asks for it.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: where the samples come from.
-        positions: theirs in the split, (B,).
-    """
+    """Some samples, at positions (B,) in the split, and what of them is computed once, whoever asks for it."""
 
     def __init__(self, subject: Subject, evaluated: EvaluatedSamples, positions: Tensor) -> None:
         self.subject, self.evaluated, self.positions = subject, evaluated, positions

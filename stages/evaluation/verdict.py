@@ -26,12 +26,7 @@ NEIGHBOURS = (NEAREST, NEAREST_INPUT, BLENDED, BLENDED_INPUT)
 
 @dataclass(frozen=True)
 class Comparison:
-    """The loss of OCD's ensemble minus that of another row.
-
-    Attributes:
-        difference: over all samples.
-        interval: its paired 95 % interval.
-    """
+    """The loss of OCD's ensemble minus that of another row, over all samples, and its paired 95 % interval."""
 
     difference: float
     interval: tuple[float, float]
@@ -63,13 +58,8 @@ def verdict(
 
     It helps only if the paired interval of the loss favours the ensemble over each of base, temperature-scaled base, random
     training deltas and shuffled conditioning. The best of the neighbours and the best of the task's own
-    rows are named beside it, whoever wins.
-
-    Args:
-        comparisons: as `compared_with`.
-        estimates: of the loss, by row.
-        metric: what the loss is called.
-        classes: whether the task has classes; without, there is no temperature to scale by.
+    rows are named beside it, whoever wins. A task without classes has no temperature to scale by; `metric` is what the loss is
+    called, and `estimates` are of it.
     """
     needed = [name for name in RIVALS if classes or name != TEMPERATURE]
     base, rivals = comparisons[BASE], [name for name in needed if name in comparisons]

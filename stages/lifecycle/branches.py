@@ -37,12 +37,7 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
 
 def bring_up(project: Project, branch: Project, names: Iterable[str], report: Report) -> None:
     """Bring stages of a branch up to date: those that are the project's own are linked, others made; stale ones are redone.
-
-    Args:
-        project: where the branch comes from, every one of `names` done.
-        branch: as `branch_of`.
-        names: stages, in the pipeline's order.
-        report: hears of their progress.
+    In the project every one of `names`, in the pipeline's order, is done.
 
     Raises:
         OcdError: the first that fails; it goes on where it was when the branch is asked for again.

@@ -26,12 +26,7 @@ BASE_FILE = "base.safetensors"
 
 
 class RunContext:
-    """A run: what its stages share.
-
-    Args:
-        project: the project.
-        report: hears of the progress of whatever is done.
-    """
+    """A run: what its stages share; the report hears of the progress of whatever is done."""
 
     def __init__(self, project: Project, report: Report | None = None) -> None:
         self.project = project

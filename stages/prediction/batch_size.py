@@ -19,14 +19,7 @@ def prediction_bytes(runner: Runner, x: Tree) -> int:
 
 
 def prediction_batch(sample: int, numel: int, members: int, device: torch.device) -> int:
-    """Samples to predict at once, with all members of each.
-
-    Args:
-        sample: bytes of one, as `prediction_bytes`.
-        numel: numbers of a delta.
-        members: of the ensemble.
-        device: where.
-    """
+    """Samples (of so many bytes, as `prediction_bytes`) to predict at once, with all members of each; `numel` is a delta's."""
     deltas = (PREDICTED_ON_GPU if device.type == "cuda" else PREDICTED_BYTES) // (4 * numel * members)
     most = max(1, min(LARGEST_PREDICTED, deltas, CACHE_BYTES // sample if sample else LARGEST_PREDICTED))
     # Parts of it are chunks of sampled deltas.

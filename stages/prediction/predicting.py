@@ -33,13 +33,8 @@ def extract_members(predictions: Path, folder: Path) -> None:
 
 
 class Smaller:
-    """The members of a smaller ensemble, read from their files as they are asked for.
-
-    Args:
-        folder: as `extract_members` left it, if there is one.
-        like: an output (1, …), for the names and shapes of its tensors.
-        samples: inputs N.
-    """
+    """The members of a smaller ensemble, read from the files that `extract_members` left as they are asked for; `like` is an
+    output (1, …)."""
 
     def __init__(self, folder: Path | None, like: Tree, samples: int) -> None:
         self._like, self._arrays, self.members = like, [], 0
@@ -64,15 +59,8 @@ def as_tree(like: Tree, tensors: list[Tensor]) -> Tree:
 
 
 class BlockPredictor:
-    """Predicts for the rows of a split and writes them into the blocks of an answer.
-
-    Args:
-        personalised: the base with input-dependent weights.
-        inputs: the rows.
-        ensemble: members.
-        like: an output (1, …).
-        smaller: members that are known already.
-    """
+    """Predicts for the rows of a split, members that are known already aside, and writes them into the blocks of an answer;
+    `like` is an output (1, …)."""
 
     def __init__(self, personalised: PersonalisedModel, inputs: Split, ensemble: int, like: Tree, smaller: Smaller) -> None:
         self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble

@@ -121,7 +121,6 @@ def task_sources(
     """The content hashes of the task's data that only code can load, and the records of its files: data and code.
 
     Args:
-        project: the project.
         roles: of train, validation, test, weights, and `input` with a path given in `recorded` alone.
         recorded: what an earlier run of the stage left; its hashes stand for files of the same size and time, for
             imported weights given by a flag, and, without `hash_dataset`, for data that only code can load.

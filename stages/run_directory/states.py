@@ -103,12 +103,8 @@ def extents_reduced(begun: dict[str, Any], wanted: dict[str, Any]) -> tuple[Chan
 
 
 class States:
-    """Finds the states of all stages of a project, each once.
-
-    Args:
-        project: the project.
-        hash_dataset: identity of a dataset that only code can load; None trusts what the manifests record.
-    """
+    """Finds the states of all stages of a project, each once. Without `hash_dataset`, the identity of a dataset that only code
+    can load, it trusts what the manifests record."""
 
     def __init__(self, project: Project, hash_dataset: Callable[[str], str | None] | None = None) -> None:
         self.project = project

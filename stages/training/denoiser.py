@@ -47,11 +47,8 @@ class DenoiserSettings:
 
     Attributes:
         table: the settings as given.
-        description: what `make_denoiser` needs, and the schedule; kept beside the weights.
-        lr: learning rate.
         batch_size: deltas a step.
         half: bfloat16 autocast.
-        seed: the run's.
         make: builds the denoiser; `begin=True` as it is before the first step.
     """
 
@@ -104,13 +101,7 @@ class DenoiserSettings:
 
 
 def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any], device: torch.device) -> DenoiserSettings:
-    """Decide every `auto` of `[train-diffusion]`.
-
-    Args:
-        project: the project.
-        store: its description.
-        decided: settings by name, as unfinished work was begun with them.
-        device: where it is to train.
+    """Decide every `auto` of `[train-diffusion]`; `decided` are settings by name, as unfinished work was begun with them.
 
     Raises:
         SettingsError: settings that do not go together, encoders of fields that do not exist.
@@ -149,11 +140,6 @@ def free_memory(device: torch.device) -> int:
 def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) -> int:
     """Deltas whose activations are in memory at once, in each rank; on a GPU halved later, where memory runs out.
 
-    Args:
-        settings: of the denoiser.
-        ranks: processes that share a batch.
-        device: where it trains.
-
     Raises:
         TryAgainError: they do not fit; with the figures.
     """
@@ -174,17 +160,7 @@ def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) ->
 
 
 class Training:
-    """What takes part in training a denoiser, made anew, as it is before the first step.
-
-    Args:
-        settings: of the denoiser.
-        reader: the store.
-        micro: deltas in memory at once.
-        device: where it trains.
-        ranks: the processes that share each batch.
-        smaller: hears of a micro-batch that had to be halved.
-        tuning: as `DenoisingSteps`.
-    """
+    """What takes part in training a denoiser, `micro` deltas at once, made anew, as it is before the first step."""
 
     def __init__(
         self,

@@ -22,13 +22,10 @@ class DenoisingSteps:
     """What a `Trainer` asks for the losses of each step.
 
     Args:
-        denoiser: in training.
-        schedule: the noise schedule.
         batches: opens this rank's share of the batches from a step on.
         batch_size: of the whole batch, all ranks' shares.
         micro_batch: rows whose activations are in memory at a time.
         half: bfloat16 autocast.
-        ranks: the processes that share each batch.
         seed: of the run, for dropout and noise on the conditioning.
         smaller: hears of a micro-batch that had to be halved.
         tuning: from `tune_after` on the whole loss, of batches of its own size.

@@ -24,10 +24,6 @@ MEND = "mend it, then run the same command again"
 def described_encoders(project: Project, store: StoreDescription) -> dict[str, dict[str, Any]]:
     """The fields that have an encoder of their own: {name: {"kind", "shape"}}.
 
-    Args:
-        project: the project.
-        store: the arrays of the fields.
-
     Raises:
         SettingsError: fields or kinds that do not exist.
     """
@@ -44,12 +40,8 @@ def described_encoders(project: Project, store: StoreDescription) -> dict[str, d
 
 
 def build_denoiser(project: Project, description: DenoiserDescription, *, begin: bool = False) -> Denoiser:
-    """The denoiser of a description, with encoders of the user's own where it names them.
-
-    Args:
-        project: the project.
-        description: what it is built from.
-        begin: with VGG-11's weights as the settings give them; else they are in the snapshot.
+    """The denoiser of a description, with encoders of the user's own where it names them; to `begin`, with VGG-11's weights as
+    the settings give them, which are in the snapshot later.
 
     Raises:
         SettingsError, TaskError, DataError: encoders that do not exist, raise, or do not fit their fields.

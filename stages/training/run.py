@@ -28,9 +28,7 @@ class Plan:
     """How a training is driven.
 
     Attributes:
-        max_steps: steps to take at most.
-        evaluate_steps: steps between evaluations.
-        checkpoint_steps: steps between checkpoints.
+        evaluate_steps, checkpoint_steps: steps between evaluations, and between checkpoints.
         checkpoint_minutes: time after which there is one in any case.
         patience: evaluations without a better score before stopping; 0: never.
         largest_loss: a loss above it has exploded.
@@ -79,10 +77,7 @@ class TrainingRun:
     Args:
         folder: the unfinished folder.
         fingerprint: of the stage; a checkpoint of another is not continued.
-        trainer: what is driven.
         evaluate: figures of the averaged network, the one called "score" to be minimised.
-        plan: how far and how often.
-        report: hears of it.
         blame: which samples the last step's loss was lost on, in words.
         ranks: the processes that share each batch: all of them take the steps, the first evaluates and writes.
     """

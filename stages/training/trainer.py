@@ -37,17 +37,8 @@ def ema_decay(step: int) -> float:
 
 
 def batch_rows(count: int, batch_size: int, step: int, *seed: str | int) -> Tensor:
-    """The rows of a step's batch: epochs are seeded permutations, and a batch may straddle two of them.
-
-    Args:
-        count: rows to draw from.
-        batch_size: rows a step.
-        step: counted from 0.
-        seed: what the permutations depend on beside the epoch.
-
-    Returns:
-        (batch_size,) int, without repeats inside an epoch.
-    """
+    """The rows of the batch of a step counted from 0, of `count` rows, (batch_size,) int: epochs are permutations seeded by
+    `seed` and their number, and a batch may straddle two of them."""
     first = step * batch_size
     epochs = range(first // count, (first + batch_size - 1) // count + 1)
     order = torch.cat([_epoch_order(count, epoch, *seed) for epoch in epochs])
@@ -60,11 +51,7 @@ def _epoch_order(count: int, epoch: int, *seed: str | int) -> Tensor:
 
 
 class Stream(Generic[T]):
-    """What each step of a training needs, made in order by an iterator; a step that does not follow opens it anew.
-
-    Args:
-        open: the iterator from a step on.
-    """
+    """What each step of a training needs, made in order by an iterator; a step that does not follow opens it anew."""
 
     def __init__(self, open: Callable[[int], Iterator[T]]) -> None:
         self._open = open
@@ -87,13 +74,9 @@ class Trainer:
     """A network in training, whose whole state is its step, its tensors and its optimizer's.
 
     Args:
-        network: trained in place.
-        optimizer: over its parameters.
-        step_losses: the losses of a step.
         cosine_steps: length of a cosine schedule of the learning rate, None for a constant one.
         average: keep an exponential moving average; without, the averaged network is the network.
         clip: clip the gradient's norm to 1, and warm the learning rate up over the first 100 steps.
-        ranks: the processes that share each batch.
     """
 
     def __init__(

@@ -32,13 +32,10 @@ class Tuning:
     The delta has the length ρ of the row's own; of large samples the task shows a part.
 
     Attributes:
-        task: gives the loss, and parts of samples.
         overfitter: runs the base with a weight for each sample.
         split: all training samples.
         sample_index: of each row of the store, its sample's position there, (N,).
         loss_size: L̄, the mean size of the base's losses over the store.
-        schedule: the denoiser's.
-        seed: the run's.
         samples: rows of a step.
     """
 

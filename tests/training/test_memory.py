@@ -149,7 +149,7 @@ def test_operations_are_counted():
 def decided(preset=SMALL, batch_size=64, micro_batch_size="auto"):
     """Settings with nothing left to decide."""
     table, description = TrainDiffusionTable(micro_batch_size=micro_batch_size), describe(preset, (16, 16))
-    record = DenoiserDescription(**description)
+    record = DenoiserDescription(**{key: value for key, value in description.items() if key not in ("lr", "batch_size")})
     return DenoiserSettings(table, record, 1e-3, batch_size, False, 0, lambda: make_denoiser(description))
 
 
