@@ -13,8 +13,7 @@ import typer
 from ocd_cli.options import Shared, command, print_json
 from ocd_cli.progress import ShownProgress
 from ocd_cli.render import console, show_result, show_status, show_verified
-from stages.lifecycle.registry import command_of
-from stages.lifecycle.results import CommandResult
+from stages.lifecycle.results import CommandResult, command_of
 
 app = typer.Typer(name="ocd", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 PartOfBlocks = Annotated[

@@ -23,7 +23,6 @@ def console() -> Console:
 
 
 def show_result(result: CommandResult) -> None:
-    """One stage's result."""
     out = console()
     if result.planned:
         size = result.summary.get("bytes")
@@ -183,7 +182,6 @@ def show_status(found: dict[str, Any]) -> None:
 
 
 def show_verified(found: dict[str, Any]) -> None:
-    """What verify found."""
     out = console()
     for name, entry in found["stages"].items():
         verdict = "whole" if not entry["problems"] else f"{len(entry['problems'])} problems"

@@ -125,7 +125,6 @@ def settings_text(values: dict[str, Any]) -> str:
 
 
 def show_seeds(out: Console, found: dict[str, Any]) -> None:
-    """Mean ± standard deviation over whole trainings."""
     names = list(dict.fromkeys(name for row in found["rows"] for name in row["metrics"]))
     table = figures_table(f"{len(found['seeds'])} seeds", *names)
     for row in found["rows"]:

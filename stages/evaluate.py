@@ -71,7 +71,6 @@ class Evaluate(Stage):
     name = "evaluate"
 
     def plan(self) -> dict[str, Any]:
-        """Samples and strengths."""
         settings = self.settings
         extra = f", {settings.seeds} seeds" if settings.seeds > 1 else ""
         what = f"{len(self._test.order):,} test samples, {len(settings.strengths)} strengths{extra}"
@@ -139,13 +138,11 @@ class Evaluate(Stage):
 
     @cached_property
     def training(self) -> StoredDeltas:
-        """The delta store."""
         store = self.context.manifest_of("collect").store
         return StoredDeltas(StoreReader(folder_of(self.context.project, "collect").found, store))
 
     @cached_property
     def subject(self) -> Subject:
-        """The finished run."""
         context = self.context
         ensemble = context.project.settings.infer.ensemble
         return with_denoiser(make_subject(context, context.layer), context, self.training, ensemble)

@@ -17,9 +17,8 @@ from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.sharing import BlockShare
 from stages.lifecycle.stage import Stage
-from stages.prediction.batch_size import prediction_batch, prediction_bytes
 from stages.prediction.personalised import PersonalisedModel
-from stages.prediction.predicting import BlockPredictor, Smaller, extract_members
+from stages.prediction.predicting import BlockPredictor, Smaller, extract_members, prediction_batch, prediction_bytes
 from stages.prediction.predictor import load_personalised, strength_of
 from stages.run_directory.folders import check_run
 from stages.run_directory.format import Extent
@@ -122,7 +121,6 @@ class Infer(Stage):
         return Query(name, split if has_file else "train", content)
 
     def resolved(self) -> dict[str, Any]:
-        """What `auto` stands for."""
         return {"infer.strength": strength_of(self.context)}
 
     def plan(self) -> dict[str, Any]:
@@ -197,7 +195,6 @@ class Infer(Stage):
 
     @cached_property
     def inputs(self) -> Split:
-        """What is asked about."""
         if self._given is not None:
             return self._given
         return self.context.test_split if self._split == "test" else self.context.splits[self._split]

@@ -108,7 +108,6 @@ class Probe:
         self._seen: dict[str, Neighbours] = {}
 
     def plan(self) -> str:
-        """What would be tried."""
         names = ", ".join(layer.name for layer in self._layers)
         settings = ", ".join(map(_text, self._grid()))
         return f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples; nothing is written"

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.progress import Report
-from stages.lifecycle.registry import command_of
-from stages.lifecycle.results import CommandResult
+from stages.lifecycle.results import CommandResult, command_of
 from stages.run_directory.pipeline import AUTO, ORDER
 from stages.run_directory.project import Project
 from stages.run_directory.states import MISSING

@@ -46,7 +46,6 @@ class TrainBase(Stage):
     name = "train-base"
 
     def plan(self) -> dict[str, Any]:
-        """Epochs and samples, or the file to import."""
         size = sum(value.numel() * value.element_size() for value in self.context.new_model().state_dict().values())
         if (weights := self._weights) is not None:
             return {"what": f"import {weights.name}", "bytes": size}

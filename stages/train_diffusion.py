@@ -90,7 +90,6 @@ class TrainDiffusion(Stage):
         return decide(self.context.project, self._store, known, self.context.device)
 
     def resolved(self) -> dict[str, Any]:
-        """What `auto` stands for."""
         return {f"{self.name}.{key}": value for key, value in self._planned.decided.items()}
 
     def auto_threads(self) -> int:
@@ -101,7 +100,6 @@ class TrainDiffusion(Stage):
         return threads_for(self._planned.operations, self._planned.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        """Steps, parameters, memory, and bytes on the disk."""
         planned = self._planned
         memory = training_bytes(planned.sketch, self.micro_batch(planned), planned.half)
         what = f"train {planned.parameters:,} parameters on {self._store.samples:,} deltas, "

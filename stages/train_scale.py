@@ -74,7 +74,6 @@ class TrainScale(Stage):
         return threads_for(self._size(), self.settings.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        """Steps and samples."""
         what = f"train on {self._store.samples:,} samples, at most {self.settings.max_steps:,} steps"
         return {"what": what, "bytes": 40 * self._size()}
 

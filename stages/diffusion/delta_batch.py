@@ -33,7 +33,6 @@ class DeltaBatch:
         return len(self.rho)
 
     def take(self, rows: Tensor | slice) -> "DeltaBatch":
-        """Some of the rows."""
         return self._each(lambda value: value[rows])
 
     def to(self, device: torch.device) -> "DeltaBatch":

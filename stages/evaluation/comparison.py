@@ -14,7 +14,7 @@ from stages.evaluation.rows import Members, Row
 from stages.evaluation.statistics import minimum
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.seeds import generator
-from stages.foundation.trees import Tree, batch_size, take, tree_map
+from stages.foundation.trees import Tree, batch_size, concatenate, take
 from stages.tasks.loader import losses, naming_rows
 from stages.tasks.losses import REGRESSION
 
@@ -78,7 +78,7 @@ def fit_temperature(subject: Subject, evaluated: EvaluatedSamples, size: int) ->
         batch = Batch(subject, evaluated, positions)
         outputs.append(batch.first.output)
         labels.append(batch.y)
-    output, y = (tree_map(lambda *parts: torch.cat(parts), *trees) for trees in (outputs, labels))
+    output, y = concatenate(outputs), concatenate(labels)
     if probabilities(output, y) is None:
         return None
     own, shifted = (losses(subject.task, values, y).double() for values in (output, output + 1))

@@ -242,7 +242,6 @@ class OverfittedOnDemand:
         self.usable = torch.arange(len(positions))
 
     def take(self, rows: Tensor) -> Tensor:
-        """Deltas of some rows, (n,) to (n, out, in)."""
         positions = self._positions[rows.cpu()]
         deltas, degenerate = self._subject.overfit(self._split, positions, self._split.batch(positions))
         return deltas * ~degenerate.view(-1, 1, 1)

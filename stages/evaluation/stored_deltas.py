@@ -1,8 +1,7 @@
 """The delta store as `evaluate` and `probe` read it: single rows, means by group, nearest directions."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,9 @@ class StoredDeltas:
         self.degenerate, self.rho = (torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho"))
         self.sample_index = torch.from_numpy(reader.read("sample_index"))
         self.usable = torch.nonzero(~self.degenerate & (self.rho > 0)).squeeze(1)
-        self._blocks: OrderedDict[int, Tensor] = OrderedDict()
         block = reader.block_samples * 4 * int(torch.tensor(self.shape).prod())
-        self._most = max(1, int((available_memory() or MEMORY_UNKNOWN / MEMORY_SHARE) * MEMORY_SHARE) // block)
+        most = max(1, int((available_memory() or MEMORY_UNKNOWN / MEMORY_SHARE) * MEMORY_SHARE) // block)
+        self._block = lru_cache(most)(self._read_block)
 
     def __len__(self) -> int:
         return len(self.rho)
@@ -49,16 +48,10 @@ class StoredDeltas:
             found[here] = self._block(block)[rows[here] - block * self._reader.block_samples]
         return found
 
-    def _block(self, block: int) -> Tensor:
-        if block in self._blocks:
-            self._blocks.move_to_end(block)
-            return self._blocks[block]
+    def _read_block(self, block: int) -> Tensor:
         start, stop = self._reader.span(block)
         deltas = torch.from_numpy(self._reader.read("delta", start, stop))
         deltas[self.degenerate[start:stop]] = 0
-        if len(self._blocks) >= self._most:
-            self._blocks.popitem(last=False)
-        self._blocks[block] = deltas
         return deltas
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -110,7 +110,6 @@ def _beside(names: Sequence[str], comparisons: Mapping[str, Comparison], estimat
 
 
 def as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
-    """For `results.json`."""
     return {
         name: {"difference": finite(c.difference), "interval": [*map(finite, c.interval)]} for name, c in comparisons.items()
     }

@@ -6,7 +6,7 @@ from typing import Any
 from stages.foundation.files import link_or_copy, remove
 from stages.foundation.progress import Report
 from stages.lifecycle.context import RunContext
-from stages.lifecycle.registry import command_of
+from stages.lifecycle.results import command_of
 from stages.run_directory.folders import MANIFEST, folder_of, prepare_run
 from stages.run_directory.pipeline import STAGES, extent_settings, identity_settings, spec_of
 from stages.run_directory.project import Project, check_settings

@@ -18,7 +18,6 @@ class Unfinished:
 
     @property
     def fingerprint(self) -> str:
-        """Of the result."""
         return self.begun.fingerprint
 
     @property

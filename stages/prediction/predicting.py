@@ -1,4 +1,4 @@
-"""The work of inferring: predictions for the rows of a split, block by block, and what they score."""
+"""The work of inferring: predictions for the rows of a split, block by block, how many at once, and what they score."""
 
 import zipfile
 from collections.abc import Callable
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.foundation.trees import Tree, leaves, take, to_device, tree_map
+from stages.per_sample.pass_size import CACHE_BYTES, largest_output, recorded_bytes
+from stages.per_sample.runner import Runner
 from stages.prediction.personalised import PersonalisedModel, Prediction
 from stages.store.predictions import PredictionBlocks
 from stages.tasks.data import Split
@@ -19,6 +21,10 @@ from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
 CPU = torch.device("cpu")
+LARGEST_PREDICTED = 1024
+# Deltas of a batch, all members of it: the sampler goes over them several times a step, which wants them in the cache; the
+# denoiser's products want many.
+PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 256 << 20
 
 
 def array_name(name: str, path: str) -> str:
@@ -146,3 +152,17 @@ class BlockPredictor:
             for name, values in figures.items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         return totals
+
+
+def prediction_bytes(runner: Runner, x: Tree) -> int:
+    """Memory that a sample of x takes while its members are predicted, without its deltas: the prefix's record, and the largest
+    outputs."""
+    return recorded_bytes(runner.first_pass(x).record, x) + 2 * largest_output(runner.model, runner.forward, x)
+
+
+def prediction_batch(sample: int, numel: int, members: int, device: torch.device) -> int:
+    """Samples (of so many bytes, as `prediction_bytes`) to predict at once, with all members of each; `numel` is a delta's."""
+    deltas = (PREDICTED_ON_GPU if device.type == "cuda" else PREDICTED_BYTES) // (4 * numel * members)
+    most = max(1, min(LARGEST_PREDICTED, deltas, CACHE_BYTES // sample if sample else LARGEST_PREDICTED))
+    # Parts of it are chunks of sampled deltas.
+    return most // 16 * 16 if most >= 16 else 1 << (most.bit_length() - 1)

@@ -24,7 +24,6 @@ class StageFolder:
 
     @property
     def path(self) -> Path:
-        """The finished folder."""
         return self.run / self.name
 
     @property
@@ -34,7 +33,6 @@ class StageFolder:
 
     @property
     def wip(self) -> Path:
-        """The unfinished folder."""
         return self.path.with_name(f"{self.path.name}.wip")
 
     @property

@@ -36,7 +36,6 @@ class Record(BaseModel):
             raise ArtifactError(f"{path}: {field} {what}{more}", REDO) from error
 
     def write(self, path: Path) -> None:
-        """Write it whole."""
         write_json(path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
@@ -44,7 +43,6 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True)
 
     def changed(self, **changed: Any) -> Self:
-        """The same record with some fields changed."""
         return self.model_copy(update=changed)
 
 

@@ -124,7 +124,6 @@ class States:
         return self._found[name]
 
     def all(self) -> list[StageState]:
-        """The states of the whole pipeline, in order."""
         return [self.of(name) for name in ORDER]
 
     def find_in(self, spec: StageSpec, folder: StageFolder, query: Query | None = None) -> StageState:

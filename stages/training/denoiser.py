@@ -69,7 +69,6 @@ class DenoiserSettings:
 
     @property
     def preset(self) -> str:
-        """The kind of denoiser."""
         return self.description.preset
 
     @property
@@ -85,17 +84,14 @@ class DenoiserSettings:
 
     @cached_property
     def parameters(self) -> int:
-        """How many it has."""
         return parameters(self.sketch)
 
     @cached_property
     def operations(self) -> int:
-        """Multiplications of one sample's pass."""
         return operations(self.sketch)
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule."""
         rows, columns = self.shape
         return make_schedule(self.description.schedule, rows * columns, self.description.prediction)
 

@@ -103,5 +103,4 @@ class DenoisingSteps:
 
     @property
     def waited_seconds(self) -> float:
-        """Time spent waiting for batches."""
         return self._stream.waited_seconds

@@ -50,11 +50,9 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0."""
         return self.rank == 0
 
     def share(self, size: int) -> slice:
-        """This rank's part of a batch."""
         return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
 
     def reduce(self, network: nn.Module, loss: float) -> float:

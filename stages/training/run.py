@@ -64,7 +64,6 @@ class Trained:
     snapshot: Path
 
     def extent(self, asked: int) -> Extent:
-        """How far it went of so many steps."""
         return Extent(value=asked, reached=self.steps, exhausted=self.stopped_early)
 
 

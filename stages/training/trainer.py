@@ -163,7 +163,6 @@ class Trainer:
         return {name: value.detach() for name, value in found.items()}
 
     def snapshot(self) -> dict[str, Tensor]:
-        """The tensors of the averaged network."""
         return _state_dict(self.averaged)
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
