@@ -4,25 +4,21 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ocd_cli.options import Shared, command, print_json
 from ocd_cli.progress import ShownProgress
 from ocd_cli.render import console, show_result, show_status, show_verified
+from stages.lifecycle.results import CommandResult, command_of
 
-if TYPE_CHECKING:
-    from stages.lifecycle.results import CommandResult
-
-app = typer.Typer(
-    name="ocd",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = typer.Typer(name="ocd", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+PartOfBlocks = Annotated[
+    str | None, typer.Option(help="Do the i-th of n parts of the blocks, beside other processes that do theirs.", metavar="I/N")
+]
 
 
 def _version(asked: bool) -> None:
@@ -52,16 +48,17 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _stage(shared: Shared, call: Callable[..., "CommandResult"]) -> None:
-    """Run one stage's library function with progress shown, and print its result."""
+def _stage(shared: Shared, name: str, given: Mapping[str, Any] | None = None, **asked: Any) -> None:
+    """Run one stage with progress shown, and print its result; `given` are settings that flags of its own give."""
+    project = shared.project(given)
     with ShownProgress(shared.quiet) as report:
-        result = call(force=shared.force, dry_run=shared.dry_run, report=report)
+        result = command_of(name)(project, **asked, force=shared.force, dry_run=shared.dry_run, report=report)
     _print(shared, result)
     if shared.as_json and not result.follows:
         print_json(result.summary)
 
 
-def _print(shared: Shared, result: "CommandResult") -> None:
+def _print(shared: Shared, result: CommandResult) -> None:
     """For people; with --json, on stderr, only that there was nothing to do."""
     if result.follows:
         return
@@ -80,11 +77,10 @@ def init(shared: Shared) -> None:
     """Write a commented ocd.toml that works as it stands; --set, --seed, --device and --run are written into it."""
     from stages.init import init as write_config
 
-    values = shared.values() | ({"run.directory": str(shared.run)} if shared.run else {})
     found = write_config(
         shared.config or Path.cwd(),
-        overrides=shared.overrides,
-        values=values,
+        overrides=shared.overrides or (),
+        values=shared.values({"run.directory": str(shared.run) if shared.run else None}),
         force=shared.force,
         dry_run=shared.dry_run,
     )
@@ -105,10 +101,7 @@ def train_base(
     ] = None,
 ) -> None:
     """Train the base model, or import its weights; prints its metrics on the test split."""
-    from stages.train_base import train_base as stage
-
-    project = shared.project({"task.weights": str(weights.absolute())} if weights else None)
-    _stage(shared, lambda **options: stage(project, **options))
+    _stage(shared, "train-base", {"task.weights": str(weights.absolute()) if weights else None})
 
 
 @command(app, "select-layer", "ocd select-layer --layer fc1.weight")
@@ -117,45 +110,30 @@ def select_layer(
     layer: Annotated[str | None, typer.Option(help="Take this parameter, whatever the scores.", metavar="NAME")] = None,
 ) -> None:
     """Score every layer by the entropy of the loss under perturbation (Eq. 6), and choose one."""
-    from stages.select_layer import select_layer as stage
-
-    project = shared.project({"select-layer.layer": layer} if layer else None)
-    _stage(shared, lambda **options: stage(project, **options))
+    _stage(shared, "select-layer", {"select-layer.layer": layer or None})
 
 
 @command(app, "collect", "ocd collect --set collect.samples=5000")
 def collect(
     shared: Shared,
-    part: Annotated[
-        str | None,
-        typer.Option(help="Do the i-th of n parts of the blocks, beside other processes that do theirs.", metavar="I/N"),
-    ] = None,
+    part: PartOfBlocks = None,
 ) -> None:
     """Overfit the layer on each training sample, and store deltas and conditioning. Killed, it continues where it was."""
-    from stages.collect import collect as stage
-
-    project = shared.project()
-    _stage(shared, lambda **options: stage(project, part=part, **options))
+    _stage(shared, "collect", part=part)
 
 
 @command(app, "train-diffusion", "ocd train-diffusion --set train-diffusion.max_steps=20000")
 def train_diffusion(shared: Shared) -> None:
     """Train the diffusion model of the deltas' directions. Killed, it continues from its last checkpoint; asked to stop (by
     Ctrl-C, SIGTERM, SIGUSR1), it writes one first. Under torchrun, several processes share each batch."""
-    from stages.train_diffusion import train_diffusion as stage
-
-    project = shared.project()
-    _stage(shared, lambda **options: stage(project, **options))
+    _stage(shared, "train-diffusion")
 
 
 @command(app, "train-scale", "ocd train-scale")
 def train_scale(shared: Shared) -> None:
     """Train the network for the deltas' lengths. Killed, it continues from its last checkpoint; asked to stop, it writes one
     first."""
-    from stages.train_scale import train_scale as stage
-
-    project = shared.project()
-    _stage(shared, lambda **options: stage(project, **options))
+    _stage(shared, "train-scale")
 
 
 @command(app, "infer", "ocd infer --input new.npz --ensemble 5")
@@ -180,24 +158,18 @@ def infer(
         typer.Option(help="Factor on the predicted length; 0 is the base, auto what evaluate fitted.", metavar="NUMBER"),
     ] = None,
     save_deltas: Annotated[bool, typer.Option("--save-deltas", help="Also write every sampled delta.")] = False,
-    part: Annotated[
-        str | None,
-        typer.Option(help="Do the i-th of n parts of the blocks, beside other processes that do theirs.", metavar="I/N"),
-    ] = None,
+    part: PartOfBlocks = None,
 ) -> None:
     """Sample deltas from the inputs alone, apply them, predict; with labels, print metrics of base, one draw and ensemble.
     Killed, it continues where it was."""
-    from stages.infer import infer as stage
-
     given = {
-        "ensemble": ensemble,
-        "sample_steps": sample_steps,
-        "sampler": sampler,
-        "strength": _number_or_word(strength),
-        "save_deltas": save_deltas or None,
+        "infer.ensemble": ensemble,
+        "infer.sample_steps": sample_steps,
+        "infer.sampler": sampler,
+        "infer.strength": _number_or_word(strength),
+        "infer.save_deltas": save_deltas or None,
     }
-    project = shared.project({f"infer.{key}": value for key, value in given.items() if value is not None})
-    _stage(shared, lambda **options: stage(project, split=split, input_file=input_file, part=part, **options))
+    _stage(shared, "infer", given, split=split, input_file=input_file, part=part)
 
 
 def _number_or_word(text: str | None) -> float | str | None:
@@ -237,11 +209,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compare OCD with the base and with what a sceptic would try, on the labelled test split: table, intervals, verdict."""
-    from stages.evaluate import evaluate as stage
-
-    given = {"evaluate.seeds": seeds, "evaluate.rows": list(add) if add else None}
-    project = shared.project({key: value for key, value in given.items() if value is not None})
-    _stage(shared, lambda **options: stage(project, **options))
+    _stage(shared, "evaluate", {"evaluate.seeds": seeds, "evaluate.rows": list(add) if add else None})
 
 
 @command(app, "probe", "ocd probe --layer fc1.weight")

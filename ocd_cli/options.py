@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -23,58 +23,35 @@ from stages.run_directory.project import Project, load_project
 class Shared:
     """The shared options of one call."""
 
-    config: Path | None
-    run: Path | None
-    overrides: tuple[str, ...]
-    device: str | None
-    seed: int | None
-    force: bool
-    dry_run: bool
-    as_json: bool
-    quiet: bool
+    config: Annotated[
+        Path | None, typer.Option(help="Settings file (default: ocd.toml here or above; or OCD_CONFIG).", metavar="FILE")
+    ] = None
+    run: Annotated[
+        Path | None, typer.Option(help="Run directory (default: run beside the settings file).", metavar="FOLDER")
+    ] = None
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting; repeatable.", metavar="TABLE.KEY=VALUE")
+    ] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute.")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw.", min=0)] = None
+    force: Annotated[
+        bool, typer.Option("--force", help="Redo from scratch; the old result stays until the new one is whole.")
+    ] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, how much and how many bytes.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False
 
-    def values(self) -> dict[str, Any]:
-        """The settings that shared flags give, by dotted name; flags not given are left out."""
-        found = {"run.device": self.device, "run.seed": self.seed}
+    def values(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The settings that flags give, by dotted name: `given`, and those that commands share; None is a flag not given."""
+        found = {"run.device": self.device, "run.seed": self.seed, **(given or {})}
         return {key: value for key, value in found.items() if value is not None}
 
-    def project(self, values: dict[str, Any] | None = None) -> Project:
+    def project(self, given: Mapping[str, Any] | None = None) -> Project:
         """The project of this call; the settings file used is named on stderr."""
-        project = load_project(self.config, run=self.run, overrides=self.overrides, values=self.values() | (values or {}))
+        project = load_project(self.config, run=self.run, overrides=self.overrides or (), values=self.values(given))
         if not self.quiet:
             print(f"settings: {project.config_path}", file=sys.stderr)
         return project
-
-
-_PARAMETERS = {
-    "config": (
-        Annotated[
-            Path | None,
-            typer.Option(help="Settings file (default: ocd.toml here or above; or OCD_CONFIG).", metavar="FILE"),
-        ],
-        None,
-    ),
-    "run": (
-        Annotated[Path | None, typer.Option(help="Run directory (default: run beside the settings file).", metavar="FOLDER")],
-        None,
-    ),
-    "overrides": (
-        Annotated[list[str] | None, typer.Option("--set", help="Override a setting; repeatable.", metavar="TABLE.KEY=VALUE")],
-        None,
-    ),
-    "device": (Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute.")], None),
-    "seed": (Annotated[int | None, typer.Option(help="Seed of every random draw.", min=0)], None),
-    "force": (
-        Annotated[bool, typer.Option("--force", help="Redo from scratch; the old result stays until the new one is whole.")],
-        False,
-    ),
-    "dry_run": (
-        Annotated[bool, typer.Option("--dry-run", help="Say what would be done, how much and how many bytes.")],
-        False,
-    ),
-    "as_json": (Annotated[bool, typer.Option("--json", help="Print one JSON object.")], False),
-    "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")], False),
-}
 
 
 def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -82,24 +59,19 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable[...
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function).parameters.values())[1:]
-        shared = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for key, (annotation, default) in _PARAMETERS.items()
-        ]
+        shared = inspect.signature(Shared).parameters
 
         @functools.wraps(function)
         def wrapper(**arguments: Any) -> None:
-            given = {key: arguments.pop(key) for key in _PARAMETERS}
-            given["overrides"] = tuple(given["overrides"] or ())
+            given = {key: arguments.pop(key) for key in shared}
             try:
                 function(Shared(**given), **arguments)
             except BaseException as error:
                 _fail(error)
 
-        wrapper.__signature__ = inspect.Signature(
-            [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
-        )
-        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+        options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in (*own, *shared.values())]
+        wrapper.__signature__ = inspect.Signature(options)
+        wrapper.__annotations__ = {option.name: option.annotation for option in options}
         app.command(name, epilog=f"Example: {example}")(wrapper)
         return function
 
@@ -120,15 +92,12 @@ def _fail(error: BaseException) -> NoReturn:
         error = TryAgainError("interrupted", "to continue, run the same command again")
     if not isinstance(error, OcdError):
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        error = OcdError(*_memory_advice(error) if out_of_memory else _keep_traceback(error))
+        advice = f"out of memory: {error}", "use smaller batches: --set <stage>.batch_size=N"
+        error = OcdError(*advice if out_of_memory else _keep_traceback(error))
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"  {error.hint}", file=sys.stderr)
     raise typer.Exit(error.exit_code)
-
-
-def _memory_advice(error: BaseException) -> tuple[str, str]:
-    return f"out of memory: {error}", "use smaller batches: --set <stage>.batch_size=N"
 
 
 def _keep_traceback(error: BaseException) -> tuple[str, str]:

@@ -30,7 +30,6 @@ class Curve:
         self._each, self._sum, self._count = 1, 0.0, 0
 
     def add(self, value: float) -> None:
-        """One more value."""
         if not math.isfinite(value):
             return
         self._sum, self._count = self._sum + value, self._count + 1
@@ -59,7 +58,6 @@ class _Bars(Progress):
     below = ""
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """What is shown."""
         yield self.make_tasks_table(self.tasks)
         if self.below:
             yield Text(f"  {self.below}", no_wrap=True, overflow="crop")

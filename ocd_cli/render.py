@@ -2,51 +2,43 @@
 
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ocd_cli.tables import show_evaluation
+from ocd_cli.tables import figures_table, show_evaluation
 from ocd_cli.text import bytes_text, figure
-
-if TYPE_CHECKING:
-    from stages.lifecycle.results import CommandResult
+from stages.lifecycle.results import CommandResult
 
 BAR_WIDTH = 30
-_MARKS = {
-    "done": "[green]done[/]",
-    "partial": "[yellow]partial[/]",
-    "stale": "[red]stale[/]",
-    "missing": "[dim]missing[/]",
-}
+_COLOURS = {"done": "green", "partial": "yellow", "stale": "red", "missing": "dim"}
 
 
 def console() -> Console:
-    """Stdout; where it is no terminal, wide enough that nothing is cut."""
+    """Stdout, for text as it is; where it is no terminal, wide enough that nothing is cut."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 180
-    return Console(width=width, highlight=False)
+    return Console(width=width, markup=False, highlight=False)
 
 
-def show_result(result: "CommandResult") -> None:
-    """One stage's result."""
+def show_result(result: CommandResult) -> None:
     out = console()
     if result.planned:
         size = result.summary.get("bytes")
         disk = f", {bytes_text(size)} on disk at most" if size else ""
         force = "; needs --force" if result.summary["state"] == "stale" and result.stage != "infer" else ""
-        out.print(f"{result.stage} ({result.summary['state']}{force}): {result.summary['what']}{disk}", markup=False)
+        out.print(f"{result.stage} ({result.summary['state']}{force}): {result.summary['what']}{disk}")
         return
     if result.waits:
         found = result.summary
         out.print(
             f"{result.stage}: part {found['part']} is done; {found['done']:,} of {found['total']:,} {found['unit']} are "
-            "there, the others are other parts' work",
-            markup=False,
+            "there, the others are other parts' work"
         )
         return
     if result.up_to_date:
-        out.print(f"{result.stage}: up to date ({result.path})", markup=False)
+        out.print(f"{result.stage}: up to date ({result.path})")
     show = {
         "train-base": _train_base,
         "select-layer": _select_layer,
@@ -58,23 +50,18 @@ def show_result(result: "CommandResult") -> None:
     }
     show[result.stage](out, result.summary)
     if count := result.summary.get("pictures"):
-        out.print(f"pictures of {count:,} inputs: {result.path / 'pictures'}", markup=False)
+        out.print(f"pictures of {count:,} inputs: {result.path / 'pictures'}")
     if not result.up_to_date:
-        out.print(f"{result.stage}: done ({result.path})", markup=False)
+        out.print(f"{result.stage}: done ({result.path})")
 
 
 def _metrics(out: Console, rows: dict[str, dict[str, float]]) -> None:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table("", *names)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures_table("", *names)
     for row, figures in rows.items():
-        table.add_row(row, *(_cell(figures.get(name)) for name in names))
+        values = [figures.get(name) for name in names]
+        table.add_row(row, *("" if value is None else f"{value:.4f}" for value in values))
     out.print(table)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _train_base(out: Console, summary: dict[str, Any]) -> None:
@@ -85,7 +72,7 @@ def _train_base(out: Console, summary: dict[str, Any]) -> None:
         if "epochs" in summary
         else "trained by the task"
     )
-    out.print(f"base: {summary['parameters']:,} parameters, {how}", markup=False)
+    out.print(f"base: {summary['parameters']:,} parameters, {how}")
     _metrics(out, {"validation": summary["validation"], "test": summary["test"]})
 
 
@@ -116,7 +103,7 @@ def _select_layer(out: Console, summary: dict[str, Any]) -> None:
         if summary["chosen_by"] == "setting"
         else "highest score (entropy of the loss in nats, summed over samples)"
     )
-    out.print(f"layer: {summary['layer']} ({why})", markup=False)
+    out.print(f"layer: {summary['layer']} ({why})")
 
 
 def _collect(out: Console, summary: dict[str, Any]) -> None:
@@ -126,37 +113,32 @@ def _collect(out: Console, summary: dict[str, Any]) -> None:
     repeats = summary.get("repeats", 1)
     each = f", {repeats:,} of each sample" if repeats > 1 else ""
     out.print(
-        f"deltas: {repeats * summary['samples']:,} of {summary['layer']} ({shape}){each}, by {summary['method']}{degenerate}",
-        markup=False,
+        f"deltas: {repeats * summary['samples']:,} of {summary['layer']} ({shape}){each}, by {summary['method']}{degenerate}"
     )
     out.print(
         f"mean loss: {figure(summary['base_loss'])} before, {figure(summary['overfit_loss'])} after; "
-        f"mean rho {figure(summary['rho'])}",
-        markup=False,
+        f"mean rho {figure(summary['rho'])}"
     )
     if summary["until_converged"]:
-        out.print(f"mean steps: {figure(summary['steps'])}", markup=False)
+        out.print(f"mean steps: {figure(summary['steps'])}")
     for name, how in summary["pooled"].items():
-        out.print(f"{name}: {how}", markup=False)
+        out.print(f"{name}: {how}")
 
 
 def _training(out: Console, summary: dict[str, Any]) -> None:
     why = ", stopped early" if summary["stopped_early"] else ""
     out.print(
         f"denoiser: {summary['preset']}, {summary['parameters']:,} parameters, {summary['steps']:,} steps{why}, "
-        f"best at {summary['best_step']:,}",
-        markup=False,
+        f"best at {summary['best_step']:,}"
     )
     out.print(
         f"held-out loss {figure(summary['held_out_loss'])} (1 is knowing nothing); "
         f"cosine of a generated delta with the true one {figure(summary['cosine'])}, "
-        f"with another sample's conditioning {figure(summary['cosine_shuffled'])}",
-        markup=False,
+        f"with another sample's conditioning {figure(summary['cosine_shuffled'])}"
     )
     if "held_out_task_loss" in summary:
         out.print(
-            f"held-out loss of the task with generated deltas {figure(summary['held_out_task_loss'])} (the base: 1 on average)",
-            markup=False,
+            f"held-out loss of the task with generated deltas {figure(summary['held_out_task_loss'])} (the base: 1 on average)"
         )
 
 
@@ -164,16 +146,15 @@ def _scale(out: Console, summary: dict[str, Any]) -> None:
     verdict = "beats" if summary["beats_constant"] else "does not beat"
     out.print(
         f"scale: held-out correlation of log rho {figure(summary['correlation'])}; error {figure(summary['error'])} {verdict} "
-        f"the constant mean's {figure(summary['constant_error'])}",
-        markup=False,
+        f"the constant mean's {figure(summary['constant_error'])}"
     )
 
 
 def _infer(out: Console, summary: dict[str, Any]) -> None:
     strength = f", strength {summary['strength']:g}" if summary.get("strength", 1.0) != 1.0 else ""
-    out.print(f"{summary['query']}: {summary['inputs']:,} inputs × {summary['ensemble']} members{strength}", markup=False)
+    out.print(f"{summary['query']}: {summary['inputs']:,} inputs × {summary['ensemble']} members{strength}")
     if summary["metrics"] is None:
-        out.print("no labels, so no metrics", markup=False)
+        out.print("no labels, so no metrics")
     else:
         rows = {
             f"{row} of {summary['ensemble']}" if row == "ocd ensemble" else row: figures
@@ -193,21 +174,20 @@ def show_status(found: dict[str, Any]) -> None:
             text += f", best held-out loss {figure(progress['best_held_out_loss'])}"
         detail = entry["detail"] if entry["state"] != "partial" or not text else text
         detail = "; ".join(filter(None, [detail, *(f"in use by {user}" for user in entry["in_use_by"])]))
-        table.add_row(name, _MARKS[entry["state"]], detail.replace("[", "\\["))
-    out.print(f"run directory: {found['run']}", markup=False)
+        table.add_row(name, Text(entry["state"], _COLOURS[entry["state"]]), detail)
+    out.print(f"run directory: {found['run']}")
     out.print(table)
     if found["queries"]:
-        out.print(f"other answers: {', '.join(found['queries'])}", markup=False)
+        out.print(f"other answers: {', '.join(found['queries'])}")
 
 
 def show_verified(found: dict[str, Any]) -> None:
-    """What verify found."""
     out = console()
     for name, entry in found["stages"].items():
         verdict = "whole" if not entry["problems"] else f"{len(entry['problems'])} problems"
         shown = f"{name} (unfinished)" if name.endswith(".wip") else name
-        out.print(f"{shown}: {entry['files']:,} files, {bytes_text(entry['bytes'])}, {verdict}", markup=False)
+        out.print(f"{shown}: {entry['files']:,} files, {bytes_text(entry['bytes'])}, {verdict}")
         for line in entry["problems"]:
-            out.print(f"  {line}", markup=False)
+            out.print(f"  {line}")
     if not found["stages"]:
-        out.print("nothing to verify: no stage is done", markup=False)
+        out.print("nothing to verify: no stage is done")

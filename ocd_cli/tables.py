@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ocd_cli.text import bytes_text, duration
 
@@ -12,14 +12,17 @@ from ocd_cli.text import bytes_text, duration
 FIXED_WIDTH, METRIC_WIDTH = 86, 14
 
 
+def figures_table(first: str, *names: str) -> Table:
+    """A table whose columns after the first hold figures."""
+    return Table(first, *(Column(name, justify="right") for name in names))
+
+
 def show_evaluation(out: Console, found: dict[str, Any]) -> None:
     """Rows, what is told beside them, and the verdict last."""
     metric = found["metric"]
     others = list(dict.fromkeys(name for row in found["rows"] for name in row["metrics"] if name != metric))
     shown = others[: max(0, (out.width - FIXED_WIDTH) // METRIC_WIDTH)]
-    table = Table("", "E", "strength", *(name.replace("_", " ") for name in (metric, "minus base [95 %]", *shown)))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures_table("", "E", "strength", *(name.replace("_", " ") for name in (metric, "minus base [95 %]", *shown)))
     # Where there is little room, it is the rows' names that take two lines.
     for number in (2, 3, 4):
         table.columns[number].no_wrap = True
@@ -27,27 +30,25 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
         figures = row["metrics"]
         strength = "" if row["strength"] is None else f"{row['strength']:g}{' ✓' if row['validated'] else ''}"
         cells = [_mean(figures.get(name)) for name in shown]
-        name = row["name"].replace("[", "\\[")
-        difference = "" if name == "base" else _interval(figures[metric])
-        table.add_row(name, str(row["members"]), strength, _with_error(figures[metric]), difference, *cells)
+        difference = "" if row["name"] == "base" else _interval(figures[metric])
+        table.add_row(row["name"], str(row["members"]), strength, _with_error(figures[metric]), difference, *cells)
     out.print(table)
     out.print(
         f"{found['samples']:,} test samples; ✓: strength fitted on {found['validation_samples']:,} validation samples; "
-        f"{metric}: mean ± standard error",
-        markup=False,
+        f"{metric}: mean ± standard error"
     )
     if len(shown) < len(others):
-        out.print(f"not shown for want of width: {', '.join(others[len(shown) :])}; results.json has them", markup=False)
+        out.print(f"not shown for want of width: {', '.join(others[len(shown) :])}; results.json has them")
     for entry in found["left_out"]:
-        out.print(f"left out: {entry['name']}: {entry['reason']}", markup=False)
+        out.print(f"left out: {entry['name']}: {entry['reason']}")
     _memorisation(out, found["memorisation"])
     _cost(out, found["cost"])
     if "seeds" in found:
         show_seeds(out, found["seeds"])
     for text in found["warnings"]:
-        out.print(f"warning: {text}", markup=False)
+        out.print(f"warning: {text}")
     of_seed = f"seed {found['seed']}: " if "seeds" in found else ""
-    out.print(of_seed + found["verdict"], markup=False)
+    out.print(of_seed + found["verdict"])
 
 
 def _mean(entry: dict[str, Any] | None) -> str:
@@ -63,7 +64,7 @@ def _interval(entry: dict[str, Any]) -> str:
     if entry["interval"] is None or entry["difference"] is None:
         return ""
     low, high = entry["interval"]
-    return f"{entry['difference']:+.4f} \\[{low:+.4f}, {high:+.4f}]"
+    return f"{entry['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _memorisation(out: Console, found: dict[str, Any]) -> None:
@@ -73,8 +74,7 @@ def _memorisation(out: Console, found: dict[str, Any]) -> None:
         f"{found['generated_nearest']:.3f}{classes}, the mean {found['generated_mean']:.3f}; "
         f"of a true delta with its nearest training delta {found['true_nearest']:.3f}, of training deltas with their nearest "
         f"other {found['training_nearest']:.3f}; {found['copies']:.0%} of the generated are nearer to a training delta than "
-        "95 % of those are to each other",
-        markup=False,
+        "95 % of those are to each other"
     )
 
 
@@ -83,8 +83,7 @@ def _cost(out: Console, found: dict[str, Any]) -> None:
     out.print(
         f"ms a sample: base {found['base_ms']:.3g}, one draw {found['ocd_one_draw_ms']:.3g}, ensemble "
         f"{found['ocd_ensemble_ms']:.3g}; parameters: base {found['parameters']['base']:,}, denoiser "
-        f"{found['parameters']['denoiser']:,}; seconds (of the process that finished each): {stages}",
-        markup=False,
+        f"{found['parameters']['denoiser']:,}; seconds (of the process that finished each): {stages}"
     )
 
 
@@ -105,14 +104,13 @@ def show_probe(out: Console, found: dict[str, Any]) -> None:
         table.add_row(entry["layer"], how, *values, *costs, "too large" if training is None else f"≤ {duration(training)}")
     out.print(table)
     out.print(
-        f"{found['metric']} of {found['samples']:,} held-out samples; neighbours among {found['searched']:,} training samples",
-        markup=False,
+        f"{found['metric']} of {found['samples']:,} held-out samples; neighbours among {found['searched']:,} training samples"
     )
     for entry in found["left_out"]:
-        out.print(f"left out: {entry['name']}: {entry['reason']}", markup=False)
-    out.print(found["verdict"] + (":" if found["start_with"] and found["headroom"] == "x" else ""), markup=False)
+        out.print(f"left out: {entry['name']}: {entry['reason']}")
+    out.print(found["verdict"] + (":" if found["start_with"] and found["headroom"] == "x" else ""))
     if found["headroom"] == "x":
-        out.print(settings_text(found["start_with"]), markup=False)
+        out.print(settings_text(found["start_with"]))
 
 
 def settings_text(values: dict[str, Any]) -> str:
@@ -127,15 +125,12 @@ def settings_text(values: dict[str, Any]) -> str:
 
 
 def show_seeds(out: Console, found: dict[str, Any]) -> None:
-    """Mean ± standard deviation over whole trainings."""
     names = list(dict.fromkeys(name for row in found["rows"] for name in row["metrics"]))
-    table = Table(f"{len(found['seeds'])} seeds", *names)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures_table(f"{len(found['seeds'])} seeds", *names)
     for row in found["rows"]:
         cells = [row["metrics"].get(name) for name in names]
         texts = ["" if cell is None else f"{cell['mean']:.4f} ± {cell['standard_deviation']:.4f}" for cell in cells]
-        table.add_row(row["name"].replace("[", "\\["), *texts)
+        table.add_row(row["name"], *texts)
     out.print(table)
     for seed, text in zip(found["seeds"], found["verdicts"], strict=True):
-        out.print(f"seed {seed}: {text}", markup=False)
+        out.print(f"seed {seed}: {text}")

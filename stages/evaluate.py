@@ -10,20 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from stages.evaluation import rows as row
-from stages.evaluation.comparison import (
-    Compared,
-    Fitted,
-    compare,
-    fit_strengths,
-    fit_temperature,
-    fit_variances,
-    scaled,
-    seeded_order,
-)
+from stages.evaluation.comparison import Fitted, compare, fit_strengths, fit_temperature, fit_variances, scaled, seeded_order
 from stages.evaluation.from_run import (
     LARGEST,
     class_means,
-    class_numbers,
     extra_rows,
     find_neighbours,
     make_subject,
@@ -33,7 +23,7 @@ from stages.evaluation.from_run import (
     with_denoiser,
 )
 from stages.evaluation.memorisation import memorisation
-from stages.evaluation.metrics import LOSS
+from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.requested_rows import LeftOut, requested_rows, seed_branches, whole_network_row
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
@@ -81,7 +71,6 @@ class Evaluate(Stage):
     name = "evaluate"
 
     def plan(self) -> dict[str, Any]:
-        """Samples and strengths."""
         settings = self.settings
         extra = f", {settings.seeds} seeds" if settings.seeds > 1 else ""
         what = f"{len(self._test.order):,} test samples, {len(settings.strengths)} strengths{extra}"
@@ -109,16 +98,16 @@ class Evaluate(Stage):
         rows, fitted, temperature, more = self._fit(rows)
         left_out |= more
         strengths = self._strengths(rows, fitted)
-        compared = self._compare(rows, strengths)
+        gathered = self._compare(rows, strengths)
         rng = np.random.default_rng(seed_of(self.context.seed, "evaluate", "bootstrap"))
         on_progress = self._progress("resamples", self.settings.resamples)
-        found, primary = estimate_all(compared.gathered, self.settings.resamples, rng, on_progress)
+        found, primary = estimate_all(gathered, self.settings.resamples, rng, on_progress)
         losses = {name: metrics[primary] for name, metrics in found.items()}
         comparisons = compared_with(losses)
         results = {
             "verdict": verdict(comparisons, losses, primary, classes=self.context.task.kind == CLASSIFICATION),
             "metric": primary,
-            "rows": row_records(compared, found, fitted, strengths),
+            "rows": row_records(gathered, found, fitted, strengths),
             "left_out": [{"name": name, "reason": reason} for name, reason in left_out.items()],
             "comparisons": as_json(comparisons),
             **self._facts(temperature),
@@ -127,7 +116,10 @@ class Evaluate(Stage):
         }
         if others:
             results["seeds"] = over_seeds({self.context.seed: results, **others})
-        save_arrays(folder / SAMPLES_FILE, _samples(self.context.test_split.rows[compared.order], compared))
+        # For plots and tests of one's own: each row's loss on each test sample, (rows, N).
+        of_samples = np.stack([one.values(LOSS) for one in gathered.values()])
+        numbers = self.context.test_split.rows[self._test.order].numpy()
+        save_arrays(folder / SAMPLES_FILE, {"sample_index": numbers, "row": np.array(list(gathered)), "loss": of_samples})
         return self._result(folder, results, fitted)
 
     def _result(self, folder: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> WorkResult:
@@ -146,13 +138,11 @@ class Evaluate(Stage):
 
     @cached_property
     def training(self) -> StoredDeltas:
-        """The delta store."""
         store = self.context.manifest_of("collect").store
         return StoredDeltas(StoreReader(folder_of(self.context.project, "collect").found, store))
 
     @cached_property
     def subject(self) -> Subject:
-        """The finished run."""
         context = self.context
         ensemble = context.project.settings.infer.ensemble
         return with_denoiser(make_subject(context, context.layer), context, self.training, ensemble)
@@ -203,18 +193,9 @@ class Evaluate(Stage):
 
     def _with_neighbours(self, evaluated: EvaluatedSamples) -> tuple[EvaluatedSamples, dict[str, str]]:
         """The samples with their nearest training samples; and what these cannot be found in, with the reason."""
-        training, whole = self.training, self.context.splits["all"]
-        first, known = training.first_rows, training.field("layer_input")
-        found, missing = find_neighbours(
-            self.subject,
-            evaluated,
-            whole,
-            training.sample_index[first],
-            None if known is None else known[first],
-            self.settings.neighbours,
-            self._size,
-            self._progress("neighbours", len(training)),
-        )
+        training, whole, k = self.training, self.context.splits["all"], self.settings.neighbours
+        on_progress = self._progress("neighbours", len(training))
+        found, missing = find_neighbours(self.subject, training, evaluated, whole, k, self._size, on_progress)
         return dataclasses.replace(evaluated, neighbours=found), missing
 
     def _fit(self, rows: list[Row]) -> tuple[list[Row], dict[str, Fitted], float | None, LeftOut]:
@@ -247,7 +228,7 @@ class Evaluate(Stage):
         found |= {one.name: configured for one in rows if one.validated and one.name not in found}
         return found | {row.NEAREST: 1.0, row.ORACLE: 1.0}
 
-    def _compare(self, rows: list[Row], strengths: dict[str, float]) -> Compared:
+    def _compare(self, rows: list[Row], strengths: dict[str, float]) -> dict[str, Gathered]:
         """Every row on the test samples."""
         subject, size, variances = self.subject, self._size, {}
         if self._validation is not None:
@@ -274,19 +255,6 @@ class Evaluate(Stage):
         }
 
     def _memorisation(self) -> dict[str, Any]:
-        return memorisation(
-            self.subject,
-            self._test,
-            self._size,
-            self.settings.memorisation_samples,
-            self.training.mean,
-            None if isinstance(self._class_means, str) else self._class_means,
-            class_numbers,
-            self.training.nearest_cosines,
-        )
-
-
-def _samples(numbers: Tensor, compared: Compared) -> dict[str, np.ndarray]:
-    """Each row's loss on each test sample, (rows, N), for plots and tests of one's own."""
-    losses = np.stack([gathered.values(LOSS) for gathered in compared.gathered.values()])
-    return {"sample_index": numbers.numpy(), "row": np.array(list(compared.gathered)), "loss": losses}
+        count, means = self.settings.memorisation_samples, self._class_means
+        class_means = None if isinstance(means, str) else means
+        return memorisation(self.subject, self.training, self._test, self._size, count, class_means)

@@ -17,9 +17,8 @@ from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.sharing import BlockShare
 from stages.lifecycle.stage import Stage
-from stages.prediction.batch_size import prediction_batch, prediction_bytes
 from stages.prediction.personalised import PersonalisedModel
-from stages.prediction.predicting import BlockPredictor, Smaller, extract_members
+from stages.prediction.predicting import BlockPredictor, Smaller, extract_members, prediction_batch, prediction_bytes
 from stages.prediction.predictor import load_personalised, strength_of
 from stages.run_directory.folders import check_run
 from stages.run_directory.format import Extent
@@ -94,14 +93,7 @@ def query_name(split: str, input_file: Path | None) -> str:
 
 
 class Infer(Stage):
-    """Answers one query.
-
-    Args:
-        context: what the run's stages work with.
-        part: as `infer`.
-        split: test, validation or train.
-        input_file: an npz file with x, or an npy file of x, in place of a split.
-    """
+    """Answers one query: about a split, or about the x of an npz or npy file."""
 
     name = "infer"
     scratch = (LEDGER, SMALLER)
@@ -129,7 +121,6 @@ class Infer(Stage):
         return Query(name, split if has_file else "train", content)
 
     def resolved(self) -> dict[str, Any]:
-        """What `auto` stands for."""
         return {"infer.strength": strength_of(self.context)}
 
     def plan(self) -> dict[str, Any]:
@@ -166,22 +157,22 @@ class Infer(Stage):
                 remove(work.path / name)
         batch = self._batch_size()
         work.keep_execution(batch_size=batch, block_samples=self._block_rows(batch), members=members)
-        answer = self._answer(work.path)
-        Part.check(self.part, answer.blocks, SMALLER_BLOCKS)
-        work.tell_total(answer.blocks, "blocks")
+        predictions = self._predictions(work.path)
+        Part.check(self.part, predictions.blocks, SMALLER_BLOCKS)
+        work.tell_total(predictions.blocks, "blocks")
         if self.part is None:
             sweep(work.path)
         count, delta = len(self.inputs), self._delta.row_bytes if self._delta else 0
-        left = (answer.blocks - answer.records) / answer.blocks
+        left = (predictions.blocks - predictions.records) / predictions.blocks
         require_space(work.path, round(count * (self._row_bytes + left * (self._row_bytes + delta))))
-        answer.create()
+        predictions.create()
         if self.part is None:
-            answer.trim()
-        self._share = BlockShare(answer, self._holding)
+            predictions.trim()
+        self._share = BlockShare(predictions, self._holding)
 
     def work(self, folder: Path) -> WorkResult | None:
         """Every block (of the part) that is not done, then what makes the answer whole; None while others have some to do."""
-        answer, share = self._answer(folder), self._share
+        predictions, share = self._predictions(folder), self._share
         before, left = share.look_again(self.report, "inputs"), share.rows_left
         personalised, reason = self._personalised
         if reason:
@@ -191,12 +182,12 @@ class Infer(Stage):
         smaller = Smaller(known, self._like, len(self.inputs))
         predictor = BlockPredictor(personalised, self.inputs, self.settings.ensemble, self._like, smaller)
         predictor.work(
-            answer,
+            predictions,
             share.pending,
             self.unfinished.execution["batch_size"],
             lambda done: self.report.progress(before + done, before + left, "inputs"),
         )
-        return self._result(answer, predictor) if share.is_whole() else None
+        return self._result(predictions, predictor) if share.is_whole() else None
 
     @cached_property
     def _personalised(self) -> tuple[PersonalisedModel, str]:
@@ -204,7 +195,6 @@ class Infer(Stage):
 
     @cached_property
     def inputs(self) -> Split:
-        """What is asked about."""
         if self._given is not None:
             return self._given
         return self.context.test_split if self._split == "test" else self.context.splits[self._split]
@@ -244,15 +234,15 @@ class Infer(Stage):
             rows = self._block_rows(self._batch_size())
             Part.check(self.part, -(-len(self.inputs) // rows), SMALLER_BLOCKS)
 
-    def _answer(self, folder: Path) -> PredictionBlocks:
+    def _predictions(self, folder: Path) -> PredictionBlocks:
         kept, work, members = self.unfinished.execution, self.unfinished, self.settings.ensemble
         rows, batch = kept["block_samples"], kept["batch_size"]
         return PredictionBlocks(folder, len(self.inputs), rows, work.fingerprint, members, self._delta, batch)
 
-    def _result(self, answer: PredictionBlocks, predictor: BlockPredictor) -> WorkResult:
-        path, context, members = answer.folder / PREDICTIONS, self.context, self.settings.ensemble
-        answer.put_together(path)
-        content, figures = sha256_file(path), predictor.figures(answer, context.task)
+    def _result(self, predictions: PredictionBlocks, predictor: BlockPredictor) -> WorkResult:
+        path, context, members = predictions.folder / PREDICTIONS, self.context, self.settings.ensemble
+        predictions.put_together(path)
+        content, figures = sha256_file(path), predictor.figures(predictions, context.task)
         summary = {
             "query": self.query.name,
             "inputs": len(self.inputs),
@@ -260,7 +250,7 @@ class Infer(Stage):
             "strength": strength_of(context),
             **figures,
             "predictions": PREDICTIONS,
-            **write_pictures(context, self.inputs, answer, self._like, self.settings.pictures, self.report),
+            **write_pictures(context, self.inputs, predictions, self._like, self.settings.pictures, self.report),
         }
         extent = Extent(value=members, reached=members, exhausted=False)
         return WorkResult(summary, digest(content), {"infer.ensemble": extent}, {PREDICTIONS: content})

@@ -67,11 +67,10 @@ def probe(
     """Try layers and settings on held-out samples; nothing is written.
 
     Args:
-        project: the project; only its base has to be there.
+        project: only its base has to be there.
         layers: parameter names, by default every candidate.
         samples: held-out samples to look at, by default 400.
         dry_run: only say what would be tried.
-        report: hears of its progress.
 
     Returns:
         of a dry run {"what"}; else
@@ -109,7 +108,6 @@ class Probe:
         self._seen: dict[str, Neighbours] = {}
 
     def plan(self) -> str:
-        """What would be tried."""
         names = ", ".join(layer.name for layer in self._layers)
         settings = ", ".join(map(_text, self._grid()))
         return f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples; nothing is written"
@@ -175,14 +173,14 @@ class Probe:
         start = time.perf_counter()
         mean = self._mean_delta(subject, size)
         each = (time.perf_counter() - start) / min(len(self._evaluated.order), len(self._searched))
-        compared, strengths = cross_fitted(subject, evaluated, self._rows(mean, evaluated), STRENGTHS, size)
+        gathered, strengths = cross_fitted(subject, evaluated, self._rows(mean, evaluated), STRENGTHS, size)
         rng = np.random.default_rng(seed_of(self._context.seed, "probe"))
-        found, metric = estimate_all(compared.gathered, RESAMPLES, rng, lambda done: None)
+        found, metric = estimate_all(gathered, RESAMPLES, rng, lambda done: None)
         trial = Trial(layer.name, settings, metric, {name: metrics[metric] for name, metrics in found.items()})
         record = {
             "layer": layer.name,
             "settings": settings,
-            "rows": row_records(compared, found),
+            "rows": row_records(gathered, found),
             "strengths": strengths,
             "cost": self._cost(subject, each),
         }
@@ -198,7 +196,9 @@ class Probe:
         name = subject.layer.name
         if name not in self._seen:
             queries = self._layer_inputs(subject, evaluated.split, order)
-            found = nearest(torch.cat(list(queries)), self._numbered(subject, train, searched), NEIGHBOURS)
+            seen = enumerate(self._layer_inputs(subject, train, searched))
+            blocks = ((number * LARGEST_BATCH, part) for number, part in seen)
+            found = nearest(torch.cat(list(queries)), blocks, NEIGHBOURS)
             self._seen[name] = found.spread(order, count)
         return {row.IN_LAYER_INPUT: self._seen[name]} | ({} if self._in_x is None else {row.IN_X: self._in_x})
 
@@ -210,12 +210,6 @@ class Probe:
             fields = batch.fields
             seen = fields.get(LAYER_INPUT)
             yield (subject.overfitter.first_pass(batch.x).captured[LAYER_INPUT].float() if seen is None else seen).flatten(1)
-
-    def _numbered(self, subject: Subject, split: Split, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
-        start = 0
-        for part in self._layer_inputs(subject, split, positions):
-            yield start, part
-            start += len(part)
 
     def _mean_delta(self, subject: Subject, size: int) -> Tensor:
         """Of as many training samples as there are held-out ones, (out, in)."""

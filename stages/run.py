@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.progress import Report
-from stages.lifecycle.registry import command_of
-from stages.lifecycle.results import CommandResult
+from stages.lifecycle.results import CommandResult, command_of
 from stages.run_directory.pipeline import AUTO, ORDER
 from stages.run_directory.project import Project
 from stages.run_directory.states import MISSING
@@ -26,11 +25,6 @@ def stages_between(start: str | None, until: str | None) -> tuple[str, ...]:
     return ORDER[first : last + 1]
 
 
-def _asked_for(project: Project, name: str, ends: tuple[str | None, ...]) -> bool:
-    """Whether a stage in between is to be run: an evaluation only where it is named, or where predictions need it."""
-    return name != "evaluate" or name in ends or project.settings.infer.strength == AUTO
-
-
 def run(
     project: Project,
     start: str | None = None,
@@ -44,21 +38,15 @@ def run(
     it is named or `infer.strength = "auto"` needs it.
 
     Args:
-        project: the project.
         start: first stage, by default train-base.
         until: last stage, by default infer.
-        force: redo them from scratch.
         dry_run: only plan; a stage whose inputs are yet to be made is then no failure.
-        report: hears of their progress.
-
-    Yields:
-        each stage's result as it comes.
 
     Raises:
         OcdError: the first stage's that fails.
     """
     for name in stages_between(start, until):
-        if not _asked_for(project, name, (start, until)):
+        if name == "evaluate" and name not in (start, until) and project.settings.infer.strength != AUTO:
             continue
         try:
             yield command_of(name)(project, force=force, dry_run=dry_run, report=report)

@@ -29,7 +29,7 @@ from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import finite, mean_metrics
 from stages.tasks.user_code import user_code
 from stages.training.run import Plan, TrainingRun, take_up_training
-from stages.training.trainer import StepLosses, Trainer, batch_rows
+from stages.training.trainer import Trainer, batch_rows
 
 
 def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
@@ -47,7 +47,6 @@ class TrainBase(Stage):
     name = "train-base"
 
     def plan(self) -> dict[str, Any]:
-        """Epochs and samples, or the file to import."""
         size = sum(value.numel() * value.element_size() for value in state_tensors(self.context.new_model()).values())
         if (weights := self._weights) is not None:
             return {"what": f"import {weights.name}", "bytes": size}
@@ -93,8 +92,7 @@ class TrainBase(Stage):
 
     def begin(self, finished: Path | None) -> None:
         """Take up a finished training's last checkpoint, where there is one."""
-        if finished is not None:
-            take_up_training(finished, self.unfinished.path)
+        take_up_training(finished, self.unfinished.path)
         if self._trains:
             self.unfinished.tell_total(self.settings.epochs * self._steps[1], "steps")
 
@@ -138,25 +136,8 @@ class TrainBase(Stage):
 
     def _train(self, model: nn.Module, folder: Path) -> tuple[dict[str, Any], Extent]:
         """The default trainer: epochs are evaluations, patience counts them, every epoch leaves a checkpoint."""
-        context, settings, (_, epoch_steps) = self.context, self.settings, self._steps
-
-        def score() -> dict[str, float]:
-            figures = mean_metrics(context.task, model, context.splits["validation"], context.device)
-            return {"score": figures["loss"], **{f"validation_{name}": value for name, value in figures.items()}}
-
-        def snapshot() -> dict[str, Tensor]:
-            return {name: value.clone() for name, value in state_tensors(model).items()}
-
-        trainer = Trainer(model, _optimizer(settings, model), self._step_losses(model), average=False, clip=False)
-        plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
-        trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, snapshot, plan, self.report).run()
-        load_state(model, load_tensors(trained.snapshot))
-        done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
-        return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)
-
-    def _step_losses(self, model: nn.Module) -> StepLosses:
-        """The loss of each step's batch."""
-        context, train, (batch, _) = self.context, self.context.splits["train"], self._steps
+        context, settings, (batch, epoch_steps) = self.context, self.settings, self._steps
+        train = context.splits["train"]
 
         def step_losses(step: int) -> Iterator[Tensor]:
             rows = batch_rows(len(train), batch, step, context.seed, "train-base")
@@ -165,7 +146,16 @@ class TrainBase(Stage):
                 loss = losses(context.task, context.forward(model, x), y).mean()
             yield loss
 
-        return step_losses
+        def score() -> dict[str, float]:
+            figures = mean_metrics(context.task, model, context.splits["validation"], context.device)
+            return {"score": figures["loss"], **{f"validation_{name}": value for name, value in figures.items()}}
+
+        trainer = Trainer(model, _optimizer(settings, model), step_losses, average=False, clip=False)
+        plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
+        trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, plan, self.report).run()
+        load_state(model, load_tensors(trained.snapshot))
+        done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
+        return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)
 
 
 def _optimizer(settings: Any, model: nn.Module) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ import torch
 from stages.diffusion.denoising import held_out_figures
 from stages.diffusion.schedule import NoiseSchedule, schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
-from stages.foundation.files import digest, link_or_copy, require_space, sha256_file, write_json
+from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
 from stages.foundation.progress import Report
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
@@ -22,7 +22,7 @@ from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
-from stages.training.denoiser import DenoiserSettings, Training, begin_training, decide, micro_batch
+from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
 from stages.training.memory import training_bytes
 from stages.training.ranks import Ranks
 from stages.training.run import Plan, Trained, TrainingRun, take_up_training
@@ -90,7 +90,6 @@ class TrainDiffusion(Stage):
         return decide(self.context.project, self._store, known, self.context.device)
 
     def resolved(self) -> dict[str, Any]:
-        """What `auto` stands for."""
         return {f"{self.name}.{key}": value for key, value in self._planned.decided.items()}
 
     def auto_threads(self) -> int:
@@ -101,7 +100,6 @@ class TrainDiffusion(Stage):
         return threads_for(self._planned.operations, self._planned.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        """Steps, parameters, memory, and bytes on the disk."""
         planned = self._planned
         memory = training_bytes(planned.sketch, self.micro_batch(planned), planned.half)
         what = f"train {planned.parameters:,} parameters on {self._store.samples:,} deltas, "
@@ -116,7 +114,7 @@ class TrainDiffusion(Stage):
                 f"train-diffusion.tune_after = {after:,}, but the training ends at max_steps = {last:,}: nothing is tuned",
                 f"give it fewer than {last:,} steps on deltas, or 0 for no tuning",
             )
-        if self._planned.description.get("encoders"):
+        if self._planned.description.encoders:
             self._planned.make(begin=True)
         self.micro_batch(self._planned)
 
@@ -128,8 +126,7 @@ class TrainDiffusion(Stage):
         """Settle what is in memory at once; take up a finished training's last checkpoint, where there is one."""
         work, settings = self.unfinished, self._denoiser
         require_space(work.path, 40 * settings.parameters)
-        if finished is not None:
-            take_up_training(finished, work.path)
+        take_up_training(finished, work.path)
         micro = self.micro_batch(settings)
         if self.settings.micro_batch_size != AUTO:
             work.forget_execution()
@@ -167,7 +164,7 @@ class TrainDiffusion(Stage):
                 self.unfinished.change_execution(micro_batch_size=left)
 
         tuning = self._tuning(settings.schedule, reader) if self.settings.tune_after else None
-        return begin_training(settings, reader, micro, self.context.device, self.ranks, smaller, tuning)
+        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, tuning)
 
     def _tuning(self, schedule: NoiseSchedule, reader: StoreReader) -> Tuning:
         context, rows = self.context, self.context.splits["train"]
@@ -188,23 +185,13 @@ class TrainDiffusion(Stage):
 
     def _run(self, folder: Path, fingerprint: str, settings: DenoiserSettings, training: Training) -> Trained:
         table, trainer = self.settings, training.trainer
-        plan = Plan(
-            table.max_steps,
-            table.evaluate_steps,
-            table.checkpoint_steps,
-            table.patience,
-            table.checkpoint_minutes,
-            LARGEST_LOSS,
-            f"try a smaller learning rate: --set {self.name}.lr={settings.lr / 4:g} --force",
-            # Of what tuning will do nothing is known before.
-            table.tune_after,
-        )
+        # Of what tuning will do nothing is known before.
+        plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=table.tune_after)
         return TrainingRun(
             folder,
             fingerprint,
             trainer,
             self._evaluation(settings, training),
-            lambda: trainer.averaged.state_dict(),
             plan,
             self.report,
             training.blame,
@@ -227,7 +214,7 @@ class TrainDiffusion(Stage):
 
     def _result(self, folder: Path, trained: Trained, settings: DenoiserSettings, samples: int) -> WorkResult:
         link_or_copy(trained.snapshot, folder / DENOISER_FILE)
-        write_json(folder / DESCRIPTION_FILE, settings.description)
+        settings.description.write(folder / DESCRIPTION_FILE)
         best = trained.best
         summary = {
             "steps": trained.steps,
@@ -239,7 +226,7 @@ class TrainDiffusion(Stage):
             "cosine_shuffled": best["cosine_shuffled"],
             "samples": samples,
             "parameters": settings.parameters,
-            **{key: settings.description[key] for key in ("preset", "prediction", "schedule")},
+            **{key: getattr(settings.description, key) for key in ("preset", "prediction", "schedule")},
         }
-        content = digest([sha256_file(folder / DENOISER_FILE), settings.description])
+        content = digest([sha256_file(folder / DENOISER_FILE), settings.description.as_json()])
         return WorkResult(summary, content, {"train-diffusion.max_steps": trained.extent(self.settings.max_steps)})

@@ -74,7 +74,6 @@ class TrainScale(Stage):
         return threads_for(self._size(), self.settings.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        """Steps and samples."""
         what = f"train on {self._store.samples:,} samples, at most {self.settings.max_steps:,} steps"
         return {"what": what, "bytes": 40 * self._size()}
 
@@ -88,8 +87,7 @@ class TrainScale(Stage):
     def begin(self, finished: Path | None) -> None:
         """Take up a finished training's last checkpoint, where there is one."""
         require_space(self.unfinished.path, 40 * self._size())
-        if finished is not None:
-            take_up_training(finished, self.unfinished.path)
+        take_up_training(finished, self.unfinished.path)
         self.unfinished.tell_total(self.settings.max_steps, "steps")
 
     def work(self, folder: Path) -> WorkResult:
@@ -106,14 +104,15 @@ class TrainScale(Stage):
 
         optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
         trainer = Trainer(network, optimizer, step_losses)
-        constant = scale_loss(network.mean_log_rho.cpu().expand_as(batches.rho), batches.rho, loss).mean()
+        constant = float(scale_loss(network.mean_log_rho.cpu().expand_as(batches.rho), batches.rho, loss).mean())
+        # The paper's loss is in decibels, whose growth is no explosion yet.
+        largest = LARGEST_LOSS * max(1.0, constant) if loss == LOG else math.inf
         trained = TrainingRun(
             folder,
             self.unfinished.fingerprint,
             trainer,
             lambda: scale_figures(trainer.averaged, held_out, loss),
-            lambda: trainer.averaged.state_dict(),
-            self._plan(float(constant)),
+            Plan.of(settings, self.name, largest, settings.lr),
             self.report,
             lambda: self._blame(batches, network, stream.last),
         ).run()
@@ -125,20 +124,6 @@ class TrainScale(Stage):
             network = ScaleNetwork(field_widths(self._store), self.settings.width)
         network.fit(batches.parts(), batches.rho)
         return network.to(self.context.device)
-
-    def _plan(self, constant: float) -> Plan:
-        """How the training is driven; `constant` is the loss of always predicting the mean."""
-        settings = self.settings
-        return Plan(
-            settings.max_steps,
-            settings.evaluate_steps,
-            settings.checkpoint_steps,
-            settings.patience,
-            settings.checkpoint_minutes,
-            # The paper's loss is in decibels, whose growth is no explosion yet.
-            LARGEST_LOSS * max(1.0, constant) if settings.loss == LOG else math.inf,
-            f"try a smaller learning rate: --set {self.name}.lr={settings.lr / 4:g} --force",
-        )
 
     @torch.no_grad()
     def _blame(self, batches: TrainingBatches, network: ScaleNetwork, batch: DeltaBatch) -> str:

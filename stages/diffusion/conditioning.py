@@ -10,15 +10,7 @@ Fields = dict[str, Tensor]
 
 
 def positional_encoding(t: Tensor, dim: int) -> Tensor:
-    """PE(t): sines, then cosines, of t at dim/2 wavelengths from 2π to 10,000·2π (Vaswani et al., 2017).
-
-    Args:
-        t: steps, (B,) int.
-        dim: even.
-
-    Returns:
-        (B, dim).
-    """
+    """PE(t): sines, then cosines, of t at dim/2 wavelengths from 2π to 10,000·2π (Vaswani et al., 2017), (B,) to (B, dim)."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t.float().unsqueeze(1) * frequencies

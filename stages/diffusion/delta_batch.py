@@ -33,7 +33,6 @@ class DeltaBatch:
         return len(self.rho)
 
     def take(self, rows: Tensor | slice) -> "DeltaBatch":
-        """Some of the rows."""
         return self._each(lambda value: value[rows])
 
     def to(self, device: torch.device) -> "DeltaBatch":
@@ -54,8 +53,7 @@ def usable_split(degenerate: Tensor, rho: Tensor, sample_index: Tensor, fraction
     """Row numbers for training and held out, each ascending, of the rows that are neither degenerate nor zero.
 
     Args:
-        degenerate: (N,) bool.
-        rho: (N,).
+        degenerate, rho: (N,), bool and float.
         sample_index: of the sample that each row comes from, (N,); all rows of a sample go the same way.
         fraction: part of the samples held out, at least one and at most 512.
         seed: the run's; both trainings hold out the same rows.

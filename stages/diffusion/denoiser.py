@@ -29,11 +29,7 @@ class Denoiser(nn.Module):
 
 
 def unit(deltas: Tensor) -> Tensor:
-    """Unit deltas, δ / ‖δ‖ · sqrt(out·in): direction alone, root-mean-square 1 (Eq. 3 up to the constant, so that the noise of
-    unit variance meets data of unit variance).
-
-    Args:
-        deltas: (B, out, in); a zero delta stays zero.
-    """
+    """Unit deltas, δ / ‖δ‖ · sqrt(out·in), (B, out, in): direction alone, root-mean-square 1 (Eq. 3 up to the constant, so that
+    the noise of unit variance meets data of unit variance); a zero delta stays zero."""
     rho = deltas.flatten(1).norm(dim=1).view(-1, 1, 1)
     return deltas / rho.clamp_min(torch.finfo(deltas.dtype).tiny) * (deltas[0].numel() ** 0.5)

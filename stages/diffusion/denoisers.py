@@ -13,7 +13,7 @@ from stages.diffusion.factored import FactoredDenoiser
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import EPSILON, X0
 from stages.diffusion.unet import UNetDenoiser, UNetPlan
-from stages.foundation.errors import ArtifactError, SettingsError
+from stages.foundation.errors import SettingsError
 
 AUTO, MLP, FACTORED = "auto", "mlp", "factored"
 PAPER, AUTHORS, SMALL = "paper", "authors", "small"
@@ -32,11 +32,8 @@ DENSE_BLOCKS = 3
 
 
 def resolve(settings: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """The settings that shape a denoiser with every `auto` decided; those of other presets are left out.
-
-    Args:
-        settings: of `[train-diffusion]`, its preset decided.
-        shape: (out, in) of a delta.
+    """The settings of `[train-diffusion]`, its preset decided, that shape a denoiser of deltas (out, in), with every `auto`
+    decided; those of other presets are left out.
 
     Raises:
         SettingsError: settings that do not go together.
@@ -98,16 +95,8 @@ def make_denoiser(
         modules: further kinds of encoders, (shape of the field, width) -> module from (B, numbers) to (B, width).
 
     Raises:
-        ArtifactError: it lacks an entry, or names an unknown preset.
         SettingsError, DataError: encoders that do not fit their fields, or other weights.
     """
-    try:
-        return _make(description, weights, modules or {})
-    except KeyError as error:
-        raise ArtifactError(f"the denoiser's description lacks {error}", "redo it with: ocd train-diffusion --force") from error
-
-
-def _make(description: Mapping[str, Any], weights: Mapping[str, Tensor] | None, modules: Mapping[str, Encoders]) -> Denoiser:
     preset, width, prediction = description["preset"], description["width"], description["prediction"]
     shape, blocks = tuple(description["shape"]), description["blocks"]
 
@@ -119,13 +108,8 @@ def _make(description: Mapping[str, Any], weights: Mapping[str, Tensor] | None, 
         return MlpDenoiser(shape, encoder(width), width, blocks, prediction)
     if preset == FACTORED:
         return FactoredDenoiser(shape, encoder(width), width, blocks, description["rank"], prediction)
-    if preset in UNETS:
-        plan = _plan(description)
-        return UNetDenoiser(shape, encoder(plan.encoded), plan, prediction)
-    raise ArtifactError(
-        f"the denoiser's preset is {preset!r}, expected {', '.join((MLP, FACTORED, *UNETS))}",
-        "redo it with: ocd train-diffusion --force",
-    )
+    plan = _plan(description)
+    return UNetDenoiser(shape, encoder(plan.encoded), plan, prediction)
 
 
 def _plan(description: Mapping[str, Any]) -> UNetPlan:

@@ -1,4 +1,4 @@
-"""Training a denoiser (Alg. 1) and judging it on held-out deltas."""
+"""Training a denoiser (Alg. 1), judging it on held-out deltas, and drawing with it while it is trained."""
 
 import torch
 import torch.nn.functional as F
@@ -7,25 +7,21 @@ from torch import Tensor
 from stages.diffusion.conditioning import Fields
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser, unit
-from stages.diffusion.sampler import DDIM, Noise, sample
+from stages.diffusion.sampler import DDIM, Noise, estimates, sample
 from stages.diffusion.schedule import EPSILON, MEAN, NoiseSchedule, add_noise, to_x0
 from stages.foundation.seeds import generator
 
 SAMPLED_ROWS, SAMPLED_STEPS = 64, 10
+SMALLEST_SQUARE = 1e-2
 
 
 def denoising_errors(denoiser: Denoiser, schedule: NoiseSchedule, rows: DeltaBatch, t: Tensor, noise: Tensor) -> Tensor:
-    """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers, for each sample (Eq. 9, Alg. 1 lines 7 to 10).
+    """‖ε − ε̂‖² or ‖Ω_0 − Ω̂_0‖², mean over numbers, for each sample, (B,) (Eq. 9, Alg. 1 lines 7 to 10).
 
     Args:
-        denoiser: predicts x0, epsilon or the mean.
-        schedule: the noise schedule.
         rows: B samples with their deltas, of any length: the direction counts.
         t: steps from 0, (B,) int.
         noise: ε, (B, out, in).
-
-    Returns:
-        (B,).
     """
     clean = unit(rows.deltas)
     noisy, t = noised(denoiser, schedule, clean, t, noise)
@@ -98,3 +94,39 @@ def _cosine(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas:
         )
         total += float(F.cosine_similarity(made.flatten(1), deltas[rows].flatten(1)).sum())
     return total / len(deltas)
+
+
+def drawn_with_gradient(
+    denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, noise: Tensor, passes: int, sample_steps: int
+) -> Tensor:
+    """Unit deltas Ω̂_0 as the denoiser sees them after some steps of DDIM (Alg. 2), on the way that it takes itself.
+
+    The gradient is that of the last pass: what led there counts as given (Clark et al., 2023, "Directly fine-tuning diffusion
+    models on differentiable rewards", K = 1).
+
+    Args:
+        fields: conditioning, each (B, …).
+        noise: the first noise, (B, out, in).
+        passes: of the denoiser, 1 … `sample_steps`; one that predicts the mean takes one.
+
+    Returns:
+        (B, out, in), of unit root-mean-square.
+    """
+    encoded = denoiser.encode(fields)
+    found = estimates(
+        lambda noisy, t: denoiser(noisy, t, encoded).float(),
+        schedule,
+        noise,
+        prediction=denoiser.prediction,
+        sample_steps=sample_steps,
+    )
+    with torch.no_grad():
+        for _ in range(0 if denoiser.prediction == MEAN else passes - 1):
+            next(found)
+    return _unit(next(found))
+
+
+def _unit(values: Tensor) -> Tensor:
+    """Of unit root-mean-square, (B, out, in); a denoiser begins with zeros, where that has no gradient: what is smaller than a
+    tenth is made ten times as large."""
+    return values * values.flatten(1).square().mean(1).clamp_min(SMALLEST_SQUARE).rsqrt().view(-1, 1, 1)

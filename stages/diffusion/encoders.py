@@ -131,14 +131,8 @@ def make_encoders(
     weights: Mapping[str, Tensor] | None = None,
     modules: Mapping[str, Encoders] | None = None,
 ) -> dict[str, nn.Module]:
-    """The encoders that descriptions {field: {"kind", "shape"}} stand for.
-
-    Args:
-        described: fields that have an encoder of their own.
-        dim: width of what they give.
-        weights: VGG-11's, or None.
-        modules: kinds beside ours.
-    """
+    """The encoders, to (B, dim), that descriptions {field: {"kind", "shape"}} stand for; `weights` are VGG-11's, `modules` are
+    kinds beside ours."""
     made = {}
     for name, entry in described.items():
         kind, shape = entry["kind"], tuple(entry["shape"])

@@ -20,8 +20,6 @@ class FactoredDenoiser(Denoiser):
     Args:
         shape: (out, in) of a delta.
         encoder: of the conditioning, to `width` numbers.
-        width: hidden width.
-        blocks: residual blocks.
         rank: directions K on each side, and outer products of the answer.
         prediction: "x0"; noise is of full rank and out of reach.
     """

@@ -18,12 +18,9 @@ class DeltaGenerator:
     """Draws deltas g(x, I(x)) = ρ(x, I(x)) · g_u(x, I(x)) (Eq. 2).
 
     Attributes:
-        denoiser: trained, in eval mode.
-        schedule: the one it was trained with.
-        scale: the scale network, in eval mode.
+        denoiser, scale: trained, in eval mode.
         seed: the run's; the noise of input i and member m depends on seed, i and m alone.
         sampler: "ddim" or "ddpm".
-        sample_steps: steps of the sampler.
         strength: factor on the predicted ρ.
         most_rows: members that the denoiser is given at once.
     """
@@ -39,12 +36,7 @@ class DeltaGenerator:
 
     @torch.no_grad()
     def __call__(self, fields: Fields, rows: list[int], members: range) -> tuple[Tensor, Tensor]:
-        """Deltas for B inputs and E members, all in one batch; the conditioning is encoded once per input.
-
-        Args:
-            fields: conditioning, each (B, …).
-            rows: numbers of the inputs, (B,).
-            members: numbers of the members.
+        """Deltas for B inputs with conditioning (B, …) and E members, all in one batch; the conditioning is encoded once.
 
         Returns:
             deltas (B, E, out, in), each of norm strength · ρ̂ (the sample is renormalised: Eq. 3), and ρ̂ (B,).

@@ -8,16 +8,9 @@ from stages.diffusion.denoiser import Denoiser
 
 
 class MlpDenoiser(Denoiser):
-    """A residual MLP on the flattened unit delta.
+    """A residual MLP on the flattened unit delta, `shape` (out, in); the encoder gives `width` numbers.
 
     It is narrower than the delta, so it cannot reproduce the noise: it is meant to predict x0.
-
-    Args:
-        shape: (out, in) of a delta.
-        encoder: of the conditioning, to `width` numbers.
-        width: hidden width.
-        blocks: residual blocks.
-        prediction: "x0" or "epsilon".
     """
 
     def __init__(self, shape: tuple[int, int], encoder: ConditioningEncoder, width: int, blocks: int, prediction: str) -> None:
@@ -42,11 +35,7 @@ class MlpDenoiser(Denoiser):
 
 
 class ModulatedBlock(nn.Module):
-    """h + W2 silu(W1 (norm(h)·(1 + scale(e)) + shift(e))).
-
-    Args:
-        width: of h and of e.
-    """
+    """h + W2 silu(W1 (norm(h)·(1 + scale(e)) + shift(e)))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

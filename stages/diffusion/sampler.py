@@ -16,15 +16,8 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def ddim_step(clean: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_next: float) -> Tensor:
-    """Ω_s = sqrt(ᾱ_s) Ω̂_0 + sqrt(1 − ᾱ_s) ε̂ with ε̂ = (Ω_t − sqrt(ᾱ_t) Ω̂_0) / sqrt(1 − ᾱ_t), as multiples of Ω̂_0 and Ω_t
-    (Song et al., 2020, Eq. 12 with η = 0).
-
-    Args:
-        clean: predicted Ω̂_0, (B, …).
-        noisy: Ω_t, (B, …).
-        alpha_bar_t: ᾱ_t.
-        alpha_bar_next: ᾱ_s of the next step s < t.
-    """
+    """Ω_s = sqrt(ᾱ_s) Ω̂_0 + sqrt(1 − ᾱ_s) ε̂ with ε̂ = (Ω_t − sqrt(ᾱ_t) Ω̂_0) / sqrt(1 − ᾱ_t), as multiples of Ω̂_0 and Ω_t,
+    (B, …) each, for the next step s < t (Song et al., 2020, Eq. 12 with η = 0)."""
     of_noisy = ((1 - alpha_bar_next) / (1 - alpha_bar_t)) ** 0.5
     of_clean = alpha_bar_next**0.5 - of_noisy * alpha_bar_t**0.5
     return (of_noisy * noisy).add_(clean, alpha=of_clean)
@@ -34,14 +27,8 @@ def ddpm_step(clean: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_next: 
     """One ancestral step, mean of q(Ω_s | Ω_t, Ω̂_0) plus sqrt(β̃) times noise (Ho et al., 2020, Eq. 6 and 7; Alg. 2, line 5).
 
     With α = ᾱ_t/ᾱ_s: mean = sqrt(ᾱ_s)(1 − α)/(1 − ᾱ_t) Ω̂_0 + sqrt(α)(1 − ᾱ_s)/(1 − ᾱ_t) Ω_t, β̃ = (1 − ᾱ_s)/(1 − ᾱ_t)(1 − α).
-    The paper prints 1 − α_{t−1} in β̃ and no noise beside its root; both are slips.
-
-    Args:
-        clean: Ω̂_0, (B, …).
-        noisy: Ω_t, (B, …).
-        alpha_bar_t: ᾱ_t.
-        alpha_bar_next: ᾱ_s of the next step s < t.
-        noise: standard normal, (B, …).
+    The paper prints 1 − α_{t−1} in β̃ and no noise beside its root; both are slips. Ω̂_0, Ω_t and the standard normal noise are
+    (B, …); ᾱ_s is that of the next step s < t.
     """
     alpha = alpha_bar_t / alpha_bar_next
     of_clean = alpha_bar_next**0.5 * (1 - alpha) / (1 - alpha_bar_t)
@@ -75,11 +62,8 @@ def estimates(
     torch is set then.
 
     Args:
-        denoise: the denoiser with its conditioning.
-        schedule: the noise schedule it was trained with.
         first: the noise to begin from, (B, …).
         prediction: what the denoiser outputs, "x0" or "epsilon"; or "mean": one pass, no noise.
-        sample_steps: steps to take.
         sampler: "ddim" (deterministic after the first noise) or "ddpm" (ancestral).
         noise: of each ancestral step.
 

@@ -12,12 +12,7 @@ LOG, PAPER = "log", "paper"
 
 
 class ScaleNetwork(nn.Module):
-    """An MLP from the normalised fields, side by side, to log ρ; it begins at the training set's mean of log ρ.
-
-    Args:
-        widths: numbers of each conditioning field.
-        width: hidden width.
-    """
+    """An MLP from the normalised fields, side by side, to log ρ; it begins at the training set's mean of log ρ."""
 
     def __init__(self, widths: dict[str, int], width: int) -> None:
         super().__init__()
@@ -44,18 +39,10 @@ class ScaleNetwork(nn.Module):
 
 
 def scale_loss(log_rho: Tensor, rho: Tensor, loss: str) -> Tensor:
-    """The scale network's loss for each sample.
+    """The scale network's loss for each sample, of log ρ̂ and ρ (positive), (B,) each, to (B,).
 
     "log" (ours): (log ρ̂ − log ρ)². "paper": 10·log10(|ρ̂ − ρ|²/ρ + 1e-8) (Eq. 10); without the 1e-8 of the authors' code it has
     no lower bound.
-
-    Args:
-        log_rho: predicted, (B,).
-        rho: true, (B,), positive.
-        loss: "log" or "paper".
-
-    Returns:
-        (B,).
     """
     if loss == LOG:
         return (log_rho - rho.log()).square()

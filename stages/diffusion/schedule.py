@@ -60,17 +60,8 @@ def linear_betas(first: float, last: float, steps: int) -> Tensor:
 
 
 def rescale_terminal(betas: Tensor, terminal_alpha_bar: float) -> Tensor:
-    """Shift and scale sqrt(ᾱ) so that its first value stays and its last is sqrt(`terminal_alpha_bar`).
-
-    After Lin et al. (2023), Algorithm 1, who have 0 at the end.
-
-    Args:
-        betas: (T,).
-        terminal_alpha_bar: signal left at step T; 0 for none.
-
-    Returns:
-        betas: (T,).
-    """
+    """Shift and scale sqrt(ᾱ) so that its first value stays and its last is sqrt(`terminal_alpha_bar`): betas (T,) to (T,).
+    After Lin et al. (2023), Algorithm 1, who have 0 at the end."""
     root = torch.cumprod(1 - betas, dim=0).sqrt()
     target = terminal_alpha_bar**0.5
     root = target + (root - root[-1]) * (root[0] - target) / (root[0] - root[-1])
@@ -79,16 +70,11 @@ def rescale_terminal(betas: Tensor, terminal_alpha_bar: float) -> Tensor:
 
 
 def make_schedule(name: str, numel: int, prediction: str) -> NoiseSchedule:
-    """The schedule of a setting.
+    """The schedule of a setting, for deltas of d numbers.
 
     "ddpm" (ours): β 1e-4 … 2e-2, T = 1000 (Ho et al., 2020), trailing; where d·ᾱ_T would leave a signal (d above 24,000)
     rescaled, to none for `x0` and to d·ᾱ_T ≤ 1 for `epsilon`. "authors": β 1e-6 … 1e-2, T = 1000, leading, as in their code.
     "paper": β 1e-4 … 1e-2, T = 10, as in their text; it ends at ᾱ ≈ 0.95, far from pure noise.
-
-    Args:
-        name: "ddpm", "authors" or "paper".
-        numel: d, the numbers of a delta.
-        prediction: "x0" or "epsilon".
     """
     if name == "authors":
         return NoiseSchedule(linear_betas(1e-6, 1e-2, 1000), LEADING)
@@ -119,28 +105,15 @@ def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Ω_t = sqrt(ᾱ_t) Ω_0 + sqrt(1 − ᾱ_t) ε (Eq. 8, whose printed sqrt(1 − ᾱ_t²) is a slip: it would not keep unit variance).
-
-    Args:
-        clean: Ω_0, (B, …).
-        noise: ε, (B, …).
-        t: steps from 0, (B,) int.
-        alpha_bar: (T,).
-    """
+    """Ω_t = sqrt(ᾱ_t) Ω_0 + sqrt(1 − ᾱ_t) ε (Eq. 8, whose printed sqrt(1 − ᾱ_t²) is a slip: it would not keep unit variance);
+    Ω_0 and ε are (B, …), t steps from 0, (B,) int, ᾱ (T,)."""
     signal = _at(alpha_bar, t, clean)
     return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
 
 def to_x0(output: Tensor, noisy: Tensor, t: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """The clean unit delta a denoiser's output stands for: itself, or (Ω_t − sqrt(1 − ᾱ_t) ε̂) / sqrt(ᾱ_t).
-
-    Args:
-        output: of the denoiser, (B, …).
-        noisy: Ω_t, (B, …).
-        t: (B,) int.
-        alpha_bar: (T,).
-        prediction: what `output` is, "x0", "mean" (a clean unit delta, too) or "epsilon".
-    """
+    """The clean unit delta a denoiser's output (B, …) stands for: itself, or (Ω_t − sqrt(1 − ᾱ_t) ε̂) / sqrt(ᾱ_t) where that is
+    "epsilon"; Ω_t is (B, …), t (B,) int, ᾱ (T,)."""
     if prediction != EPSILON:
         return output
     signal = _at(alpha_bar, t, noisy)

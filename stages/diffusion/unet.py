@@ -68,8 +68,6 @@ class UNetDenoiser(Denoiser):
     Args:
         shape: (out, in) of a delta.
         encoder: of the conditioning, to `plan.encoded` numbers.
-        plan: how it is built.
-        prediction: "epsilon" or "x0".
     """
 
     def __init__(self, shape: tuple[int, int], encoder: ConditioningEncoder, plan: UNetPlan, prediction: str) -> None:

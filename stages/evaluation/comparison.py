@@ -1,7 +1,7 @@
 """Comparing rows: strengths fitted on validation samples, then every row's metrics on the test samples."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.evaluation.metrics import LOSS, Gathered, Residuals, probabilities
-from stages.evaluation.rows import Row
+from stages.evaluation.rows import Members, Row
 from stages.evaluation.statistics import minimum
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.seeds import generator
-from stages.foundation.trees import Tree, batch_size, take, tree_map
+from stages.foundation.trees import Tree, batch_size, concatenate, take
 from stages.tasks.loader import losses, naming_rows
 from stages.tasks.losses import REGRESSION
 
@@ -25,12 +25,8 @@ COLDEST, HOTTEST = 0.05, 20.0
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row's strength.
-
-    Attributes:
-        strength: the one with the lowest mean loss on validation samples; of equal ones the smallest.
-        losses: every strength tried, and its mean loss.
-    """
+    """A row's strength, the one with the lowest mean loss on validation samples (of equal ones the smallest), and the mean loss
+    of every strength tried."""
 
     strength: float
     losses: dict[float, float]
@@ -50,29 +46,13 @@ def fit_strengths(
     size: int,
     on_progress: OnProgress,
 ) -> dict[str, Fitted]:
-    """The strength of the lowest mean loss for each row, by name.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: validation samples.
-        rows: those to fit.
-        grid: strengths to try; 0 is the base.
-        size: samples at once.
-        on_progress: of progress.
-    """
+    """The strength of `grid` with the lowest mean loss on validation samples for each row, by name; 0 is the base."""
     sums = {row.name: dict.fromkeys(sorted(grid), 0.0) for row in rows}
-    done = 0
-    for positions in evaluated.parts(size):
-        batch = Batch(subject, evaluated, positions)
-        for row in rows:
-            members = row.members(batch)
-            for strength in sums[row.name]:
-                output = _combined(subject, members(strength))
-                values = losses(subject.task, output, batch.y).double()
-                # Weights thrown far enough give no numbers: no strength to choose.
-                sums[row.name][strength] += float(torch.nan_to_num(values, nan=torch.inf).sum())
-            done += len(positions)
-            on_progress(done)
+    for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
+        for strength in sums[name]:
+            values = losses(subject.task, _combined(subject, members(strength)), batch.y).double()
+            # Weights thrown far enough give no numbers: no strength to choose.
+            sums[name][strength] += float(torch.nan_to_num(values, nan=torch.inf).sum())
     found = {}
     for name, by_strength in sums.items():
         means = {strength: total / len(evaluated.order) for strength, total in by_strength.items()}
@@ -98,7 +78,7 @@ def fit_temperature(subject: Subject, evaluated: EvaluatedSamples, size: int) ->
         batch = Batch(subject, evaluated, positions)
         outputs.append(batch.first.output)
         labels.append(batch.y)
-    output, y = (tree_map(lambda *parts: torch.cat(parts), *trees) for trees in (outputs, labels))
+    output, y = concatenate(outputs), concatenate(labels)
     if probabilities(output, y) is None:
         return None
     own, shifted = (losses(subject.task, values, y).double() for values in (output, output + 1))
@@ -125,30 +105,10 @@ def fit_variances(
     if subject.task.kind != REGRESSION:
         return {}
     found = {row.name: Residuals() for row in rows}
-    done = 0
-    for positions in evaluated.parts(size):
-        batch = Batch(subject, evaluated, positions)
-        for row in rows:
-            members = row.members(batch)(strengths.get(row.name, 1.0))
-            found[row.name].add(members, _combined(subject, members), batch.y)
-            done += len(positions)
-            on_progress(done)
+    for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
+        outputs = members(strengths.get(name, 1.0))
+        found[name].add(outputs, _combined(subject, outputs), batch.y)
     return {name: residuals.variance() for name, residuals in found.items()}
-
-
-@dataclass
-class Compared:
-    """Rows on the same samples.
-
-    Attributes:
-        gathered: what the samples contribute to each row's metrics, by the row's name.
-        members: of each row.
-        order: the samples' positions in the split, (N,).
-    """
-
-    gathered: dict[str, Gathered]
-    members: dict[str, int]
-    order: Tensor
 
 
 @torch.no_grad()
@@ -160,52 +120,27 @@ def compare(
     variances: dict[str, float | None],
     size: int,
     on_progress: OnProgress,
-) -> Compared:
-    """Every row's metrics on labelled samples.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: test samples.
-        rows: what to compare.
-        strengths: by name, 1 where there is none.
-        variances: of a regression's residuals, by name.
-        size: samples at once.
-        on_progress: of progress.
+) -> dict[str, Gathered]:
+    """What labelled samples contribute to every row's metrics, by the row's name, as are strengths (1 where there is none) and
+    the variances of a regression's residuals.
 
     Raises:
         DataError: a label is out of range; the row is named.
     """
     gathered = {row.name: Gathered(subject.task, variances.get(row.name)) for row in rows}
-    members: dict[str, int] = {}
-    done = 0
-    for positions in evaluated.parts(size):
-        batch = Batch(subject, evaluated, positions)
-        for row in rows:
-            outputs = row.members(batch)(strengths.get(row.name, 1.0))
-            with naming_rows(evaluated.split, positions):
-                gathered[row.name].add(outputs, _combined(subject, outputs), batch.y)
-            members[row.name] = batch_size(outputs)
-            done += len(positions)
-            on_progress(done)
-    return Compared(gathered, members, evaluated.order)
+    for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
+        outputs = members(strengths.get(name, 1.0))
+        with naming_rows(evaluated.split, batch.positions):
+            gathered[name].add(outputs, _combined(subject, outputs), batch.y)
+    return gathered
 
 
 @torch.no_grad()
 def cross_fitted(
     subject: Subject, evaluated: EvaluatedSamples, rows: Sequence[Row], grid: Sequence[float], size: int
-) -> tuple[Compared, dict[str, list[float]]]:
-    """Every row's metrics where few samples have to serve for both: each half at the strengths of the lowest loss on the other.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: labelled samples.
-        rows: what to compare; those not validated have strength 1.
-        grid: strengths to try.
-        size: samples at once.
-
-    Returns:
-        the comparison, and both strengths of every validated row.
-    """
+) -> tuple[dict[str, Gathered], dict[str, list[float]]]:
+    """As `compare`, where few samples have to serve for both: each half at the strengths of the lowest loss on the other; and
+    both strengths of every validated row. The others have strength 1."""
     halves = [EvaluatedSamples(evaluated.split, part, evaluated.neighbours) for part in evaluated.order.tensor_split(2)]
     tried = {
         row.name: [
@@ -213,23 +148,31 @@ def cross_fitted(
         ]
         for row in rows
     }
-    members: dict[str, int] = {}
     for number, half in enumerate(halves):
-        for positions in half.parts(size):
-            batch = Batch(subject, half, positions)
-            for row in rows:
-                at = row.members(batch)
-                for strength, gathered in tried[row.name][number].items():
-                    outputs = at(strength)
-                    gathered.add(outputs, _combined(subject, outputs), batch.y)
-                members[row.name] = batch_size(outputs)
+        for batch, name, members in _every(subject, half, rows, size):
+            for strength, gathered in tried[name][number].items():
+                outputs = members(strength)
+                gathered.add(outputs, _combined(subject, outputs), batch.y)
     found, strengths = {}, {}
     for name, (first, second) in tried.items():
         best = [min(one, key=lambda strength, one=one: _mean_loss(one[strength])) for one in (second, first)]
         found[name] = first[best[0]].joined(second[best[1]])
         if len(first) > 1:
             strengths[name] = best
-    return Compared(found, members, evaluated.order), strengths
+    return found, strengths
+
+
+def _every(
+    subject: Subject, evaluated: EvaluatedSamples, rows: Sequence[Row], size: int, on_progress: OnProgress = lambda done: None
+) -> Iterator[tuple[Batch, str, Members]]:
+    """Each row by name, with its outputs as a function of the strength, on one batch of samples after another."""
+    done = 0
+    for positions in evaluated.parts(size):
+        batch = Batch(subject, evaluated, positions)
+        for row in rows:
+            yield batch, row.name, row.members(batch)
+            done += len(positions)
+            on_progress(done)
 
 
 def _mean_loss(gathered: Gathered) -> float:

@@ -90,38 +90,30 @@ def probe_of(context: RunContext) -> tuple[Tree, Tree]:
 
 def find_neighbours(
     subject: Subject,
+    training: StoredDeltas,
     evaluated: EvaluatedSamples,
     split: Split,
-    numbers: Tensor,
-    known: Tensor | None,
     k: int,
     size: int,
     on_progress: OnProgress,
 ) -> tuple[dict[str, Neighbours], dict[str, str]]:
-    """The nearest training samples of the evaluated samples, in x and in what the layer sees.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: the samples.
-        split: all training samples.
-        numbers: those that have a delta, (N,); neighbours are counted in this order.
-        known: what the layer sees of each of them, (N, d), or None.
-        k: how many.
-        size: samples at once.
-        on_progress: of progress.
+    """The k nearest training samples of the evaluated samples, counted as the store's samples; `split` holds them all.
 
     Returns:
-        the neighbours, by what the distance is taken in; and what they could not be found in, with the reason.
+        the neighbours, by what the distance is taken in, x and what the layer sees; and what they could not be found in, with
+        the reason.
     """
-    found, missing = {}, {}
-    asked = evaluated.order.sort().values
+    found, missing, known = {}, {}, training.field(LAYER_INPUT)
+    asked, numbers = evaluated.order.sort().values, training.sample_index[training.first_rows]
     count, own = len(evaluated.split), own_rows(evaluated.split, split, asked, numbers)
     if places_of(subject.task, evaluated.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
     else:
-        found[row.IN_X] = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
+        in_x = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
+        found[row.IN_X] = in_x.spread(asked, count)
     if known is None:
         return found, missing | {row.IN_LAYER_INPUT: "the store has no field layer_input"}
+    known = known[training.first_rows]
     parts = [Batch(subject, evaluated, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
     candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
     found[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
@@ -138,14 +130,13 @@ def _nearest_in_x(
     k: int,
     on_progress: OnProgress,
 ) -> Neighbours:
-    """As `find_neighbours`: of large inputs only as many as memory holds are compared with all training samples at a time."""
+    """Of large inputs only as many as memory holds are compared with all training samples at a time."""
     parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(evaluated.inputs(asked[:1])).values())
     for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // numbers_each)):
         queries = places_of(subject.task, evaluated.inputs(asked[part])).to(subject.device)
         blocks = input_blocks(subject.task, split, numbers, subject.device)
-        found = nearest(queries, blocks, k, on_progress, None if own is None else own[part])
-        parts.append(found.spread(asked[part], len(evaluated)))
-    return parts[0].joined(parts[1:])
+        parts.append(nearest(queries, blocks, k, on_progress, None if own is None else own[part]))
+    return Neighbours(torch.cat([part.distance for part in parts]), torch.cat([part.row for part in parts]))
 
 
 def own_rows(evaluated: Split, training: Split, positions: Tensor, numbers: Tensor) -> Tensor | None:
@@ -160,14 +151,8 @@ def own_rows(evaluated: Split, training: Split, positions: Tensor, numbers: Tens
 def training_rows(
     subject: Subject, training: StoredDeltas, means: Tensor | str, missing: dict[str, str]
 ) -> tuple[list[Row], dict[str, str]]:
-    """The rows that are made of training samples' deltas, and those that cannot be, with the reason.
-
-    Args:
-        subject: what is evaluated.
-        training: the store.
-        means: as `class_means`.
-        missing: as `find_neighbours`.
-    """
+    """The rows that are made of training samples' deltas, and those that cannot be, with the reason; `means` as `class_means`,
+    `missing` as `find_neighbours` gives them."""
     left_out = {}
     found = [row.random_training_row(), row.mean_row(training.mean.to(subject.device))]
     if isinstance(means, str):
@@ -180,13 +165,7 @@ def training_rows(
 
 
 def class_means(subject: Subject, training: StoredDeltas, example: Batch) -> Tensor | str:
-    """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none.
-
-    Args:
-        subject: what is evaluated.
-        training: the store.
-        example: some samples with labels.
-    """
+    """The mean delta of the training samples that the base takes for each class, (classes, out, in); or why there is none."""
     if subject.task.kind != CLASSIFICATION:
         return "the task has no classes"
     outputs, output = training.field("base_output", vectors=True), example.first.output
@@ -244,7 +223,7 @@ def extra_rows(context: RunContext, taken: set[str]) -> list[Row]:
         raise TaskError("extra_rows() gave no dict of functions", 'return {"a name": lambda x: outputs}, or {} for no rows')
     if clash := sorted((taken | set(row.TABLE)) & found.keys()):
         raise TaskError(f"extra_rows() gave a row named {clash[0]!r}, which ocd has itself", "give it another name")
-    return [row.OutputRow(name, _guarded(name, predict)) for name, predict in found.items()]
+    return [row.output_row(name, _guarded(name, predict)) for name, predict in found.items()]
 
 
 def _guarded(name: str, predict: Callable[[Tree], Tree]) -> Callable[[Batch], Tree]:
@@ -256,20 +235,13 @@ def _guarded(name: str, predict: Callable[[Tree], Tree]) -> Callable[[Batch], Tr
 
 
 class OverfittedOnDemand:
-    """The deltas of training samples, each overfitted when it is asked for.
-
-    Args:
-        subject: overfits.
-        split: the training samples.
-        positions: theirs, in the order that rows are counted in.
-    """
+    """The deltas of training samples, each overfitted when it is asked for; rows are counted in the order of `positions`."""
 
     def __init__(self, subject: Subject, split: Split, positions: Tensor) -> None:
         self._subject, self._split, self._positions = subject, split, positions
         self.usable = torch.arange(len(positions))
 
     def take(self, rows: Tensor) -> Tensor:
-        """Deltas of some rows, (n,) to (n, out, in)."""
         positions = self._positions[rows.cpu()]
         deltas, degenerate = self._subject.overfit(self._split, positions, self._split.batch(positions))
         return deltas * ~degenerate.view(-1, 1, 1)

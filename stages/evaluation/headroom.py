@@ -42,7 +42,6 @@ class Trial:
         return self.gains(self.neighbour, BASE) and self.value(self.neighbour) < self.value(MEAN_DELTA)
 
     def value(self, name: str) -> float:
-        """A row's loss."""
         return self.losses[name].value
 
 

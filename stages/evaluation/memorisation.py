@@ -1,17 +1,15 @@
 """Are generated deltas copies of training ones? Cosines with the truth, and with what could have been copied."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.evaluation.from_run import class_numbers
+from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.seeds import generator
-
-# deltas (Q, out, in) and rows not to compare them with (Q,) -> the largest cosine with a training delta (Q,)
-NearestCosine = Callable[[Tensor, Tensor], Tensor]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -21,26 +19,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def memorisation(
-    subject: Subject,
-    evaluated: EvaluatedSamples,
-    size: int,
-    count: int,
-    mean: Tensor,
-    class_means: Tensor | None,
-    classes: Callable[[Batch], Tensor],
-    nearest_cosine: NearestCosine,
+    subject: Subject, training: StoredDeltas, evaluated: EvaluatedSamples, size: int, count: int, class_means: Tensor | None
 ) -> dict[str, Any]:
-    """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: test samples.
-        size: samples at once.
-        count: samples to look at.
-        mean: of all training deltas, (out, in).
-        class_means: of those of each class, (classes, out, in), or None.
-        classes: a batch to class numbers, (B,).
-        nearest_cosine: looks through the training deltas.
+    """Mean cosines of one generated delta a sample, and of true ones, with what they may resemble, on `count` test samples;
+    `class_means` are (classes, out, in).
 
     Returns:
         generated_true: of the generated delta with the one that the sample's own label gives; generated_nearest: with the
@@ -49,10 +31,10 @@ def memorisation(
         generated delta is nearer to a training delta than 95 % of the training deltas are to each other. Degenerate samples,
         whose true delta is rounding noise, are not left out.
     """
-    generated, true, of_class = _gathered(subject, evaluated, size, count, class_means, classes)
-    nearest = _nearest(subject, generated, true, nearest_cosine)
+    generated, true, of_class = _gathered(subject, evaluated, size, count, class_means)
+    nearest = _nearest(subject.seed, training, generated, true)
     cosines = {"generated_true": cosine(generated, true), **nearest}
-    cosines["generated_mean"] = cosine(generated, mean.cpu().expand_as(generated))
+    cosines["generated_mean"] = cosine(generated, training.mean.cpu().expand_as(generated))
     if class_means is not None:
         cosines["generated_class_mean"] = cosine(generated, of_class)
     # As near to each other as a twentieth of the training deltas are.
@@ -62,12 +44,7 @@ def memorisation(
 
 
 def _gathered(
-    subject: Subject,
-    evaluated: EvaluatedSamples,
-    size: int,
-    count: int,
-    class_means: Tensor | None,
-    classes: Callable[[Batch], Tensor],
+    subject: Subject, evaluated: EvaluatedSamples, size: int, count: int, class_means: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One generated delta a sample, the true one, and the mean of its class, (Q, out, in) each."""
     generated, true, of_class = [], [], []
@@ -76,15 +53,16 @@ def _gathered(
         generated.append(batch.generated[0][:, 0].cpu())
         true.append(batch.overfitted.cpu())
         if class_means is not None:
-            of_class.append(class_means[classes(batch)].cpu())
+            of_class.append(class_means[class_numbers(batch)].cpu())
     return torch.cat(generated), torch.cat(true), torch.cat(of_class) if of_class else None
 
 
-def _nearest(subject: Subject, generated: Tensor, true: Tensor, nearest_cosine: NearestCosine) -> dict[str, Tensor]:
+def _nearest(seed: int, training: StoredDeltas, generated: Tensor, true: Tensor) -> dict[str, Tensor]:
     """The cosines of generated and true deltas, and of as many training deltas, with their nearest (other) training delta."""
-    usable, training = subject.training.usable, subject.training
-    order = torch.randperm(len(usable), generator=generator(subject.seed, "evaluate", "memorisation"))
+    usable = training.usable
+    order = torch.randperm(len(usable), generator=generator(seed, "evaluate", "memorisation"))
     picked, nowhere = usable[order[: len(generated)]], torch.full((len(generated),), -1)
     queries = torch.cat([generated, true, training.take(picked)])
-    found = nearest_cosine(queries, torch.cat([nowhere, nowhere, picked])).split([len(generated), len(true), len(picked)])
+    own = torch.cat([nowhere, nowhere, picked])
+    found = training.nearest_cosines(queries, own).split([len(generated), len(true), len(picked)])
     return dict(zip(("generated_nearest", "true_nearest", "training_nearest"), found, strict=True))

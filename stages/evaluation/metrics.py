@@ -67,16 +67,19 @@ class Gathered:
         variance: of a regression's residual, fitted on other samples; None where it is not known.
         parts: name to arrays, one a batch, (B, …).
         missing: metrics that have no value, with the reason.
+        members: of the row.
     """
 
     task: Task
     variance: float | None = None
     parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    members: int = 0
 
     def add(self, members: Tree, output: Tree, y: Tree) -> None:
         """A batch: members (E, B, …), their combination (B, …) and the labels (B, …). A metric of the task comes before one of
         ours of the same name, but for `loss`, which is the task's loss."""
+        self.members = batch_size(members)
         for name, values in metrics_of(self.task, output, y).items():
             if name != LOSS:
                 self._keep(name, values)
@@ -89,7 +92,7 @@ class Gathered:
     def joined(self, other: "Gathered") -> "Gathered":
         """The same row on these samples and on others; what one of them has no value for has none."""
         parts = {name: [*mine, *other.parts[name]] for name, mine in self.parts.items() if name in other.parts}
-        return Gathered(self.task, self.variance, parts, self.missing | other.missing)
+        return Gathered(self.task, self.variance, parts, self.missing | other.missing, self.members)
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.parts.setdefault(name, []).append(values.detach().double().cpu().numpy())
@@ -117,10 +120,10 @@ class Gathered:
             return
         self._keep("wrong*", 1 - correct[:, 0])
         self._keep("auroc_of_confidence*", -confidence[:, 0])
-        if (count := batch_size(members)) == 1:
+        if self.members == 1:
             self.missing["auroc_of_disagreement"] = ONE_MEMBER
             return
-        of_members = [probabilities(take(members, member), y) for member in range(count)]
+        of_members = [probabilities(take(members, member), y) for member in range(self.members)]
         self._keep("auroc_of_disagreement*", disagreement(torch.stack([one[0] for one in of_members])))
 
     def _regression(self, members: Tree, output: Tree, y: Tree) -> None:

@@ -35,14 +35,6 @@ class Neighbours:
         distance[positions], row[positions] = self.distance.cpu(), self.row.cpu()
         return Neighbours(distance, row)
 
-    def joined(self, others: Iterable["Neighbours"]) -> "Neighbours":
-        """With those that others, spread alike, have found for other positions."""
-        distance, row = self.distance, self.row
-        for other in others:
-            here = other.row[:, :1] >= 0
-            distance, row = torch.where(here, other.distance, distance), torch.where(here, other.row, row)
-        return Neighbours(distance, row)
-
 
 def nearest(
     queries: Tensor,

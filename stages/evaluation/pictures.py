@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -75,17 +76,10 @@ def _is_finite(tree: Tree) -> bool:
 
 
 def write_pictures(
-    context: RunContext, inputs: Split, answer: PredictionBlocks, like: Tree, most: int, report: Report
+    context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, most: int, report: Report
 ) -> dict[str, int]:
-    """Write strips of the first inputs of an answer that is whole, one input in memory at a time.
-
-    Args:
-        context: the run's.
-        inputs: the rows.
-        answer: their predictions; strips go to `pictures` in its folder, named after the row in the user's data.
-        like: an output (1, …).
-        most: inputs, at most.
-        report: hears of the progress.
+    """Write strips of the first inputs (`most` at most) of an answer that is whole to `pictures` in its folder, named after the
+    row in the user's data, one input in memory at a time; `like` is an output (1, …).
 
     Returns:
         {"pictures": strips written}, or {} where the task does not draw.
@@ -93,15 +87,15 @@ def write_pictures(
     Raises:
         TaskError: as `picture_of`, and faults of the task in overfitting.
     """
-    folder, total, written = answer.folder / FOLDER, min(most, len(inputs)), 0
+    folder, total, written = predictions.folder / FOLDER, min(most, len(inputs)), 0
     # What a killed process drew.
     remove(folder)
     if uses_default(context.task, "picture"):
         return {}
-    if total and not _has_pillow():
+    if total and find_spec("PIL") is None:
         report.message(NO_PILLOW)
         total = 0
-    for position, panes in enumerate(_panes(context, inputs, answer, like, total)):
+    for position, panes in enumerate(_panes(context, inputs, predictions, like, total)):
         if panes:
             folder.mkdir(exist_ok=True)
             write_bytes(folder / f"{int(inputs.rows[position]):06d}.png", strip(panes))
@@ -110,11 +104,11 @@ def write_pictures(
     return {"pictures": written}
 
 
-def _panes(context: RunContext, inputs: Split, answer: PredictionBlocks, like: Tree, total: int) -> Iterator[list[Pane]]:
+def _panes(context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, total: int) -> Iterator[list[Pane]]:
     """Captions and pictures of one input after another."""
     labelled = total > 0 and inputs.labels([0]) is not None
     overfitted = _overfitted(context, inputs) if labelled else None
-    for position, (base, ours) in enumerate(_answered(answer, like, total)):
+    for position, (base, ours) in enumerate(_answered(predictions, like, total)):
         outputs = {"base": base, "OCD": ours}
         if overfitted:
             x, y, best = overfitted(position)
@@ -129,13 +123,13 @@ def _panes(context: RunContext, inputs: Split, answer: PredictionBlocks, like: T
         ]
 
 
-def _answered(answer: PredictionBlocks, like: Tree, total: int) -> Iterator[tuple[Tree, Tree]]:
+def _answered(predictions: PredictionBlocks, like: Tree, total: int) -> Iterator[tuple[Tree, Tree]]:
     """What the base and the ensemble gave for each of the first inputs."""
-    for block in range(answer.blocks):
-        span = answer.block_range(block)
+    for block in range(predictions.blocks):
+        span = predictions.block_range(block)
         if span.start >= total:
             return
-        base, ours = (stored_output(answer.read(block), name, like) for name in (BASE, OUTPUT))
+        base, ours = (stored_output(predictions.read(block), name, like) for name in (BASE, OUTPUT))
         for place in range(min(len(span), total - span.start)):
             yield take(base, place), take(ours, place)
 
@@ -153,14 +147,6 @@ def _overfitted(context: RunContext, inputs: Split) -> Callable[[int], tuple[Tre
         return take(x, 0), take(y, 0), tree_map(lambda leaf: leaf[0, 0].cpu(), members)
 
     return output
-
-
-def _has_pillow() -> bool:
-    try:
-        from PIL import Image, ImageDraw  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def strip(panes: list[Pane]) -> bytes:

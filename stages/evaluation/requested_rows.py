@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.evaluation import rows as row
 from stages.evaluation.from_run import make_subject, with_denoiser
-from stages.evaluation.rows import ElsewhereRow, OutputRow, Row
+from stages.evaluation.rows import Row, elsewhere_row, output_row
 from stages.evaluation.subject import Batch, Subject
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
@@ -15,7 +15,7 @@ from stages.lifecycle.context import BASE_FILE, RunContext
 from stages.overfitting.recipe import recipe_of
 from stages.overfitting.whole_network import overfit_whole
 from stages.run_directory.folders import folder_of
-from stages.run_directory.pipeline import ORDER
+from stages.run_directory.pipeline import LEARNED, ORDER
 from stages.run_directory.project import Project
 from stages.tasks.loader import losses
 
@@ -28,10 +28,6 @@ LeftOut = dict[str, str]
 
 def requested_rows(context: RunContext, subject: Subject) -> tuple[list[Row], LeftOut]:
     """The rows that `[evaluate] rows` asks for and that need a training, and those left out, with the reason.
-
-    Args:
-        context: of the run; its report hears of each branch that is begun.
-        subject: what is evaluated.
 
     Raises:
         ArtifactError, TryAgainError: a stage of a branch fails; it goes on where it was when asked for again.
@@ -60,10 +56,6 @@ def _branch(context: RunContext, name: str, values: dict[str, Any], stages: Iter
     return RunContext(project, context.report)
 
 
-def _learned() -> tuple[str, ...]:
-    return ORDER[: ORDER.index("train-scale") + 1]
-
-
 def _alternative(context: RunContext, subject: Subject) -> Row | str:
     """OCD on the layer with the second highest score; on that with the highest, where the second is the one chosen."""
     candidates = context.manifest_of("select-layer").summary["candidates"]
@@ -72,24 +64,24 @@ def _alternative(context: RunContext, subject: Subject) -> Row | str:
     if not others:
         return "select-layer has no scores of other layers"
     values = {"select-layer.layer": others[-1], "select-layer.draws": 0}
-    branch = _branch(context, "alternative-layer", values, _learned())
+    branch = _branch(context, "alternative-layer", values, LEARNED)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
-    return ElsewhereRow(row.ALTERNATIVE, other)
+    return elsewhere_row(row.ALTERNATIVE, other)
 
 
 def _regression(context: RunContext, subject: Subject) -> Row:
     """The same network regressing the unit delta from the conditioning (Eq. 1)."""
-    branch = _branch(context, "deterministic-hypernetwork", {"train-diffusion.prediction": "mean"}, _learned())
-    return ElsewhereRow(row.REGRESSION_ROW, with_denoiser(subject, branch, None, 1))
+    branch = _branch(context, "deterministic-hypernetwork", {"train-diffusion.prediction": "mean"}, LEARNED)
+    return elsewhere_row(row.REGRESSION_ROW, with_denoiser(subject, branch, None, 1))
 
 
 def _with_x(context: RunContext, subject: Subject) -> Row | str:
     """OCD whose networks see x beside the paper's three fields."""
     if context.project.settings.collect.condition_on_x:
         return "collect.condition_on_x is set: all of OCD's rows are conditioned on x"
-    branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, _learned())
+    branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, LEARNED)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
-    return ElsewhereRow(row.WITH_X, other)
+    return elsewhere_row(row.WITH_X, other)
 
 
 def _longer(context: RunContext, subject: Subject) -> Row | str:
@@ -99,7 +91,7 @@ def _longer(context: RunContext, subject: Subject) -> Row | str:
         return "the base was imported, or trained by the task: its training cannot be continued"
     values = {"train-base.epochs": 2 * reached, "train-base.patience": 0}
     model = _branch(context, "base-trained-longer", values, ("train-base",)).another_base()
-    return OutputRow(row.LONGER, lambda batch: context.forward(model, batch.x))
+    return output_row(row.LONGER, lambda batch: context.forward(model, batch.x))
 
 
 def whole_network_row(context: RunContext, samples: int) -> Row | str:
@@ -121,7 +113,7 @@ def whole_network_row(context: RunContext, samples: int) -> Row | str:
     seconds = (time.perf_counter() - start) / min(TRIED, len(split)) * samples
     if seconds > LONGEST_S and row.ORACLE_ALL not in context.project.settings.evaluate.rows:
         return f"sample by sample it would take about {seconds / 60:.0f} minutes; ask with --add '{row.ORACLE_ALL}'"
-    return OutputRow(row.ORACLE_ALL, each)
+    return output_row(row.ORACLE_ALL, each)
 
 
 def seed_branches(context: RunContext) -> Iterable[tuple[int, Project]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.evaluation.comparison import Compared, Fitted
+from stages.evaluation.comparison import Fitted
 from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.rows import BASE
 from stages.evaluation.statistics import Estimate, estimates
@@ -42,7 +42,7 @@ def estimate_all(
 
 
 def row_records(
-    compared: Compared,
+    gathered: Mapping[str, Gathered],
     found: Estimates,
     fitted: Mapping[str, Fitted] = MappingProxyType({}),
     strengths: Mapping[str, float] = MappingProxyType({}),
@@ -51,10 +51,10 @@ def row_records(
     return [
         {
             "name": row,
-            "members": compared.members[row],
+            "members": gathered[row].members,
             "strength": strengths.get(row),
             "validated": row in fitted,
-            "metrics": _metrics(found, row, compared.gathered[row].missing),
+            "metrics": _metrics(found, row, gathered[row].missing),
         }
         for row in found
     ]

@@ -3,14 +3,13 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stages.evaluation.subject import Batch, Subject, as_member
+from stages.evaluation.subject import Batch, Subject
 from stages.foundation.seeds import generator, seed_of
-from stages.foundation.trees import Tree
+from stages.foundation.trees import Tree, tree_map
 
 BASE, ENSEMBLE, ONE_DRAW, VALIDATED = "base", "ocd ensemble", "ocd one draw", "ocd validated strength"
 TEMPERATURE, RANDOM_TRAINING, SHUFFLED = "temperature-scaled base", "random training deltas", "shuffled conditioning"
@@ -52,89 +51,59 @@ TABLE = (
 Members = Callable[[float], Tree]
 
 
-class Row(Protocol):
+@dataclass(frozen=True)
+class Row:
     """One row.
 
     Attributes:
         name: what the table calls it.
+        members: batch to outputs (E, B, …) as a function of the strength.
         validated: whether its strength is fitted on validation samples.
     """
 
     name: str
-    validated: bool
-
-    def members(self, batch: Batch) -> Members:
-        """Outputs (E, B, …) as a function of the strength."""
-
-
-@dataclass(frozen=True)
-class DeltaRow:
-    """A row that adds deltas to the layer.
-
-    Attributes:
-        name: its name.
-        source: batch to deltas (B, E, out, in).
-        validated: whether its strength is fitted.
-    """
-
-    name: str
-    source: Callable[[Batch], Tensor]
+    members: Callable[[Batch], Members]
     validated: bool = False
 
-    def members(self, batch: Batch) -> Members:
-        return batch.along(self.source(batch))
+
+def delta_row(name: str, deltas: Callable[[Batch], Tensor], *, validated: bool = False) -> Row:
+    """A row that adds deltas (B, E, out, in) to the layer."""
+    return Row(name, lambda batch: batch.along(deltas(batch)), validated)
 
 
-@dataclass(frozen=True)
-class OutputRow:
-    """A row that has no deltas of this layer.
+def output_row(name: str, predict: Callable[[Batch], Tree]) -> Row:
+    """A row that has no deltas of this layer: one output (B, …), the same at every strength."""
 
-    Attributes:
-        name: its name.
-        predict: batch to one output (B, …).
-    """
-
-    name: str
-    predict: Callable[[Batch], Tree]
-    validated: bool = False
-
-    def members(self, batch: Batch) -> Members:
-        """The same output at every strength."""
-        output = as_member(self.predict(batch))
+    def members(batch: Batch) -> Members:
+        output = tree_map(lambda leaf: leaf.unsqueeze(0), predict(batch))
         return lambda strength: output
 
+    return Row(name, members)
 
-@dataclass(frozen=True)
-class ElsewhereRow:
-    """A row whose deltas belong to another layer or another denoiser.
 
-    Attributes:
-        name: its name.
-        elsewhere: the other subject.
-    """
+def elsewhere_row(name: str, elsewhere: Subject) -> Row:
+    """A row whose deltas belong to another layer or another denoiser."""
 
-    name: str
-    elsewhere: Subject
-    validated: bool = True
-
-    def members(self, batch: Batch) -> Members:
-        other = Batch(self.elsewhere, batch.evaluated, batch.positions)
+    def members(batch: Batch) -> Members:
+        other = Batch(elsewhere, batch.evaluated, batch.positions)
         return other.along(other.generated[0])
+
+    return Row(name, members, validated=True)
 
 
 def base_row() -> Row:
     """The base itself."""
-    return OutputRow(BASE, lambda batch: batch.first.output)
+    return output_row(BASE, lambda batch: batch.first.output)
 
 
 def temperature_row(scale: Callable[[Tree], Tree]) -> Row:
     """The base's logits divided by a temperature."""
-    return OutputRow(TEMPERATURE, lambda batch: scale(batch.first.output))
+    return output_row(TEMPERATURE, lambda batch: scale(batch.first.output))
 
 
 def oracle_row() -> Row:
     """The deltas of the samples' own labels: a bound that no prediction reaches fairly."""
-    return DeltaRow(ORACLE, lambda batch: batch.overfitted.unsqueeze(1))
+    return delta_row(ORACLE, lambda batch: batch.overfitted.unsqueeze(1))
 
 
 def generated_rows(mean_rho: float) -> list[Row]:
@@ -145,13 +114,13 @@ def generated_rows(mean_rho: float) -> list[Row]:
         return deltas * (mean_rho / rho.clamp_min(torch.finfo(rho.dtype).tiny)).view(-1, 1, 1, 1)
 
     return [
-        DeltaRow(NO_SCALING, unscaled),
-        DeltaRow(ONE_DRAW, lambda batch: batch.generated[0][:, :1]),
-        DeltaRow(ENSEMBLE, lambda batch: batch.generated[0]),
-        DeltaRow(VALIDATED, lambda batch: batch.generated[0], validated=True),
-        DeltaRow(MEAN_NETWORK, lambda batch: batch.generated[0].mean(1, keepdim=True)),
+        delta_row(NO_SCALING, unscaled),
+        delta_row(ONE_DRAW, lambda batch: batch.generated[0][:, :1]),
+        delta_row(ENSEMBLE, lambda batch: batch.generated[0]),
+        delta_row(VALIDATED, lambda batch: batch.generated[0], validated=True),
+        delta_row(MEAN_NETWORK, lambda batch: batch.generated[0].mean(1, keepdim=True)),
         # Samples come in a random order: a partner's deltas are those of a conditioning drawn from all others.
-        DeltaRow(SHUFFLED, lambda batch: batch.generated[0][batch.partners.to(batch.subject.device)], validated=True),
+        delta_row(SHUFFLED, lambda batch: batch.generated[0][batch.partners.to(batch.subject.device)], validated=True),
         random_direction_row(lambda batch: batch.generated[1]),
     ]
 
@@ -168,7 +137,7 @@ def random_direction_row(rho_of: Callable[[Batch], Tensor], *, validated: bool =
         deltas = torch.stack(draws).to(subject.device)
         return deltas * (rho_of(batch).view(-1, 1) / deltas.flatten(2).norm(dim=2)).view(len(batch), -1, 1, 1)
 
-    return DeltaRow(RANDOM_DIRECTION, directions, validated)
+    return delta_row(RANDOM_DIRECTION, directions, validated=validated)
 
 
 def random_training_row() -> Row:
@@ -184,29 +153,24 @@ def random_training_row() -> Row:
         found = subject.training.take(usable[torch.tensor(picked)]).to(subject.device)
         return found.view(len(batch), subject.ensemble, *subject.layer.matrix_shape)
 
-    return DeltaRow(RANDOM_TRAINING, deltas, validated=True)
+    return delta_row(RANDOM_TRAINING, deltas, validated=True)
 
 
 def mean_row(mean: Tensor, *, validated: bool = True) -> Row:
     """One delta for all samples, the training samples' mean, (out, in)."""
-    return DeltaRow(MEAN_DELTA, lambda batch: mean.expand(len(batch), 1, *mean.shape), validated)
+    return delta_row(MEAN_DELTA, lambda batch: mean.expand(len(batch), 1, *mean.shape), validated=validated)
 
 
 def class_mean_row(means: Tensor, classes: Callable[[Batch], Tensor]) -> Row:
     """The mean delta (classes, out, in) of the training samples that the base takes for the class it takes the sample for."""
-    return DeltaRow(CLASS_MEAN, lambda batch: means[classes(batch)].unsqueeze(1), validated=True)
+    return delta_row(CLASS_MEAN, lambda batch: means[classes(batch)].unsqueeze(1), validated=True)
 
 
 def neighbour_rows(
     missing: Mapping[str, str], *, validated: Sequence[str] = (NEAREST_INPUT, BLENDED, BLENDED_INPUT)
 ) -> list[Row]:
     """The delta of the nearest training sample, and those of the k nearest blended: in x (the first is the paper's ablation),
-    and in what the layer sees.
-
-    Args:
-        missing: what neighbours could not be found in.
-        validated: the rows whose strength is fitted.
-    """
+    and in what the layer sees; not in what is `missing`. `validated` names the rows whose strength is fitted."""
     sources = {
         NEAREST: (IN_X, nearest_delta),
         NEAREST_INPUT: (IN_LAYER_INPUT, nearest_delta),
@@ -214,7 +178,7 @@ def neighbour_rows(
         BLENDED_INPUT: (IN_LAYER_INPUT, blended_deltas),
     }
     return [
-        DeltaRow(name, functools.partial(source, kind=kind), name in validated)
+        delta_row(name, functools.partial(source, kind=kind), validated=name in validated)
         for name, (kind, source) in sources.items()
         if kind not in missing
     ]

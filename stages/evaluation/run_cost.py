@@ -10,19 +10,14 @@ import torch
 from stages.foundation.trees import batch_size, to_device
 from stages.lifecycle.context import RunContext
 from stages.prediction.predictor import load_generator, load_personalised
-from stages.run_directory.pipeline import ORDER
+from stages.run_directory.pipeline import LEARNED
 
 TIMED_SAMPLES = 64
 
 
 def cost(context: RunContext, members: int, samples: int) -> dict[str, Any]:
-    """Parameters, milliseconds a sample of the base, one draw and an ensemble, and the seconds each stage took.
-
-    Args:
-        context: of a finished run.
-        members: of the ensemble.
-        samples: to measure with, at most 64.
-    """
+    """Parameters, milliseconds a sample (measured with at most 64) of the base, one draw and an ensemble, and the seconds each
+    stage took."""
     personalised = load_personalised(context, strength=1.0)[0]
     x = context.test_split.inputs(range(min(TIMED_SAMPLES, samples, len(context.test_split))))
     on_device, count = to_device(x, context.device), batch_size(x)
@@ -41,6 +36,7 @@ def cost(context: RunContext, members: int, samples: int) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         return 1e3 * min(times) / count
 
+    made, moment = {name: context.manifest_of(name).made for name in LEARNED}, datetime.fromisoformat
     generate = load_generator(context, strength=1.0)
     networks = {"base": context.base, "denoiser": generate.denoiser, "scale": generate.scale}
     return {
@@ -48,11 +44,6 @@ def cost(context: RunContext, members: int, samples: int) -> dict[str, Any]:
         "base_ms": milliseconds(base),
         "ocd_one_draw_ms": milliseconds(lambda: personalised.predict(x, 1)),
         "ocd_ensemble_ms": milliseconds(lambda: personalised.predict(x, members)),
-        "stage_seconds": {name: _duration(context, name) for name in ORDER[: ORDER.index("train-scale") + 1]},
+        # Of the process that finished the stage.
+        "stage_seconds": {name: (moment(its.ended) - moment(its.started)).total_seconds() for name, its in made.items()},
     }
-
-
-def _duration(context: RunContext, stage: str) -> float:
-    """From beginning to end of the process that finished a stage, in seconds."""
-    made = context.manifest_of(stage).made
-    return (datetime.fromisoformat(made.ended) - datetime.fromisoformat(made.started)).total_seconds()

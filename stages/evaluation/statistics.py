@@ -1,8 +1,9 @@
 """Figures over samples, each a function of how much every sample counts, so that a bootstrap only changes the weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -11,23 +12,22 @@ RESAMPLES_AT_ONCE, WEIGHTS_AT_ONCE = 64, 1 << 22
 INTERVAL = (2.5, 97.5)
 
 
-class Statistic(Protocol):
+class Statistic(ABC):
     """A figure over N samples."""
 
+    @abstractmethod
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """Its value where sample i counts `weights[r, i]`: (R, N), each row with sum 1, to (R,); NaN where it has none."""
 
     def standard_error(self, draws: np.ndarray) -> float:
-        """Of the value over all samples; `draws` are bootstrap values, (R,)."""
+        """Of the value over all samples; `draws` are bootstrap values, (R,): their standard deviation."""
+        finite = draws[np.isfinite(draws)]
+        return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Σ w_i v_i.
-
-    Attributes:
-        values: (N,).
-    """
+class Mean(Statistic):
+    """Σ w_i v_i, of values (N,)."""
 
     values: np.ndarray
 
@@ -41,25 +41,17 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class RootMean:
-    """sqrt(Σ w_i v_i).
-
-    Attributes:
-        values: (N,), none negative.
-    """
+class RootMean(Statistic):
+    """sqrt(Σ w_i v_i), of values (N,), none negative."""
 
     values: np.ndarray
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         return np.sqrt(weights @ self.values)
 
-    def standard_error(self, draws: np.ndarray) -> float:
-        """The draws' standard deviation."""
-        return _spread(draws)
-
 
 @dataclass(frozen=True)
-class CalibrationError:
+class CalibrationError(Statistic):
     """Expected calibration error, Σ_b |Σ_{i in b} w_i (confidence_i − correct_i)|, equal bins (Guo et al., 2017, Eq. 3).
 
     Attributes:
@@ -80,19 +72,10 @@ class CalibrationError:
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         return np.abs(weights @ self.gaps).sum(1)
 
-    def standard_error(self, draws: np.ndarray) -> float:
-        """The draws' standard deviation."""
-        return _spread(draws)
-
 
 @dataclass(frozen=True)
-class Auroc:
-    """Probability that a positive sample's score is above a negative one's, ties counting half.
-
-    Attributes:
-        scores: (N,).
-        positive: (N,) bool.
-    """
+class Auroc(Statistic):
+    """Probability that a positive sample's score is above a negative one's, ties counting half; (N,) both, `positive` bool."""
 
     scores: np.ndarray
     positive: np.ndarray
@@ -108,15 +91,6 @@ class Auroc:
         pairs = mine.sum(1) * others.sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(pairs > 0, (mine * below).sum(1) / pairs, np.nan)
-
-    def standard_error(self, draws: np.ndarray) -> float:
-        """The draws' standard deviation."""
-        return _spread(draws)
-
-
-def _spread(draws: np.ndarray) -> float:
-    finite = draws[np.isfinite(draws)]
-    return float(finite.std(ddof=1)) if len(finite) > 1 else float("nan")
 
 
 def resample_weights(samples: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -160,15 +134,7 @@ def estimates(
     rng: np.random.Generator,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[Any, Estimate]:
-    """Every figure over all samples and over the same bootstrap resamples.
-
-    Args:
-        statistics: of the same N samples, by any key.
-        samples: N.
-        resamples: R.
-        rng: source of the resamples.
-        on_progress: told of the resamples done so far.
-    """
+    """Every figure over all samples and over the same bootstrap resamples, by its key."""
     whole = np.full((1, samples), 1 / samples)
     parts: dict[Any, list[np.ndarray]] = {key: [] for key in statistics}
     done = 0

@@ -1,8 +1,7 @@
 """The delta store as `evaluate` and `probe` read it: single rows, means by group, nearest directions."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +15,16 @@ MEMORY_SHARE, MEMORY_UNKNOWN = 0.25, 1 << 30
 
 
 class StoredDeltas:
-    """The deltas of a finished store; those of degenerate rows read as zero.
-
-    Args:
-        reader: the store.
-    """
+    """The deltas of a finished store; those of degenerate rows read as zero."""
 
     def __init__(self, reader: StoreReader) -> None:
         self._reader = reader
         self.degenerate, self.rho = (torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho"))
         self.sample_index = torch.from_numpy(reader.read("sample_index"))
         self.usable = torch.nonzero(~self.degenerate & (self.rho > 0)).squeeze(1)
-        self._blocks: OrderedDict[int, Tensor] = OrderedDict()
         block = reader.block_samples * 4 * int(torch.tensor(self.shape).prod())
-        self._most = max(1, int((available_memory() or MEMORY_UNKNOWN / MEMORY_SHARE) * MEMORY_SHARE) // block)
+        most = max(1, int((available_memory() or MEMORY_UNKNOWN / MEMORY_SHARE) * MEMORY_SHARE) // block)
+        self._block = lru_cache(most)(self._read_block)
 
     def __len__(self) -> int:
         return len(self.rho)
@@ -53,25 +48,18 @@ class StoredDeltas:
             found[here] = self._block(block)[rows[here] - block * self._reader.block_samples]
         return found
 
-    def _block(self, block: int) -> Tensor:
-        if block in self._blocks:
-            self._blocks.move_to_end(block)
-            return self._blocks[block]
+    def _read_block(self, block: int) -> Tensor:
         start, stop = self._reader.span(block)
         deltas = torch.from_numpy(self._reader.read("delta", start, stop))
         deltas[self.degenerate[start:stop]] = 0
-        if len(self._blocks) >= self._most:
-            self._blocks.popitem(last=False)
-        self._blocks[block] = deltas
         return deltas
 
-    def blocks(self, on_progress: Callable[[int], None] = lambda done: None) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every block: its row numbers (n,) and deltas (n, out, in)."""
         for block in range(self._reader.blocks):
             deltas = self._block(block)
             start = block * self._reader.block_samples
             yield torch.arange(start, start + len(deltas)), deltas
-            on_progress(start + len(deltas))
 
     def means(self, groups: Tensor, count: int) -> Tensor:
         """The mean delta of the usable rows of each group: groups (N,) in [0, count) to (count, out, in); zero where a group
@@ -108,12 +96,8 @@ class StoredDeltas:
         return self.means(torch.zeros(len(self), dtype=torch.long), 1)[0]
 
     def nearest_cosines(self, queries: Tensor, own: Tensor) -> Tensor:
-        """The largest cosine of each query with a training delta: (Q, out, in) to (Q,).
-
-        Args:
-            queries: deltas.
-            own: rows that a query is not compared with, its own, nor with others of their sample, (Q,); −1 for none.
-        """
+        """The largest cosine of each query with a training delta, (Q, out, in) to (Q,); not with its own row (Q,), −1 for none,
+        nor with others of that sample."""
         queries = F.normalize(queries.flatten(1).cpu(), dim=1)
         best = torch.full((len(queries),), -1.0)
         for rows, deltas in self.blocks():

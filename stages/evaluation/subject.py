@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.evaluation.neighbours import Neighbours
-from stages.foundation.trees import Tree, to_device, tree_map
+from stages.foundation.trees import Tree, to_device
 from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import Layer
 from stages.per_sample.runner import FirstPass
@@ -45,16 +45,11 @@ class Subject:
     """A model with a layer whose weight may be another for each sample.
 
     Attributes:
-        task: the task.
-        base: the base, in eval mode.
-        layer: the layer.
+        base: in eval mode.
         overfitter: runs the base with a weight for each sample, and reuses what comes before the layer.
         overfit: the deltas that labels give.
-        device: where to compute.
-        seed: the run's.
         generate: the deltas that the conditioning gives; None before there is a denoiser.
         ensemble: members E.
-        training: the training samples' deltas.
     """
 
     task: Task
@@ -98,13 +93,7 @@ class EvaluatedSamples:
 
 
 class Batch:
-    """Some samples, and what of them is computed once, whoever asks for it.
-
-    Args:
-        subject: what is evaluated.
-        evaluated: where the samples come from.
-        positions: theirs in the split, (B,).
-    """
+    """Some samples, at positions (B,) in the split, and what of them is computed once, whoever asks for it."""
 
     def __init__(self, subject: Subject, evaluated: EvaluatedSamples, positions: Tensor) -> None:
         self.subject, self.evaluated, self.positions = subject, evaluated, positions
@@ -168,8 +157,3 @@ class Batch:
             taken = self.subject.training.of_samples(row.reshape(-1)).to(self.subject.device)
             self._of_neighbours[kind] = taken.view(*row.shape, *self.subject.layer.matrix_shape)
         return self._of_neighbours[kind]
-
-
-def as_member(output: Tree) -> Tree:
-    """A single output (B, …) as the only member (1, B, …)."""
-    return tree_map(lambda leaf: leaf.unsqueeze(0), output)

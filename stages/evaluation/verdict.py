@@ -26,20 +26,10 @@ NEIGHBOURS = (NEAREST, NEAREST_INPUT, BLENDED, BLENDED_INPUT)
 
 @dataclass(frozen=True)
 class Comparison:
-    """The loss of OCD's ensemble minus that of another row.
-
-    Attributes:
-        difference: over all samples.
-        interval: its paired 95 % interval.
-    """
+    """The loss of OCD's ensemble minus that of another row, over all samples, and its paired 95 % interval."""
 
     difference: float
     interval: tuple[float, float]
-
-    @classmethod
-    def of(cls, ensemble: Estimate, other: Estimate) -> "Comparison":
-        """From two estimates over the same resamples."""
-        return cls(*ensemble.minus(other))
 
     @property
     def favours(self) -> bool:
@@ -55,7 +45,7 @@ class Comparison:
 def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
     return {
-        name: Comparison.of(estimates[ENSEMBLE], estimates[name])
+        name: Comparison(*estimates[ENSEMBLE].minus(estimates[name]))
         for name in (BASE, *RIVALS, *NEIGHBOURS, *_further(estimates))
         if name in estimates and ENSEMBLE in estimates
     }
@@ -68,13 +58,8 @@ def verdict(
 
     It helps only if the paired interval of the loss favours the ensemble over each of base, temperature-scaled base, random
     training deltas and shuffled conditioning. The best of the neighbours and the best of the task's own
-    rows are named beside it, whoever wins.
-
-    Args:
-        comparisons: as `compared_with`.
-        estimates: of the loss, by row.
-        metric: what the loss is called.
-        classes: whether the task has classes; without, there is no temperature to scale by.
+    rows are named beside it, whoever wins. A task without classes has no temperature to scale by; `metric` is what the loss is
+    called, and `estimates` are of it.
     """
     needed = [name for name in RIVALS if classes or name != TEMPERATURE]
     base, rivals = comparisons[BASE], [name for name in needed if name in comparisons]
@@ -89,7 +74,7 @@ def verdict(
         # The one that comes closest to OCD's own loss explains the most of it.
         name = min(equals, key=lambda other: estimates[other].value)
         does_as_well = estimates[name].value <= estimates[ENSEMBLE].value
-        gains = does_as_well or Comparison.of(estimates[name], estimates[BASE]).favours
+        gains = does_as_well or Comparison(*estimates[name].minus(estimates[BASE])).favours
         why = f"the gain is that of {name}" if gains else f"too few samples to tell it from {name}"
         said = f"OCD does not help: {why} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
     elif absent:
@@ -125,7 +110,6 @@ def _beside(names: Sequence[str], comparisons: Mapping[str, Comparison], estimat
 
 
 def as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
-    """For `results.json`."""
     return {
         name: {"difference": finite(c.difference), "interval": [*map(finite, c.interval)]} for name, c in comparisons.items()
     }

@@ -6,7 +6,7 @@ from typing import Any
 from stages.foundation.files import link_or_copy, remove
 from stages.foundation.progress import Report
 from stages.lifecycle.context import RunContext
-from stages.lifecycle.registry import command_of
+from stages.lifecycle.results import command_of
 from stages.run_directory.folders import MANIFEST, folder_of, prepare_run
 from stages.run_directory.pipeline import STAGES, extent_settings, identity_settings, spec_of
 from stages.run_directory.project import Project, check_settings
@@ -37,12 +37,7 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
 
 def bring_up(project: Project, branch: Project, names: Iterable[str], report: Report) -> None:
     """Bring stages of a branch up to date: those that are the project's own are linked, others made; stale ones are redone.
-
-    Args:
-        project: where the branch comes from, every one of `names` done.
-        branch: as `branch_of`.
-        names: stages, in the pipeline's order.
-        report: hears of their progress.
+    In the project every one of `names`, in the pipeline's order, is done.
 
     Raises:
         OcdError: the first that fails; it goes on where it was when the branch is asked for again.

@@ -26,12 +26,7 @@ BASE_FILE = "base.safetensors"
 
 
 class RunContext:
-    """A run: what its stages share.
-
-    Args:
-        project: the project.
-        report: hears of the progress of whatever is done.
-    """
+    """A run: what its stages share; the report hears of the progress of whatever is done."""
 
     def __init__(self, project: Project, report: Report | None = None) -> None:
         self.project = project
@@ -41,7 +36,6 @@ class RunContext:
 
     @property
     def seed(self) -> int:
-        """The seed all stages share."""
         return self.project.seed
 
     @cached_property
@@ -60,7 +54,6 @@ class RunContext:
 
     @cached_property
     def task(self) -> Task:
-        """The user's task."""
         settings = self.project.settings
         return load_task(settings.task, self.project.root, condition_on_x=settings.collect.condition_on_x)
 
@@ -76,7 +69,6 @@ class RunContext:
 
     @cached_property
     def test_split(self) -> Split:
-        """The test set."""
         return load_test(self.task)
 
     def new_model(self) -> nn.Module:
@@ -100,7 +92,6 @@ class RunContext:
 
     @cached_property
     def layer(self) -> Layer:
-        """The selected layer."""
         return find_layer(self.base, self.manifest_of("select-layer").content)
 
     def base_to_overfit(self, layer: Layer | None = None) -> nn.Module:

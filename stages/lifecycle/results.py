@@ -1,5 +1,7 @@
-"""What a stage's work hands over to its manifest, and what its command gives back to the caller."""
+"""What a stage's work hands over to its manifest, what its command gives back to the caller, and the commands by name."""
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,3 +51,13 @@ class CommandResult:
     waits: bool = False
     path: Path | None = None
     follows: bool = False
+
+
+# (project, *, force=False, dry_run=False, report=None) -> CommandResult
+Command = Callable[..., CommandResult]
+
+
+def command_of(stage: str) -> Command:
+    """The function of a stage, which has the name of its module; imported here, for commands do not import one another."""
+    name = stage.replace("-", "_")
+    return getattr(importlib.import_module(f"stages.{name}"), name)

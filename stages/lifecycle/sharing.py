@@ -12,12 +12,7 @@ from stages.store.ledger import Ledger
 
 
 class Holding:
-    """A stage's folder, held by this process alone, or for one part of the blocks beside those who do others.
-
-    Args:
-        folder: the stage's.
-        part: None: the whole.
-    """
+    """A stage's folder, held by this process alone, or for one part of the blocks beside those who do others."""
 
     def __init__(self, folder: StageFolder, part: Part | None) -> None:
         self.folder, self.part = folder, part
@@ -64,12 +59,7 @@ class Holding:
 
 
 class BlockShare:
-    """The blocks of a ledger that are this process's, and which of them are yet to be done.
-
-    Args:
-        ledger: the blocks.
-        holding: says which are this process's.
-    """
+    """The blocks of a ledger that are this process's, and which of them are yet to be done."""
 
     def __init__(self, ledger: Ledger, holding: Holding) -> None:
         self._ledger, self._holding = ledger, holding

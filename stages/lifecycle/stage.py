@@ -86,12 +86,10 @@ class Stage(ABC):
 
     @property
     def folder(self) -> StageFolder:
-        """Where the result lies."""
         return folder_of(self.context.project, self.name, self.query.name if self.query else "")
 
     @property
     def settings(self) -> Any:
-        """The stage's own table."""
         return self.context.project.settings.table(self.name)
 
     @cached_property

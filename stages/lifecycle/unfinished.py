@@ -10,12 +10,7 @@ from stages.run_directory.format import Begun, Total
 
 
 class Unfinished:
-    """Work under way in `X.wip`.
-
-    Args:
-        folder: the stage's.
-        begun: what it was begun with; written once the work has been laid out.
-    """
+    """Work under way in `X.wip`, and what it was begun with, which is written once the work has been laid out."""
 
     def __init__(self, folder: StageFolder, begun: Begun) -> None:
         self.path: Path = folder.wip
@@ -23,7 +18,6 @@ class Unfinished:
 
     @property
     def fingerprint(self) -> str:
-        """Of the result."""
         return self.begun.fingerprint
 
     @property

@@ -1,4 +1,4 @@
-"""The work of inferring: predictions for the rows of a split, block by block, and what they score."""
+"""The work of inferring: predictions for the rows of a split, block by block, how many at once, and what they score."""
 
 import zipfile
 from collections.abc import Callable
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from stages.foundation.trees import Tree, as_tree, leaves, take, to_device, tree_map
+from stages.per_sample.pass_size import CACHE_BYTES, largest_output, recorded_bytes
+from stages.per_sample.runner import Runner
 from stages.prediction.personalised import PersonalisedModel, Prediction
 from stages.store.predictions import PredictionBlocks
 from stages.tasks.data import Split
@@ -18,6 +20,10 @@ from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
 CPU = torch.device("cpu")
+LARGEST_PREDICTED = 1024
+# Deltas of a batch, all members of it: the sampler goes over them several times a step, which wants them in the cache; the
+# denoiser's products want many.
+PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 256 << 20
 
 
 def array_name(name: str, path: str) -> str:
@@ -38,13 +44,8 @@ def extract_members(predictions: Path, folder: Path) -> None:
 
 
 class Smaller:
-    """The members of a smaller ensemble, read from their files as they are asked for.
-
-    Args:
-        folder: as `extract_members` left it, if there is one.
-        like: an output (1, …), for the names and shapes of its tensors.
-        samples: inputs N.
-    """
+    """The members of a smaller ensemble, read from the files that `extract_members` left as they are asked for; `like` is an
+    output (1, …)."""
 
     def __init__(self, folder: Path | None, like: Tree, samples: int) -> None:
         self._like, self._arrays, self.members = like, [], 0
@@ -63,21 +64,14 @@ class Smaller:
 
 
 class BlockPredictor:
-    """Predicts for the rows of a split and writes them into the blocks of an answer.
-
-    Args:
-        personalised: the base with input-dependent weights.
-        inputs: the rows.
-        ensemble: members.
-        like: an output (1, …).
-        smaller: members that are known already.
-    """
+    """Predicts for the rows of a split, members that are known already aside, and writes them into the blocks of an answer;
+    `like` is an output (1, …)."""
 
     def __init__(self, personalised: PersonalisedModel, inputs: Split, ensemble: int, like: Tree, smaller: Smaller) -> None:
         self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble
         self._like, self._smaller = like, smaller
 
-    def work(self, answer: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
+    def work(self, predictions: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
         """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
 
         Raises:
@@ -85,17 +79,17 @@ class BlockPredictor:
         """
         done = 0
         for block in blocks:
-            span, chunks, parts = answer.block_range(block), {}, []
+            span, chunks, parts = predictions.block_range(block), {}, []
             for start in range(span.start, span.stop, batch):
                 rows = range(start, min(span.stop, start + batch))
                 found = self._predict(rows)
-                if answer.keeps_deltas:
-                    chunks |= answer.write_deltas(rows, found.deltas.cpu().numpy())
+                if predictions.keeps_deltas:
+                    chunks |= predictions.write_deltas(rows, found.deltas.cpu().numpy())
                 parts.append(self._arrays(rows, found))
                 done += len(rows)
                 on_progress(done)
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            answer.write_block(block, arrays, chunks)
+            predictions.write_block(block, arrays, chunks)
 
     def _predict(self, rows: range) -> Prediction:
         known = self._smaller.members
@@ -115,16 +109,16 @@ class BlockPredictor:
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
         return {name: value.contiguous().numpy() for name, value in arrays.items()}
 
-    def figures(self, answer: PredictionBlocks, task: Task) -> dict[str, Any]:
+    def figures(self, predictions: PredictionBlocks, task: Task) -> dict[str, Any]:
         """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
         are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
         could not be scored."""
         count, rho = len(self._inputs), 0.0
         totals: dict[str, dict[str, float]] | None = {}
-        for block in range(answer.blocks):
-            arrays = answer.read(block)
+        for block in range(predictions.blocks):
+            arrays = predictions.read(block)
             rho += float(arrays[RHO].sum(dtype=np.float64))
-            span = answer.block_range(block)
+            span = predictions.block_range(block)
             for start in range(0, len(span), EVALUATION_BATCH):
                 part = slice(start, min(len(span), start + EVALUATION_BATCH))
                 totals = totals if totals is None else self._scored(totals, task, arrays, span, part)
@@ -156,3 +150,17 @@ class BlockPredictor:
             for name, values in figures.items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         return totals
+
+
+def prediction_bytes(runner: Runner, x: Tree) -> int:
+    """Memory that a sample of x takes while its members are predicted, without its deltas: the prefix's record, and the largest
+    outputs."""
+    return recorded_bytes(runner.first_pass(x).record, x) + 2 * largest_output(runner.model, runner.forward, x)
+
+
+def prediction_batch(sample: int, numel: int, members: int, device: torch.device) -> int:
+    """Samples (of so many bytes, as `prediction_bytes`) to predict at once, with all members of each; `numel` is a delta's."""
+    deltas = (PREDICTED_ON_GPU if device.type == "cuda" else PREDICTED_BYTES) // (4 * numel * members)
+    most = max(1, min(LARGEST_PREDICTED, deltas, CACHE_BYTES // sample if sample else LARGEST_PREDICTED))
+    # Parts of it are chunks of sampled deltas.
+    return most // 16 * 16 if most >= 16 else 1 << (most.bit_length() - 1)

@@ -9,13 +9,12 @@ from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
 from stages.foundation.errors import ArtifactError
-from stages.foundation.files import read_json
 from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, concatenate, to_device, tree_map
 from stages.lifecycle.context import RunContext
 from stages.per_sample.runner import Runner
 from stages.prediction.personalised import PersonalisedModel
-from stages.run_directory.format import ScaleDescription, Strength
+from stages.run_directory.format import DenoiserDescription, ScaleDescription, Strength
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
@@ -82,7 +81,7 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
         ArtifactError: one is missing, damaged, or of another layer.
     """
     project, device = context.project, context.device
-    description = read_json(context.file_of("train-diffusion", "denoiser.json"))
+    description = DenoiserDescription.read(context.file_of("train-diffusion", "denoiser.json"))
     denoiser = build_denoiser(project, description)
     with torch.device("meta"):
         each = activation_bytes(build_denoiser(project, description))
@@ -90,7 +89,7 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
     shape = ScaleDescription.read(context.file_of("train-scale", "scale.json"))
     scale = ScaleNetwork(shape.fields, shape.width)
     _load(scale, context.file_of("train-scale", "scale.safetensors"))
-    if tuple(description["shape"]) != context.layer.matrix_shape:
+    if tuple(description.shape) != context.layer.matrix_shape:
         raise ArtifactError(
             f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {context.layer.matrix_shape}",
             "run: ocd train-diffusion --force",
@@ -98,7 +97,7 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
     settings = project.settings.infer
     return DeltaGenerator(
         denoiser.to(device).eval().requires_grad_(False),
-        make_schedule(description["schedule"], context.layer.numel, description["prediction"]),
+        make_schedule(description.schedule, context.layer.numel, description.prediction),
         scale.to(device).eval().requires_grad_(False),
         project.seed,
         settings.sampler,

@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import disk_errors, inside, remove, sha256_file, sync_folder
@@ -24,7 +24,6 @@ class StageFolder:
 
     @property
     def path(self) -> Path:
-        """The finished folder."""
         return self.run / self.name
 
     @property
@@ -34,7 +33,6 @@ class StageFolder:
 
     @property
     def wip(self) -> Path:
-        """The unfinished folder."""
         return self.path.with_name(f"{self.path.name}.wip")
 
     @property
@@ -42,15 +40,13 @@ class StageFolder:
         """The finished folder's name while a new one takes its place."""
         return self.path.with_name(f"{self.path.name}.old")
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Hold the stage for this process alone; the lock dies with it.
 
         Raises:
             TryAgainError: another process holds it.
         """
-        with locked(lock_path(self.run, self.name), self.name):
-            yield
+        return locked(lock_path(self.run, self.name), self.name)
 
     def restore(self) -> None:
         """Give a lone `.old` folder its name back; one beside its successor is deleted."""

@@ -18,13 +18,14 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     @classmethod
-    def of(cls, raw: Any, path: Path) -> Self:
-        """The record in what was read from `path`.
+    def read(cls, path: Path) -> Self:
+        """The record at `path`.
 
         Raises:
-            ArtifactError: it is of another format version, lacks a field, or has one that cannot be.
+            ArtifactError: it is missing, no JSON, of another format version, lacks a field, or has one that cannot be.
         """
-        check_version(raw, path)
+        raw = read_json(path)
+        _check_version(raw, path)
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -34,17 +35,7 @@ class Record(BaseModel):
             more = f" (and {len(others)} more problems)" if others else ""
             raise ArtifactError(f"{path}: {field} {what}{more}", REDO) from error
 
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """The record at `path`.
-
-        Raises:
-            ArtifactError: it is missing, no JSON, or as `of`.
-        """
-        return cls.of(read_json(path), path)
-
     def write(self, path: Path) -> None:
-        """Write it whole."""
         write_json(path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
@@ -52,16 +43,11 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True)
 
     def changed(self, **changed: Any) -> Self:
-        """The same record with some fields changed."""
         return self.model_copy(update=changed)
 
 
-def check_version(raw: Any, path: Path) -> None:
-    """Refuse a record of another format version before anything else of it is looked at.
-
-    Raises:
-        ArtifactError: with both versions.
-    """
+def _check_version(raw: Any, path: Path) -> None:
+    """Refuse a record of another format version before anything else of it is looked at."""
     for part in (raw, raw.get("identity") if isinstance(raw, dict) else None):
         if isinstance(part, dict) and part.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise ArtifactError(
@@ -278,6 +264,31 @@ class LayerChoice(Record):
     shape: list[int]
     chosen_by: Literal["setting", "score"]
     candidates: list[Candidate]
+
+
+class EncoderDescription(Record):
+    """An encoder of a field: its kind, and the field's shape."""
+
+    kind: str
+    shape: list[int]
+
+
+class DenoiserDescription(Record):
+    """`denoiser.json`: what the denoiser is built from; what its preset has no use for is not there."""
+
+    preset: Literal["mlp", "factored", "paper", "authors", "small"]
+    width: int
+    multipliers: list[int] | None = None
+    blocks: int
+    attention_max_tokens: int | None = None
+    dropout: float | None = None
+    pad_to: int | None = None
+    prediction: Literal["epsilon", "x0", "mean"]
+    rank: int | None = None
+    shape: list[int]
+    fields: dict[str, int]
+    schedule: Literal["ddpm", "authors", "paper"]
+    encoders: dict[str, EncoderDescription] = {}
 
 
 class ScaleDescription(Record):

@@ -21,7 +21,6 @@ class StageSpec:
 
     Attributes:
         name: of its command, its table and its folder.
-        entry: its function, "module:name", imported when it is called.
         reads: the stages it reads.
         data: the data splits it reads; `input` is what a query names.
         task: whether it runs the user's code.
@@ -32,7 +31,6 @@ class StageSpec:
     """
 
     name: str
-    entry: str
     reads: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     task: bool = True
@@ -60,23 +58,19 @@ class Query:
 STAGES = {
     spec.name: spec
     for spec in (
-        StageSpec("train-base", "stages.train_base:train_base", data=("train", "validation", "weights"), content="base"),
-        StageSpec(
-            "select-layer", "stages.select_layer:select_layer", ("train-base",), ("train", "validation"), content="layer"
-        ),
+        StageSpec("train-base", data=("train", "validation", "weights"), content="base"),
+        StageSpec("select-layer", ("train-base",), ("train", "validation"), content="layer"),
         StageSpec(
             "collect",
-            "stages.collect:collect",
             ("train-base", "select-layer"),
             ("train", "validation"),
             content="deltas",
             mends=True,
         ),
-        StageSpec("train-diffusion", "stages.train_diffusion:train_diffusion", ("collect",), task=False, content="denoiser"),
-        StageSpec("train-scale", "stages.train_scale:train_scale", ("collect",), task=False, content="scale"),
+        StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
+        StageSpec("train-scale", ("collect",), task=False, content="scale"),
         StageSpec(
             "evaluate",
-            "stages.evaluate:evaluate",
             ("train-base", "select-layer", "collect", "train-diffusion", "train-scale"),
             ("train", "validation", "test"),
             content="strength",
@@ -85,7 +79,6 @@ STAGES = {
         ),
         StageSpec(
             "infer",
-            "stages.infer:infer",
             ("train-base", "select-layer", "train-diffusion", "train-scale"),
             ("input",),
             redoes_stale=True,
@@ -93,6 +86,8 @@ STAGES = {
     )
 }
 ORDER = tuple(STAGES)
+# What all predictions need.
+LEARNED = ORDER[: ORDER.index("train-scale") + 1]
 
 
 def spec_of(project: Project, name: str) -> StageSpec:

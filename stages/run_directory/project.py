@@ -41,7 +41,6 @@ class Project:
 
     @property
     def seed(self) -> int:
-        """The seed every stage shares."""
         return self.settings.run.seed
 
 

@@ -68,21 +68,14 @@ def data_path(project: Project, role: str) -> Path | None:
     return project.root / Path(spec).expanduser()
 
 
-def _flag_given(record: SourceRecord) -> SourceRecord:
-    """The record of weights that a flag named, which later commands do not repeat: what was imported is in the base, wherever
-    the file may be by now."""
-    path = Path(record.path)
-    return source_record(path, record) if path.exists() else record
-
-
 def encoder_weights(project: Project) -> Path | None:
     """The file of weights that encoders of the conditioning begin with."""
     given = project.settings.train_diffusion.encoder_weights
     return None if given is None else project.root / Path(given).expanduser()
 
 
-def encoder_sources(project: Project, recorded: Begun | Manifest | None) -> tuple[dict[str, str], dict[str, SourceRecord]]:
-    """The content hashes and records, as `task_sources` gives them, of the files that `[train-diffusion]` names.
+def encoder_sources(project: Project, recorded: Begun | Manifest | None) -> dict[str, SourceRecord]:
+    """The records of the files that `[train-diffusion]` names.
 
     Raises:
         DataError, TaskError: as `task_sources`.
@@ -97,22 +90,7 @@ def encoder_sources(project: Project, recorded: Begun | Manifest | None) -> tupl
         if path := module_file(project.root, module):
             name = f"encoder code {path.relative_to(project.root)}"
             sources[name] = source_record(path, known.get(name), hash_code)
-    return {name: record.sha256 for name, record in sources.items()}, sources
-
-
-def sources_of(
-    project: Project,
-    spec: StageSpec,
-    roles: tuple[str, ...],
-    recorded: Begun | Manifest | None,
-    hash_dataset: Callable[[str], str | None] | None,
-) -> tuple[dict[str, str], dict[str, SourceRecord]]:
-    """As `task_sources`, of all that a stage reads beside the results of others; the task only where it runs its code."""
-    hashes, sources = task_sources(project, roles, recorded, hash_dataset) if spec.task else ({}, {})
-    if spec.name == "train-diffusion":
-        more = encoder_sources(project, recorded)
-        return hashes | more[0], sources | more[1]
-    return hashes, sources
+    return sources
 
 
 def inputs_of(
@@ -127,8 +105,11 @@ def inputs_of(
     """The content hashes of all that a stage reads, `upstream` being those of earlier stages, and the records of the user's
     files among them; `recorded` and `hash_dataset` as `task_sources`."""
     roles = spec.data if query is None else tuple(filter(None, [query.split]))
-    inputs, sources = sources_of(project, spec, roles, recorded, hash_dataset)
-    return inputs | upstream | ({} if query is None else {"query": query.content}), sources
+    hashes, sources = task_sources(project, roles, recorded, hash_dataset) if spec.task else ({}, {})
+    if spec.name == "train-diffusion":
+        sources |= encoder_sources(project, recorded)
+    hashes |= {name: record.sha256 for name, record in sources.items()} | upstream
+    return hashes if query is None else hashes | {"query": query.content}, sources
 
 
 def task_sources(
@@ -137,10 +118,9 @@ def task_sources(
     recorded: Begun | Manifest | None,
     hash_dataset: Callable[[str], str | None] | None,
 ) -> tuple[dict[str, str], dict[str, SourceRecord]]:
-    """The content hashes of the task's code and data, and the records of the files among them.
+    """The content hashes of the task's data that only code can load, and the records of its files: data and code.
 
     Args:
-        project: the project.
         roles: of train, validation, test, weights, and `input` with a path given in `recorded` alone.
         recorded: what an earlier run of the stage left; its hashes stand for files of the same size and time, for
             imported weights given by a flag, and, without `hash_dataset`, for data that only code can load.
@@ -161,11 +141,13 @@ def task_sources(
         if path is not None:
             sources[role] = source_record(path, known.get(role))
         elif role == "weights" and role in known:
-            sources[role] = _flag_given(known[role])
+            # Given by a flag, which later commands do not repeat: what was imported is in the base, wherever the file is now.
+            imported = Path(known[role].path)
+            sources[role] = source_record(imported, known[role]) if imported.exists() else known[role]
         elif role in DATA_ROLES:
             value = hash_dataset(role) if hash_dataset else inputs.get(role)
             if value is not None:
                 hashes[role] = value
             if spec := getattr(project.settings.task, role):
                 hashes[f"{role} by"] = spec
-    return hashes | {name: record.sha256 for name, record in sources.items()}, sources
+    return hashes, sources

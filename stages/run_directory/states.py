@@ -103,12 +103,8 @@ def extents_reduced(begun: dict[str, Any], wanted: dict[str, Any]) -> tuple[Chan
 
 
 class States:
-    """Finds the states of all stages of a project, each once.
-
-    Args:
-        project: the project.
-        hash_dataset: identity of a dataset that only code can load; None trusts what the manifests record.
-    """
+    """Finds the states of all stages of a project, each once. Without `hash_dataset`, the identity of a dataset that only code
+    can load, it trusts what the manifests record."""
 
     def __init__(self, project: Project, hash_dataset: Callable[[str], str | None] | None = None) -> None:
         self.project = project
@@ -128,24 +124,23 @@ class States:
         return self._found[name]
 
     def all(self) -> list[StageState]:
-        """The states of the whole pipeline, in order."""
         return [self.of(name) for name in ORDER]
 
     def find_in(self, spec: StageSpec, folder: StageFolder, query: Query | None = None) -> StageState:
         """The state of a stage whose results lie in `folder`; of infer, for one query."""
         manifest, begun = folder.manifest(), folder.begun()
         recorded = begun or manifest
-        if recorded is None and self._waits(spec):
+        blocked = [state for state in map(self.of, spec.reads) if state.state != DONE]
+        if recorded is None and blocked:
             return StageState(spec.name, MISSING)
-        inputs, sources = inputs_of(
-            self.project, spec, query, self._upstream_content(spec), recorded=recorded, hash_dataset=self._hash_dataset
-        )
+        made = {STAGES[name].content: self.of(name).manifest for name in spec.reads}
+        upstream = {content: manifest.content for content, manifest in made.items() if manifest is not None}
+        inputs, sources = inputs_of(self.project, spec, query, upstream, recorded=recorded, hash_dataset=self._hash_dataset)
 
         def identity(record: Begun | Manifest | None) -> Identity:
             return make_identity(self.project, spec, inputs, record)
 
         known = {"identity": identity(recorded), "sources": sources, "manifest": manifest}
-        blocked = [state for state in map(self.of, spec.reads) if state.state != DONE]
         if manifest is not None:
             found = self._finished(spec, folder, manifest, identity(manifest), blocked)
             if found.state == DONE or begun is None:
@@ -160,24 +155,8 @@ class States:
             )
         return StageState(spec.name, MISSING, **known)
 
-    def _waits(self, spec: StageSpec) -> bool:
-        return any(self.of(name).state != DONE for name in spec.reads)
-
-    def _upstream_content(self, spec: StageSpec) -> dict[str, str]:
-        found = {}
-        for name in spec.reads:
-            manifest = self.of(name).manifest
-            if manifest is not None:
-                found[STAGES[name].content] = manifest.content
-        return found
-
     def _finished(
-        self,
-        spec: StageSpec,
-        folder: StageFolder,
-        manifest: Manifest,
-        identity: Identity,
-        blocked: list[StageState],
+        self, spec: StageSpec, folder: StageFolder, manifest: Manifest, identity: Identity, blocked: list[StageState]
     ) -> StageState:
         damage = damaged_files(folder.found, manifest, rehash=False)
         more = f" (and {len(damage) - 1} more files)" if len(damage) > 1 else ""

@@ -28,11 +28,9 @@ class TrainingBatches:
     disk) makes no difference to it.
 
     Args:
-        reader: the store.
-        deltas: whether deltas are wanted beside the conditioning.
+        deltas: whether they are wanted beside the conditioning.
         held_out: part held out.
         batch_size: rows to a batch.
-        seed: of the run, and what the order is for.
         device: where batches are wanted.
         memory: GiB that the store may take, or "auto".
 
@@ -108,13 +106,8 @@ class TrainingBatches:
         return torch.from_numpy(self._rho[self._usable])
 
     def batches(self, step: int, share: slice = slice(None)) -> Iterator[DeltaBatch]:
-        """The batches of the steps from `step` on, without end, `batch_size` rows each: epochs are seeded permutations, and a
-        batch may straddle two of them.
-
-        Args:
-            step: counted from 0.
-            share: the part of each batch that is wanted.
-        """
+        """The batches of the steps from `step` (counted from 0) on, without end, `batch_size` rows each: epochs are seeded
+        permutations, and a batch may straddle two of them; `share` is the part of each that is wanted."""
         drawn = self._shuffler.endless(step * self.batch_size)
         if self._resident is None:
             for found in self._reader.batches(self._names, drawn, self.batch_size):
@@ -124,12 +117,8 @@ class TrainingBatches:
                 yield self._some(found["row"][share])
 
     def blame(self, numbers: Tensor, errors: Tensor) -> str:
-        """The samples whose loss is worst, by their numbers in the user's training set, for a message.
-
-        Args:
-            numbers: rows in the store, (B,).
-            errors: their losses, (B,).
-        """
+        """The samples whose loss is worst, by their numbers in the user's training set, for a message; of rows in the store,
+        (B,), with their losses, (B,)."""
         lost = ~torch.isfinite(errors)
         worst = numbers[lost] if lost.any() else numbers[errors.argsort(descending=True)]
         samples = self._reader.read("sample_index")[worst[:5].numpy()].tolist()

@@ -18,16 +18,17 @@ from stages.foundation.errors import TryAgainError
 from stages.foundation.files import available_memory
 from stages.foundation.processes import local_count
 from stages.foundation.seeds import global_seed
-from stages.run_directory.format import StoreDescription
+from stages.run_directory.format import DenoiserDescription, StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
 from stages.training.batches import TrainingBatches, free_on_gpu
-from stages.training.denoising_steps import DenoisingSteps, Ready, Tune
+from stages.training.denoising_steps import DenoisingSteps, Ready
 from stages.training.encoders import build_denoiser, described_encoders
 from stages.training.memory import operations, parameters, training_bytes
 from stages.training.ranks import Ranks
 from stages.training.trainer import Trainer
+from stages.training.tuning import Tuning
 
 STAGE = "train-diffusion"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -46,16 +47,13 @@ class DenoiserSettings:
 
     Attributes:
         table: the settings as given.
-        description: what `make_denoiser` needs, and the schedule; kept beside the weights.
-        lr: learning rate.
         batch_size: deltas a step.
         half: bfloat16 autocast.
-        seed: the run's.
         make: builds the denoiser; `begin=True` as it is before the first step.
     """
 
     table: TrainDiffusionTable
-    description: dict[str, Any]
+    description: DenoiserDescription
     lr: float
     batch_size: int
     half: bool
@@ -66,18 +64,17 @@ class DenoiserSettings:
     def decided(self) -> dict[str, Any]:
         """What the `auto` settings stand for."""
         shapes = ("shape", "fields", "encoders", "schedule")
-        kept = {key: value for key, value in self.description.items() if key not in shapes}
+        kept = {key: value for key, value in self.description.as_json().items() if key not in shapes}
         return {**kept, "lr": self.lr, "batch_size": self.batch_size, "precision": BFLOAT16 if self.half else FLOAT32}
 
     @property
     def preset(self) -> str:
-        """The kind of denoiser."""
-        return self.description["preset"]
+        return self.description.preset
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of a delta."""
-        return tuple(self.description["shape"])
+        return tuple(self.description.shape)
 
     @cached_property
     def sketch(self) -> Denoiser:
@@ -87,29 +84,20 @@ class DenoiserSettings:
 
     @cached_property
     def parameters(self) -> int:
-        """How many it has."""
         return parameters(self.sketch)
 
     @cached_property
     def operations(self) -> int:
-        """Multiplications of one sample's pass."""
         return operations(self.sketch)
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule."""
         rows, columns = self.shape
-        return make_schedule(self.description["schedule"], rows * columns, self.description["prediction"])
+        return make_schedule(self.description.schedule, rows * columns, self.description.prediction)
 
 
 def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any], device: torch.device) -> DenoiserSettings:
-    """Decide every `auto` of `[train-diffusion]`.
-
-    Args:
-        project: the project.
-        store: its description.
-        decided: settings by name, as unfinished work was begun with them.
-        device: where it is to train.
+    """Decide every `auto` of `[train-diffusion]`; `decided` are settings by name, as unfinished work was begun with them.
 
     Raises:
         SettingsError: settings that do not go together, encoders of fields that do not exist.
@@ -124,7 +112,7 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
     def made(preset: str) -> DenoiserSettings:
         found = resolve({**settings, "preset": preset}, shape)
         lr, batch_size = found.pop("lr"), found.pop("batch_size")
-        description = {**found, **shapes}
+        description = DenoiserDescription(**found, **shapes)
         make = partial(build_denoiser, project, description)
         return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
 
@@ -148,11 +136,6 @@ def free_memory(device: torch.device) -> int:
 def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) -> int:
     """Deltas whose activations are in memory at once, in each rank; on a GPU halved later, where memory runs out.
 
-    Args:
-        settings: of the denoiser.
-        ranks: processes that share a batch.
-        device: where it trains.
-
     Raises:
         TryAgainError: they do not fit; with the figures.
     """
@@ -164,7 +147,7 @@ def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) ->
     if (needed := training_bytes(settings.sketch, wanted, settings.half)) > free:
         fewer = f"fewer at once with --set {STAGE}.micro_batch_size=auto, " if wanted > 1 else ""
         raise TryAgainError(
-            f"training preset {settings.preset} of width {settings.description['width']} on deltas of "
+            f"training preset {settings.preset} of width {settings.description.width} on deltas of "
             f"{'×'.join(map(str, settings.shape))} takes about {needed:,} bytes of memory with {wanted} at once; "
             f"{free:,} may be taken",
             f"take {fewer}a smaller network with --set {STAGE}.width=N or --set {STAGE}.preset=mlp, or free memory",
@@ -172,108 +155,78 @@ def micro_batch(settings: DenoiserSettings, ranks: int, device: torch.device) ->
     return wanted
 
 
-@dataclass(frozen=True)
 class Training:
-    """What takes part in training a denoiser.
+    """What takes part in training a denoiser, `micro` deltas at once, made anew, as it is before the first step."""
 
-    Attributes:
-        batches: what it learns from.
-        denoiser: the network.
-        steps: its losses.
-        trainer: takes the steps.
-    """
+    def __init__(
+        self,
+        settings: DenoiserSettings,
+        reader: StoreReader,
+        micro: int,
+        device: torch.device,
+        ranks: Ranks,
+        smaller: Callable[[int], None],
+        tuning: Tuning | None = None,
+    ) -> None:
+        self._settings, self._device, self._ranks = settings, device, ranks
+        table = settings.table
+        wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
+        self.batches = TrainingBatches(reader, deltas=True, seed=settings.seed, device=device, **wanted)
+        self.denoiser = self._new_denoiser()
+        self.steps = DenoisingSteps(
+            self.denoiser,
+            settings.schedule,
+            lambda step: read_ahead(self._ready(step)),
+            batch_size=self.batches.batch_size,
+            micro_batch=micro,
+            half=settings.half,
+            ranks=ranks,
+            seed=settings.seed,
+            smaller=smaller,
+            tuning=tuning,
+            tune_after=table.tune_after,
+        )
+        self.trainer = self._new_trainer()
 
-    batches: TrainingBatches
-    denoiser: Denoiser
-    steps: DenoisingSteps
-    trainer: Trainer
+    def _new_denoiser(self) -> Denoiser:
+        settings = self._settings
+        with global_seed(settings.seed, STAGE, "network"):
+            denoiser = settings.make(begin=True)
+        denoiser.encoder.normalise.fit(self.batches.parts())
+        denoiser.encoder.noise = settings.table.conditioning_noise
+        if self._device.type == "cuda" and settings.preset in UNETS:
+            return denoiser.to(self._device, memory_format=torch.channels_last)
+        return denoiser.to(self._device)
+
+    def _new_trainer(self) -> Trainer:
+        table, trained = self._settings.table, [p for p in self.denoiser.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self._settings.lr, weight_decay=0.0, fused=True)
+        cosine = table.max_steps if table.lr_schedule == "cosine" else None
+        trainer = Trainer(self.denoiser, optimizer, self.steps, cosine_steps=cosine, ranks=self._ranks)
+        if table.compile:
+            # After the trainer has made its copy, which is evaluated as it is.
+            self.denoiser.compile()
+        return trainer
+
+    def _ready(self, step: int) -> Iterator[Ready]:
+        """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
+        table, size = self._settings.table, self.batches.batch_size
+        on_deltas = max(0, table.tune_after - step) if table.tune_after else None
+        yield from itertools.islice(self._shares(self._ranks.share(size), step), on_deltas)
+        yield from self._shares(self._ranks.share(min(table.tune_samples, size)), step + on_deltas)
+
+    def _shares(self, share: slice, step: int) -> Iterator[Ready]:
+        """A part of each batch from a step on, with its draws, those of the whole batch."""
+        settings, pinned = self._settings, self._device.type == "cuda"
+        if pinned:
+            torch.cuda.set_device(self._device)
+        for batch in self.batches.batches(step, share):
+            size, steps = self.batches.batch_size, settings.schedule.steps
+            t, noise = step_draws(size, settings.shape, steps, settings.seed, STAGE, step)
+            t, noise = t[share], noise[share]
+            yield (batch.pinned(), t.pin_memory(), noise.pin_memory()) if pinned else (batch, t, noise)
+            step += 1
 
     def blame(self) -> str:
         """The samples whose loss is worst in the last batch, for a message."""
         return self.batches.blame(*self.steps.errors())
-
-
-def begin_training(
-    settings: DenoiserSettings,
-    reader: StoreReader,
-    micro: int,
-    device: torch.device,
-    ranks: Ranks,
-    smaller: Callable[[int], None],
-    tuning: Tune | None = None,
-) -> Training:
-    """Make everything anew, as it is before the first step.
-
-    Args:
-        settings: of the denoiser.
-        reader: the store.
-        micro: deltas in memory at once.
-        device: where it trains.
-        ranks: the processes that share each batch.
-        smaller: hears of a micro-batch that had to be halved.
-        tuning: as `DenoisingSteps`.
-    """
-    table = settings.table
-    wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
-    batches = TrainingBatches(reader, deltas=True, seed=settings.seed, device=device, **wanted)
-    denoiser = _new_denoiser(settings, batches, device)
-    steps = DenoisingSteps(
-        denoiser,
-        settings.schedule,
-        lambda step: read_ahead(_ready(settings, batches, ranks, step, device)),
-        batch_size=batches.batch_size,
-        micro_batch=micro,
-        half=settings.half,
-        ranks=ranks,
-        seed=settings.seed,
-        smaller=smaller,
-        tuning=tuning,
-        tune_after=table.tune_after,
-    )
-    return Training(batches, denoiser, steps, _new_trainer(settings, denoiser, steps, ranks))
-
-
-def _new_trainer(settings: DenoiserSettings, denoiser: Denoiser, steps: DenoisingSteps, ranks: Ranks) -> Trainer:
-    table, trained = settings.table, [p for p in denoiser.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
-    cosine = table.max_steps if table.lr_schedule == "cosine" else None
-    trainer = Trainer(denoiser, optimizer, steps, cosine_steps=cosine, ranks=ranks)
-    if table.compile:
-        # After the trainer has made its copy, which is evaluated as it is.
-        denoiser.compile()
-    return trainer
-
-
-def _new_denoiser(settings: DenoiserSettings, batches: TrainingBatches, device: torch.device) -> Denoiser:
-    with global_seed(settings.seed, STAGE, "network"):
-        denoiser = settings.make(begin=True)
-    denoiser.encoder.normalise.fit(batches.parts())
-    denoiser.encoder.noise = settings.table.conditioning_noise
-    if device.type == "cuda" and settings.preset in UNETS:
-        return denoiser.to(device, memory_format=torch.channels_last)
-    return denoiser.to(device)
-
-
-def _ready(
-    settings: DenoiserSettings, batches: TrainingBatches, ranks: Ranks, step: int, device: torch.device
-) -> Iterator[Ready]:
-    """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
-    table = settings.table
-    on_deltas = max(0, table.tune_after - step) if table.tune_after else None
-    yield from itertools.islice(_shares(settings, batches, ranks.share(batches.batch_size), step, device), on_deltas)
-    tuned = ranks.share(min(table.tune_samples, batches.batch_size))
-    yield from _shares(settings, batches, tuned, step + on_deltas, device)
-
-
-def _shares(
-    settings: DenoiserSettings, batches: TrainingBatches, share: slice, step: int, device: torch.device
-) -> Iterator[Ready]:
-    """A part of each batch from a step on, with its draws, those of the whole batch."""
-    pinned = device.type == "cuda"
-    if pinned:
-        torch.cuda.set_device(device)
-    for batch in batches.batches(step, share):
-        t, noise = step_draws(batches.batch_size, settings.shape, settings.schedule.steps, settings.seed, STAGE, step)
-        t, noise = t[share], noise[share]
-        yield (batch.pinned(), t.pin_memory(), noise.pin_memory()) if pinned else (batch, t, noise)
-        step += 1

@@ -1,7 +1,6 @@
 """The losses of a denoiser's training steps: batches made ready while the last one is computed, micro-batches, precision."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,35 +12,20 @@ from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.seeds import global_seed
 from stages.training.ranks import Ranks
 from stages.training.trainer import Stream
+from stages.training.tuning import Tuning
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[DeltaBatch, Tensor, Tensor]
-
-
-class Tune(Protocol):
-    """The loss of a step of tuning.
-
-    Attributes:
-        samples: rows of a step, all ranks' shares.
-    """
-
-    samples: int
-
-    def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int) -> Tensor:
-        """Of this rank's rows, (B,)."""
 
 
 class DenoisingSteps:
     """What a `Trainer` asks for the losses of each step.
 
     Args:
-        denoiser: in training.
-        schedule: the noise schedule.
         batches: opens this rank's share of the batches from a step on.
         batch_size: of the whole batch, all ranks' shares.
         micro_batch: rows whose activations are in memory at a time.
         half: bfloat16 autocast.
-        ranks: the processes that share each batch.
         seed: of the run, for dropout and noise on the conditioning.
         smaller: hears of a micro-batch that had to be halved.
         tuning: from `tune_after` on the whole loss, of batches of its own size.
@@ -60,7 +44,7 @@ class DenoisingSteps:
         ranks: Ranks,
         seed: int,
         smaller: Callable[[int], None] = lambda rows: None,
-        tuning: Tune | None = None,
+        tuning: Tuning | None = None,
         tune_after: int = 0,
     ) -> None:
         self._denoiser, self._schedule = denoiser, schedule
@@ -119,5 +103,4 @@ class DenoisingSteps:
 
     @property
     def waited_seconds(self) -> float:
-        """Time spent waiting for batches."""
         return self._stream.waited_seconds

@@ -12,7 +12,7 @@ from stages.diffusion.encoders import KINDS, LINEAR
 from stages.foundation.errors import ComputeError, DataError, SettingsError, TaskError
 from stages.foundation.specs import is_code
 from stages.foundation.tensors import load_tensors
-from stages.run_directory.format import StoreDescription
+from stages.run_directory.format import DenoiserDescription, StoreDescription
 from stages.run_directory.project import Project
 from stages.run_directory.sources import encoder_weights
 from stages.tasks.user_code import load_object, user_code
@@ -23,10 +23,6 @@ MEND = "mend it, then run the same command again"
 
 def described_encoders(project: Project, store: StoreDescription) -> dict[str, dict[str, Any]]:
     """The fields that have an encoder of their own: {name: {"kind", "shape"}}.
-
-    Args:
-        project: the project.
-        store: the arrays of the fields.
 
     Raises:
         SettingsError: fields or kinds that do not exist.
@@ -43,20 +39,16 @@ def described_encoders(project: Project, store: StoreDescription) -> dict[str, d
     return {name: {"kind": kind, "shape": store.arrays[name].shape[1:]} for name, kind in chosen.items() if kind != LINEAR}
 
 
-def build_denoiser(project: Project, description: dict[str, Any], *, begin: bool = False) -> Denoiser:
-    """The denoiser of a description, with encoders of the user's own where it names them.
-
-    Args:
-        project: the project.
-        description: as `make_denoiser` takes it.
-        begin: with VGG-11's weights as the settings give them; else they are in the snapshot.
+def build_denoiser(project: Project, description: DenoiserDescription, *, begin: bool = False) -> Denoiser:
+    """The denoiser of a description, with encoders of the user's own where it names them; to `begin`, with VGG-11's weights as
+    the settings give them, which are in the snapshot later.
 
     Raises:
         SettingsError, TaskError, DataError: encoders that do not exist, raise, or do not fit their fields.
     """
-    own = {kind for entry in description.get("encoders", {}).values() if is_code(kind := entry["kind"])}
+    own = {entry.kind for entry in description.encoders.values() if is_code(entry.kind)}
     modules = {kind: _loaded(project, kind) for kind in sorted(own)}
-    return make_denoiser(description, _weights(project) if begin else None, modules)
+    return make_denoiser(description.as_json(), _weights(project) if begin else None, modules)
 
 
 class OwnEncoder(nn.Module):

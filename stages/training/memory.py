@@ -55,11 +55,7 @@ def training_bytes(denoiser: Denoiser, micro_batch: int, half: bool = False) -> 
 
 
 def operations(denoiser: Denoiser) -> int:
-    """Multiplications of one sample's pass.
-
-    Args:
-        denoiser: on the meta device.
-    """
+    """Multiplications of one sample's pass, of a denoiser on the meta device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _pass(denoiser, 1)
     return counter.get_total_flops() // 2

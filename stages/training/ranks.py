@@ -13,7 +13,7 @@ from stages.foundation.errors import TryAgainError
 from stages.foundation.processes import local_rank, world_size
 
 # A process that waits longer than this for the others takes them for dead. Rank 0 evaluates and writes while they wait.
-TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT_S = 1800.0
 RESTART = "run the same torchrun command again: it goes on from the last checkpoint"
 
 
@@ -41,19 +41,18 @@ class Ranks:
         if not dist.is_initialized():
             if device_type == "cuda":
                 torch.cuda.set_device(local_rank())
+            timeout = datetime.timedelta(seconds=float(os.environ.get("OCD_RANKS_TIMEOUT") or TIMEOUT_S))
             try:
-                dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_timeout())
+                dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
             except (RuntimeError, ValueError) as error:
                 raise TryAgainError(f"the {count} processes did not find each other: {error}", RESTART) from error
         return cls(dist.get_rank(), count)
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0."""
         return self.rank == 0
 
     def share(self, size: int) -> slice:
-        """This rank's part of a batch."""
         return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
 
     def reduce(self, network: nn.Module, loss: float) -> float:
@@ -118,8 +117,3 @@ class Ranks:
             self.agree(None)
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _timeout() -> datetime.timedelta:
-    seconds = os.environ.get("OCD_RANKS_TIMEOUT")
-    return datetime.timedelta(seconds=float(seconds)) if seconds else TIMEOUT

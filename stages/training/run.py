@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Self
 
 from stages.foundation.errors import ArtifactError, ComputeError
 from stages.foundation.files import disk_errors, link_or_copy, remove, sha256_file, sweep, write_bytes
@@ -30,9 +28,7 @@ class Plan:
     """How a training is driven.
 
     Attributes:
-        max_steps: steps to take at most.
-        evaluate_steps: steps between evaluations.
-        checkpoint_steps: steps between checkpoints.
+        evaluate_steps, checkpoint_steps: steps between evaluations, and between checkpoints.
         checkpoint_minutes: time after which there is one in any case.
         patience: evaluations without a better score before stopping; 0: never.
         largest_loss: a loss above it has exploded.
@@ -49,6 +45,14 @@ class Plan:
     advice: str = "try a smaller lr with --force"
     patient_until: int = 0
 
+    @classmethod
+    def of(cls, table: Any, stage: str, largest_loss: float, lr: float, patient_until: int = 0) -> Self:
+        """As the settings of `[train-diffusion]` and `[train-scale]` have it."""
+        names = ("max_steps", "evaluate_steps", "checkpoint_steps", "patience", "checkpoint_minutes")
+        settings = {name: getattr(table, name) for name in names}
+        advice = f"try a smaller learning rate: --set {stage}.lr={lr / 4:g} --force"
+        return cls(**settings, largest_loss=largest_loss, advice=advice, patient_until=patient_until)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -60,7 +64,6 @@ class Trained:
     snapshot: Path
 
     def extent(self, asked: int) -> Extent:
-        """How far it went of so many steps."""
         return Extent(value=asked, reached=self.steps, exhausted=self.stopped_early)
 
 
@@ -73,11 +76,7 @@ class TrainingRun:
     Args:
         folder: the unfinished folder.
         fingerprint: of the stage; a checkpoint of another is not continued.
-        trainer: what is driven.
         evaluate: figures of the averaged network, the one called "score" to be minimised.
-        snapshot: the tensors worth keeping when the score is the best so far.
-        plan: how far and how often.
-        report: hears of it.
         blame: which samples the last step's loss was lost on, in words.
         ranks: the processes that share each batch: all of them take the steps, the first evaluates and writes.
     """
@@ -88,14 +87,13 @@ class TrainingRun:
         fingerprint: str,
         trainer: Trainer,
         evaluate: Callable[[], dict[str, float]],
-        snapshot: Callable[[], dict[str, Tensor]],
         plan: Plan,
         report: Report,
         blame: Callable[[], str] = lambda: "",
         ranks: Ranks | None = None,
     ) -> None:
         self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
-        self._evaluate, self._snapshot, self._plan, self._report = evaluate, snapshot, plan, report
+        self._evaluate, self._plan, self._report = evaluate, plan, report
         self._blame, self._ranks = blame, ranks or Ranks()
         self._best: dict[str, Any] = {}
         # Patience waits for a score clearly below the mark, the one it last began to wait from.
@@ -201,7 +199,7 @@ class TrainingRun:
         if not self._best or score < self._best["score"]:
             self._best = {key: _plain(value) for key, value in row.items()}
             path = self._best_path(row)
-            save_tensors(path, self._snapshot())
+            save_tensors(path, self._trainer.snapshot())
             self._best_hash = sha256_file(path)
 
     def _checkpoint(self) -> None:
@@ -279,9 +277,9 @@ class TrainingRun:
         self._report.message(f"continues from step {record.step:,}")
 
 
-def take_up_training(finished: Path, wip: Path) -> None:
-    """Begin an unfinished folder from a finished training's checkpoints and metrics, to go further."""
-    for path in [*(finished / CHECKPOINTS).iterdir(), finished / METRICS]:
+def take_up_training(finished: Path | None, wip: Path) -> None:
+    """Begin an unfinished folder from a finished training's checkpoints and metrics, where there is one, to go further."""
+    for path in [*(finished / CHECKPOINTS).iterdir(), finished / METRICS] if finished else ():
         link_or_copy(path, wip / path.relative_to(finished))
 
 

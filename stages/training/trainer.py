@@ -37,33 +37,13 @@ def ema_decay(step: int) -> float:
     return min(EMA_DECAY, (1 + step) / (10 + step))
 
 
-def epoch_spans(count: int, first: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """The draws first … first + size − 1, counted from the first epoch on, as parts of epochs of `count` draws each.
-
-    Yields:
-        the epoch, and where in it the part begins and ends.
-    """
-    while size > 0:
-        epoch, offset = divmod(first, count)
-        taken = min(size, count - offset)
-        yield epoch, offset, offset + taken
-        first, size = first + taken, size - taken
-
-
 def batch_rows(count: int, batch_size: int, step: int, *seed: str | int) -> Tensor:
-    """The rows of a step's batch: epochs are seeded permutations, and a batch may straddle two of them.
-
-    Args:
-        count: rows to draw from.
-        batch_size: rows a step.
-        step: counted from 0.
-        seed: what the permutations depend on beside the epoch.
-
-    Returns:
-        (batch_size,) int, without repeats inside an epoch.
-    """
-    spans = epoch_spans(count, step * batch_size, batch_size)
-    return torch.cat([_epoch_order(count, epoch, *seed)[start:stop] for epoch, start, stop in spans])
+    """The rows of the batch of a step counted from 0, of `count` rows, (batch_size,) int: epochs are permutations seeded by
+    `seed` and their number, and a batch may straddle two of them."""
+    first = step * batch_size
+    epochs = range(first // count, (first + batch_size - 1) // count + 1)
+    order = torch.cat([_epoch_order(count, epoch, *seed) for epoch in epochs])
+    return order[first % count :][:batch_size]
 
 
 @functools.lru_cache(maxsize=2)
@@ -72,11 +52,7 @@ def _epoch_order(count: int, epoch: int, *seed: str | int) -> Tensor:
 
 
 class Stream(Generic[T]):
-    """What each step of a training needs, made in order by an iterator; a step that does not follow opens it anew.
-
-    Args:
-        open: the iterator from a step on.
-    """
+    """What each step of a training needs, made in order by an iterator; a step that does not follow opens it anew."""
 
     def __init__(self, open: Callable[[int], Iterator[T]]) -> None:
         self._open = open
@@ -99,13 +75,9 @@ class Trainer:
     """A network in training, whose whole state is its step, its tensors and its optimizer's.
 
     Args:
-        network: trained in place.
-        optimizer: over its parameters.
-        step_losses: the losses of a step.
         cosine_steps: length of a cosine schedule of the learning rate, None for a constant one.
         average: keep an exponential moving average; without, the averaged network is the network.
         clip: clip the gradient's norm to 1, and warm the learning rate up over the first 100 steps.
-        ranks: the processes that share each batch.
     """
 
     def __init__(
@@ -182,7 +154,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor needed to continue, by name: those in use, not copies."""
-        found = {f"network.{name}": value for name, value in state_tensors(self.network).items()}
+        found = {f"network.{name}": value for name, value in _state_dict(self.network).items()}
         if self.averaged is not self.network:
             found |= {f"averaged.{name}": value for name, value in self.averaged.named_parameters()}
         for index, entries in self.optimizer.state_dict()["state"].items():
@@ -190,6 +162,9 @@ class Trainer:
                 f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items() if value is not None
             }
         return {name: value.detach() for name, value in found.items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return _state_dict(self.averaged)
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from `state()` as it was after `step` steps."""
@@ -212,3 +187,12 @@ class Trainer:
                 if value.shape == parameter.shape:
                     # Files hold tensors in the usual memory format; fused steps want the parameter's own.
                     state[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """For a file, which does not take a tensor under two names: all but the first of tied ones are copies."""
+    found, places = state_tensors(network), set()
+    for name, value in found.items():
+        found[name] = value.clone() if value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    return found

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.drawing import drawn_with_gradient
+from stages.diffusion.denoising import drawn_with_gradient
 from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.seeds import generator, seed_of
@@ -32,13 +32,10 @@ class Tuning:
     The delta has the length ρ of the row's own; of large samples the task shows a part.
 
     Attributes:
-        task: gives the loss, and parts of samples.
         overfitter: runs the base with a weight for each sample.
         split: all training samples.
         sample_index: of each row of the store, its sample's position there, (N,).
         loss_size: L̄, the mean size of the base's losses over the store.
-        schedule: the denoiser's.
-        seed: the run's.
         samples: rows of a step.
     """
 

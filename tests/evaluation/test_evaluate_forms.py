@@ -137,11 +137,10 @@ def test_a_sample_is_not_its_own_neighbour(ocd, project):
     folder = project({"task": {"validation_fraction": 0.5}, "collect": {"split": "all"}}, rows=400)
     ocd(folder, "run", "--quiet", "--until", "train-scale")
     stage = Evaluate(RunContext(load_project(folder.config, overrides=["run.device=cpu"])))
-    numbers, known = stage.training.sample_index, stage.training.field("layer_input")
     for split in (stage.context.test_split, stage.context.splits["validation"]):
         evaluated = EvaluatedSamples(split, torch.arange(len(split)))
         whole = stage.context.splits["all"]
-        found, missing = find_neighbours(stage.subject, evaluated, whole, numbers, known, 1, 16, print)
+        found, missing = find_neighbours(stage.subject, stage.training, evaluated, whole, 1, 16, print)
         assert missing == {}
         for kind in ("x", "layer_input"):
             # No two samples are the same.

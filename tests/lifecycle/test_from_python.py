@@ -6,7 +6,7 @@ import pytest
 
 from stages.evaluate import evaluate
 from stages.foundation.errors import ArtifactError
-from stages.lifecycle.registry import command_of
+from stages.lifecycle.results import command_of
 from stages.run import run
 from stages.run_directory.pipeline import ORDER
 from stages.run_directory.project import load_project

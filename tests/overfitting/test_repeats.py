@@ -230,9 +230,9 @@ def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
 
 def test_neighbours_are_samples_not_rows(evaluation):
     split, rows = evaluation.context.splits["all"], evaluation.training.first_rows
-    first, fields = evaluation.training.sample_index[rows], evaluation.training.field("layer_input")[rows]
+    first = evaluation.training.sample_index[rows]
     evaluated = EvaluatedSamples(evaluation.context.test_split, torch.arange(7))
-    found, missing = find_neighbours(evaluation.subject, evaluated, split, first, fields, 5, 4, print)
+    found, missing = find_neighbours(evaluation.subject, evaluation.training, evaluated, split, 5, 4, print)
     assert missing == {}
     evaluated = replace(evaluated, neighbours=found)
     known, asked = split.inputs(first).flatten(1), evaluation.context.test_split.inputs(range(7)).flatten(1)
@@ -254,10 +254,9 @@ def test_training_samples_are_not_their_own_neighbours(evaluation):
     """Where training samples are evaluated, none of their rows counts."""
     training = evaluation.training
     evaluated = EvaluatedSamples(evaluation.context.splits["all"], torch.tensor([3, 0, 5]))
-    known = training.field("layer_input")[training.first_rows]
     numbers = training.sample_index[training.first_rows]
     whole = evaluation.context.splits["all"]
-    found, missing = find_neighbours(evaluation.subject, evaluated, whole, numbers, known, 17, 2, print)
+    found, missing = find_neighbours(evaluation.subject, training, evaluated, whole, 17, 2, print)
     assert missing == {}
     for kind in ("x", "layer_input"):
         for position in (3, 0, 5):

@@ -408,12 +408,12 @@ def test_an_npy_file_is_left_in_its_place(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
 def test_an_answer_has_the_bytes_of_savez(tmp_path, dtype):
     arrays = {"wide": np.arange(60).reshape(10, 3, 2).astype(dtype), "flat": np.arange(10).astype(dtype)}
-    answer = PredictionBlocks(tmp_path, samples=10, rows=4, fingerprint="a", members=1, delta=None, batch=4)
-    answer.create()
-    for block in range(answer.blocks):
-        span = answer.block_range(block)
-        answer.write_block(block, {name: array[span.start : span.stop] for name, array in arrays.items()}, {})
-    answer.put_together(tmp_path / "found.npz")
+    predictions = PredictionBlocks(tmp_path, samples=10, rows=4, fingerprint="a", members=1, delta=None, batch=4)
+    predictions.create()
+    for block in range(predictions.blocks):
+        span = predictions.block_range(block)
+        predictions.write_block(block, {name: array[span.start : span.stop] for name, array in arrays.items()}, {})
+    predictions.put_together(tmp_path / "found.npz")
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     assert (tmp_path / "found.npz").read_bytes() == stream.getvalue()

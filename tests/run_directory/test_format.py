@@ -5,7 +5,15 @@ import json
 import pytest
 
 from stages.foundation.errors import ArtifactError
-from stages.run_directory.format import FORMAT_VERSION, BlockRecord, ChunkRecord, Identity, Manifest, RunRecord
+from stages.run_directory.format import (
+    FORMAT_VERSION,
+    BlockRecord,
+    ChunkRecord,
+    DenoiserDescription,
+    Identity,
+    Manifest,
+    RunRecord,
+)
 
 CHUNK = ChunkRecord(bytes=3, sha256="ab")
 
@@ -44,6 +52,28 @@ def test_a_field_that_cannot_be_is_named(change, message, tmp_path):
     with pytest.raises(ArtifactError) as error:
         BlockRecord.read(path)
     assert error.value.message == f"{path}: {message}"
+
+
+def test_a_description_of_a_denoiser_that_is_not_understood(tmp_path):
+    path = tmp_path / "denoiser.json"
+    given = {
+        "preset": "mlp",
+        "width": 16,
+        "blocks": 2,
+        "prediction": "x0",
+        "shape": [3, 4],
+        "fields": {"a": 2},
+        "schedule": "ddpm",
+    }
+    path.write_text(json.dumps(given))
+    assert DenoiserDescription.read(path).as_json() == given
+    path.write_text(json.dumps(given | {"preset": "unet9"}))
+    with pytest.raises(ArtifactError, match="preset is 'unet9': input should be 'mlp', 'factored', 'paper', "):
+        DenoiserDescription.read(path)
+    for name in given:
+        path.write_text(json.dumps({key: value for key, value in given.items() if key != name}))
+        with pytest.raises(ArtifactError, match=f"{name} is missing"):
+            DenoiserDescription.read(path)
 
 
 @pytest.mark.parametrize("raw", [[], 3, None, "text"])

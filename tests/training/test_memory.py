@@ -15,6 +15,7 @@ from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
 from stages.foundation.config import TrainDiffusionTable
+from stages.run_directory.format import DenoiserDescription
 from stages.training import denoiser as denoiser_training
 from stages.training.denoiser import MEMORY_SHARE, MOST_ON_CPU, DenoiserSettings, micro_batch
 from stages.training.denoising_steps import DenoisingSteps
@@ -27,7 +28,7 @@ FIELDS, CPU = {"layer_input": 7, "activation": 5}, torch.device("cpu")
 
 def describe(preset, shape, **settings):
     decided = resolve(TrainDiffusionTable(preset=preset, **settings).model_dump(), shape)
-    return {**decided, "shape": shape, "fields": FIELDS, "schedule": "ddpm"}
+    return {**decided, "shape": list(shape), "fields": FIELDS, "schedule": "ddpm"}
 
 
 def sketch(description):
@@ -148,7 +149,8 @@ def test_operations_are_counted():
 def decided(preset=SMALL, batch_size=64, micro_batch_size="auto"):
     """Settings with nothing left to decide."""
     table, description = TrainDiffusionTable(micro_batch_size=micro_batch_size), describe(preset, (16, 16))
-    return DenoiserSettings(table, description, 1e-3, batch_size, False, 0, lambda: make_denoiser(description))
+    record = DenoiserDescription(**{key: value for key, value in description.items() if key not in ("lr", "batch_size")})
+    return DenoiserSettings(table, record, 1e-3, batch_size, False, 0, lambda: make_denoiser(description))
 
 
 def with_memory(monkeypatch, free):

@@ -11,6 +11,7 @@ from networks import make_fields, make_scale, random, shaken
 from torch import nn
 
 from stages.diffusion.scale import scale_loss
+from stages.foundation.tensors import load_tensors, save_tensors
 from stages.training.trainer import CLIP_NORM, EMA_DECAY, WARM_UP_STEPS, Trainer, batch_rows, ema_decay
 
 
@@ -70,6 +71,27 @@ def test_training_continues_bit_for_bit(options, stop):
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
     for one, other in zip(unbroken.averaged.state_dict().values(), second.averaged.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_tied_network_continues(tmp_path):
+    """A file takes no tensor under two names."""
+
+    def tied():
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        network[1].weight = network[0].weight
+        return Trainer(
+            network, torch.optim.AdamW(network.parameters(), lr=0.1), lambda step: iter([network(x).square().mean()])
+        )
+
+    x, first, second = random(5, 4), tied(), tied()
+    first.advance()
+    save_tensors(tmp_path / "state", first.state())
+    save_tensors(tmp_path / "snapshot", first.snapshot())
+    second.restore(load_tensors(tmp_path / "state"), 1)
+    assert second.network[1].weight is second.network[0].weight
+    assert first.advance() == second.advance()
+    kept = load_tensors(tmp_path / "snapshot")
+    assert torch.equal(kept["0.weight"], kept["1.weight"])
 
 
 def test_average_is_the_exponential_moving_average_by_hand():

@@ -10,7 +10,7 @@ from torch import nn
 from stages.diffusion.conditioning import ConditioningEncoder
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import unit
-from stages.diffusion.drawing import drawn_with_gradient
+from stages.diffusion.denoising import drawn_with_gradient
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import EPSILON, MEAN, X0, make_schedule
 from stages.foundation.seeds import generator
