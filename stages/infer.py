@@ -12,6 +12,7 @@ from stages.evaluation.pictures import check_pictures, write_pictures
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import digest, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
+from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
@@ -59,6 +60,7 @@ def infer(
     return stage.execute(force=force, dry_run=dry_run)
 
 
+@usual_torch()
 def open_run(
     config: Path | str | None = None,
     *,

@@ -22,6 +22,7 @@ from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
 from stages.foundation.errors import DataError, OcdError
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of
+from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import to_device
 from stages.lifecycle.context import RunContext
 from stages.per_sample.layer import Layer, candidates, find_layer
@@ -56,6 +57,7 @@ FLOAT_BYTES = 4
 MOST_OPERATIONS = 1 << 36
 
 
+@usual_torch()
 def probe(
     project: Project,
     *,

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 
@@ -20,12 +22,20 @@ def generator(*parts: str | int) -> torch.Generator:
 
 @contextlib.contextmanager
 def global_seed(*parts: str | int) -> Iterator[None]:
-    """Seed torch's own generators for code that is not ours (a model's initialisation, dropout), and restore them."""
+    """Seed the generators that torch, numpy and Python share, for code that is not ours (a model's initialisation, dropout, the
+    augmentation of a data set), and restore them."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    of_python, of_numpy, seed = random.getstate(), np.random.get_state(), seed_of(*parts)
     with torch.random.fork_rng(devices=devices):
         # torch.manual_seed takes the better part of a millisecond: it also notes seeds, with a stack trace each, for devices
         # that are not in use.
-        torch.default_generator.manual_seed(seed_of(*parts))
+        torch.default_generator.manual_seed(seed)
         if devices:
-            torch.cuda.manual_seed(seed_of(*parts))
-        yield
+            torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

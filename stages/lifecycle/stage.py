@@ -11,6 +11,7 @@ from stages.foundation.config import EXECUTION
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
 from stages.foundation.progress import Logged, Report
+from stages.foundation.torch_state import usual_torch
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.sharing import Holding
@@ -106,6 +107,7 @@ class Stage(ABC):
 
     # Its life.
 
+    @usual_torch()
     def execute(self, *, force: bool = False, dry_run: bool = False) -> CommandResult:
         """Bring the stage up to date, or say what that would take; what is wrong with the request is found before it begins.
 

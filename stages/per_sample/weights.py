@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from stages.foundation.errors import OcdError
 from stages.foundation.trees import Tree, as_tree, batch_size, concatenate, leaves, take, tree_map
+from stages.per_sample.checkpointing import activations_kept
 from stages.per_sample.layer import Layer
 from stages.per_sample.prefix import Record
 from stages.per_sample.products import Product, product_of
@@ -39,7 +40,8 @@ def plain(forward: Forward, *, channels_last: bool = False) -> Forward:
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            return forward(model, tree_map(copied, x))
+            with activations_kept():
+                return forward(model, tree_map(copied, x))
         finally:
             torch.backends.mha.set_fastpath_enabled(before)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree, batch_size
 from stages.per_sample.runner import Runner
 
@@ -57,6 +58,7 @@ class PersonalisedModel:
         self.model, self.layer, self.runner, self.ensemble = runner.model, runner.layer, runner, ensemble
         self._condition, self._sample_deltas, self.combine, self._prepare = condition, sample_deltas, combine, prepare
 
+    @usual_torch()
     def predict(
         self, x: Tree, ensemble: int | None = None, *, rows: list[int] | None = None, first_member: int = 0
     ) -> Prediction:

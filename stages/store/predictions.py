@@ -70,6 +70,8 @@ class PredictionBlocks(Ledger):
 
     def write_deltas(self, span: range, deltas: np.ndarray) -> dict[str, ChunkRecord]:
         """Write a batch's deltas (B, E, out, in); their chunks, for the block's record."""
+        if deltas.dtype != np.dtype(self._delta.dtype):
+            raise ValueError(f"deltas are {deltas.dtype}, expected {self._delta.dtype}")
         found = {}
         for number, name in enumerate(self._delta_names(span)):
             rows = deltas[number * self._chunk_rows : (number + 1) * self._chunk_rows]

@@ -17,7 +17,8 @@ from stages.foundation.seeds import generator, global_seed, seed_of
 from stages.foundation.trees import Tree, as_tree, leaves
 from stages.tasks.user_code import user_code
 
-IDENTITY_ITEMS = 64
+# Items that a dataset is known by, and how many of them are asked for twice.
+IDENTITY_ITEMS, TWICE = 64, 4
 PIECE_BYTES = 16 << 20
 SAVE_HINT = 'write one with numpy.savez("train.npz", x=x, y=y)'
 MISSING_HINT = "ocd.toml names it under [task]; relative paths start at its folder"
@@ -224,13 +225,26 @@ def dataset_identity(dataset: Any, name: str) -> str:
         else range(count)
     )
     found = hashlib.sha256(str(count).encode())
-    for row in rows:
-        for part in split.item(row):
-            for path, leaf in (leaves(part) or {"": part}).items():
-                array = _numbers(leaf, f"{name}[{row}]")
-                found.update(f"{row}/{path}/{tuple(array.shape)}/{array.dtype}".encode())
-                found.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
+    for place, row in enumerate(rows):
+        content = _content_of(split.item(row), row, name)
+        if place < TWICE and _content_of(split.item(row), row, name) != content:
+            raise DataError(
+                f"{name}[{row}] is another item each time it is asked for: a run could not be gone on with",
+                "draw from the shared generators of torch, numpy and Python, which are seeded for each item, or seed by the index",
+            )
+        found.update(content)
     return found.hexdigest()
+
+
+def _content_of(item: tuple[Tree, Tree], row: int, name: str) -> bytes:
+    """Paths, shapes, dtypes and bytes of an item's tensors."""
+    found = []
+    for part in item:
+        for path, leaf in (leaves(part) or {"": part}).items():
+            array = _numbers(leaf, f"{name}[{row}]")
+            found.append(f"{row}/{path}/{tuple(array.shape)}/{array.dtype}".encode())
+            found.append(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
+    return b"".join(found)
 
 
 def _numbers(leaf: Any, place: str) -> Tensor:

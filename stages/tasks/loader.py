@@ -14,9 +14,10 @@ from stages.foundation.trees import Tree, batch_size, leaves, tree_map
 from stages.per_sample.single_precision import HALF
 from stages.tasks.data import Split, require_tensors, split_rows
 from stages.tasks.losses import LabelError
+from stages.tasks.modules import load_object
 from stages.tasks.protocol import Task, uses_default
 from stages.tasks.supervised import SupervisedTask
-from stages.tasks.user_code import load_object, user_code
+from stages.tasks.user_code import user_code
 
 
 def load_task(settings: TaskTable, root: Path, *, condition_on_x: bool = False) -> Task:

@@ -13,8 +13,9 @@ from stages.foundation.specs import is_code
 from stages.foundation.trees import Tree
 from stages.tasks.data import load_npz
 from stages.tasks.losses import LOSSES, OTHER, mean_binary_probability, require_one_tensor
+from stages.tasks.modules import load_object
 from stages.tasks.protocol import Task, combined_by
-from stages.tasks.user_code import load_object, user_code
+from stages.tasks.user_code import user_code
 
 
 class SupervisedTask(Task):

@@ -15,7 +15,8 @@ from stages.foundation.tensors import load_tensors
 from stages.run_directory.format import DenoiserDescription, StoreDescription
 from stages.run_directory.project import Project
 from stages.run_directory.sources import encoder_weights
-from stages.tasks.user_code import load_object, user_code
+from stages.tasks.modules import load_object
+from stages.tasks.user_code import user_code
 
 SETTING = "train-diffusion.encoders"
 MEND = "mend it, then run the same command again"

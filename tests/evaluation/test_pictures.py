@@ -17,8 +17,8 @@ from stages.foundation.errors import TaskError
 from stages.infer import open_run
 from stages.store.predictions import PredictionBlocks
 from stages.tasks.losses import mse
+from stages.tasks.modules import load_object
 from stages.tasks.protocol import Task
-from stages.tasks.user_code import load_object
 
 WEIGHT, LR, STEPS, SIDE = "2.weight", 0.03, 3, 34 * 6
 

@@ -10,7 +10,7 @@ from collecting import LATER, assert_as_wanted, base_of, reference_of, summary_o
 from folders import blocks_of, store
 from torch import nn
 
-from stages.tasks.user_code import load_object
+from stages.tasks.modules import load_object
 
 
 @pytest.fixture

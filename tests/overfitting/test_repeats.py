@@ -17,7 +17,7 @@ from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
-from stages.tasks.user_code import load_object
+from stages.tasks.modules import load_object
 from stages.training.batches import TrainingBatches
 
 SAMPLES, REPEATS = 18, 3

@@ -16,8 +16,8 @@ from stages.per_sample.capture import capture
 from stages.per_sample.layer import find_layer
 from stages.tasks.conditioning import condition
 from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.modules import load_object
 from stages.tasks.protocol import Task
-from stages.tasks.user_code import load_object
 
 SETTINGS = {
     "select-layer": {"layer": "fc.weight", "draws": 0},
