@@ -12,7 +12,9 @@ from stages.per_sample.capture import capture
 from stages.per_sample.layer import Layer
 from stages.per_sample.prefix import PrefixChanged, Record
 from stages.per_sample.self_check import choose, find_prefix, with_best_format
-from stages.per_sample.weights import Forward, Substitution
+from stages.per_sample.weights import Forward, Loop, Substitution, Vmap, plain
+
+SPEED = (Substitution, Vmap, Loop)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,21 @@ class Runner:
     def __init__(
         self, model: nn.Module, layer: Layer, forward: Forward, x: Tree, *, reuse: bool = True, watched: Sequence[str] = ()
     ) -> None:
-        self.model, self.layer, self._watched = model, layer, watched
-        self.forward = with_best_format(model, forward, x)
-        self.method, self.reason = choose(model, layer, self.forward, x)
-        self.prefix = find_prefix(self.method, model, layer, self.forward, x) if reuse else None
+        self.model, self.layer, self._watched, self._reuse = model, layer, watched, reuse
+        self._usual, best = plain(forward), with_best_format(model, forward, x)
+        self._run_by(best, x)
+        if self.reason and best.channels_last:
+            # What a method cannot do in that format it may do in the usual one, faster than the next method does.
+            method, prefix, reason = self.method, self.prefix, self.reason
+            self._run_by(self._usual, x)
+            if SPEED.index(type(self.method)) >= SPEED.index(type(method)):
+                self.forward, self.method, self.prefix, self.reason = best, method, prefix, reason
+
+    def _run_by(self, forward: Forward, x: Tree) -> None:
+        """Settle how the model is run, by a forward pass in one memory format."""
+        self.forward = forward
+        self.method, self.reason = choose(self.model, self.layer, forward, x)
+        self.prefix = find_prefix(self.method, self.model, self.layer, forward, x) if self._reuse else None
 
     def first_pass(self, x: Tree) -> FirstPass:
         """Run the base on x (B, …), capture what the layer sees and gives, and record what comes before it."""

@@ -45,7 +45,7 @@ def plain(forward: Forward, *, channels_last: bool = False) -> Forward:
         finally:
             torch.backends.mha.set_fastpath_enabled(before)
 
-    run.is_plain = True
+    run.is_plain, run.channels_last = True, channels_last
     return run
 
 

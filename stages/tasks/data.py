@@ -230,7 +230,7 @@ def dataset_identity(dataset: Any, name: str) -> str:
         if place < TWICE and _content_of(split.item(row), row, name) != content:
             raise DataError(
                 f"{name}[{row}] is another item each time it is asked for: a run could not be gone on with",
-                "draw from the shared generators of torch, numpy and Python, which are seeded for each item, or seed by the index",
+                "draw from the generators of torch, numpy and Python that are shared, which are seeded for each item",
             )
         found.update(content)
     return found.hexdigest()
