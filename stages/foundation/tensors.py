@@ -1,7 +1,6 @@
 """Tensors on disk: safetensors files for weights, checked against what the model expects."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     found = _from_parts(tensors, model)
     if problems := mismatches(found, model.state_dict()):
         raise ArtifactError(
-            f"{path} does not fit the model:\n{_lines(problems)}",
+            f"{path} does not fit the model:\n{joined_lines(problems)}",
             "the model changed; redo it with: ocd train-base --force",
         )
     model.load_state_dict(found)
@@ -149,65 +148,8 @@ def mismatches(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     return found
 
 
-def import_weights(path: Path, model: nn.Module) -> None:
-    """Load a user's trained weights: safetensors, or a `.pt` read without running code, also when nested under `state_dict` or
-    `model`, or prefixed `module.`.
-
-    Raises:
-        DataError: missing, unreadable, not a state dict, or of another model (which keys, which shapes).
-    """
-    tensors = _user_tensors(path)
-    wanted = model.state_dict()
-    for prefix in ("module.", "model."):
-        if all(name.startswith(prefix) for name in tensors) and not all(name in wanted for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    _fill_tied(tensors, model)
-    if problems := mismatches(tensors, wanted):
-        raise DataError(f"{path} does not fit the model:\n{_lines(problems)}", "check task.model and task.model_args")
-    model.load_state_dict(tensors)
-
-
-def _user_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise DataError(
-            f"{path} is missing", "--weights or task.weights names it; relative paths in ocd.toml start at its folder"
-        )
-    if path.suffix == ".safetensors":
-        return _read(path, DataError)[0]
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch raises many kinds here; its advice to load with weights_only=False would run the file's code.
-        raise DataError(
-            f"{path} cannot be read as weights alone: {_first_sentence(error)}",
-            "save model.state_dict(), best as safetensors",
-        ) from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise DataError(f"{path} holds {type(found).__name__}, expected a state dict of tensors", "save model.state_dict()")
-    return dict(found)
-
-
-def _first_sentence(error: Exception) -> str:
-    """The first sentence of torch's message, without the colours and the advice that follow."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0]
-
-
-def _fill_tied(tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Give a tied name that the file leaves out the tensor of its twin."""
-    by_place: dict[int, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name in tensors:
-            by_place.setdefault(id(value), name)
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name not in tensors and id(value) in by_place:
-            tensors[name] = tensors[by_place[id(value)]]
-
-
-def _lines(problems: Iterable[str], most: int = 8) -> str:
+def joined_lines(problems: Iterable[str], most: int = 8) -> str:
+    """The first of some lines, indented, and how many more there are."""
     listed = list(problems)
     more = [f"  … and {len(listed) - most} more"] if len(listed) > most else []
     return "\n".join([f"  {line}" for line in listed[:most]] + more)

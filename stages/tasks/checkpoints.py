@@ -1,0 +1,222 @@
+"""Importing trained weights from the files that people have: nested, prefixed, sharded, with other things beside them."""
+
+import argparse
+import collections
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stages.foundation.errors import DataError, TaskError
+from stages.foundation.tensors import joined_lines, load_tensors, mismatches
+from stages.foundation.weights import INDEX, SETTING_HINT, weight_files
+from stages.tasks.user_code import user_code
+
+# What wrappers put into the keys, wherever the wrapped module is.
+WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+AVERAGED = re.compile(r"(^|[._])(ema|averaged?|avg|swa)([._]|$)", re.IGNORECASE)
+# Below this, a dict of a checkpoint is no state dict of a model.
+DEEPEST = 3
+SAVE_HINT = 'where that class is known: torch.save(model.state_dict(), "weights.pt")'
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was taken from a file of weights.
+
+    Attributes:
+        file: its name.
+        key: the entry of the checkpoint, "" where it is a state dict itself.
+        prefix: what was cut off its keys.
+        ignored: keys of the entry that the model has no use for.
+        others: entries or prefixes that would fit, too.
+    """
+
+    file: str
+    key: str = ""
+    prefix: str = ""
+    ignored: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """What there is to say, for the stage's summary."""
+        found = {"imported": self.file, "key": self.key, "prefix": self.prefix, "ignored": self.ignored, "others": self.others}
+        return {name: value for name, value in found.items() if value}
+
+    def sentence(self) -> str:
+        """The same for people; "" where the file is a plain state dict of the model."""
+        parts = [f"its entry {self.key}"] if self.key else []
+        parts += [f"without the prefix {self.prefix}"] if self.prefix else []
+        parts += [f"ignoring {_few(self.ignored)}"] if self.ignored else []
+        parts += [f"not {_few(self.others)}, which fits, too (--weights-key names another)"] if self.others else []
+        return f"of {self.file} is taken: {'; '.join(parts)}" if parts else ""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Some keys of one entry of a checkpoint, as the model may have them."""
+
+    key: str
+    prefix: str
+    tensors: dict[str, Tensor]
+    beside: list[str]
+    matching: int
+
+    @property
+    def averaged(self) -> bool:
+        return bool(AVERAGED.search(f"{self.key}.{self.prefix}"))
+
+
+def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Imported:
+    """Load a user's trained weights, reading no code: safetensors, a `.pt`, sharded files by their index, a Hugging Face folder.
+
+    The state dict may be nested, and its keys may have any prefix: the entry and prefix whose keys give every one of the model's
+    are taken. The model's own `load_state_dict` decides what it needs. Averaged weights are taken only where they are named or
+    alone.
+
+    Args:
+        path: the file or folder.
+        model: changed in place.
+        key: the entry to take, such as "state_dict_ema".
+
+    Raises:
+        DataError: missing, unreadable, not a state dict, or of another model (which keys, which shapes).
+    """
+    entries = _entries(_read(path))
+    if key is not None:
+        known = [name for name, _ in entries]
+        entries = [(name, tensors) for name, tensors in entries if name == key]
+        if not entries:
+            raise DataError(
+                f"{path} has no entry {key!r} with tensors", f"it has {_few([n or 'keys of its own' for n in known])}"
+            )
+    if not entries:
+        raise DataError(f"{path} holds no state dict of tensors", "save model.state_dict()")
+    wanted = set(model.state_dict())
+    found = sorted(
+        (candidate for name, tensors in entries for candidate in _candidates(name, tensors, wanted)),
+        key=lambda candidate: (-candidate.matching, candidate.averaged, len(candidate.beside)),
+    )
+    fitting = [candidate for candidate in found if candidate.matching == found[0].matching]
+    for candidate in found:
+        unexpected = _load(model, candidate)
+        if unexpected is not None:
+            others = [other for other in fitting if other is not candidate and other.matching == candidate.matching]
+            ignored = sorted({*candidate.beside, *unexpected})
+            named = [
+                f"{other.key}{'.' if other.key and other.prefix else ''}{other.prefix}" or "keys of its own" for other in others
+            ]
+            return Imported(path.name, candidate.key, candidate.prefix, ignored, named)
+    best = found[0].tensors if found else entries[0][1]
+    problems = mismatches(best, model.state_dict())
+    raise DataError(f"{path} does not fit the model:\n{joined_lines(problems)}", "check task.model and task.model_args")
+
+
+def _candidates(name: str, tensors: dict[str, Tensor], wanted: set[str]) -> Iterator[_Candidate]:
+    """An entry under every prefix that turns one of its keys into one of the model's."""
+    plain = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
+    if len(plain) < len(tensors) or wanted <= tensors.keys():
+        plain = tensors
+    prefixes = {""} | {key[: -len(want)] for key in plain for want in wanted if key.endswith(f".{want}")}
+    for prefix in prefixes:
+        cut = {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
+        matching = len(wanted & cut.keys())
+        if matching:
+            yield _Candidate(name, prefix, cut, [key for key in plain if not key.startswith(prefix)], matching)
+
+
+def _load(model: nn.Module, candidate: _Candidate) -> list[str] | None:
+    """Load a candidate: the keys that the model has no use for, or None where it misses some or their shapes are others."""
+    tensors = dict(candidate.tensors)
+    _fill_tied(tensors, model)
+    try:
+        with user_code("load_state_dict()"):
+            found = model.load_state_dict(tensors, strict=False)
+    except TaskError:
+        return None
+    return None if found.missing_keys else list(found.unexpected_keys)
+
+
+def _entries(found: Any, name: str = "", depth: int = 0) -> list[tuple[str, dict[str, Tensor]]]:
+    """The dicts with tensors in a checkpoint, by the keys that lead to them: the outermost first."""
+    if not isinstance(found, Mapping) or depth > DEEPEST:
+        return []
+    tensors = {
+        str(key): torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+        for key, value in found.items()
+        if isinstance(value, (Tensor, np.ndarray)) or str(key).endswith("_extra_state")
+    }
+    here = [(name, tensors)] if tensors else []
+    for key, value in found.items():
+        here += _entries(value, f"{name}.{key}" if name else str(key), depth + 1)
+    return here
+
+
+def _read(path: Path) -> Any:
+    """What a file or its shards hold, as nested dicts."""
+    files = weight_files(path)
+    if not files[0].is_file():
+        raise DataError(f"{path} is missing", SETTING_HINT)
+    if not files[0].name.endswith(INDEX):
+        return _read_file(files[0])
+    found: dict[str, Any] = {}
+    for shard in files[1:]:
+        found |= _read_file(shard)
+    return found
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_tensors(path, DataError)
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises many kinds here; its advice to load with weights_only=False would run the file's code.
+        said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
+        if "TorchScript" in said:
+            hint = 'save its weights alone: torch.save(torch.jit.load(FILE).state_dict(), "weights.pt")'
+            raise DataError(f"{path} is a TorchScript archive, which holds code", hint) from error
+        if found := re.search(r"GLOBAL ([\w.]+)", said):
+            raise DataError(f"{path} holds a {found[1]}, which cannot be read without running code", SAVE_HINT) from error
+        raise DataError(
+            f"{path} cannot be read as weights alone: {said.splitlines()[0].split('. ')[0]}",
+            "save model.state_dict(), best as safetensors",
+        ) from error
+
+
+def _harmless() -> list[Callable[..., Any] | tuple[Any, str]]:
+    """What checkpoints often hold beside tensors, and what building it cannot do harm: numpy's numbers and arrays, options of a
+    command line, paths."""
+    core = np._core if hasattr(np, "_core") else np.core
+    scalar, reconstruct = core.multiarray.scalar, core.multiarray._reconstruct
+    named = [(scalar, f"numpy.{place}.multiarray.scalar") for place in ("core", "_core")]
+    named += [(reconstruct, f"numpy.{place}.multiarray._reconstruct") for place in ("core", "_core")]
+    dtypes = [
+        type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U1", "S1")
+    ]
+    paths = [(pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")]
+    return [np.ndarray, np.dtype, *dtypes, *named, argparse.Namespace, collections.defaultdict, *paths]
+
+
+def _fill_tied(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Give a tied name that the file leaves out the tensor of its twin."""
+    by_place: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in tensors:
+            by_place.setdefault(id(value), name)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in tensors and id(value) in by_place:
+            tensors[name] = tensors[by_place[id(value)]]
+
+
+def _few(names: list[str], most: int = 4) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
