@@ -1,5 +1,6 @@
 """What every stage is: a plan, and work done inside an unfinished folder that gets its name when it is whole."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -139,11 +140,8 @@ class Stage(ABC):
     def _tidy(self) -> None:
         """Remove from a finished folder temporary files of writers that were killed, unless somebody is at it."""
         if strays(self.folder.found):
-            try:
-                with self.folder.lock():
-                    sweep(self.folder.found)
-            except TryAgainError:
-                pass
+            with contextlib.suppress(TryAgainError), self.folder.lock():
+                sweep(self.folder.found)
 
     def _forget_beginning(self) -> None:
         """Refused before anything was finished: whoever mends the cause begins anew."""

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,16 @@ def as_tree(like: Tree, tensors: list[Tensor]) -> Tree:
     return tree_map(lambda _: next(following), like)
 
 
+@dataclass(frozen=True)
 class BlockPredictor:
     """Predicts for the rows of a split, members that are known already aside, and writes them into the blocks of an answer;
     `like` is an output (1, …)."""
 
-    def __init__(self, personalised: PersonalisedModel, inputs: Split, ensemble: int, like: Tree, smaller: Smaller) -> None:
-        self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble
-        self._like, self._smaller = like, smaller
+    personalised: PersonalisedModel
+    inputs: Split
+    ensemble: int
+    like: Tree
+    smaller: Smaller
 
     def work(self, predictions: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
         """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
@@ -93,18 +97,16 @@ class BlockPredictor:
             predictions.write_block(block, arrays, chunks)
 
     def _predict(self, rows: range) -> Prediction:
-        known = self._smaller.members
-        return self._personalised.predict(
-            self._inputs.inputs(rows), self._ensemble - known, rows=list(rows), first_member=known
-        )
+        known = self.smaller.members
+        return self.personalised.predict(self.inputs.inputs(rows), self.ensemble - known, rows=list(rows), first_member=known)
 
     def _arrays(self, rows: range, found: Prediction) -> dict[str, np.ndarray]:
         """What is kept of a batch, by name, one row an input."""
         members, output, base_output = (to_device(tree, CPU) for tree in (found.members, found.output, found.base_output))
-        if self._smaller.members:
-            members = tree_map(lambda old, new: torch.cat([old, new]), self._smaller.take(rows), members)
-            output = self._personalised.combine(members)
-        arrays = {RHO: found.rho.cpu(), INDEX: self._inputs.rows[rows.start : rows.stop]}
+        if self.smaller.members:
+            members = tree_map(lambda old, new: torch.cat([old, new]), self.smaller.take(rows), members)
+            output = self.personalised.combine(members)
+        arrays = {RHO: found.rho.cpu(), INDEX: self.inputs.rows[rows.start : rows.stop]}
         for name, tree in ((BASE, base_output), (OUTPUT, output)):
             arrays |= {array_name(name, path): leaf for path, leaf in leaves(tree).items()}
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
@@ -114,7 +116,7 @@ class BlockPredictor:
         """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
         are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
         could not be scored."""
-        count, rho = len(self._inputs), 0.0
+        count, rho = len(self.inputs), 0.0
         totals: dict[str, dict[str, float]] | None = {}
         for block in range(predictions.blocks):
             arrays = predictions.read(block)
@@ -133,12 +135,12 @@ class BlockPredictor:
     ) -> dict[str, dict[str, float]] | None:
         """The sums with some more rows, or None where there are no labels."""
         positions = span[part]
-        if (y := self._inputs.labels(positions)) is None:
+        if (y := self.inputs.labels(positions)) is None:
             return None
 
         def tree(name: str) -> Tree:
-            found = [torch.from_numpy(arrays[array_name(name, path)]) for path in leaves(self._like)]
-            return take(as_tree(self._like, found), part)
+            found = [torch.from_numpy(arrays[array_name(name, path)]) for path in leaves(self.like)]
+            return take(as_tree(self.like, found), part)
 
         outputs = {
             "base": tree(BASE),
@@ -146,7 +148,7 @@ class BlockPredictor:
             "ocd ensemble": tree(OUTPUT),
         }
         for row, output in outputs.items():
-            with naming_rows(self._inputs, positions):
+            with naming_rows(self.inputs, positions):
                 figures = metrics_of(task, output, y)
             sums = totals.setdefault(row, {})
             for name, values in figures.items():
