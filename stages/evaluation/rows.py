@@ -56,7 +56,6 @@ class Row:
     """One row.
 
     Attributes:
-        name: what the table calls it.
         members: batch to outputs (E, B, …) as a function of the strength.
         validated: whether its strength is fitted on validation samples.
     """

@@ -1,6 +1,7 @@
 """The work of inferring: predictions for the rows of a split, block by block, how many at once, and what they score."""
 
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,27 +117,22 @@ class BlockPredictor:
         """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
         are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
         could not be scored."""
-        count, rho = len(self.inputs), 0.0
-        totals: dict[str, dict[str, float]] | None = {}
+        count, rho, labelled = len(self.inputs), 0.0, self.inputs.labels([0]) is not None
+        totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for block in range(predictions.blocks):
-            arrays = predictions.read(block)
+            arrays, span = predictions.read(block), predictions.block_range(block)
             rho += float(arrays[RHO].sum(dtype=np.float64))
-            span = predictions.block_range(block)
-            for start in range(0, len(span), EVALUATION_BATCH):
-                part = slice(start, min(len(span), start + EVALUATION_BATCH))
-                totals = totals if totals is None else self._scored(totals, task, arrays, span, part)
-        metrics = totals and {
-            row: {name: finite(total / count) for name, total in figures.items()} for row, figures in totals.items()
-        }
-        return {"rho": rho / count, "metrics": metrics}
+            for start in range(0, len(span) if labelled else 0, EVALUATION_BATCH):
+                self._score(totals, task, arrays, span, slice(start, min(len(span), start + EVALUATION_BATCH)))
+        metrics = {row: {name: finite(total / count) for name, total in sums.items()} for row, sums in totals.items()}
+        return {"rho": rho / count, "metrics": metrics if labelled else None}
 
-    def _scored(
+    def _score(
         self, totals: dict[str, dict[str, float]], task: Task, arrays: dict[str, np.ndarray], span: range, part: slice
-    ) -> dict[str, dict[str, float]] | None:
-        """The sums with some more rows, or None where there are no labels."""
+    ) -> None:
+        """Add some rows to the sums."""
         positions = span[part]
-        if (y := self.inputs.labels(positions)) is None:
-            return None
+        y = self.inputs.labels(positions)
 
         def tree(name: str) -> Tree:
             found = [torch.from_numpy(arrays[array_name(name, path)]) for path in leaves(self.like)]
@@ -150,10 +146,8 @@ class BlockPredictor:
         for row, output in outputs.items():
             with naming_rows(self.inputs, positions):
                 figures = metrics_of(task, output, y)
-            sums = totals.setdefault(row, {})
             for name, values in figures.items():
-                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-        return totals
+                totals[row][name] += float(values.double().sum())
 
 
 def prediction_bytes(runner: Runner, x: Tree) -> int:

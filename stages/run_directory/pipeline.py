@@ -21,7 +21,6 @@ class StageSpec:
 
     Attributes:
         name: of its command, its table and its folder.
-        reads: the stages it reads.
         data: the data splits it reads; `input` is what a query names.
         task: whether it runs the user's code.
         content: what later stages take from it, as it appears among their inputs.
