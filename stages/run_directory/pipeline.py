@@ -59,13 +59,7 @@ STAGES = {
     for spec in (
         StageSpec("train-base", data=("train", "validation", "weights"), content="base"),
         StageSpec("select-layer", ("train-base",), ("train", "validation"), content="layer"),
-        StageSpec(
-            "collect",
-            ("train-base", "select-layer"),
-            ("train", "validation"),
-            content="deltas",
-            mends=True,
-        ),
+        StageSpec("collect", ("train-base", "select-layer"), ("train", "validation"), content="deltas", mends=True),
         StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
         StageSpec("train-scale", ("collect",), task=False, content="scale"),
         StageSpec(
@@ -76,12 +70,7 @@ STAGES = {
             redoes_stale=True,
             settings=("infer.ensemble", "infer.sample_steps", "infer.sampler", "infer.strength"),
         ),
-        StageSpec(
-            "infer",
-            ("train-base", "select-layer", "train-diffusion", "train-scale"),
-            ("input",),
-            redoes_stale=True,
-        ),
+        StageSpec("infer", ("train-base", "select-layer", "train-diffusion", "train-scale"), ("input",), redoes_stale=True),
     )
 }
 ORDER = tuple(STAGES)
