@@ -170,7 +170,7 @@ class Evaluate(Stage):
         if self._validation is not None:
             self._validation, more = self._with_neighbours(self._validation)
             missing |= more
-        rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
+        rows = row.base_and_oracle() + row.generated_rows(training.mean_rho)
         made, left_out = from_run.training_rows(subject, training, self._class_means, missing)
         rows += made
         whole = whole_network_row(self.context, len(self._test.order))
@@ -205,8 +205,11 @@ class Evaluate(Stage):
             reason = "outputs and labels are not logits and class numbers"
             return rows, fitted, None, left_out | {row.TEMPERATURE: reason}
         temperature, normalised = found
-        one = row.temperature_row(lambda output: scaled(output, temperature, normalised=normalised))
-        return row.in_order([*rows, one]), fitted, temperature, left_out
+
+        def predict(batch: Batch) -> Tensor:
+            return scaled(batch.first.output, temperature, normalised=normalised)
+
+        return row.in_order([*rows, row.output_row(row.TEMPERATURE, predict)]), fitted, temperature, left_out
 
     def _strengths(self, rows: list[Row], fitted: Mapping[str, Fitted]) -> dict[str, float]:
         """Every row's strength: as fitted; of OCD's own rows, and where nothing could be fitted, as `[infer]` has it."""

@@ -90,19 +90,10 @@ def elsewhere_row(name: str, elsewhere: Subject) -> Row:
     return Row(name, members, validated=True)
 
 
-def base_row() -> Row:
-    """The base itself."""
-    return output_row(BASE, lambda batch: batch.first.output)
-
-
-def temperature_row(scale: Callable[[Tree], Tree]) -> Row:
-    """The base's logits divided by a temperature."""
-    return output_row(TEMPERATURE, lambda batch: scale(batch.first.output))
-
-
-def oracle_row() -> Row:
-    """The deltas of the samples' own labels: a bound that no prediction reaches fairly."""
-    return delta_row(ORACLE, lambda batch: batch.overfitted.unsqueeze(1))
+def base_and_oracle() -> list[Row]:
+    """The base itself, and the deltas of the samples' own labels: a bound that no prediction reaches fairly."""
+    oracle = delta_row(ORACLE, lambda batch: batch.overfitted.unsqueeze(1))
+    return [output_row(BASE, lambda batch: batch.first.output), oracle]
 
 
 def generated_rows(mean_rho: float) -> list[Row]:
@@ -124,7 +115,7 @@ def generated_rows(mean_rho: float) -> list[Row]:
     ]
 
 
-def random_direction_row(rho_of: Callable[[Batch], Tensor], *, validated: bool = True) -> Row:
+def random_direction_row(rho_of: Callable[[Batch], Tensor]) -> Row:
     """Directions that nothing has chosen, of the same ρ, (B,)."""
 
     def directions(batch: Batch) -> Tensor:
@@ -136,7 +127,7 @@ def random_direction_row(rho_of: Callable[[Batch], Tensor], *, validated: bool =
         deltas = torch.stack(draws).to(subject.device)
         return deltas * (rho_of(batch).view(-1, 1) / deltas.flatten(2).norm(dim=2)).view(len(batch), -1, 1, 1)
 
-    return delta_row(RANDOM_DIRECTION, directions, validated=validated)
+    return delta_row(RANDOM_DIRECTION, directions, validated=True)
 
 
 def random_training_row() -> Row:
@@ -155,14 +146,9 @@ def random_training_row() -> Row:
     return delta_row(RANDOM_TRAINING, deltas, validated=True)
 
 
-def mean_row(mean: Tensor, *, validated: bool = True) -> Row:
+def mean_row(mean: Tensor) -> Row:
     """One delta for all samples, the training samples' mean, (out, in)."""
-    return delta_row(MEAN_DELTA, lambda batch: mean.expand(len(batch), 1, *mean.shape), validated=validated)
-
-
-def class_mean_row(means: Tensor, classes: Callable[[Batch], Tensor]) -> Row:
-    """The mean delta (classes, out, in) of the training samples that the base takes for the class it takes the sample for."""
-    return delta_row(CLASS_MEAN, lambda batch: means[classes(batch)].unsqueeze(1), validated=True)
+    return delta_row(MEAN_DELTA, lambda batch: mean.expand(len(batch), 1, *mean.shape), validated=True)
 
 
 def neighbour_rows(
