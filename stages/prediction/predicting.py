@@ -83,12 +83,13 @@ class BlockPredictor:
         Raises:
             OcdError: faults of the data and the task. Blocks finished before are written.
         """
-        done = 0
+        done, known = 0, self.smaller.members
         for block in blocks:
             span, chunks, parts = predictions.block_range(block), {}, []
             for start in range(span.start, span.stop, batch):
                 rows = range(start, min(span.stop, start + batch))
-                found = self._predict(rows)
+                x, more = self.inputs.inputs(rows), self.ensemble - known
+                found = self.personalised.predict(x, more, rows=list(rows), first_member=known)
                 if predictions.keeps_deltas:
                     chunks |= predictions.write_deltas(rows, found.deltas.cpu().numpy())
                 parts.append(self._arrays(rows, found))
@@ -96,10 +97,6 @@ class BlockPredictor:
                 on_progress(done)
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             predictions.write_block(block, arrays, chunks)
-
-    def _predict(self, rows: range) -> Prediction:
-        known = self.smaller.members
-        return self.personalised.predict(self.inputs.inputs(rows), self.ensemble - known, rows=list(rows), first_member=known)
 
     def _arrays(self, rows: range, found: Prediction) -> dict[str, np.ndarray]:
         """What is kept of a batch, by name, one row an input."""
