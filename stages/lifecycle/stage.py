@@ -199,7 +199,7 @@ class Stage(ABC):
             threads = self.auto_threads() if asked == AUTO else asked
             begun = Begun(identity=identity, fingerprint=identity.fingerprint, execution={}, threads=threads)
         torch.set_num_threads(begun.threads)
-        self.unfinished = Unfinished(self.folder, begun.changed(wanted=wanted, sources=sources))
+        self.unfinished = Unfinished(wip, begun.changed(wanted=wanted, sources=sources))
         try:
             # Recorded when it is laid out: what a kill in between leaves could not be taken for a whole beginning.
             self.begin(self.folder.path if begins and state.state == states.PARTIAL and not redo else None)
