@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,7 +52,7 @@ def _interrupt(number: int, frame: object) -> None:
 def _stage(shared: Shared, name: str, given: Mapping[str, Any] | None = None, **asked: Any) -> None:
     """Run one stage with progress shown, and print its result; `given` are settings that flags of its own give."""
     project = shared.project(given)
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         result = command_of(name)(project, **asked, force=shared.force, dry_run=shared.dry_run, report=report)
     _print(shared, result)
     if shared.as_json and not result.follows:
@@ -191,7 +192,7 @@ def run(
 
     project = shared.project()
     summaries: dict[str, Any] = {}
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         for result in run_stages(project, start, until, force=shared.force, dry_run=shared.dry_run, report=report):
             summaries[result.stage] = result.summary
             report.close()
@@ -223,7 +224,7 @@ def probe(
     from stages.probe import probe as try_layers
 
     project = shared.project()
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         report.start("probe")
         found = try_layers(project, layers=layer or (), samples=samples, dry_run=shared.dry_run, report=report)
     if shared.as_json:
@@ -252,7 +253,7 @@ def verify(shared: Shared) -> None:
     from stages.verify import verify as check
 
     project = shared.project()
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         report.start("verify")
         found = check(project, report=report)
     if shared.as_json:

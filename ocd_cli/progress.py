@@ -4,7 +4,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 from rich import progress as bars
 from rich.console import Console, RenderableType
@@ -56,7 +55,7 @@ class _Bars(bars.Progress):
 
 
 class ShownProgress:
-    """A report shown to a person; use it as a context manager."""
+    """A report shown to a person, to be closed at the end."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -64,12 +63,6 @@ class ShownProgress:
         self._bars: bars.Progress | None = None
         self._curve = Curve()
         self._stage, self._unit, self._began, self._first, self._last = "", "", 0.0, 0, 0.0
-
-    def __enter__(self) -> "ShownProgress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def start(self, stage: str) -> None:
         """A stage begins."""
