@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,7 +52,7 @@ def _interrupt(number: int, frame: object) -> None:
 def _stage(shared: Shared, name: str, given: Mapping[str, Any] | None = None, **asked: Any) -> None:
     """Run one stage with progress shown, and print its result; `given` are settings that flags of its own give."""
     project = shared.project(given)
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         result = command_of(name)(project, **asked, force=shared.force, dry_run=shared.dry_run, report=report)
     _print(shared, result)
     if shared.as_json and not result.follows:
@@ -97,11 +98,15 @@ def train_base(
     shared: Shared,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Import these weights (.safetensors or .pt) instead of training.", metavar="FILE"),
+        typer.Option(help="Import these weights (.safetensors, .pt, an index, a folder) instead of training.", metavar="FILE"),
+    ] = None,
+    weights_key: Annotated[
+        str | None, typer.Option(help="Take this entry of the file, such as state_dict_ema.", metavar="NAME")
     ] = None,
 ) -> None:
     """Train the base model, or import its weights; prints its metrics on the test split."""
-    _stage(shared, "train-base", {"task.weights": str(weights.absolute()) if weights else None})
+    given = {"task.weights": str(weights.absolute()) if weights else None, "task.weights_key": weights_key}
+    _stage(shared, "train-base", given)
 
 
 @command(app, "select-layer", "ocd select-layer --layer fc1.weight")
@@ -191,7 +196,7 @@ def run(
 
     project = shared.project()
     summaries: dict[str, Any] = {}
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         for result in run_stages(project, start, until, force=shared.force, dry_run=shared.dry_run, report=report):
             summaries[result.stage] = result.summary
             report.close()
@@ -223,7 +228,7 @@ def probe(
     from stages.probe import probe as try_layers
 
     project = shared.project()
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         report.start("probe")
         found = try_layers(project, layers=layer or (), samples=samples, dry_run=shared.dry_run, report=report)
     if shared.as_json:
@@ -252,7 +257,7 @@ def verify(shared: Shared) -> None:
     from stages.verify import verify as check
 
     project = shared.project()
-    with ShownProgress(shared.quiet) as report:
+    with closing(ShownProgress(shared.quiet)) as report:
         report.start("verify")
         found = check(project, report=report)
     if shared.as_json:

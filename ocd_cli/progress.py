@@ -4,18 +4,9 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
+from rich import progress as bars
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
 LINE_SECONDS = 10.0
@@ -52,7 +43,7 @@ class Curve:
         return "".join(BARS[round((height - low) / span * (len(BARS) - 1))] if span > 0 else BARS[0] for height in heights)
 
 
-class _Bars(Progress):
+class _Bars(bars.Progress):
     """A bar, and below it a line of figures."""
 
     below = ""
@@ -64,20 +55,14 @@ class _Bars(Progress):
 
 
 class ShownProgress:
-    """A report shown to a person; use it as a context manager."""
+    """A report shown to a person, to be closed at the end."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bars: Progress | None = None
+        self._bars: bars.Progress | None = None
         self._curve = Curve()
         self._stage, self._unit, self._began, self._first, self._last = "", "", 0.0, 0, 0.0
-
-    def __enter__(self) -> "ShownProgress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def start(self, stage: str) -> None:
         """A stage begins."""
@@ -88,14 +73,14 @@ class ShownProgress:
             return
         if sys.stderr.isatty():
             self._bars = _Bars(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]} {task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                bars.SpinnerColumn(),
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+                bars.TimeElapsedColumn(),
+                bars.TextColumn("left"),
+                bars.TimeRemainingColumn(),
                 console=self._console,
             )
             self._bars.start()

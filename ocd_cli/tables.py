@@ -30,8 +30,10 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
         figures = row["metrics"]
         strength = "" if row["strength"] is None else f"{row['strength']:g}{' ✓' if row['validated'] else ''}"
         cells = [_mean(figures.get(name)) for name in shown]
-        difference = "" if row["name"] == "base" else _interval(figures[metric])
-        table.add_row(row["name"], str(row["members"]), strength, _with_error(figures[metric]), difference, *cells)
+        loss, error = figures[metric], figures[metric]["standard_error"]
+        mean = _mean(loss) + ("" if error is None else f" ± {error:.4f}")
+        difference = "" if row["name"] == "base" else _interval(loss)
+        table.add_row(row["name"], str(row["members"]), strength, mean, difference, *cells)
     out.print(table)
     out.print(
         f"{found['samples']:,} test samples; ✓: strength fitted on {found['validation_samples']:,} validation samples; "
@@ -53,11 +55,6 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
 
 def _mean(entry: dict[str, Any] | None) -> str:
     return "" if entry is None or entry["mean"] is None else f"{entry['mean']:.4f}"
-
-
-def _with_error(entry: dict[str, Any]) -> str:
-    error = entry["standard_error"]
-    return _mean(entry) + ("" if error is None else f" ± {error:.4f}")
 
 
 def _interval(entry: dict[str, Any]) -> str:

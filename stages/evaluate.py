@@ -9,19 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from stages.evaluation import from_run
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import Fitted, compare, fit_strengths, fit_temperature, fit_variances, scaled, seeded_order
-from stages.evaluation.from_run import (
-    LARGEST,
-    class_means,
-    extra_rows,
-    find_neighbours,
-    make_subject,
-    samples_at_once,
-    training_rows,
-    unseen,
-    with_denoiser,
-)
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.requested_rows import LeftOut, requested_rows, seed_branches, whole_network_row
@@ -84,7 +74,7 @@ class Evaluate(Stage):
 
     def auto_threads(self) -> int:
         """By the size of a pass of the denoiser, where most of the time goes."""
-        return threads_for(self.context.manifest_of("train-diffusion").summary["parameters"], LARGEST)
+        return threads_for(self.context.manifest_of("train-diffusion").summary["parameters"], from_run.LARGEST)
 
     def begin(self, finished: Path | None) -> None:
         """There is nothing to lay out: branches keep what they have done."""
@@ -145,15 +135,15 @@ class Evaluate(Stage):
     def subject(self) -> Subject:
         context = self.context
         ensemble = context.project.settings.infer.ensemble
-        return with_denoiser(make_subject(context, context.layer), context, self.training, ensemble)
+        return from_run.with_denoiser(from_run.make_subject(context, context.layer), context, self.training, ensemble)
 
     @cached_property
     def _class_means(self) -> Tensor | str:
-        return class_means(self.subject, self.training, Batch(self.subject, self._test, self._test.order[:2]))
+        return from_run.class_means(self.subject, self.training, Batch(self.subject, self._test, self._test.order[:2]))
 
     @cached_property
     def _size(self) -> int:
-        return self.unfinished.keep_execution(batch_size=samples_at_once(self.context, self.subject))["batch_size"]
+        return self.unfinished.keep_execution(batch_size=from_run.samples_at_once(self.context, self.subject))["batch_size"]
 
     @cached_property
     def _test(self) -> EvaluatedSamples:
@@ -166,7 +156,7 @@ class Evaluate(Stage):
         """Validation samples that neither the base nor the denoiser has learned from; None where they are too few."""
         split = self.context.splits["validation"]
         order = seeded_order(len(split), self.context.seed, "validation")
-        order = order[unseen(self.context, self.training)[order]][: self.settings.validation_samples]
+        order = order[from_run.unseen(self.context, self.training)[order]][: self.settings.validation_samples]
         return EvaluatedSamples(split, order) if len(order) >= FEWEST_VALIDATION else None
 
     def _rows(self) -> tuple[list[Row], LeftOut]:
@@ -180,22 +170,22 @@ class Evaluate(Stage):
         if self._validation is not None:
             self._validation, more = self._with_neighbours(self._validation)
             missing |= more
-        rows: list[Row] = [row.base_row(), row.oracle_row(), *row.generated_rows(training.mean_rho)]
-        made, left_out = training_rows(subject, training, self._class_means, missing)
+        rows = row.base_and_oracle() + row.generated_rows(training.mean_rho)
+        made, left_out = from_run.training_rows(subject, training, self._class_means, missing)
         rows += made
         whole = whole_network_row(self.context, len(self._test.order))
         if isinstance(whole, str):
             left_out[row.ORACLE_ALL] = whole
         else:
             rows.append(whole)
-        rows += [*requested, *extra_rows(self.context, {one.name for one in rows})]
+        rows += [*requested, *from_run.extra_rows(self.context, {one.name for one in rows})]
         return row.in_order(rows), left_out | without
 
     def _with_neighbours(self, evaluated: EvaluatedSamples) -> tuple[EvaluatedSamples, dict[str, str]]:
         """The samples with their nearest training samples; and what these cannot be found in, with the reason."""
         training, whole, k = self.training, self.context.splits["all"], self.settings.neighbours
         on_progress = self._progress("neighbours", len(training))
-        found, missing = find_neighbours(self.subject, training, evaluated, whole, k, self._size, on_progress)
+        found, missing = from_run.find_neighbours(self.subject, training, evaluated, whole, k, self._size, on_progress)
         return dataclasses.replace(evaluated, neighbours=found), missing
 
     def _fit(self, rows: list[Row]) -> tuple[list[Row], dict[str, Fitted], float | None, LeftOut]:
@@ -215,8 +205,11 @@ class Evaluate(Stage):
             reason = "outputs and labels are not logits and class numbers"
             return rows, fitted, None, left_out | {row.TEMPERATURE: reason}
         temperature, normalised = found
-        one = row.temperature_row(lambda output: scaled(output, temperature, normalised=normalised))
-        return row.in_order([*rows, one]), fitted, temperature, left_out
+
+        def predict(batch: Batch) -> Tensor:
+            return scaled(batch.first.output, temperature, normalised=normalised)
+
+        return row.in_order([*rows, row.output_row(row.TEMPERATURE, predict)]), fitted, temperature, left_out
 
     def _strengths(self, rows: list[Row], fitted: Mapping[str, Fitted]) -> dict[str, float]:
         """Every row's strength: as fitted; of OCD's own rows, and where nothing could be fitted, as `[infer]` has it."""

@@ -86,14 +86,6 @@ def open_run(
     return load_personalised(context)[0]
 
 
-def query_name(split: str, input_file: Path | None) -> str:
-    """The name of an answer's folder: the split, or the stem of the input file, told apart from the splits."""
-    if input_file is None:
-        return split
-    stem = re.sub(r"[^\w-]+", "-", input_file.stem).strip("-") or "input"
-    return f"input-{stem}" if stem in SPLITS else stem
-
-
 class Infer(Stage):
     """Answers one query: about a split, or about the x of an npz or npy file."""
 
@@ -112,15 +104,16 @@ class Infer(Stage):
 
     @cached_property
     def query(self) -> Query:
-        """The file, or the split; a part of train has the content of train."""
-        name, split = query_name(self._split, self._input_file), self._split
+        """The file, its stem told apart from the splits; or the split: a part of train has the content of train."""
         if self._input_file is not None:
-            return Query(name, "", sha256_file(self._input_file))
+            stem = re.sub(r"[^\w-]+", "-", self._input_file.stem).strip("-") or "input"
+            return Query(f"input-{stem}" if stem in SPLITS else stem, "", sha256_file(self._input_file))
+        split = self._split
         if split == "test":
-            return Query(name, split, split)
+            return Query(split, split, split)
         has_file = split != "validation" or self.context.validation_is_given
         content = f"{split} {digest(self.context.splits[split].rows.tolist())}"
-        return Query(name, split if has_file else "train", content)
+        return Query(split, split if has_file else "train", content)
 
     def resolved(self) -> dict[str, Any]:
         return {"infer.strength": strength_of(self.context)}

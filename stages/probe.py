@@ -227,8 +227,7 @@ class Probe:
     def _rows(self, mean: Tensor, evaluated: EvaluatedSamples) -> list[Row]:
         missing = {kind: "" for kind in (row.IN_X, row.IN_LAYER_INPUT) if kind not in evaluated.neighbours}
         return [
-            row.base_row(),
-            row.oracle_row(),
+            *row.base_and_oracle(),
             *row.neighbour_rows(missing, validated=NEIGHBOUR_ROWS),
             row.random_direction_row(lambda batch: batch.overfitted.flatten(1).norm(dim=1)),
             row.mean_row(mean),

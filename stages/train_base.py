@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stages.foundation.files import sha256_file
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
-from stages.foundation.tensors import import_weights, load_state, load_tensors, save_model, state_tensors
+from stages.foundation.tensors import load_state, load_tensors, save_model, state_tensors
 from stages.foundation.trees import to_device
 from stages.lifecycle.context import BASE_FILE, RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
@@ -22,6 +22,7 @@ from stages.run_directory.format import Extent
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.sources import data_path
+from stages.tasks.checkpoints import import_weights
 from stages.tasks.checks import check_task, check_training_output
 from stages.tasks.data import Split
 from stages.tasks.loader import losses, naming_rows
@@ -75,7 +76,7 @@ class TrainBase(Stage):
         """The model before training: new, or with the imported weights."""
         model = self.context.new_model()
         if self._weights is not None:
-            import_weights(self._weights, model)
+            self._imported = import_weights(self._weights, model, self.context.project.settings.task.weights_key)
         return model
 
     @property
@@ -101,7 +102,9 @@ class TrainBase(Stage):
         context, model = self.context, self._initial.to(self.context.device)
         extent = Extent(value=self.settings.epochs, reached=0, exhausted=True)
         if self._weights is not None:
-            how = {"imported": self._weights.name}
+            how = self._imported.summary()
+            if sentence := self._imported.sentence():
+                self.report.message(sentence)
         elif self._trains:
             how, extent = self._train(model, folder)
         else:

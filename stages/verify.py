@@ -64,11 +64,7 @@ def _check(folder: StageFolder) -> dict[str, Any] | None:
     extra = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
     problems += [f"{folder.name}/{name} is not in the manifest" for name in extra if name not in named]
     problems += _check_ledger(path, manifest)
-    return {
-        "files": len(manifest.files),
-        "bytes": sum(file.size for file in manifest.files.values()),
-        "problems": problems,
-    }
+    return {"files": len(manifest.files), "bytes": sum(file.size for file in manifest.files.values()), "problems": problems}
 
 
 def _check_ledger(path: Path, manifest: Manifest) -> list[str]:

@@ -58,11 +58,6 @@ def _decided(settings: Mapping[str, Any], name: str, auto: Any) -> Any:
 
 
 def _check(preset: str, found: Mapping[str, Any]) -> None:
-    """Refuse what cannot be built.
-
-    Raises:
-        SettingsError: naming the setting.
-    """
     if preset == FACTORED and found["prediction"] == EPSILON:
         raise SettingsError(
             "train-diffusion.prediction = 'epsilon': preset factored answers with matrices of low rank, which noise is not",

@@ -49,7 +49,7 @@ class FactoredDenoiser(Denoiser):
         e, normalised = self.encoder(fields), self.encoder.normalise(fields)
         both = torch.stack([self.directions[f"of_{name}"](value) for name, value in normalised.items()]).sum(0) + self.bend(e)
         u, v = self._apart(both)
-        return torch.cat([e, *(_unit_rows(side).flatten(1) for side in (u, v))], dim=1)
+        return torch.cat([e, *((F.normalize(side, dim=2) * side.shape[2] ** 0.5).flatten(1) for side in (u, v))], dim=1)
 
     def forward(self, noisy: Tensor, t: Tensor, encoded: Tensor) -> Tensor:
         e, both = encoded.split([self.width, self._both], dim=1)
@@ -72,7 +72,3 @@ class FactoredDenoiser(Denoiser):
         """(B, K·(out + in)) as (B, K, out) and (B, K, in)."""
         u, v = both.split([self.rank * side for side in self.shape], dim=1)
         return u.unflatten(1, (self.rank, -1)), v.unflatten(1, (self.rank, -1))
-
-
-def _unit_rows(side: Tensor) -> Tensor:
-    return F.normalize(side, dim=2) * side.shape[2] ** 0.5

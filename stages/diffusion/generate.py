@@ -45,12 +45,10 @@ class DeltaGenerator:
         count, shape = len(members), self.denoiser.shape
         noise = Noise([generator(self.seed, "infer", row, member) for row in rows for member in members], shape, device)
         encoded = self.denoiser.encode(fields).repeat_interleave(count, dim=0)
-        parts = range(0, len(encoded), self.most_rows)
 
         def denoise(noisy: Tensor, t: Tensor) -> Tensor:
-            found = [
-                self.denoiser(*(value[start : start + self.most_rows] for value in (noisy, t, encoded))) for start in parts
-            ]
+            parts = zip(*(value.split(self.most_rows) for value in (noisy, t, encoded)), strict=True)
+            found = [self.denoiser(*part) for part in parts]
             return found[0] if len(found) == 1 else torch.cat(found)
 
         sampled = sample(

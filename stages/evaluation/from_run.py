@@ -158,7 +158,7 @@ def training_rows(
     if isinstance(means, str):
         left_out[row.CLASS_MEAN] = means
     else:
-        found.append(row.class_mean_row(means, class_numbers))
+        found.append(row.delta_row(row.CLASS_MEAN, lambda batch: means[class_numbers(batch)].unsqueeze(1), validated=True))
     kinds = {row.IN_X: (row.NEAREST, row.BLENDED), row.IN_LAYER_INPUT: (row.NEAREST_INPUT, row.BLENDED_INPUT)}
     left_out |= {name: reason for kind, reason in missing.items() for name in kinds[kind]}
     return [*found, *row.neighbour_rows(missing)], left_out

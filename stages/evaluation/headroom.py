@@ -13,14 +13,7 @@ NONE, LABELS, X = "none", "labels", "x"
 
 @dataclass(frozen=True)
 class Trial:
-    """One layer with one recipe on held-out samples.
-
-    Attributes:
-        layer: its parameter name.
-        settings: of `[collect]`.
-        metric: what the loss is called.
-        losses: each row's, over the same resamples.
-    """
+    """One layer with settings of `[collect]` on held-out samples: each row's loss, over the same resamples, and its name."""
 
     layer: str
     settings: Mapping[str, Any]

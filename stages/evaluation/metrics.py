@@ -63,11 +63,9 @@ class Gathered:
     """What the samples of a row contribute, as batches come in.
 
     Attributes:
-        task: gives metrics and loss.
         variance: of a regression's residual, fitted on other samples; None where it is not known.
         parts: name to arrays, one a batch, (B, …).
         missing: metrics that have no value, with the reason.
-        members: of the row.
     """
 
     task: Task

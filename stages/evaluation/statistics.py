@@ -107,8 +107,6 @@ class Estimate:
     """A figure over all samples, and over each bootstrap resample.
 
     Attributes:
-        value: over all samples.
-        standard_error: of it.
         draws: (R,); draw r of every figure is of the same resample, so that differences of draws are paired.
     """
 

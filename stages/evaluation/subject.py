@@ -74,7 +74,6 @@ class EvaluatedSamples:
     """Labelled samples that rows are compared on.
 
     Attributes:
-        split: the samples.
         order: their positions, (N,), in a seeded order: whoever is next to a sample is any other one.
         neighbours: nearest training samples by position in the split, and by what distance is taken in.
     """

@@ -4,24 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.evaluation.rows import (
-    BASE,
-    BLENDED,
-    BLENDED_INPUT,
-    ENSEMBLE,
-    NEAREST,
-    NEAREST_INPUT,
-    RANDOM_TRAINING,
-    SHUFFLED,
-    TABLE,
-    TEMPERATURE,
-)
+from stages.evaluation import rows as row
 from stages.evaluation.statistics import Estimate
 from stages.tasks.scoring import finite
 
 # What a gain has to be a gain over, beside the base.
-RIVALS = (TEMPERATURE, RANDOM_TRAINING, SHUFFLED)
-NEIGHBOURS = (NEAREST, NEAREST_INPUT, BLENDED, BLENDED_INPUT)
+RIVALS = (row.TEMPERATURE, row.RANDOM_TRAINING, row.SHUFFLED)
+NEIGHBOURS = (row.NEAREST, row.NEAREST_INPUT, row.BLENDED, row.BLENDED_INPUT)
 
 
 @dataclass(frozen=True)
@@ -45,9 +34,9 @@ class Comparison:
 def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
     return {
-        name: Comparison(*estimates[ENSEMBLE].minus(estimates[name]))
-        for name in (BASE, *RIVALS, *NEIGHBOURS, *_further(estimates))
-        if name in estimates and ENSEMBLE in estimates
+        name: Comparison(*estimates[row.ENSEMBLE].minus(estimates[name]))
+        for name in (row.BASE, *RIVALS, *NEIGHBOURS, *_further(estimates))
+        if name in estimates and row.ENSEMBLE in estimates
     }
 
 
@@ -61,11 +50,11 @@ def verdict(
     rows are named beside it, whoever wins. A task without classes has no temperature to scale by; `metric` is what the loss is
     called, and `estimates` are of it.
     """
-    needed = [name for name in RIVALS if classes or name != TEMPERATURE]
-    base, rivals = comparisons[BASE], [name for name in needed if name in comparisons]
+    needed = [name for name in RIVALS if classes or name != row.TEMPERATURE]
+    base, rivals = comparisons[row.BASE], [name for name in needed if name in comparisons]
     absent = [name for name in needed if name not in comparisons]
     equals = [name for name in rivals if not comparisons[name].favours]
-    figures = f"{metric} {estimates[BASE].value:.4f} → {estimates[ENSEMBLE].value:.4f}"
+    figures = f"{metric} {estimates[row.BASE].value:.4f} → {estimates[row.ENSEMBLE].value:.4f}"
     if base.against:
         said = f"OCD harms: {figures}, {_interval(base)}"
     elif not base.favours:
@@ -73,8 +62,8 @@ def verdict(
     elif equals:
         # The one that comes closest to OCD's own loss explains the most of it.
         name = min(equals, key=lambda other: estimates[other].value)
-        does_as_well = estimates[name].value <= estimates[ENSEMBLE].value
-        gains = does_as_well or Comparison(*estimates[name].minus(estimates[BASE])).favours
+        does_as_well = estimates[name].value <= estimates[row.ENSEMBLE].value
+        gains = does_as_well or Comparison(*estimates[name].minus(estimates[row.BASE])).favours
         why = f"the gain is that of {name}" if gains else f"too few samples to tell it from {name}"
         said = f"OCD does not help: {why} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
     elif absent:
@@ -87,7 +76,7 @@ def verdict(
 
 def _further(estimates: Mapping[str, Estimate]) -> list[str]:
     """The task's own rows."""
-    return [name for name in estimates if name not in TABLE]
+    return [name for name in estimates if name not in row.TABLE]
 
 
 def _interval(comparison: Comparison) -> str:

@@ -69,7 +69,12 @@ class TaskTable(Table):
     model_args: dict[str, JsonValue] = identity({}, "keyword arguments for it")
     class_: str | None = identity(None, 'a Task class instead of model, loss and data, "module:Name"', alias="class")
     args: dict[str, JsonValue] = identity({}, "keyword arguments for the Task class")
-    weights: str | None = execution(None, "trained weights to import (.safetensors, .pt); without, train-base trains")
+    weights: str | None = execution(
+        None, "trained weights to import (.safetensors, .pt, an index of shards, a folder); without, train-base trains"
+    )
+    weights_key: str | None = execution(
+        None, "entry of that file to take, such as state_dict_ema; by default the one that fits"
+    )
     loss: str | None = identity(
         None, 'cross_entropy, binary_cross_entropy, mse, mae, huber, or "module:name": (output, y) -> (B,)'
     )

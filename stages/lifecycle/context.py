@@ -45,7 +45,17 @@ class RunContext:
         Raises:
             SettingsError: cuda asked for and absent.
         """
-        return resolve_device(self.project.settings.run.device)
+        name = self.project.settings.run.device
+        if name == "cuda" and not torch.cuda.is_available():
+            raise SettingsError(
+                "run.device = 'cuda', but torch sees no CUDA device", "use --device cpu, or install a CUDA build of torch"
+            )
+        if name == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Convolutions in TF32 are off by about what the self-checks allow, and some of cuDNN's are not repeatable.
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+        # By number under torchrun: in other threads than this one plain "cuda" is the first.
+        return torch.device("cuda", local_rank()) if under_torchrun() else torch.device("cuda")
 
     def wait(self) -> None:
         """Until the device has done what it was told to: before a clock is looked at."""
@@ -140,21 +150,3 @@ class RunContext:
             return None
         split = self.test_split if role == "test" else self.splits["all" if role == "train" else role]
         return dataset_identity(split.dataset, role)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device a setting stands for.
-
-    Raises:
-        SettingsError: cuda asked for and absent.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(
-            "run.device = 'cuda', but torch sees no CUDA device", "use --device cpu, or install a CUDA build of torch"
-        )
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Convolutions in TF32 are off by about what the self-checks allow, and some of cuDNN's are not repeatable.
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-    # By number under torchrun: in other threads than this one plain "cuda" is the first.
-    return torch.device("cuda", local_rank()) if under_torchrun() else torch.device("cuda")

@@ -14,7 +14,6 @@ class WorkResult:
     """What a stage's work hands over when it is whole: the part of the manifest that it alone knows.
 
     Attributes:
-        summary: figures worth printing.
         content: the hash (or, for select-layer, the name) that later stages depend on.
         extents: how far it went, by "stage.key".
         hashes: sha256 of files that are known already, by name.
@@ -35,7 +34,6 @@ class CommandResult:
     """What a stage's command gives back.
 
     Attributes:
-        stage: its name.
         summary: its result, as the manifest keeps it; of a dry run, what would be done.
         up_to_date: nothing had to be done.
         planned: this was a dry run.

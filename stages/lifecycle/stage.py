@@ -1,5 +1,6 @@
 """What every stage is: a plan, and work done inside an unfinished folder that gets its name when it is whole."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +17,13 @@ from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.sharing import Holding
 from stages.lifecycle.unfinished import Unfinished
+from stages.run_directory import states
 from stages.run_directory.folders import BEGUN, MANIFEST, StageFolder, check_run, file_records, folder_of, prepare_run
 from stages.run_directory.format import Begun, Identity, Manifest, SourceRecord
 from stages.run_directory.locks import Part
 from stages.run_directory.pipeline import AUTO, STAGES, Query, StageSpec, extent_settings, spec_of
 from stages.run_directory.provenance import made, now, threads_restored
 from stages.run_directory.sources import inputs_of
-from stages.run_directory.states import (
-    DONE,
-    PARTIAL,
-    STALE,
-    StageState,
-    States,
-    make_identity,
-    progress_of,
-    redo_command,
-    require_done,
-)
 
 
 class Stage(ABC):
@@ -102,8 +93,8 @@ class Stage(ABC):
         return Holding(self.folder, self.part)
 
     @cached_property
-    def _states(self) -> States:
-        return States(self.context.project, self.context.hash_dataset)
+    def _states(self) -> states.States:
+        return states.States(self.context.project, self.context.hash_dataset)
 
     # Its life.
 
@@ -118,9 +109,9 @@ class Stage(ABC):
         project = self.context.project
         check_run(project)
         self.context.device  # noqa: B018 (one that is absent is refused before anything else)
-        require_done(self._states, self._spec.reads, self.name)
+        states.require_done(self._states, self._spec.reads, self.name)
         state = self._state(force)
-        if state.state == DONE and not force:
+        if state.state == states.DONE and not force:
             if not dry_run:
                 self._tidy()
             return CommandResult(self.name, state.manifest.summary, up_to_date=True, path=self.folder.found)
@@ -141,27 +132,24 @@ class Stage(ABC):
     def _tidy(self) -> None:
         """Remove from a finished folder temporary files of writers that were killed, unless somebody is at it."""
         if strays(self.folder.found):
-            try:
-                with self.folder.lock():
-                    sweep(self.folder.found)
-            except TryAgainError:
-                pass
+            with contextlib.suppress(TryAgainError), self.folder.lock():
+                sweep(self.folder.found)
 
     def _forget_beginning(self) -> None:
         """Refused before anything was finished: whoever mends the cause begins anew."""
-        progress = progress_of(self.folder)
+        progress = states.progress_of(self.folder)
         if not self._holding.joins and not (progress and progress.get("kept", progress["done"])):
             remove(self.folder.wip)
 
-    def _interruption(self, state: StageState, force: bool) -> TryAgainError:
+    def _interruption(self, state: states.StageState, force: bool) -> TryAgainError:
         """What to type after an interruption: a forced redo has no half that a plain command would take up as its own."""
-        if force and state.state == DONE:
+        if force and state.state == states.DONE:
             return TryAgainError(f"{self.name} was interrupted; the result from before stands", "the same command begins anew")
         without = " without --force" if force else ""
         done = f"{self.name} was interrupted; what is finished is kept"
         return TryAgainError(done, f"to continue, run the same command again{without}")
 
-    def _state(self, force: bool) -> StageState:
+    def _state(self, force: bool) -> states.StageState:
         """The stage's state; records too damaged to tell are no obstacle to doing it again."""
         query = self.query
         try:
@@ -169,17 +157,17 @@ class Stage(ABC):
         except ArtifactError as error:
             if not force:
                 raise ArtifactError(error.message, f"to redo it: ocd {self.name} --force") from error
-            return StageState(self.name, STALE, error.message)
+            return states.StageState(self.name, states.STALE, error.message)
 
-    def _refuse_stale(self, state: StageState, force: bool) -> None:
-        if state.state != STALE or force:
+    def _refuse_stale(self, state: states.StageState, force: bool) -> None:
+        if state.state != states.STALE or force:
             return
         if self._spec.redoes_stale:
             self.report.message(f"{self.name} is redone: {state.detail}")
             return
         raise ArtifactError(
             f"{self.name} is stale: {state.detail}",
-            f"to redo it: {redo_command(state, self.context.project)}; to keep it, set back what changed",
+            f"to redo it: {states.redo_command(state, self.context.project)}; to keep it, set back what changed",
         )
 
     def _take_up(self, force: bool) -> CommandResult | None:
@@ -190,15 +178,15 @@ class Stage(ABC):
                 # A kill came between the manifest and the exchange of the folders: the work is whole.
                 self._exchange()
             state = self._state(force)
-            if state.state == DONE and not force:
+            if state.state == states.DONE and not force:
                 return CommandResult(self.name, state.manifest.summary, path=self.folder.path)
             self._begin(state, force)
         return None
 
-    def _begin(self, state: StageState, force: bool) -> None:
+    def _begin(self, state: states.StageState, force: bool) -> None:
         """Make or take up the unfinished folder, lay it out, and record what it was begun with."""
         wip, wanted = self.folder.wip, extent_settings(self.context.project, self._spec)
-        redo = force or (state.state == STALE and self._spec.redoes_stale)
+        redo = force or (state.state == states.STALE and self._spec.redoes_stale)
         begun = None if redo and not self._holding.joins else self.folder.begun()
         identity, sources = self._fresh() if redo else (state.identity, state.sources)
         decided = {key: value for key, value in self.resolved().items() if identity.settings.get(key) == AUTO}
@@ -213,10 +201,10 @@ class Stage(ABC):
             threads = self.auto_threads() if asked == AUTO else asked
             begun = Begun(identity=identity, fingerprint=identity.fingerprint, execution={}, threads=threads)
         torch.set_num_threads(begun.threads)
-        self.unfinished = Unfinished(self.folder, begun.changed(wanted=wanted, sources=sources))
+        self.unfinished = Unfinished(wip, begun.changed(wanted=wanted, sources=sources))
         try:
             # Recorded when it is laid out: what a kill in between leaves could not be taken for a whole beginning.
-            self.begin(self.folder.path if begins and state.state == PARTIAL and not redo else None)
+            self.begin(self.folder.path if begins and state.state == states.PARTIAL and not redo else None)
             self.unfinished.write()
         except TryAgainError:
             if begins:
@@ -229,7 +217,7 @@ class Stage(ABC):
         upstream = {STAGES[name].content: self.context.manifest_of(name).content for name in spec.reads}
         hash_dataset = self.context.hash_dataset
         inputs, sources = inputs_of(project, spec, self.query, upstream, recorded=None, hash_dataset=hash_dataset)
-        return make_identity(project, spec, inputs, None), sources
+        return states.make_identity(project, spec, inputs, None), sources
 
     def _complete(self) -> CommandResult:
         """Work, write the manifest last, exchange the folders."""
@@ -252,7 +240,7 @@ class Stage(ABC):
         manifest = self.folder.manifest() if not self.folder.wip.exists() else None
         if manifest is not None:
             return CommandResult(self.name, manifest.summary, path=self.folder.path)
-        summary = {"stage": self.name, "state": PARTIAL, "part": str(self.part), **progress_of(self.folder)}
+        summary = {"stage": self.name, "state": states.PARTIAL, "part": str(self.part), **states.progress_of(self.folder)}
         return CommandResult(self.name, summary, waits=True)
 
     def _exchange(self) -> None:

@@ -1,20 +1,21 @@
 """A stage's work on its way: the unfinished folder, and the record it was begun with."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stages.run_directory.folders import BEGUN, StageFolder
+from stages.run_directory.folders import BEGUN
 from stages.run_directory.format import Begun, Total
 
 
+@dataclass
 class Unfinished:
     """Work under way in `X.wip`, and what it was begun with, which is written once the work has been laid out."""
 
-    def __init__(self, folder: StageFolder, begun: Begun) -> None:
-        self.path: Path = folder.wip
-        self.begun = begun
+    path: Path
+    begun: Begun
 
     @property
     def fingerprint(self) -> str:

@@ -1,7 +1,9 @@
 """The work of inferring: predictions for the rows of a split, block by block, how many at once, and what they score."""
 
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,16 @@ class Smaller:
         return as_tree(self._like, [torch.from_numpy(value).transpose(0, 1) for value in rows])
 
 
+@dataclass(frozen=True)
 class BlockPredictor:
     """Predicts for the rows of a split, members that are known already aside, and writes them into the blocks of an answer;
     `like` is an output (1, …)."""
 
-    def __init__(self, personalised: PersonalisedModel, inputs: Split, ensemble: int, like: Tree, smaller: Smaller) -> None:
-        self._personalised, self._inputs, self._ensemble = personalised, inputs, ensemble
-        self._like, self._smaller = like, smaller
+    personalised: PersonalisedModel
+    inputs: Split
+    ensemble: int
+    like: Tree
+    smaller: Smaller
 
     def work(self, predictions: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
         """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
@@ -77,12 +82,13 @@ class BlockPredictor:
         Raises:
             OcdError: faults of the data and the task. Blocks finished before are written.
         """
-        done = 0
+        done, known = 0, self.smaller.members
         for block in blocks:
             span, chunks, parts = predictions.block_range(block), {}, []
             for start in range(span.start, span.stop, batch):
                 rows = range(start, min(span.stop, start + batch))
-                found = self._predict(rows)
+                x, more = self.inputs.inputs(rows), self.ensemble - known
+                found = self.personalised.predict(x, more, rows=list(rows), first_member=known)
                 if predictions.keeps_deltas:
                     chunks |= predictions.write_deltas(rows, found.deltas.cpu().numpy())
                 parts.append(self._arrays(rows, found))
@@ -91,19 +97,13 @@ class BlockPredictor:
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             predictions.write_block(block, arrays, chunks)
 
-    def _predict(self, rows: range) -> Prediction:
-        known = self._smaller.members
-        return self._personalised.predict(
-            self._inputs.inputs(rows), self._ensemble - known, rows=list(rows), first_member=known
-        )
-
     def _arrays(self, rows: range, found: Prediction) -> dict[str, np.ndarray]:
         """What is kept of a batch, by name, one row an input."""
         members, output, base_output = (to_device(tree, CPU) for tree in (found.members, found.output, found.base_output))
-        if self._smaller.members:
-            members = tree_map(lambda old, new: torch.cat([old, new]), self._smaller.take(rows), members)
-            output = self._personalised.combine(members)
-        arrays = {RHO: found.rho.cpu(), INDEX: self._inputs.rows[rows.start : rows.stop]}
+        if self.smaller.members:
+            members = tree_map(lambda old, new: torch.cat([old, new]), self.smaller.take(rows), members)
+            output = self.personalised.combine(members)
+        arrays = {RHO: found.rho.cpu(), INDEX: self.inputs.rows[rows.start : rows.stop]}
         for name, tree in ((BASE, base_output), (OUTPUT, output)):
             arrays |= {array_name(name, path): leaf for path, leaf in leaves(tree).items()}
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
@@ -113,30 +113,25 @@ class BlockPredictor:
         """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
         are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
         could not be scored."""
-        count, rho = len(self._inputs), 0.0
-        totals: dict[str, dict[str, float]] | None = {}
+        count, rho, labelled = len(self.inputs), 0.0, self.inputs.labels([0]) is not None
+        totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for block in range(predictions.blocks):
-            arrays = predictions.read(block)
+            arrays, span = predictions.read(block), predictions.block_range(block)
             rho += float(arrays[RHO].sum(dtype=np.float64))
-            span = predictions.block_range(block)
-            for start in range(0, len(span), EVALUATION_BATCH):
-                part = slice(start, min(len(span), start + EVALUATION_BATCH))
-                totals = totals if totals is None else self._scored(totals, task, arrays, span, part)
-        metrics = totals and {
-            row: {name: finite(total / count) for name, total in figures.items()} for row, figures in totals.items()
-        }
-        return {"rho": rho / count, "metrics": metrics}
+            for start in range(0, len(span) if labelled else 0, EVALUATION_BATCH):
+                self._score(totals, task, arrays, span, slice(start, min(len(span), start + EVALUATION_BATCH)))
+        metrics = {row: {name: finite(total / count) for name, total in sums.items()} for row, sums in totals.items()}
+        return {"rho": rho / count, "metrics": metrics if labelled else None}
 
-    def _scored(
+    def _score(
         self, totals: dict[str, dict[str, float]], task: Task, arrays: dict[str, np.ndarray], span: range, part: slice
-    ) -> dict[str, dict[str, float]] | None:
-        """The sums with some more rows, or None where there are no labels."""
+    ) -> None:
+        """Add some rows to the sums."""
         positions = span[part]
-        if (y := self._inputs.labels(positions)) is None:
-            return None
+        y = self.inputs.labels(positions)
 
         def tree(name: str) -> Tree:
-            return take(stored_output(arrays, name, self._like), part)
+            return take(stored_output(arrays, name, self.like), part)
 
         outputs = {
             "base": tree(BASE),
@@ -144,12 +139,10 @@ class BlockPredictor:
             "ocd ensemble": tree(OUTPUT),
         }
         for row, output in outputs.items():
-            with naming_rows(self._inputs, positions):
+            with naming_rows(self.inputs, positions):
                 figures = metrics_of(task, output, y)
-            sums = totals.setdefault(row, {})
             for name, values in figures.items():
-                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-        return totals
+                totals[row][name] += float(values.double().sum())
 
 
 def prediction_bytes(runner: Runner, x: Tree) -> int:

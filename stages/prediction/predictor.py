@@ -91,7 +91,7 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
     _load(scale, context.file_of("train-scale", "scale.safetensors"))
     if tuple(description.shape) != context.layer.matrix_shape:
         raise ArtifactError(
-            f"the denoiser makes deltas of {tuple(description['shape'])}, the layer is {context.layer.matrix_shape}",
+            f"the denoiser makes deltas of {tuple(description.shape)}, the layer is {context.layer.matrix_shape}",
             "run: ocd train-diffusion --force",
         )
     settings = project.settings.infer

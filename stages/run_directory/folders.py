@@ -116,12 +116,9 @@ def check_run(project: Project) -> None:
     if not path.exists():
         if project.run_path.is_file():
             raise ArtifactError(f"{project.run_path} is a file, expected a folder", "name another with --run")
-        foreign = (
-            [entry.name for entry in project.run_path.iterdir() if entry.name != ".locks"] if project.run_path.is_dir() else []
-        )
-        if foreign:
+        if foreign := sorted(entry.name for entry in project.run_path.glob("*") if entry.name != ".locks"):
             raise ArtifactError(
-                f"{project.run_path} is not a run directory: it has {sorted(foreign)[0]} but no {RUN_FILE}",
+                f"{project.run_path} is not a run directory: it has {foreign[0]} but no {RUN_FILE}",
                 "name another folder with --run",
             )
         return

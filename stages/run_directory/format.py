@@ -129,10 +129,8 @@ class Begun(Record):
     Attributes:
         identity, fingerprint: of the result.
         execution: execution settings as resolved; the same ones give the same bits.
-        threads: CPU threads.
         wanted: how far it is to go, by "stage.key".
         sources: the user's files.
-        plan: how much there is to do.
     """
 
     identity: Identity
@@ -204,13 +202,10 @@ class BlockRecord(Hashed):
     """`blocks/000000.json`, written last: what makes a block done.
 
     Attributes:
-        fingerprint: of the stage.
-        block: its number.
         samples: first row, and the one after the last.
         chunks: its files by name.
         members: of the ensemble, for blocks of predictions.
         sums: of figures over its rows.
-        skipped: samples left out.
     """
 
     fingerprint: str
@@ -226,8 +221,6 @@ class CheckpointRecord(Record):
     """`checkpoints/00000000.json`, written last: a checkpoint of a training.
 
     Attributes:
-        fingerprint: of the stage.
-        step: steps taken.
         sha256: of the tensors beside it.
         best, best_sha256: the best evaluation so far, and the hash of its snapshot.
         mark, waited: the score that patience waits from, and evaluations since.

@@ -21,7 +21,6 @@ class StageSpec:
 
     Attributes:
         name: of its command, its table and its folder.
-        reads: the stages it reads.
         data: the data splits it reads; `input` is what a query names.
         task: whether it runs the user's code.
         content: what later stages take from it, as it appears among their inputs.
@@ -60,13 +59,7 @@ STAGES = {
     for spec in (
         StageSpec("train-base", data=("train", "validation", "weights"), content="base"),
         StageSpec("select-layer", ("train-base",), ("train", "validation"), content="layer"),
-        StageSpec(
-            "collect",
-            ("train-base", "select-layer"),
-            ("train", "validation"),
-            content="deltas",
-            mends=True,
-        ),
+        StageSpec("collect", ("train-base", "select-layer"), ("train", "validation"), content="deltas", mends=True),
         StageSpec("train-diffusion", ("collect",), task=False, content="denoiser"),
         StageSpec("train-scale", ("collect",), task=False, content="scale"),
         StageSpec(
@@ -77,12 +70,7 @@ STAGES = {
             redoes_stale=True,
             settings=("infer.ensemble", "infer.sample_steps", "infer.sampler", "infer.strength"),
         ),
-        StageSpec(
-            "infer",
-            ("train-base", "select-layer", "train-diffusion", "train-scale"),
-            ("input",),
-            redoes_stale=True,
-        ),
+        StageSpec("infer", ("train-base", "select-layer", "train-diffusion", "train-scale"), ("input",), redoes_stale=True),
     )
 }
 ORDER = tuple(STAGES)
@@ -105,14 +93,17 @@ def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manif
     """The identity settings of a stage by their dotted names, `auto` as `recorded` resolves it."""
     settings = project.settings
     tables = [(spec.name, settings.table(spec.name))] + ([("task", settings.task)] if spec.task else [])
+    known = recorded.identity.settings if recorded else {}
     found = {f"{name}.{key}": value for name, table in tables for key, value in table.of_kind(IDENTITY).items()}
     for name in spec.settings:
         table, _, key = name.partition(".")
         found[name] = getattr(settings.table(table), key)
     found["run.seed"] = project.seed
+    if spec.name == "train-base" and (key := settings.task.weights_key or known.get("task.weights_key")):
+        # As the file itself, it may have been given by a flag, which later commands do not repeat.
+        found["task.weights_key"] = key
     if settings.table(spec.name).of_kind(IDENTITY).get("lr_schedule") == "cosine":
         found[f"{spec.name}.max_steps"] = settings.table(spec.name).max_steps
-    known = recorded.identity.settings if recorded else {}
     # Naming what `auto` had come to is no change either.
     chosen = recorded.chosen if isinstance(recorded, Manifest) else {}
     return {

@@ -9,6 +9,7 @@ from typing import Any
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.files import sha256_file
 from stages.foundation.specs import is_code, module_file
+from stages.foundation.weights import SETTING_HINT, weight_files
 from stages.run_directory.format import Begun, Manifest, SourceRecord
 from stages.run_directory.pipeline import Query, StageSpec
 from stages.run_directory.project import Project
@@ -112,6 +113,21 @@ def inputs_of(
     return hashes if query is None else hashes | {"query": query.content}, sources
 
 
+def weight_sources(path: Path | None, known: dict[str, SourceRecord]) -> dict[str, SourceRecord]:
+    """The records of the files that imported weights lie in; `path` is None where a flag named them, which later commands do not
+    repeat: what was imported is in the base, wherever the files are now.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    if path is not None:
+        names = {"weights" if place == 0 else f"weights {file.name}": file for place, file in enumerate(weight_files(path))}
+        return {name: source_record(file, known.get(name), hint=SETTING_HINT) for name, file in names.items()}
+    given = {name: record for name, record in known.items() if name.split(" ")[0] == "weights"}
+    files = {name: Path(record.path) for name, record in given.items()}
+    return {name: source_record(files[name], record) if files[name].exists() else record for name, record in given.items()}
+
+
 def task_sources(
     project: Project,
     roles: tuple[str, ...],
@@ -138,12 +154,10 @@ def task_sources(
         sources[name] = source_record(path, known.get(name), hash_code)
     for role in roles:
         path = data_path(project, role) if hasattr(project.settings.task, role) else None
-        if path is not None:
+        if role == "weights":
+            sources |= weight_sources(path, known)
+        elif path is not None:
             sources[role] = source_record(path, known.get(role))
-        elif role == "weights" and role in known:
-            # Given by a flag, which later commands do not repeat: what was imported is in the base, wherever the file is now.
-            imported = Path(known[role].path)
-            sources[role] = source_record(imported, known[role]) if imported.exists() else known[role]
         elif role in DATA_ROLES:
             value = hash_dataset(role) if hash_dataset else inputs.get(role)
             if value is not None:

@@ -149,7 +149,9 @@ class States:
             changes = identity_changes(begun.identity, identity(begun))
             changes += extents_reduced(begun.wanted, extent_settings(self.project, spec))
             if not changes:
-                return StageState(spec.name, PARTIAL, _progress_text(folder), progress=progress_of(folder), **known)
+                progress = progress_of(folder)
+                text = f"{progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else "begun"
+                return StageState(spec.name, PARTIAL, text, progress=progress, **known)
             return StageState(
                 spec.name, STALE, f"unfinished, and begun otherwise: {'; '.join(map(str, changes))}", changes, **known
             )
@@ -177,11 +179,6 @@ class States:
         if change is not None:
             return StageState(spec.name, state, str(change), (change,))
         return StageState(spec.name, DONE)
-
-
-def _progress_text(folder: StageFolder) -> str:
-    progress = progress_of(folder)
-    return f"{progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress else "begun"
 
 
 def progress_of(folder: StageFolder) -> dict[str, Any] | None:
@@ -225,6 +222,9 @@ def redo_command(state: StageState, project: Project) -> str:
     flags += "".join(f" --set {shlex.quote(text)}" for text in given)
     if "weights" in state.sources:
         flags += f" --weights {state.sources['weights'].path}"
+        key = state.identity and state.identity.settings.get("task.weights_key")
+        if key and "task.weights_key" not in changed:
+            flags += f" --weights-key {key}"
     return f"ocd {state.name}{project.flags}{flags} --force"
 
 

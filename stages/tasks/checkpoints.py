@@ -21,6 +21,8 @@ from stages.tasks.user_code import user_code
 # What wrappers put into the keys, wherever the wrapped module is.
 WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 AVERAGED = re.compile(r"(^|[._])(ema|averaged?|avg|swa)([._]|$)", re.IGNORECASE)
+# What keys at the top of a file are called.
+ROOT = "the keys of the file itself"
 # Below this, a dict of a checkpoint is no state dict of a model.
 DEEPEST = 3
 SAVE_HINT = 'where that class is known: torch.save(model.state_dict(), "weights.pt")'
@@ -69,16 +71,20 @@ class _Candidate:
     matching: int
 
     @property
+    def place(self) -> str:
+        return ".".join(part for part in (self.key, self.prefix.rstrip(".")) if part) or ROOT
+
+    @property
     def averaged(self) -> bool:
-        return bool(AVERAGED.search(f"{self.key}.{self.prefix}"))
+        return bool(AVERAGED.search(self.place))
 
 
 def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Imported:
-    """Load a user's trained weights, reading no code: safetensors, a `.pt`, sharded files by their index, a Hugging Face folder.
+    """Load a user's trained weights, reading no code: safetensors, a `.pt`, shards by their index, a Hugging Face folder.
 
-    The state dict may be nested, and its keys may have any prefix: the entry and prefix whose keys give every one of the model's
-    are taken. The model's own `load_state_dict` decides what it needs. Averaged weights are taken only where they are named or
-    alone.
+    The state dict may be nested, and its keys may have any prefix: the entry and prefix whose keys give every one of the
+    model's are taken. The model's own `load_state_dict` decides what it needs. Averaged weights are taken only where they are
+    named or alone.
 
     Args:
         path: the file or folder.
@@ -93,9 +99,7 @@ def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Impo
         known = [name for name, _ in entries]
         entries = [(name, tensors) for name, tensors in entries if name == key]
         if not entries:
-            raise DataError(
-                f"{path} has no entry {key!r} with tensors", f"it has {_few([n or 'keys of its own' for n in known])}"
-            )
+            raise DataError(f"{path} has no entry {key!r} with tensors", f"it has {_few([name or ROOT for name in known])}")
     if not entries:
         raise DataError(f"{path} holds no state dict of tensors", "save model.state_dict()")
     wanted = set(model.state_dict())
@@ -198,9 +202,7 @@ def _harmless() -> list[Callable[..., Any] | tuple[Any, str]]:
     scalar, reconstruct = core.multiarray.scalar, core.multiarray._reconstruct
     named = [(scalar, f"numpy.{place}.multiarray.scalar") for place in ("core", "_core")]
     named += [(reconstruct, f"numpy.{place}.multiarray._reconstruct") for place in ("core", "_core")]
-    dtypes = [
-        type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U1", "S1")
-    ]
+    dtypes = [type(np.dtype(kind)) for kind in "efdbhilqBHILQ?US"]
     paths = [(pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")]
     return [np.ndarray, np.dtype, *dtypes, *named, argparse.Namespace, collections.defaultdict, *paths]
 

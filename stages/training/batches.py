@@ -30,8 +30,6 @@ class TrainingBatches:
     Args:
         deltas: whether they are wanted beside the conditioning.
         held_out: part held out.
-        batch_size: rows to a batch.
-        device: where batches are wanted.
         memory: GiB that the store may take, or "auto".
 
     Raises:

@@ -26,10 +26,8 @@ class DenoisingSteps:
         batch_size: of the whole batch, all ranks' shares.
         micro_batch: rows whose activations are in memory at a time.
         half: bfloat16 autocast.
-        seed: of the run, for dropout and noise on the conditioning.
         smaller: hears of a micro-batch that had to be halved.
-        tuning: from `tune_after` on the whole loss, of batches of its own size.
-        tune_after: steps on the deltas.
+        tuning: from the step `tune_after` on the whole loss, of batches of its own size.
     """
 
     def __init__(

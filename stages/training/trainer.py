@@ -40,10 +40,12 @@ def ema_decay(step: int) -> float:
 def batch_rows(count: int, batch_size: int, step: int, *seed: str | int) -> Tensor:
     """The rows of the batch of a step counted from 0, of `count` rows, (batch_size,) int: epochs are permutations seeded by
     `seed` and their number, and a batch may straddle two of them."""
-    first = step * batch_size
-    epochs = range(first // count, (first + batch_size - 1) // count + 1)
-    order = torch.cat([_epoch_order(count, epoch, *seed) for epoch in epochs])
-    return order[first % count :][:batch_size]
+    first, left, parts = step * batch_size, batch_size, []
+    while left > 0:
+        epoch, offset = divmod(first, count)
+        parts.append(_epoch_order(count, epoch, *seed)[offset : offset + left])
+        first, left = first + len(parts[-1]), left - len(parts[-1])
+    return torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=2)
