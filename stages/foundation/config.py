@@ -8,8 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-FORMAT_VERSION = 1
-
 IDENTITY, EXTENT, EXECUTION = "identity", "extent", "execution"
 
 Auto = Literal["auto"]
@@ -72,9 +70,7 @@ class TaskTable(Table):
     weights: str | None = execution(
         None, "trained weights to import (.safetensors, .pt, an index of shards, a folder); without, train-base trains"
     )
-    weights_key: str | None = execution(
-        None, "entry of that file to take, such as state_dict_ema; by default the one that fits"
-    )
+    weights_key: str | None = execution(None, "entry of that file to take, such as state_dict_ema; without, the one that fits")
     loss: str | None = identity(
         None, 'cross_entropy, binary_cross_entropy, mse, mae, huber, or "module:name": (output, y) -> (B,)'
     )

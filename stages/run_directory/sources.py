@@ -114,8 +114,8 @@ def inputs_of(
 
 
 def weight_sources(path: Path | None, known: dict[str, SourceRecord]) -> dict[str, SourceRecord]:
-    """The records of the files that imported weights lie in; `path` is None where a flag named them, which later commands do not
-    repeat: what was imported is in the base, wherever the files are now.
+    """The records of the files that imported weights lie in; `path` is None where a flag named them, which later commands do
+    not repeat: what was imported is in the base, wherever the files are now.
 
     Raises:
         DataError: a file is missing.

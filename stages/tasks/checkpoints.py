@@ -4,6 +4,7 @@ import argparse
 import collections
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +180,8 @@ def _read_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_tensors(path, DataError)
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises many kinds here; its advice to load with weights_only=False would run the file's code.
