@@ -29,6 +29,7 @@ EXAMPLES = {
     "model": '"mymodel:LeNet5"',
     "class": '"task:MyTask"',
     "weights": '"lenet5.safetensors"',
+    "weights_key": '"state_dict"',
     "loss": '"cross_entropy"',
     "kind": '"classification"',
     "train": '"train.npz"',

@@ -26,7 +26,7 @@ AVERAGED = re.compile(r"(^|[._])(ema|averaged?|avg|swa)([._]|$)", re.IGNORECASE)
 ROOT = "the keys of the file itself"
 # Below this, a dict of a checkpoint is no state dict of a model.
 DEEPEST = 3
-SAVE_HINT = 'where that class is known: torch.save(model.state_dict(), "weights.pt")'
+SAVE_HINT = 'save weights alone where that class is known, best as safetensors: torch.save(model.state_dict(), "weights.pt")'
 
 
 @dataclass(frozen=True)
