@@ -127,6 +127,12 @@ def finished(finished_run, tmp_path):
     return finished_run.copy(tmp_path / "finished")
 
 
+@pytest.fixture
+def untrained(finished):
+    """The same, both trainings yet to be done."""
+    return finished.without("train-diffusion", "train-scale")
+
+
 @pytest.fixture(scope="session")
 def collected_run(tmp_path_factory, ocd):
     """A project of the slow model through collect, unbroken, in nine blocks; not to be changed, see `collected`."""

@@ -1,14 +1,12 @@
 """What the tests of evaluate share."""
 
-import json
-
 COSTLY = ["alternative layer", "deterministic hypernetwork", "ocd conditioned on x", "base trained for as long again"]
 
 
 def evaluated(ocd, folder, *args):
     """The results of `ocd evaluate`, which must be those of the file."""
     found = ocd.json(folder, "evaluate", *args)
-    same = found == json.loads((folder.run / "evaluate" / "results.json").read_text())
+    same = found == folder.read("evaluate/results.json")
     assert same  # on its own: pytest would take minutes to explain a difference
     return found
 

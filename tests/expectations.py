@@ -1,8 +1,7 @@
 """What `ocd status` must say: the states of all stages, and what changed."""
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
-
-
+FOLDERS = {stage: "infer/test" if stage == "infer" else stage for stage in STAGES}
 ALL_DONE = dict.fromkeys(STAGES, "done")
 
 

@@ -69,15 +69,16 @@ class Folder:
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """The manifest of a finished stage, or of an answer such as `infer/test`."""
-        return json.loads((self.run / stage / "manifest.json").read_text())
+        return self.read(f"{stage}/manifest.json")
 
     def summary(self, stage: str) -> dict[str, Any]:
         """What a finished stage says of itself."""
         return self.manifest(stage)["summary"]
 
-    def layer(self) -> str:
-        """The layer that was chosen."""
-        return json.loads((self.run / "select-layer" / "layer.json").read_text())["layer"]
+    def read(self, name: str) -> Any:
+        """What a JSON file of the run directory holds; of one that ends in `.jsonl` a list, a line each."""
+        text = (self.run / name).read_text()
+        return [json.loads(line) for line in text.splitlines()] if name.endswith(".jsonl") else json.loads(text)
 
     def predictions(self, name: str = "test") -> dict[str, np.ndarray]:
         """The arrays of an answer."""
@@ -153,6 +154,11 @@ def own_task(name: str, **args: Any) -> dict[str, Any]:
 def put(*settings: str) -> list[str]:
     """The words that put settings in: `put("collect.lr=0.02", …)`."""
     return [word for setting in settings for word in ("--set", setting)]
+
+
+def put_all(table: str, settings: dict[str, Any]) -> list[str]:
+    """The words that put settings of one table in."""
+    return put(*(f"{table}.{key}={value}" for key, value in settings.items()))
 
 
 def states(ocd: Any, folder: Folder, *settings: str) -> dict[str, str]:

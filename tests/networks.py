@@ -54,6 +54,12 @@ def describe(preset, shape, fields=WIDTHS, **settings):
     return {**decided, "shape": list(shape), "fields": fields}
 
 
+def sketch(*args, **named):
+    """A denoiser of any size, without memory."""
+    with torch.device("meta"):
+        return make_denoiser(describe(*args, **named))
+
+
 def make(preset, shape=(5, 7), size=0.1, **settings):
     """A narrow denoiser in which nothing is zero any more."""
     torch.manual_seed(0)

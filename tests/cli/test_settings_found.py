@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from processes import counted_blocks, stopped_at, stopped_training
+from processes import redone, stopped_at, stopped_training
 
 
 def test_settings_found_upward(project, ocd, monkeypatch):
@@ -42,7 +42,7 @@ def test_set_goes_before_the_file_and_a_flag_before_set(project, ocd):
     def seed(*args):
         ocd(folder, "train-base", "--force", *args)
         manifest = folder.manifest("train-base")
-        assert json.loads((folder.run / "run.json").read_text())["seed"] == manifest["identity"]["settings"]["run.seed"]
+        assert folder.read("run.json")["seed"] == manifest["identity"]["settings"]["run.seed"]
         return manifest["identity"]["settings"]["run.seed"]
 
     assert seed() == 1
@@ -122,6 +122,4 @@ def test_forced_work_keeps_the_old_until_the_new_is_whole(finished, ocd, stage):
 def test_force_redoes_from_scratch(project, ocd):
     folder = project({"collect": {"block_samples": 8}})
     ocd(folder, "run", "--until", "collect")
-    with counted_blocks() as written:
-        ocd(folder, "collect", "--force")
-    assert sorted(written) == [0, 1, 2, 3, 4]
+    assert redone(ocd, folder, "collect", "--force") == [0, 1, 2, 3, 4]

@@ -3,18 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ROWS, WIDTHS, describe, make, make_fields, numbers_of, random
+from networks import ROWS, WIDTHS, make, make_fields, numbers_of, random, sketch
 
 from stages.diffusion.conditioning import ConditioningEncoder
-from stages.diffusion.denoisers import AUTHORS, PAPER, SMALL, UNETS, make_denoiser
+from stages.diffusion.denoisers import AUTHORS, PAPER, SMALL, UNETS
 from stages.diffusion.schedule import EPSILON
 from stages.diffusion.unet import UNetDenoiser, UNetPlan
-
-
-def sketch(*args, **named):
-    """A U-Net of any size, without memory."""
-    with torch.device("meta"):
-        return make_denoiser(describe(*args, **named))
 
 
 def attentions(network):

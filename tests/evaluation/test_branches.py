@@ -1,7 +1,5 @@
 """The trainings that some rows of evaluate take: branches that share what they can, seeds, and going on after a stop."""
 
-import json
-
 import numpy as np
 import pytest
 from evaluating import COSTLY, evaluated, rows_of
@@ -39,10 +37,7 @@ def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
             same = [(run / stage / "manifest.json").read_bytes() for run in (finished.run, branches / name)]
             assert same[0] == same[1], (name, stage)
     assert rows["deterministic hypernetwork"]["members"] == 1
-    layers = [
-        json.loads((run / "select-layer" / "layer.json").read_text())["layer"]
-        for run in (finished.run, branches / "alternative-layer")
-    ]
+    layers = [finished.read(f"{run}select-layer/layer.json")["layer"] for run in ("", "branches/alternative-layer/")]
     assert layers[0] != layers[1]
     ocd(finished, "verify")
     # Nothing of a branch is made twice.
@@ -54,12 +49,12 @@ def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
 def test_a_branch_follows_its_run(ocd, finished):
     words = ("--add", "deterministic hypernetwork", "--quiet")
     ocd(finished, "evaluate", *words)
-    branch = finished.run / "branches" / "deterministic-hypernetwork"
-    was = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
+    branch = "branches/deterministic-hypernetwork/train-diffusion"
+    was = finished.manifest(branch)["identity"]["inputs"]["deltas"]
     changed = ("--set", "collect.lr=0.02")
     ocd(finished, "run", "--force", "--from", "collect", "--until", "train-scale", "--quiet", *changed)
     ocd(finished, "evaluate", *words, *changed)
-    now = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
+    now = finished.manifest(branch)["identity"]["inputs"]["deltas"]
     assert now != was
     assert now == finished.manifest("collect")["content"]
 
@@ -69,9 +64,7 @@ def test_seeds_are_whole_trainings(ocd, finished):
     found = results["seeds"]
     assert found["seeds"] == [1, 2, 3]
     assert found["verdicts"][0] == results["verdict"]
-    others = [
-        json.loads((finished.run / "branches" / f"seed-{seed}" / "evaluate" / "results.json").read_text()) for seed in (2, 3)
-    ]
+    others = [finished.read(f"branches/seed-{seed}/evaluate/results.json") for seed in (2, 3)]
     for row in found["rows"]:
         values = [rows_of(result)[row["name"]]["metrics"]["cross_entropy"]["mean"] for result in (results, *others)]
         entry = row["metrics"]["cross_entropy"]

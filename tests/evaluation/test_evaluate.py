@@ -137,7 +137,7 @@ def test_its_rows_of_ocd_are_what_infer_predicts(ocd, helped):
 def test_infer_at_the_fitted_strength(ocd, hopeless_run):
     folder, results = hopeless_run
     evaluated(ocd, folder)
-    fitted = json.loads((folder.run / "evaluate" / "strength.json").read_text())
+    fitted = folder.read("evaluate/strength.json")
     assert fitted["strength"] == rows_of(results)["ocd validated strength"]["strength"]
     assert min(fitted["losses"], key=fitted["losses"].get) == f"{fitted['strength']}"
     summary = ocd.json(folder, "infer", "--strength", "auto")
@@ -163,7 +163,7 @@ def test_run_evaluates_where_predictions_need_it(ocd, project):
 
 def test_no_strength_where_nothing_could_be_fitted(ocd, finished):
     ocd(finished, "evaluate", "--quiet")
-    fitted = json.loads((finished.run / "evaluate" / "strength.json").read_text())
+    fitted = finished.read("evaluate/strength.json")
     assert fitted["strength"] is None
     shown = ocd(finished, "infer", "--strength", "auto", code=3)
     assert "evaluate had too few validation samples to fit a strength on" in shown.stderr
@@ -178,7 +178,7 @@ def test_an_evaluation_is_redone_when_asked_otherwise(ocd, finished):
     assert finished.files() == before
     other = ocd(finished, "evaluate", "--set", "evaluate.samples=10")
     assert "evaluate is redone: evaluate.samples was 'all', is now 10" in other.stderr
-    assert json.loads((finished.run / "evaluate" / "results.json").read_text())["samples"] == 10
+    assert finished.read("evaluate/results.json")["samples"] == 10
     ocd(finished, "verify")
 
 

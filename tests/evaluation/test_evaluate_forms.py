@@ -1,7 +1,5 @@
 """evaluate and probe on tasks of every form: what does not apply is left out with the reason, nothing ends in a traceback."""
 
-import json
-
 import pytest
 import torch
 from folders import make_folder, own_task
@@ -105,7 +103,7 @@ def test_a_loss_that_is_no_number_is_null(evaluated):
     text = (folder.run / "evaluate" / "results.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    fitted = json.loads((folder.run / "evaluate" / "strength.json").read_text())
+    fitted = folder.read("evaluate/strength.json")
     assert fitted["strength"] is not None
 
 
@@ -122,8 +120,7 @@ def test_fields_of_the_tasks_own(evaluated, ocd):
 def test_the_batch_size_changes_nothing_but_rounding(evaluated, ocd):
     results, _, folder = evaluated("log-probabilities")
     for size in (3, 4, 29):
-        words = ("--json", "--quiet", "--force", "--set", f"evaluate.batch_size={size}")
-        other = json.loads(ocd(folder, "evaluate", *words).stdout)
+        other = ocd.json(folder, "evaluate", "--force", "--set", f"evaluate.batch_size={size}")
         for mine, its in zip(results["rows"], other["rows"], strict=True):
             assert mine["strength"] == its["strength"], mine["name"]
             # Products of other batches round otherwise, in float32.
@@ -156,8 +153,8 @@ def test_branches_follow_data_that_only_code_reads(ocd, project):
         (folder.root / "scale.txt").write_text(scale)
         ocd(folder, "run", "--force", "--quiet", "--until", "train-scale")
         ocd(folder, "evaluate", *words)
-        runs = [folder.run, folder.run / "branches" / "deterministic-hypernetwork", folder.run / "branches" / "seed-2"]
-        manifests = [json.loads((run / "train-base" / "manifest.json").read_text()) for run in runs]
+        runs = ("", "branches/deterministic-hypernetwork/", "branches/seed-2/")
+        manifests = [folder.manifest(f"{run}train-base") for run in runs]
         contents.append([manifest["content"] for manifest in manifests])
         assert contents[-1][0] == contents[-1][1]
         assert len({manifest["identity"]["inputs"]["train"] for manifest in manifests}) == 1

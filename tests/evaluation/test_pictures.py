@@ -9,13 +9,12 @@ import reference
 import torch
 from folders import flip, make_folder, own_task, results
 from PIL import Image
-from processes import before, counted_blocks, interrupt
+from processes import before, interrupt, redone
 
 from stages.evaluation import pictures
 from stages.evaluation.pictures import CAPTION, GAP, enlarged, picture_of, strip
 from stages.foundation.errors import TaskError
 from stages.infer import open_run
-from stages.store.predictions import PredictionBlocks
 from stages.tasks.losses import mse
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import load_object
@@ -146,9 +145,7 @@ def test_drawing_that_was_interrupted(ready, painted_run, ocd):
     with before(pictures, "strip", lambda _: next(made) < 2 or interrupt()):
         ocd(ready, "infer", code=4)
     assert not (ready.run / "infer" / "test").exists()
-    with counted_blocks(PredictionBlocks) as written:
-        ocd(ready, "infer")
-    assert written == []
+    assert redone(ocd, ready, "infer") == []
     assert results(ready, "infer/test") == results(painted_run, "infer/test")
     ocd(ready, "verify")
 

@@ -18,12 +18,6 @@ from stages.evaluation.metrics import Gathered
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-# Probabilities
-
-
-# Disagreement
-
-
 # Classification
 
 

@@ -276,6 +276,3 @@ def test_the_interval_of_a_paired_difference_holds_the_truth_in_95_of_100_experi
         held += low <= -0.5 <= high
     # 400 experiments leave 0.011 of chance; percentiles of 100 samples are a little narrow, 0.94.
     assert 0.91 < held / trials < 0.98
-
-
-# The search

@@ -234,6 +234,3 @@ def test_an_npz_file_s_pictures_may_be_bytes_have_alpha_and_be_large(tmp_path):
 
 
 # Blender-format folders
-
-
-# The Lego scene

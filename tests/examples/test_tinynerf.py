@@ -10,7 +10,7 @@ import torch
 from folders import blocks_of, reader_of, results, states, store
 from networks import random
 from PIL import Image
-from processes import counted_blocks, stopped_at
+from processes import redone, stopped_at
 from spheres import bytes_of, camera, cameras, focal_of, picture
 from tinynerf import LAYER, LR, RAYS, REPEATS, SIZE, STEPS, TEST, TRAIN, VALIDATION, make_example, make_scene, nerf, task
 
@@ -67,9 +67,6 @@ def scene_task(finished_example):
     """The task on the same scene, and the trained base."""
     base = open_run(finished_example.config, overrides=["run.device=cpu"]).model
     return task.NerfTask(str(finished_example.root / "scene"), rays=RAYS), base
-
-
-# Rendering
 
 
 # The task
@@ -258,9 +255,7 @@ def test_collect_goes_on_where_it_was_stopped(ocd, example):
     with stopped_at(2):
         ocd(example, "collect", "--quiet", code=4)
     assert len(blocks_of(example)) == 2
-    with counted_blocks() as written:
-        ocd(example, "collect", "--quiet")
-    assert sorted(written) == [2, 3]
+    assert redone(ocd, example, "collect", "--quiet") == [2, 3]
     assert results(example, "collect") == whole
 
 
@@ -276,6 +271,3 @@ def test_rays_of_pictures_of_another_size(ocd, example):
 def test_another_picture_is_another_scene(ocd, example):
     shutil.copy(example.root / "scene" / "train" / "r_1.png", example.root / "scene" / "train" / "r_0.png")
     assert "train" in ocd(example, "train-base", "--quiet", code=3).stderr
-
-
-# Other scenes

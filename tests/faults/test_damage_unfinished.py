@@ -5,7 +5,7 @@ import shutil
 import pytest
 from damage import DAMAGE, LAYOUT, RHO, STRAYS, damaged, inodes, problems
 from folders import blocks_of
-from processes import counted_blocks, stopped_at
+from processes import redone, stopped_at
 
 
 @pytest.fixture
@@ -31,9 +31,7 @@ def test_damage_to_an_unfinished_store(unfinished, ocd, whole, kind):
     if kind != "a record deleted":  # an unfinished block is no damage
         found = problems(ocd, unfinished, "collect.wip")
         assert (RHO if "without" in kind else name) in found
-    with counted_blocks() as written:
-        ocd(unfinished, "collect")
-    assert sorted(written) == [2, 5, 6, 7, 8]
+    assert redone(ocd, unfinished, "collect") == [2, 5, 6, 7, 8]
     assert kept.items() <= inodes(unfinished, "collect", 2).items()
     whole(unfinished)
 
@@ -41,9 +39,7 @@ def test_damage_to_an_unfinished_store(unfinished, ocd, whole, kind):
 @pytest.mark.parametrize("kind", LAYOUT)
 def test_damage_to_the_layout_of_an_unfinished_store(unfinished, ocd, whole, kind):
     damaged(unfinished, "collect.wip", kind)
-    with counted_blocks() as written:
-        ocd(unfinished, "collect")
-    assert sorted(written) == [5, 6, 7, 8]
+    assert redone(ocd, unfinished, "collect") == [5, 6, 7, 8]
     whole(unfinished)
 
 
@@ -59,9 +55,7 @@ def test_a_stray_file_in_an_unfinished_store(unfinished, ocd, whole, name):
 def test_an_unfinished_store_without_its_beginning(unfinished, ocd, whole):
     """Nothing says what the blocks are of: they are made again."""
     (unfinished.run / "collect.wip" / "begun.json").unlink()
-    with counted_blocks() as written:
-        ocd(unfinished, "collect")
-    assert sorted(written) == list(range(9))
+    assert redone(ocd, unfinished, "collect") == list(range(9))
     whole(unfinished)
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from folders import Folder, blocks_of, make_folder, states
-from processes import before, counted_blocks
+from processes import before, redone
 
 from stages.run_directory.folders import StageFolder
 from stages.store.delta_store import DeltaStore
@@ -82,9 +82,7 @@ def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, free):
     # What counts as done is whole.
     ocd(small, "verify")
     (small_disk.path / "filler").unlink()
-    with counted_blocks() as redone:
-        ocd(small, "collect")
-    assert sorted(redone) == sorted(set(range(18)) - done)
+    assert redone(ocd, small, "collect") == sorted(set(range(18)) - done)
     same_store(small, on_disk, ocd)
 
 
@@ -98,9 +96,7 @@ def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, where, na
         # An exchange needs no room.
         ocd(small, "collect", "--quiet", code=4 if where is DeltaStore else 0)
     (small_disk.path / "filler").unlink()
-    with counted_blocks() as redone:
-        ocd(small, "collect")
-    assert redone == []
+    assert redone(ocd, small, "collect") == []
     same_store(small, on_disk, ocd)
 
 

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 from folders import put
-from processes import counted_blocks, stopped_at, stopped_training
+from processes import redone, stopped_at, stopped_training
 
 from stages.run_directory.folders import StageFolder
 
@@ -70,9 +70,7 @@ def interrupted_collect(about_to_collect, ocd):
 
 
 def test_interrupted_collect_continues(interrupted_collect, ocd):
-    with counted_blocks() as written:
-        ocd(interrupted_collect, "collect")
-    assert sorted(written) == [2, 3, 4]
+    assert redone(ocd, interrupted_collect, "collect") == [2, 3, 4]
 
 
 def test_interrupted_collect_with_another_setting_stops(interrupted_collect, ocd):
@@ -101,7 +99,7 @@ def test_ledger_that_leads_out(interrupted_collect, ocd):
     record["chunks"]["../../../mymodel.py"] = {"bytes": (folder.root / "mymodel.py").stat().st_size, "sha256": "0" * 64}
     path.write_text(json.dumps(record))
     ocd(folder, "collect")
-    assert json.loads((folder.run / "collect" / "blocks" / "000000.json").read_text()) == json.loads(good)
+    assert folder.read("collect/blocks/000000.json") == json.loads(good)
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, ocd):

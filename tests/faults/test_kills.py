@@ -45,8 +45,7 @@ def kill_often(folder, start, kills, seed):
         time.sleep(draw.uniform(0, 0.03))
         if process.ended():
             break
-        process.kill()
-        process.wait(-signal.SIGKILL)
+        process.die()
         # It was killed before it was done: nothing has the final name.
         assert not (folder.run / "collect").exists()
         count += 1
@@ -158,7 +157,7 @@ def test_a_kill_between_the_manifest_and_the_end_of_the_record(collected, collec
     """The unfinished folder then has both: its record must not end up in the finished one."""
     folder = collected.run / "collect"
     folder.rename(collected.run / "collect.wip")
-    manifest = json.loads((collected.run / "collect.wip" / "manifest.json").read_text())
+    manifest = collected.manifest("collect.wip")
     begun = {key: manifest[key] for key in ("identity", "fingerprint", "execution", "sources")}
     begun["threads"] = manifest["made"]["threads"]
     (collected.run / "collect.wip" / "begun.json").write_text(json.dumps(begun))

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from folders import blocks_of, make_folder, results
-from processes import counted_blocks, wait_until
+from processes import INTERRUPTED, redone, wait_until
 
 
 def test_two_collects_at_once(ready, start, ocd, whole):
@@ -53,9 +53,7 @@ def test_a_dataset_that_raises(with_dataset, ocd, tmp_path, part):
     done = {int(path.stem) for path in blocks_of(folder)}
     assert done == set(range(13)) | set(range(0, 20, 2) if part else [])
     (folder.root / "unreadable.json").unlink()
-    with counted_blocks() as written:
-        ocd(folder, "collect")
-    assert sorted(written) == sorted(set(range(20)) - done)
+    assert redone(ocd, folder, "collect") == sorted(set(range(20)) - done)
     assert results(folder, "collect") == results(with_dataset, "collect")
 
 
@@ -64,14 +62,10 @@ def test_a_request_to_end(ready, start, ocd, whole, number):
     process = start(ready, "collect", "--quiet", held_after=2)
     wait_until(lambda: len(blocks_of(ready)) >= 2)
     process.kill(number)
-    assert process.wait(4).stderr == (
-        "error: collect was interrupted; what is finished is kept\n  to continue, run the same command again\n"
-    )
+    assert process.wait(4).stderr == INTERRUPTED.format("collect")
     kept = len(blocks_of(ready))
     assert 2 <= kept < 9
     assert not list(ready.run.rglob("*.tmp"))
     ocd(ready, "verify")
-    with counted_blocks() as written:
-        ocd(ready, "collect")
-    assert len(written) == 9 - kept
+    assert len(redone(ocd, ready, "collect")) == 9 - kept
     whole(ready)

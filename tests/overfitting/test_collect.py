@@ -125,12 +125,6 @@ def test_later_stages_take_a_factored_store(project, ocd):
     assert reader_of(folder).description.arrays["delta"].shape == [36, 3, 6]
 
 
-# Samples that are left out
-
-
-# Half precision
-
-
 # Slow methods
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from folders import PROJECTS, blocks_of, make_folder, own_task, reader_of, results, states, store
-from processes import counted_blocks
+from processes import redone
 
 from stages.evaluate import Evaluate
 from stages.evaluation.from_run import find_neighbours
@@ -118,9 +118,7 @@ def test_the_first_of_them_is_what_there_is_without_repeats(ocd, ready):
 def test_more_samples_keep_the_blocks_there_are(ocd, ready, repeated_run):
     ocd(ready, "collect", "--quiet", "--set", "collect.samples=12")
     assert store(ready)["delta"].shape[0] == 12 * REPEATS
-    with counted_blocks() as written:
-        ocd(ready, "collect", "--quiet")
-    assert sorted(written) == [4, 5]
+    assert redone(ocd, ready, "collect", "--quiet") == [4, 5]
     assert results(ready, "collect") == results(repeated_run, "collect")
     assert states(ocd, ready)["collect"] == "done"
 

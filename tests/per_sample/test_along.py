@@ -1,14 +1,17 @@
 """Outputs along a line of weights, θ + s · delta: every method against the loop over whole forward passes."""
 
 import pytest
+import reference
 import torch
 from along import along_the_loop, deltas_of, equal_along
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from overfitters import EXACT, Custom, Tied, by_copies, convolutions, frozen, random, twice
+from overfitters import EXACT, Custom, Tied, by_copies, convolutions, forward, frozen, random, twice
 from torch import nn
 
-from stages.per_sample.weights import Substitution
+from stages.per_sample.layer import find_layer
+from stages.per_sample.runner import Runner
+from stages.per_sample.weights import Loop, Substitution, Vmap
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -75,6 +78,10 @@ def gated(self, x):
     return self.leave(self.fc(hidden).sigmoid() * hidden)
 
 
+def around(run):
+    return lambda: Custom(run, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2))
+
+
 # name: the model, the layer, a sample's shape
 MODELS = {
     "linear, then a relu in place": (
@@ -99,20 +106,13 @@ MODELS = {
         "2.weight",
         (3,),
     ),
-    "what comes before it changed in place": (
-        lambda: Custom(residual, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2)),
-        "fc.weight",
-        (3,),
-    ),
-    "its output changed in place": (
-        lambda: Custom(in_place_twice, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2)),
-        "fc.weight",
-        (2, 3),
-    ),
-    "its input used beside it": (
-        lambda: Custom(gated, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2)),
-        "fc.weight",
-        (3,),
+    "what comes before it changed in place": (around(residual), "fc.weight", (3,)),
+    "its output changed in place": (around(in_place_twice), "fc.weight", (2, 3)),
+    "its input used beside it": (around(gated), "fc.weight", (3,)),
+    "convolution in groups": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv2d(4, 2, 1)),
+        "2.weight",
+        (2, 6, 6),
     ),
     "batch norm after it": (
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(18, 2)),
@@ -185,4 +185,17 @@ def test_a_hook_of_the_users(name):
     assert isinstance(overfitter.method, Substitution), overfitter.reason
 
 
-# Substitution itself, without an overfitter to fall back
+@pytest.mark.parametrize("method", [None, Vmap, Loop])
+@pytest.mark.parametrize("name", ["linear, then a relu in place", "convolution in groups", "tied"])
+def test_members_of_every_method(name, method):
+    """Several lines for each sample; without a method named, by the runner's own choice."""
+    make, parameter, shape, *_ = (MODELS | OTHER_METHODS)[name]
+    torch.manual_seed(0)
+    model, x = frozen(make()), random(5, *shape)
+    layer = find_layer(model, parameter)
+    runner = Runner(model, layer, forward, x[:2])
+    if method is not None:
+        runner.method = method(model, layer, forward)
+    deltas = random(5, 3, *layer.matrix_shape, seed=1)
+    found = runner.members_along(runner.first_pass(x), x, deltas)(1.0)
+    torch.testing.assert_close(found.transpose(0, 1), reference.predict_loop(model, parameter, x, deltas), **EXACT)

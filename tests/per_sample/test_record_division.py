@@ -3,7 +3,7 @@
 import pytest
 import torch
 from overfitters import EXACT, RECIPES, Custom, equal_to_the_loop, frozen, random, wanted_of
-from test_prefix import VECTORS, make, nested, parts, record_of
+from prefixed import VECTORS, make, nested, parts, record_of
 from torch import nn
 
 from stages.overfitting.recipe import Recipe

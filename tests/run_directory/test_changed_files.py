@@ -1,10 +1,9 @@
 """What `ocd status` sees of files: artifacts that are damaged or merely touched, data and code that changed."""
 
-import json
 import os
 
 import pytest
-from expectations import ALL_DONE, STAGES, changes, from_on
+from expectations import ALL_DONE, FOLDERS, STAGES, changes, from_on
 from folders import flip
 
 ARTIFACTS = [
@@ -21,8 +20,7 @@ ARTIFACTS = [
 @pytest.mark.parametrize("damage", ["flipped byte", "cut short", "deleted"])
 @pytest.mark.parametrize(("stage", "name"), ARTIFACTS)
 def test_artifact_damaged(finished, status, states, ocd, stage, name, damage):
-    path, folder = finished.run / stage / name, finished.run / ("infer/test" if stage == "infer" else stage)
-    content = json.loads((folder / "manifest.json").read_text())["content"]
+    path, content = finished.run / stage / name, finished.manifest(FOLDERS[stage])["content"]
     if damage == "flipped byte":
         flip(path)
     elif damage == "cut short":
@@ -36,7 +34,7 @@ def test_artifact_damaged(finished, status, states, ocd, stage, name, damage):
     assert states(finished) == from_on(stage, "partial" if stage == "collect" else "stale")
     # Redone from scratch: nothing of the damaged result is taken over.
     ocd(finished, stage, "--force")
-    assert json.loads((folder / "manifest.json").read_text())["content"] == content
+    assert finished.manifest(FOLDERS[stage])["content"] == content
     assert states(finished) == ALL_DONE
 
 
@@ -92,9 +90,8 @@ def test_trainings_read_no_code(finished, status, ocd):
 @pytest.mark.parametrize("stage", STAGES)
 def test_forced_equals_first(finished, states, ocd, stage):
     """Redoing a stage gives the same fingerprint and content, so that nothing after it goes stale."""
-    folder = finished.run / ("infer/test" if stage == "infer" else stage)
-    before = json.loads((folder / "manifest.json").read_text())
+    before = finished.manifest(FOLDERS[stage])
     ocd(finished, stage, "--force")
-    after = json.loads((folder / "manifest.json").read_text())
+    after = finished.manifest(FOLDERS[stage])
     assert (after["fingerprint"], after["content"]) == (before["fingerprint"], before["content"])
     assert states(finished) == ALL_DONE

@@ -1,11 +1,10 @@
 """`ocd status` tells the truth: missing, partial, stale or done, and why."""
 
-import json
 import os
 import shutil
 
 import pytest
-from expectations import ALL_DONE, STAGES, changes, from_on
+from expectations import ALL_DONE, FOLDERS, STAGES, changes, from_on
 from folders import Folder, flip
 from processes import stopped_at
 
@@ -107,12 +106,6 @@ def test_execution_settings_change_nothing(finished, states, ocd, setting):
     assert "up to date" in ocd(finished, "collect", "--set", setting).stdout
 
 
-# Extents
-
-
-# Files
-
-
 # `auto`
 
 
@@ -143,7 +136,7 @@ def test_width_found_is_kept(project, states, ocd):
     folder = project({"train-diffusion": {"width": "auto"}})
     ocd(folder, "run", "--until", "train-diffusion")
     assert states(folder)["train-diffusion"] == "done"
-    width = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())["width"]
+    width = folder.read("train-diffusion/denoiser.json")["width"]
     assert states(folder, "--set", f"train-diffusion.width={width}")["train-diffusion"] == "done"
     assert states(folder, "--set", f"train-diffusion.width={width + 2}")["train-diffusion"] == "stale"
 
@@ -154,7 +147,7 @@ def test_width_found_is_kept(project, states, ocd):
 @pytest.mark.parametrize("stage", STAGES)
 def test_lone_old_folder_is_restored(finished, states, ocd, stage):
     """A power cut between the two renames of an exchange leaves only `X.old`."""
-    folder = StageFolder(finished.run, "infer/test" if stage == "infer" else stage)
+    folder = StageFolder(finished.run, FOLDERS[stage])
     os.rename(folder.path, folder.old)
     assert states(finished) == ALL_DONE
     assert "up to date" in ocd(finished, stage).stdout
@@ -166,7 +159,7 @@ def test_lone_old_folder_is_restored(finished, states, ocd, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_whole_but_not_yet_renamed(finished, states, ocd, stage):
     """A kill after the manifest was written and before the rename."""
-    folder = StageFolder(finished.run, "infer/test" if stage == "infer" else stage)
+    folder = StageFolder(finished.run, FOLDERS[stage])
     os.rename(folder.path, folder.wip)
     assert states(finished)[stage] != "missing"
     ocd(finished, stage)
@@ -180,6 +173,7 @@ def test_finished_run_elsewhere(finished, project, states, ocd, tmp_path):
     folder = project()
     assert states(folder, "--run", tmp_path / "copy") == ALL_DONE
     assert "up to date" in ocd(folder, "infer", "--run", tmp_path / "copy").stdout
+    ocd(folder, "verify", "--run", tmp_path / "copy")
     assert not folder.run.exists()
 
 
@@ -189,8 +183,7 @@ def test_same_work_same_fingerprint_anywhere(finished_run, tmp_path_factory, ocd
     folder = Folder(root)
     ocd(folder, "run")
     for stage in STAGES:
-        name = "infer/test/manifest.json" if stage == "infer" else f"{stage}/manifest.json"
-        here, there = (json.loads((f.run / name).read_text()) for f in (folder, finished_run))
+        here, there = (f.manifest(FOLDERS[stage]) for f in (folder, finished_run))
         assert here["fingerprint"] == there["fingerprint"]
         assert here["content"] == there["content"]
         names = [name for name in here["files"] if name.endswith(".safetensors")]

@@ -1,35 +1,12 @@
 """Cases in which a state, a figure or a result could quietly be wrong."""
 
-import json
 import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
 from folders import blocks_of, own_task, states
 from processes import stopped_at
-
-from stages.foundation.progress import Silent
-from stages.training.run import Plan, TrainingRun
-
-
-class Counter:
-    """A training whose state is its step."""
-
-    def __init__(self):
-        self.step = 0
-
-    def advance(self):
-        self.step += 1
-        return 1.0 / self.step
-
-    def state(self):
-        return {"step": torch.tensor(self.step)}
-
-    def restore(self, tensors, step):
-        assert int(tensors["step"]) == step
-        self.step = step
 
 
 def test_another_validation_set_changes_the_rows_of_train(ocd, finished):
@@ -113,7 +90,7 @@ def test_imported_weights_may_move_and_are_not_forgotten(ocd, finished):
 
 
 def test_naming_the_layer_that_was_chosen_changes_nothing(ocd, finished):
-    chosen = json.loads((finished.run / "select-layer" / "layer.json").read_text())["layer"]
+    chosen = finished.read("select-layer/layer.json")["layer"]
     assert set(states(ocd, finished, f"select-layer.layer={chosen}").values()) == {"done"}
     assert "up to date" in ocd(finished, "select-layer", "--layer", chosen).stdout
 
@@ -134,33 +111,6 @@ def test_a_reader_that_stops_reading_is_no_fault(finished):
     command = f"{sys.executable} -m ocd_cli status --json --config {finished.config} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "fault" not in done.stderr
-
-
-@pytest.mark.parametrize("stop", [30, 45])
-def test_going_on_after_an_evaluation_off_the_grid_equals_never_stopping(tmp_path, stop):
-    """The best score lies where only the shorter training looked; the longer one must not know of it."""
-    done = []
-    for name, ends in (("whole", [80]), ("continued", [stop, 80])):
-        folder = tmp_path / name
-        folder.mkdir()
-        for end in ends:
-            counter = Counter()
-            trained = TrainingRun(
-                folder,
-                "fingerprint",
-                counter,
-                lambda counter=counter: {"score": 1.0 + abs(counter.step - 37)},
-                lambda counter=counter: {"at": torch.tensor(counter.step)},
-                Plan(max_steps=end, evaluate_steps=20, checkpoint_steps=7, patience=0),
-                Silent(),
-            ).run()
-        done.append((trained.best, trained.steps, (folder / "metrics.jsonl").read_bytes()))
-    assert done[0] == done[1]
-
-
-def test_a_dataset_class_is_made(ocd, project):
-    folder = project({"task": {"train": "data:Rows"}}, code="models")
-    assert ocd.json(folder, "train-base")["parameters"] == 51
 
 
 def test_small_trainings_take_one_thread_and_the_setting_decides_otherwise(ocd, finished):

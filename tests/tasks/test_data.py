@@ -1,4 +1,4 @@
-"""The user's data: what a file must hold and what is said where it does not; batches of any kind; identity; splits."""
+"""Files of the user's data: what they must hold, and what is said where they do not."""
 
 import io
 import re
@@ -161,6 +161,19 @@ def test_inputs_alone_cut_short(path):
     assert refused(path, labels=False).startswith(" is not an npz or npy file: ")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_an_npy_file_is_left_in_its_place(tmp_path, dtype):
+    x = np.arange(200).reshape(50, 4).astype(dtype)
+    np.save(tmp_path / "new.npy", x)
+    loaded = load_npz(tmp_path / "new.npy", labels=False)
+    found = np.load(tmp_path / "new.npy", mmap_mode="r+")
+    found[3] = 7
+    found.flush()
+    assert loaded.x[3].tolist() == [7] * 4
+    loaded.x[3] = 8
+    assert found[3].tolist() == [7] * 4
+
+
 @pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"PK\x03\x04 and then nothing of the kind"])
 def test_file_of_another_kind(path, content):
     path.write_bytes(content)
@@ -218,18 +231,6 @@ def test_archive_with_a_password(path):
             content[match.start() + flags] |= 1
     path.write_bytes(content)
     assert refused(path).startswith(" is not an npz file: ")
-
-
-# Batches
-
-
-# Identity
-
-
-# Splits
-
-
-# New inputs beside known ones
 
 
 def test_a_file_without_a_name_ending(tmp_path):

@@ -1,7 +1,5 @@
 """What else a task may say: modules to watch, where its samples lie, and what its own trainer reports."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -58,7 +56,7 @@ def test_what_is_watched_is_stored_under_the_modules_names(watched_run):
     np.testing.assert_allclose(arrays["early_wide"], 999.5 * x[:, :3], rtol=1e-4)
     summary = folder.summary("collect")
     assert summary["pooled"] == {"early_wide": "mean over axes [1] of (2000, 3)"}
-    fields = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())["fields"]
+    fields = folder.read("train-diffusion/denoiser.json")["fields"]
     assert (fields["early_gate"], fields["early_wide"]) == (5, 3)
 
 

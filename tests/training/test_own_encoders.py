@@ -1,7 +1,5 @@
 """Encoders from the command line: VGG-11 with weights that are given, and modules of the user's own."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -45,7 +43,7 @@ def trained_pictures(ocd, collected_pictures, tmp_path_factory):
 
 def test_a_run_with_encoders_predicts(trained_pictures):
     folder = trained_pictures
-    description = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())
+    description = folder.read("train-diffusion/denoiser.json")
     assert description["encoders"] == {
         "picture": {"kind": "vgg11", "shape": [3, 8, 8]},
         "given": {"kind": "myencoder:bend", "shape": [3]},
