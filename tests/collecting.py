@@ -8,8 +8,6 @@ from folders import arrays
 from safetensors.torch import load_file
 
 NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
-
-
 LATER = ("train-diffusion", "train-scale", "infer")
 
 

@@ -161,10 +161,14 @@ def put_all(table: str, settings: dict[str, Any]) -> list[str]:
     return put(*(f"{table}.{key}={value}" for key, value in settings.items()))
 
 
+def status(ocd: Any, folder: Folder, *words: object) -> dict[str, dict[str, Any]]:
+    """The stages of `ocd status --json`."""
+    return ocd.json(folder, "status", *words)["stages"]
+
+
 def states(ocd: Any, folder: Folder, *settings: str) -> dict[str, str]:
-    """The state of each stage, as `ocd status --json` has it with these settings put in."""
-    stages = ocd.json(folder, "status", *put(*settings))["stages"]
-    return {name: entry["state"] for name, entry in stages.items()}
+    """The state of each stage, with these settings put in."""
+    return {name: entry["state"] for name, entry in status(ocd, folder, *put(*settings)).items()}
 
 
 def make_folder(root: Path, settings: dict[str, dict[str, Any]], code: str = "plain", rows: int = 40) -> Folder:

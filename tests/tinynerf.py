@@ -10,8 +10,6 @@ from folders import example as copy_of_example
 from spheres import sphere_scene
 
 SIZE, TRAIN, VALIDATION, TEST, REPEATS, STEPS, LR, RAYS = 12, 8, 5, 4, 2, 3, 0.005, 64
-
-
 LAYER, SAMPLES, NEAR, FAR = "layer1.weight", 32, 2.0, 6.0
 
 

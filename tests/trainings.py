@@ -4,9 +4,10 @@ import time
 
 import numpy as np
 import torch
-from folders import put_all
+from folders import put_all, reader_of
 
 from stages.foundation.progress import Silent
+from stages.training.batches import TrainingBatches
 from stages.training.run import Plan, TrainingRun
 
 # Small, and with checkpoints and evaluations that do not fall together.
@@ -29,6 +30,12 @@ def losses_of(ocd, folder, *more):
     ocd(folder, "train-diffusion", *more, "--force")
     rows = folder.read("train-diffusion/metrics.jsonl")
     return [row["loss"] for row in rows], [row["score"] for row in rows]
+
+
+def rows_of(folder, **options):
+    """The batches that a training draws of a collected project."""
+    settings = {"deltas": True, "held_out": 0.1, "batch_size": 7, "seed": 3, "device": torch.device("cpu"), "memory": "auto"}
+    return TrainingBatches(reader_of(folder), **(settings | options))
 
 
 class Counter:

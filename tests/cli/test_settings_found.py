@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from folders import states, status
 from processes import redone, stopped_at, stopped_training
 
 
@@ -52,7 +53,7 @@ def test_set_goes_before_the_file_and_a_flag_before_set(project, ocd):
 
 
 def test_seed_is_part_of_every_result(finished, ocd):
-    found = ocd.json(finished, "status", "--seed", 2)["stages"]
+    found = status(ocd, finished, "--seed", 2)
     assert {entry["state"] for entry in found.values()} == {"stale"}
     for entry in found.values():
         assert {"setting": "run.seed", "was": 1, "now": 2} in entry["changed"]
@@ -112,14 +113,12 @@ def test_forced_work_keeps_the_old_until_the_new_is_whole(finished, ocd, stage):
         ocd(finished, stage, "--force", code=4)
     kept = {name: data for name, data in finished.files().items() if ".wip/" not in name}
     assert kept == before
-    found = ocd.json(finished, "status")["stages"]
-    assert {entry["state"] for entry in found.values()} == {"done"}
+    assert set(states(ocd, finished).values()) == {"done"}
     ocd(finished, stage, "--force")
     assert not (finished.run / f"{stage}.wip").exists()
     assert not (finished.run / f"{stage}.old").exists()
 
 
 def test_force_redoes_from_scratch(project, ocd):
-    folder = project({"collect": {"block_samples": 8}})
-    ocd(folder, "run", "--until", "collect")
+    folder = project({"collect": {"block_samples": 8}}, until="collect")
     assert redone(ocd, folder, "collect", "--force") == [0, 1, 2, 3, 4]

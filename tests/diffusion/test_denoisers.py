@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import ROWS, WIDTHS, describe, make, make_fields, random
+from refusals import refusal
 
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import unit
@@ -209,9 +210,7 @@ def test_what_auto_stands_for(preset):
 )
 def test_settings_that_do_not_go_together_are_refused(preset, changed, message, hint):
     table = TrainDiffusionTable(preset=preset).model_dump()
-    with pytest.raises(SettingsError) as raised:
-        resolve(table | changed, (5, 7))
-    assert (raised.value.message, raised.value.hint) == (message, hint)
+    assert refusal(SettingsError, resolve, table | changed, (5, 7)) == (message, hint)
     assert resolve(table | {"prediction": MEAN}, (5, 7))["prediction"] == MEAN
 
 

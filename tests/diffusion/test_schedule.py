@@ -134,15 +134,10 @@ def test_no_delta_is_so_large_that_a_signal_is_left(numel, prediction):
     assert terminal == 0 if prediction == X0 and numel > LARGEST_UNSCALED else terminal > 0
 
 
-def test_small_deltas_have_the_plain_schedule():
+@pytest.mark.parametrize(("name", "numel"), [("ddpm", LARGEST_UNSCALED), ("authors", 10**7), ("paper", 10**7)])
+def test_small_deltas_and_schedules_to_reproduce_are_not_rescaled(name, numel):
     for prediction in (X0, EPSILON):
-        assert torch.equal(make_schedule("ddpm", LARGEST_UNSCALED, prediction).betas, linear_betas(1e-4, 2e-2, 1000))
-
-
-@pytest.mark.parametrize("name", ["authors", "paper"])
-def test_schedules_to_reproduce_are_never_rescaled(name):
-    for prediction in (X0, EPSILON):
-        assert torch.equal(make_schedule(name, 10**7, prediction).betas, linear_betas(*LINEAR[name]))
+        assert torch.equal(make_schedule(name, numel, prediction).betas, linear_betas(*LINEAR[name]))
 
 
 def test_warnings():

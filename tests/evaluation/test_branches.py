@@ -12,19 +12,17 @@ from stages import evaluate
 @pytest.fixture
 def roomy(ocd, project):
     """A run with enough validation samples to fit strengths on."""
-    folder = project(rows=120)
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project(rows=120, until="train-scale")
     return folder
 
 
 def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
-    finished = roomy
     words = [word for name in COSTLY for word in ("--add", name)]
-    results = evaluated(ocd, finished, *words)
+    results = evaluated(ocd, roomy, *words)
     rows = rows_of(results)
     assert set(COSTLY) <= set(rows)
     assert not results["left_out"] or {entry["name"] for entry in results["left_out"]}.isdisjoint(COSTLY)
-    branches = finished.run / "branches"
+    branches = roomy.run / "branches"
     shared = {
         "alternative-layer": ["train-base"],
         "deterministic-hypernetwork": ["train-base", "select-layer", "collect"],
@@ -34,15 +32,15 @@ def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
     assert {path.name for path in branches.iterdir()} == set(shared)
     for name, stages in shared.items():
         for stage in stages:
-            same = [(run / stage / "manifest.json").read_bytes() for run in (finished.run, branches / name)]
+            same = [(run / stage / "manifest.json").read_bytes() for run in (roomy.run, branches / name)]
             assert same[0] == same[1], (name, stage)
     assert rows["deterministic hypernetwork"]["members"] == 1
-    layers = [finished.read(f"{run}select-layer/layer.json")["layer"] for run in ("", "branches/alternative-layer/")]
+    layers = [roomy.read(f"{run}select-layer/layer.json")["layer"] for run in ("", "branches/alternative-layer/")]
     assert layers[0] != layers[1]
-    ocd(finished, "verify")
+    ocd(roomy, "verify")
     # Nothing of a branch is made twice.
     times = {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")}
-    ocd(finished, "evaluate", "--quiet", "--force", *words)
+    ocd(roomy, "evaluate", "--quiet", "--force", *words)
     assert {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")} == times
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evaluating import COSTLY, evaluated, rows_of
 from folders import own_task, states
-from planted import helping, hopeless
+from planted import HELPING, HOPELESS
 
 ROWS = [
     "base",
@@ -31,16 +31,14 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def helped(ocd, tmp_path_factory):
-    folder = helping(tmp_path_factory.mktemp("helped") / "project")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+def helped(ocd, make_run):
+    folder = make_run(HELPING, "planted", "train-scale")
     return folder, evaluated(ocd, folder)
 
 
 @pytest.fixture(scope="module")
-def hopeless_run(ocd, tmp_path_factory):
-    folder = hopeless(tmp_path_factory.mktemp("hopeless") / "project")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+def hopeless_run(ocd, make_run):
+    folder = make_run(HOPELESS, "planted", "train-scale")
     return folder, evaluated(ocd, folder)
 
 
@@ -183,16 +181,14 @@ def test_an_evaluation_is_redone_when_asked_otherwise(ocd, finished):
 
 
 def test_a_task_adds_rows(ocd, project):
-    folder = project({"task": own_task("task:ExtraRow", row="twice as sure", samples=90)}, code="tasks")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"task": own_task("task:ExtraRow", row="twice as sure", samples=90)}, code="tasks", until="train-scale")
     rows = rows_of(evaluated(ocd, folder))
     assert rows["twice as sure"]["metrics"]["accuracy"]["difference"] == 0
     assert rows["twice as sure"]["metrics"]["cross_entropy"]["difference"] != 0
 
 
 def test_faults_of_extra_rows(ocd, project):
-    folder = project({"task": own_task("task:ExtraRow", row="base", samples=90)}, code="tasks")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"task": own_task("task:ExtraRow", row="base", samples=90)}, code="tasks", until="train-scale")
     shown = ocd(folder, "evaluate", code=2)
     assert "extra_rows() gave a row named 'base', which ocd has itself" in shown.stderr
     assert not (folder.run / "evaluate").exists()
@@ -200,8 +196,7 @@ def test_faults_of_extra_rows(ocd, project):
 
 def test_without_validation_samples_no_strength_is_fitted(ocd, project):
     # A store of all rows: of the four validation samples the trainings have held out one at most.
-    folder = project({"collect": {"split": "all"}})
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"collect": {"split": "all"}}, until="train-scale")
     results = evaluated(ocd, folder)
     left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
     for name in ("ocd validated strength", "temperature-scaled base"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from folders import make_folder, own_task
+from folders import own_task
 
 from stages.evaluate import Evaluate
 from stages.evaluation.from_run import find_neighbours
@@ -33,14 +33,13 @@ def settings_of(name):
 
 
 @pytest.fixture(scope="module")
-def evaluated(ocd, tmp_path_factory):
+def evaluated(ocd, make_run):
     """The results and the reasons of what was left out, of each form once."""
     found = {}
 
     def results(name):
         if name not in found:
-            folder = make_folder(tmp_path_factory.mktemp("forms") / "project", settings_of(FORMS[name]), "forms")
-            ocd(folder, "run", "--quiet", "--until", "train-scale")
+            folder = make_run(settings_of(FORMS[name]), "forms", "train-scale")
             ocd(folder, "probe", "--quiet", "--samples", 10)
             result = ocd.json(folder, "evaluate")
             found[name] = result, {entry["name"]: entry["reason"] for entry in result["left_out"]}, folder
@@ -131,8 +130,7 @@ def test_the_batch_size_changes_nothing_but_rounding(evaluated, ocd):
 
 def test_a_sample_is_not_its_own_neighbour(ocd, project):
     """Of a store that holds validation samples, too, none is compared with its own delta."""
-    folder = project({"task": {"validation_fraction": 0.5}, "collect": {"split": "all"}}, rows=400)
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"task": {"validation_fraction": 0.5}, "collect": {"split": "all"}}, rows=400, until="train-scale")
     stage = Evaluate(RunContext(load_project(folder.config, overrides=["run.device=cpu"])))
     numbers, known = stage.training.sample_index, stage.training.field("layer_input")
     for split in (stage.context.test_split, stage.context.splits["validation"]):

@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scene_loading import ARRAYS, FORM, LAYOUTS, POSE, counts, load_scene, refusal
+from scene_loading import ARRAYS, FORM, LAYOUTS, POSE, counts, load_scene, scene_refusal
 from spheres import sphere_npz, sphere_scene
 
 from stages.foundation.errors import OcdError
 
 RANGE = "expected uint8, or floats in [0, 1]"
-
-
 GOOD = np.full((32, 2, 2, 3), 0.5, np.float32)
-
-
 STILL = np.tile(np.eye(4), (32, 1, 1))
 
 
@@ -92,7 +88,7 @@ def changed(array, index, value):
 )
 def test_bad_arrays(arrays, message, hint, tmp_path):
     path = sphere_npz(tmp_path / "a.npz", size=2, **arrays)
-    assert refusal(str(path), tmp_path) == (str(path) + message.replace("{path}", str(path)), hint)
+    assert scene_refusal(str(path), tmp_path) == (str(path) + message.replace("{path}", str(path)), hint)
 
 
 def test_small_errors_of_a_rotation_are_let_pass(tmp_path):
@@ -101,27 +97,27 @@ def test_small_errors_of_a_rotation_are_let_pass(tmp_path):
 
 
 def test_sources_that_are_none(tmp_path):
-    assert refusal("away", tmp_path) == (f"{tmp_path / 'away'} is missing", LAYOUTS)
+    assert scene_refusal("away", tmp_path) == (f"{tmp_path / 'away'} is missing", LAYOUTS)
     np.save(tmp_path / "one.npy", GOOD)
     for name, content in (("text.npz", b"<html>not found</html>"), ("empty.npz", b"")):
         (tmp_path / name).write_bytes(content)
     for name in ("one.npy", "text.npz", "empty.npz"):
-        message, hint = refusal(name, tmp_path)
+        message, hint = scene_refusal(name, tmp_path)
         assert message.startswith(f"{tmp_path / name} is not an npz file that can be read: ")
         assert hint == LAYOUTS
     (tmp_path / "transforms.json").write_text("{}")
     hint = "a Blender-format scene has transforms_train.json and transforms_test.json beside its folders of pictures"
-    assert refusal(str(tmp_path), tmp_path) == (
+    assert scene_refusal(str(tmp_path), tmp_path) == (
         f"{tmp_path} has no transforms_train.json; JSON files there: transforms.json",
         hint,
     )
     folder = sphere_scene(tmp_path / "scene", test=0)
-    assert refusal(str(folder), tmp_path) == (
+    assert scene_refusal(str(folder), tmp_path) == (
         f"{folder} has no transforms_test.json; JSON files there: transforms_train.json, transforms_val.json",
         hint,
     )
     (tmp_path / "none").mkdir()
-    assert refusal("none", tmp_path)[0] == f"{tmp_path / 'none'} has no transforms_train.json; JSON files there: none"
+    assert scene_refusal("none", tmp_path)[0] == f"{tmp_path / 'none'} has no transforms_train.json; JSON files there: none"
 
 
 @pytest.mark.parametrize("name", ["a.npz", "train/r_0.png", "transforms_train.json"])
@@ -144,11 +140,7 @@ def test_damaged_bytes_give_a_scene_or_a_refusal(name, tmp_path):
 
 
 RADIANS = "expected the horizontal angle of view in radians, between 0 and π"
-
-
 WANTED = f"expected {FORM}"
-
-
 INSIDE = "give it relative to the scene's folder, as ./train/r_0"
 
 
@@ -172,8 +164,6 @@ def at(*keys, value=None, drop=False):
 
 
 FRAME = ("frames", 1)
-
-
 MATRIX = (*FRAME, "transform_matrix")
 
 
@@ -220,21 +210,21 @@ def test_bad_transforms(change, message, hint, tmp_path):
     described = json.loads(path.read_text())
     change(described)
     path.write_text(json.dumps(described))
-    assert refusal(str(tmp_path), tmp_path) == (str(path) + message, hint)
+    assert scene_refusal(str(tmp_path), tmp_path) == (str(path) + message, hint)
 
 
 @pytest.mark.parametrize("name", ["train", "test", "val"])
 def test_every_transforms_file_is_checked(name, tmp_path):
     path = sphere_scene(tmp_path, train=1, validation=1, test=1, size=2) / f"transforms_{name}.json"
     path.write_text("{")
-    message, hint = refusal(str(tmp_path), tmp_path)
+    message, hint = scene_refusal(str(tmp_path), tmp_path)
     assert message.startswith(f"{path} is not readable as JSON: Expecting property name")
     assert hint == WANTED
     for content in (b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)
-        assert refusal(str(tmp_path), tmp_path)[0].startswith(f"{path} is not readable as JSON: ")
+        assert scene_refusal(str(tmp_path), tmp_path)[0].startswith(f"{path} is not readable as JSON: ")
     path.write_text("[1, 2]")
-    assert refusal(str(tmp_path), tmp_path) == (f"{path}: camera_angle_x is missing", RADIANS)
+    assert scene_refusal(str(tmp_path), tmp_path) == (f"{path}: camera_angle_x is missing", RADIANS)
 
 
 def test_bad_pictures(tmp_path):
@@ -242,26 +232,26 @@ def test_bad_pictures(tmp_path):
     path = folder / "train" / "r_1.png"
     good = path.read_bytes()
     path.unlink()
-    assert refusal(str(folder), tmp_path) == (
+    assert scene_refusal(str(folder), tmp_path) == (
         f"{path} is missing",
         "transforms_train.json names it; a file_path without a suffix means .png",
     )
     for content in (b"", b"no picture", good[: len(good) // 2]):
         path.write_bytes(content)
-        message, hint = refusal(str(folder), tmp_path)
+        message, hint = scene_refusal(str(folder), tmp_path)
         assert message.startswith(f"{path} is not a picture that can be read: ")
         assert hint == "PNG and JPEG are; write it again"
     Image.fromarray(np.full((3, 4), 1 << 20, np.int32)).save(path.with_suffix(".tif"))
     transforms = folder / "transforms_train.json"
     transforms.write_text(transforms.read_text().replace("r_1", "r_1.tif"))
-    assert "its values have neither 8 nor 16 bits (mode I)" in refusal(str(folder), tmp_path)[0]
+    assert "its values have neither 8 nor 16 bits (mode I)" in scene_refusal(str(folder), tmp_path)[0]
 
 
 @pytest.mark.parametrize(("name", "called"), [("train/r_2", "./train/r_2"), ("test/r_1", "./test/r_1")])
 def test_pictures_of_several_sizes(name, called, tmp_path):
     folder = sphere_scene(tmp_path, train=3, validation=0, test=2, size=(3, 4))
     Image.new("RGB", (5, 3)).save(folder / f"{name}.png")
-    assert refusal(str(folder), tmp_path) == (
+    assert scene_refusal(str(folder), tmp_path) == (
         f"{called} has 5×3 pixels, ./train/r_0 has 4×3",
         "all pictures of a scene must have one size (width × height)",
     )

@@ -9,12 +9,11 @@ import pytest
 import torch
 from folders import blocks_of, reader_of, results, states, store
 from networks import random
-from PIL import Image
 from processes import redone, stopped_at
 from spheres import bytes_of, camera, cameras, focal_of, picture
+from strips import drawn, panes
 from tinynerf import LAYER, LR, RAYS, REPEATS, SIZE, STEPS, TEST, TRAIN, VALIDATION, make_example, make_scene, nerf, task
 
-from stages.evaluation.pictures import CAPTION, GAP
 from stages.foundation.seeds import generator
 from stages.infer import open_run
 from stages.per_sample.layer import find_layer
@@ -90,19 +89,6 @@ def test_metrics_of_pictures(scene_task):
 
 
 # The whole example
-
-
-def panes(example, row, answer="test"):
-    """The panes of a strip as they were before they were enlarged, (n, SIZE, SIZE, 3) uint8."""
-    with Image.open(example.run / "infer" / answer / "pictures" / f"{row:06d}.png") as image:
-        pixels = np.asarray(image)
-    times = (len(pixels) - CAPTION) // SIZE
-    side = times * SIZE
-    return np.stack([pixels[CAPTION:, left : left + side][::times, ::times] for left in range(0, pixels.shape[1], side + GAP)])
-
-
-def drawn(colours):
-    return np.round(255 * np.clip(colours, 0, 1)).astype(np.uint8).reshape(SIZE, SIZE, 3)
 
 
 def test_the_run_is_whole(ocd, finished_example, told_example):
@@ -205,11 +191,11 @@ def test_pictures_of_every_test_view(finished_example, scene_task):
     assert sorted(path.name for path in folder.iterdir()) == [f"{row:06d}.png" for row in range(TEST)]
     found, truth = finished_example.predictions(), scene_task[0].test().y
     for row in range(TEST):
-        strip = panes(finished_example, row)
+        strip = panes(finished_example, row, SIZE)
         assert len(strip) == 4
-        np.testing.assert_array_equal(strip[0], drawn(found["base_output"][row]))
-        np.testing.assert_array_equal(strip[2], drawn(found["output"][row]))
-        np.testing.assert_array_equal(strip[3], drawn(truth[row].numpy()))
+        np.testing.assert_array_equal(strip[0], drawn(found["base_output"][row]).reshape(SIZE, SIZE, 3))
+        np.testing.assert_array_equal(strip[2], drawn(found["output"][row]).reshape(SIZE, SIZE, 3))
+        np.testing.assert_array_equal(strip[3], drawn(truth[row].numpy()).reshape(SIZE, SIZE, 3))
         assert not np.array_equal(strip[0], strip[1])
         # The truth is the picture as it was drawn, on black.
         wanted = bytes_of(picture(cameras("test", TEST)[row], (SIZE, SIZE), focal_of((SIZE, SIZE))), alpha=False)
@@ -240,10 +226,10 @@ def test_new_cameras_need_no_pictures(ocd, example):
     np.savez(example.root / "rays.npz", x=np.stack([rays, rays]))
     shown = ocd.json(example, "infer", "--input", example.root / "rays.npz")
     assert (shown["inputs"], shown["pictures"], shown["metrics"]) == (2, 2, None)
-    found, strip = example.predictions("rays"), panes(example, 0, "rays")
+    found, strip = example.predictions("rays"), panes(example, 0, SIZE, "rays")
     assert len(strip) == 2
-    np.testing.assert_array_equal(strip[0], drawn(found["base_output"][0]))
-    np.testing.assert_array_equal(strip[1], drawn(found["output"][0]))
+    np.testing.assert_array_equal(strip[0], drawn(found["base_output"][0]).reshape(SIZE, SIZE, 3))
+    np.testing.assert_array_equal(strip[1], drawn(found["output"][0]).reshape(SIZE, SIZE, 3))
     # The base knows the scene: what it renders there is nearer to the truth than black is.
     truth = bytes_of(picture(pose, (SIZE, SIZE), focal), alpha=False) / 255
     assert np.square(found["base_output"][0].reshape(SIZE, SIZE, 3) - truth).mean() < 0.5 * np.square(truth).mean()

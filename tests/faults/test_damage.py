@@ -2,7 +2,7 @@
 
 import pytest
 from damage import DAMAGE, DELTA, LAYOUT, RHO, STRAYS, damaged, inodes, kept_time, problems
-from folders import flip, states
+from folders import flip, states, status
 from processes import redone
 
 # A finished store
@@ -14,7 +14,7 @@ def test_damage_to_a_finished_store(collected, ocd, whole, kind):
     name = damaged(collected, "collect", kind)
     found = problems(ocd, collected, "collect")
     assert (RHO if "without" in kind else name) in found
-    entry = ocd.json(collected, "status")["stages"]["collect"]
+    entry = status(ocd, collected)["collect"]
     assert entry["state"] == "partial"
     assert entry["detail"].startswith("blocks are damaged: ")
     assert redone(ocd, collected, "collect") == [2]

@@ -15,8 +15,7 @@ from stages.run_directory.folders import StageFolder
 @pytest.fixture
 def about_to_collect(project, ocd):
     """A project whose collect takes five blocks."""
-    folder = project({"collect": {"block_samples": 8}})
-    ocd(folder, "run", "--until", "select-layer")
+    folder = project({"collect": {"block_samples": 8}}, until="select-layer")
     return folder
 
 
@@ -42,22 +41,18 @@ def test_stage_in_use(finished, ocd):
 
 
 def test_fault_of_ours(about_to_collect, ocd, monkeypatch, tmp_path):
-    folder = about_to_collect
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
     with stopped_at(0, RuntimeError("boom")):
-        message = refused(ocd, folder, "collect", code=1, says=["fault in ocd itself", "RuntimeError: boom"])
+        message = refused(ocd, about_to_collect, "collect", code=1, says=["fault in ocd itself", "RuntimeError: boom"])
     (kept,) = tmp_path.glob("ocd-*.txt")
     assert str(kept) in message
     assert "Traceback" in kept.read_text()
-    ocd(folder, "collect")
+    ocd(about_to_collect, "collect")
 
 
 def test_out_of_memory(about_to_collect, ocd):
-    folder = about_to_collect
-
     with stopped_at(0, MemoryError("too much")):
-        refused(ocd, folder, "collect", code=1, says=["out of memory", "batch_size"])
+        refused(ocd, about_to_collect, "collect", code=1, says=["out of memory", "batch_size"])
 
 
 @pytest.fixture

@@ -6,16 +6,12 @@ import signal
 import time
 
 import pytest
-from folders import blocks_of, results
+from folders import blocks_of, results, status
 from processes import INTERRUPTED, counted_blocks, redone, stopped_at, wait_until
 
 from stages.overfitting.collector import Collector
 
 BLOCKS = 9
-
-
-def status_of(ocd, folder):
-    return ocd.json(folder, "status")["stages"]["collect"]
 
 
 def test_one_part_after_another(ready, start, whole, collected_run):
@@ -74,7 +70,7 @@ def test_a_dead_part(ready, start, whole, ocd, again):
     dead.die()
     kept = {path.name: path.stat().st_mtime_ns for path in blocks_of(ready)}
     assert 6 <= len(kept) < BLOCKS
-    assert status_of(ocd, ready)["state"] == "partial"
+    assert status(ocd, ready)["collect"]["state"] == "partial"
     assert len(redone(ocd, ready, "collect", *again)) == BLOCKS - len(kept)
     whole(ready)
     found = {path.name: path.stat().st_mtime_ns for path in blocks_of(ready, "collect")}
@@ -148,7 +144,7 @@ def test_a_killed_collect_is_not_named_as_who_holds_it(ready, start, ocd):
     wait_until(lambda: blocks_of(ready))
     dead.die()
     part = start(ready, "collect", "--part", "1/2", held_after=1)
-    wait_until(lambda: status_of(ocd, ready)["in_use_by"])
+    wait_until(lambda: status(ocd, ready)["collect"]["in_use_by"])
     assert f"collect is in use by process {part.pid} on " in ocd(ready, "collect", code=4).stderr
 
 
@@ -166,7 +162,7 @@ def test_other_settings_need_force(ready, ocd, whole):
 def test_status_while_parts_run(ready, start, ocd):
     parts = [start(ready, "collect", "--part", f"{number}/2", held_after=2) for number in (1, 2)]
     wait_until(lambda: len(blocks_of(ready)) >= 2)
-    entry = status_of(ocd, ready)
+    entry = status(ocd, ready)["collect"]
     assert entry["state"] == "partial"
     assert entry["progress"]["total"] == BLOCKS
     assert 2 <= entry["progress"]["done"] < BLOCKS
@@ -176,9 +172,9 @@ def test_status_while_parts_run(ready, start, ocd):
     assert "of 9 blocks" in text
     assert f"in use by process {parts[0].pid} on " in text
     parts[0].die()
-    assert [text[-11:] for text in status_of(ocd, ready)["in_use_by"]] == [" (part 2/2)"]
+    assert [text[-11:] for text in status(ocd, ready)["collect"]["in_use_by"]] == [" (part 2/2)"]
     parts[1].let_go().wait()
-    assert status_of(ocd, ready)["in_use_by"] == []
+    assert status(ocd, ready)["collect"]["in_use_by"] == []
 
 
 def test_looking_does_not_put_parts_off(ready, start, ocd, whole):
@@ -186,7 +182,7 @@ def test_looking_does_not_put_parts_off(ready, start, ocd, whole):
     for number in (1, 2, 3):
         part = start(ready, "collect", "--part", f"{number}/3")
         while not part.ended():
-            status_of(ocd, ready)
+            status(ocd, ready)["collect"]
             time.sleep(0.001)
         part.wait()
     whole(ready)
@@ -201,7 +197,7 @@ def test_forced_parts_redo_everything(collected, ocd, whole):
     ocd(collected, "collect", "--part", "1/2", "--force")
     # The old store stands until the new one is whole.
     assert {path.name: path.stat().st_ino for path in chunks.glob("c.*")} == before
-    assert status_of(ocd, collected)["state"] == "done"
+    assert status(ocd, collected)["collect"]["state"] == "done"
     assert redone(ocd, collected, "collect", "--part", "2/2", "--force") == [1, 3, 5, 7]
     assert not before.items() & {path.name: path.stat().st_ino for path in chunks.glob("c.*")}.items()
     whole(collected)

@@ -4,7 +4,7 @@ import re
 import signal
 
 import pytest
-from folders import blocks_of, make_folder, results
+from folders import blocks_of, results
 from processes import INTERRUPTED, redone, wait_until
 
 
@@ -24,16 +24,14 @@ def test_two_collects_at_once(ready, start, ocd, whole):
 
 
 @pytest.fixture(scope="module")
-def with_dataset(tmp_path_factory, ocd):
+def with_dataset(make_run):
     """1,000 samples from code, in 20 blocks, about to collect; not to be changed."""
     settings = {
         "run": {"seed": 2},  # sample 731 is then in block 13
         "task": {"train": "data:Rows"},
         "collect": {"split": "all", "block_samples": 50, "batch_size": 10},
     }
-    folder = make_folder(tmp_path_factory.mktemp("dataset") / "project", settings, "models", rows=1000)
-    ocd(folder, "run", "--until", "collect")
-    return folder
+    return make_run(settings, "models", "collect", rows=1000)
 
 
 @pytest.mark.parametrize("part", [[], ["--part", "2/2"]], ids=["plain", "a part"])

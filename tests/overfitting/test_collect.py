@@ -13,9 +13,6 @@ from stages.foundation.errors import DataError
 from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
 
-# Ways to overfit
-
-
 RECIPES = {
     "adam": {"optimizer": "adam", "lr": 0.01, "steps": 3},
     "sgd": {"optimizer": "sgd", "lr": 0.05},
@@ -31,8 +28,7 @@ RECIPES = {
 def test_deltas_are_those_of_the_plain_loop(project, ocd, name, layer):
     recipe = RECIPES[name]
     settings = {"steps": 3, **recipe, "block_samples": 10, "batch_size": 4}
-    folder = project({"collect": settings, "select-layer": {"layer": layer}})
-    ocd(folder, "run", "--until", "select-layer")
+    folder = project({"collect": settings, "select-layer": {"layer": layer}}, until="select-layer")
     summary = summary_of(ocd, folder)
     found = store(folder)
     assert set(found) == NAMES | {"delta"}
@@ -77,8 +73,7 @@ def test_the_store_has_what_it_promises(finished):
 
 
 def test_more_samples_keep_the_blocks_that_are_there(ocd, project):
-    folder = project({"collect": {"samples": 20, "block_samples": 8}})
-    ocd(folder, "run", "--until", "collect")
+    folder = project({"collect": {"samples": 20, "block_samples": 8}}, until="collect")
     kept = folder.run / "collect" / "deltas.zarr" / "delta" / "c.0.0.0"
     inode = kept.stat().st_ino
     assert states(ocd, folder, "collect.samples=30")["collect"] == "partial"
@@ -92,15 +87,11 @@ def test_more_samples_keep_the_blocks_that_are_there(ocd, project):
     assert {name: grown[name] for name in chunks} == {name: fresh[name] for name in chunks}
 
 
-# Factored
-
-
 FACTORED = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "store": "factored", "block_samples": 8}
 
 
 def test_a_factored_store_holds_the_same_deltas(project, ocd, tmp_path):
-    folder = project({"collect": FACTORED})
-    ocd(folder, "run", "--until", "collect")
+    folder = project({"collect": FACTORED}, until="collect")
     factored = store(folder)
     kept = {path.name for path in (folder.run / "collect" / "deltas.zarr").iterdir() if path.is_dir()}
     assert kept == NAMES | {"delta_output", "delta_input"}
@@ -123,9 +114,6 @@ def test_later_stages_take_a_factored_store(project, ocd):
     ocd(folder, "verify")
     # Samples that come later are factored, too; the description of the whole is the store's.
     assert reader_of(folder).description.arrays["delta"].shape == [36, 3, 6]
-
-
-# Slow methods
 
 
 def test_a_label_that_cannot_be_is_found_beforehand_wherever_it_stands(ready):

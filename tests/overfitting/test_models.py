@@ -98,6 +98,10 @@ def with_parameter(run, *shape):
     return lambda: Custom(run, w=nn.Parameter(torch.randn(*shape)), head=nn.Linear(3, 3))
 
 
+def embedding():
+    return nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3))
+
+
 WORDS = torch.tensor([[0, 1, 1], [4, 2, 0], [3, 3, 3], [1, 0, 2], [2, 4, 4]])
 # name: how it is made, the layer, the inputs, the method
 OTHERS = {
@@ -123,18 +127,8 @@ OTHERS = {
         random(5, 1, 4, 4, 4),
         "vmap",
     ),
-    "embedding": (
-        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3)),
-        "0.weight",
-        WORDS,
-        "vmap",
-    ),
-    "head after an embedding": (
-        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3)),
-        "2.weight",
-        WORDS,
-        "outer product",
-    ),
+    "embedding": (embedding, "0.weight", WORDS, "vmap"),
+    "head after an embedding": (embedding, "2.weight", WORDS, "outer product"),
     "sequences": (
         lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3, 2)),
         "3.weight",

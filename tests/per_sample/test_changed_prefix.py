@@ -3,12 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from overfitters import EXACT, RECIPES, Custom, assert_same, equal_to_the_loop, forward, frozen, random, squares, wanted_of
+from overfitters import EXACT, RECIPES, Custom, assert_same, equal_to_the_loop, frozen, overfitter_of, random, wanted_of
 from prefixed import VECTORS, parts, record_of
 from torch import nn
 
-from stages.overfitting.overfitter import Overfitter
-from stages.per_sample.layer import find_layer
 from stages.per_sample.prefix import PrefixChanged, Record
 
 
@@ -25,8 +23,7 @@ def counting(self, x):
 @pytest.mark.parametrize("run", [noisy, counting])
 def test_a_prefix_that_differs_from_pass_to_pass_is_not_reused(run):
     model = frozen(Custom(run, **parts(count=0)))
-    overfitter = Overfitter(model, find_layer(model, "fc.weight"), forward, squares, RECIPES["sgd"], VECTORS[:2])
-    assert overfitter.prefix is None
+    assert overfitter_of(model, "fc.weight", VECTORS, RECIPES["sgd"]).prefix is None
 
 
 def other_module(self, x):
@@ -113,15 +110,11 @@ def chain(self, x):
     return z + h if self.turned else z
 
 
-def overfitter_of(model, recipe="sgd"):
-    return Overfitter(model, find_layer(model, "fc.weight"), forward, squares, RECIPES[recipe], VECTORS[:2])
-
-
 def test_an_output_that_nobody_reads_is_not_kept():
     torch.manual_seed(2)
     model = frozen(Custom(chain, **parts(turned=False)))
     early = F.max_pool1d(model.enc(VECTORS).unsqueeze(1), 1).flatten(1)
-    (kept,) = overfitter_of(model).first_pass(VECTORS).record.tensors
+    (kept,) = overfitter_of(model, "fc.weight", VECTORS, RECIPES["sgd"]).first_pass(VECTORS).record.tensors
     assert torch.equal(kept, model.head(early))
     equal_to_the_loop(model, "fc.weight", VECTORS)
 
@@ -131,7 +124,7 @@ def test_an_output_that_is_read_after_all(recipe):
     """By another batch than the probe."""
     torch.manual_seed(2)
     model, y = frozen(Custom(chain, **parts(turned=False))), random(6, seed=5)
-    overfitter = overfitter_of(model, recipe)
+    overfitter = overfitter_of(model, "fc.weight", VECTORS, RECIPES[recipe])
     model.turned = True
     first = overfitter.first_pass(VECTORS)
     with pytest.raises(PrefixChanged, match="read now"), first.record.replaying():

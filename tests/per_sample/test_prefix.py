@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from overfitters import RECIPES, Custom, equal_to_the_loop, forward, frozen, random, squares
+from overfitters import RECIPES, Custom, equal_to_the_loop, frozen, overfitted, overfitter_of, random
 from prefixed import MODELS, VECTORS, make, nested, parts, record_of
 from torch import nn
 
-from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.layer import find_layer
 from stages.per_sample.prefix import Prefix, PrefixChanged
 
@@ -51,10 +50,10 @@ def test_the_prefix_is_computed_once(recipe, layer):
 
     torch.manual_seed(2)
     model, x, y = frozen(Custom(run, **parts(enc=Counted(nn.Linear(3, 3))))), VECTORS, random(6, seed=5)
-    overfitter = Overfitter(model, find_layer(model, layer), forward, squares, RECIPES[recipe], x[:2])
+    overfitter = overfitter_of(model, layer, x, RECIPES[recipe])
     assert overfitter.name == ("vmap" if layer == "head.weight" else "outer product")
     model.enc.calls = 0
-    overfitter.overfit(overfitter.first_pass(x), x, y)
+    overfitted(overfitter, x, y)
     assert model.enc.calls == 1
 
 

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import zarr
-from folders import blocks_of, flip, make_folder, results
+from folders import blocks_of, flip, results, status
 from processes import INTERRUPTED, counted_blocks, redone, stopped_at, wait_until
 
 from stages.prediction.personalised import PersonalisedModel
@@ -17,12 +17,9 @@ WIP = "infer/test.wip"
 
 
 @pytest.fixture(scope="module")
-def answered_run(tmp_path_factory, ocd):
+def answered_run(make_run):
     """A project of the slow model with everything done, the answer in twelve blocks, with its deltas; not to be changed."""
-    settings = {"select-layer": {"layer": "2.weight"}, "infer": {"batch_size": 2, "save_deltas": True}}
-    folder = make_folder(tmp_path_factory.mktemp("answered") / "project", settings, code="slow")
-    ocd(folder, "run", "--quiet")
-    return folder
+    return make_run({"select-layer": {"layer": "2.weight"}, "infer": {"batch_size": 2, "save_deltas": True}}, "slow")
 
 
 @pytest.fixture
@@ -50,10 +47,6 @@ def whole(answered_run, ocd):
     return check
 
 
-def status_of(ocd, folder):
-    return ocd.json(folder, "status")["stages"]["infer"]
-
-
 def stop_infer(ocd, folder, *words):
     """Four blocks are there."""
     with stopped_at(4, kind=PredictionBlocks):
@@ -70,7 +63,7 @@ def test_killed_and_continued(ready, start, ocd, whole, kept):
     dead.die()
     there = {path.name: path.stat().st_mtime_ns for path in blocks_of(ready, WIP)}
     assert kept <= len(there) < BLOCKS
-    entry = status_of(ocd, ready)
+    entry = status(ocd, ready)["infer"]
     assert entry["state"] == "partial"
     assert entry["progress"] == {"done": len(there), "total": BLOCKS, "unit": "blocks"}
     with counted_blocks(PredictionBlocks) as written:
@@ -146,7 +139,7 @@ def test_one_part_after_another(ready, ocd, whole, order):
 def test_all_parts_at_once(ready, start, ocd, whole):
     parts = [start(ready, "infer", "--part", f"{number}/3", delay=0.05) for number in (1, 2, 3)]
     named = [f" (part {number}/3)" for number in (1, 2, 3)]
-    wait_until(lambda: [text[-11:] for text in status_of(ocd, ready).get("in_use_by", [])] == named)
+    wait_until(lambda: [text[-11:] for text in status(ocd, ready)["infer"].get("in_use_by", [])] == named)
     for part in parts:
         part.wait()
     whole(ready)

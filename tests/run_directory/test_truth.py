@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import torch
+from collecting import base_of
 from folders import blocks_of, own_task, states
 from processes import stopped_at
 
@@ -25,15 +26,13 @@ def test_another_validation_set_changes_the_rows_of_train(ocd, finished):
 
 
 def test_another_dataset_by_name_is_seen_without_loading_it(ocd, project):
-    folder = project({"task": {"train": "data:one"}}, code="models")
-    ocd(folder, "train-base")
+    folder = project({"task": {"train": "data:one"}}, code="models", until="train-base")
     assert states(ocd, folder)["train-base"] == "done"
     assert states(ocd, folder, "task.train=data:two")["train-base"] == "stale"
 
 
 def test_asking_for_less_does_not_delete_unfinished_work(ocd, project):
-    folder = project({"collect": {"block_samples": 4}})
-    ocd(folder, "run", "--until", "select-layer")
+    folder = project({"collect": {"block_samples": 4}}, until="select-layer")
     with stopped_at(5):
         ocd(folder, "collect", code=4)
     result = ocd(folder, "collect", "--set", "collect.samples=6", code=3)
@@ -43,8 +42,7 @@ def test_asking_for_less_does_not_delete_unfinished_work(ocd, project):
 
 
 def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, project):
-    folder = project({"collect": {"block_samples": 4, "samples": 12}})
-    ocd(folder, "run", "--until", "collect")
+    folder = project({"collect": {"block_samples": 4, "samples": 12}}, until="collect")
     with stopped_at(2):
         ocd(folder, "collect", "--force", "--set", "collect.steps=5", code=4)
     assert states(ocd, folder)["collect"] == "done"
@@ -56,12 +54,8 @@ def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, p
 
 
 def test_a_task_that_trains_its_base_gets_a_model_in_train_mode(ocd, project):
-    folder = project({"task": own_task("task:Trained")}, code="tasks")
-    ocd(folder, "train-base")
-    from safetensors.torch import load_file
-
-    base = load_file(folder.run / "train-base" / "base.safetensors")
-    assert base["1.running_mean"].abs().max() > 0
+    folder = project({"task": own_task("task:Trained")}, code="tasks", until="train-base")
+    assert base_of(folder)["1.running_mean"].abs().max() > 0
 
 
 def test_random_augmentation_flat_fields_and_metrics_without_value(ocd, project):

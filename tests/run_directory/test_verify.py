@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from damage import HARM, kept_time
 from folders import flip
 
 
@@ -53,16 +54,11 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "deleted"])
+@pytest.mark.parametrize("damage", HARM)
 @pytest.mark.parametrize(("stage", "name"), FILES)
 def test_damage_is_named(finished, problems, ocd, stage, name, damage):
     path = finished.run / stage / name
-    if damage == "flipped byte":
-        flip(path, keep_time=True)
-    elif damage == "cut short":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        path.unlink()
+    (kept_time(flip) if damage == "flipped byte" else HARM[damage])(path)
     found = problems(finished)
     assert list(found) == [stage]
     assert name in found[stage]

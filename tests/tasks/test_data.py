@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 
 from stages.foundation.errors import DataError
 from stages.tasks.data import load_npz
@@ -22,11 +23,10 @@ def path(tmp_path):
 
 def refused(path, labels=True):
     """The message of the one error that a file is refused with, without the file's path."""
-    with pytest.raises(DataError) as caught:
-        load_npz(path, labels=labels)
-    assert caught.value.message.startswith(str(path))
-    assert caught.value.hint
-    return caught.value.message.removeprefix(str(path))
+    message, hint = refusal(DataError, load_npz, path, labels=labels)
+    assert message.startswith(str(path))
+    assert hint
+    return message.removeprefix(str(path))
 
 
 # Files
@@ -77,10 +77,8 @@ def test_labels_that_may_be_missing(path):
 
 
 def test_missing_file(path):
-    with pytest.raises(DataError) as caught:
-        load_npz(path, labels=True)
-    assert caught.value.message == f"{path} is missing"
-    assert caught.value.hint == "ocd.toml names it under [task]; relative paths start at its folder"
+    hint = "ocd.toml names it under [task]; relative paths start at its folder"
+    assert refusal(DataError, load_npz, path, labels=True) == (f"{path} is missing", hint)
 
 
 def ragged():
@@ -119,9 +117,7 @@ def test_what_is_refused_says_how_to_write_it(path):
     assert refused(path, labels=False) == " has no array x; it has inputs, labels"
     for arrays, hint in (({}, WRITE), ({"x": X.astype(np.uint8), "y": Y}, "x.astype('float32') / 255")):
         np.savez(path, **arrays)
-        with pytest.raises(DataError) as caught:
-            load_npz(path, labels=True)
-        assert hint in caught.value.hint
+        assert hint in refusal(DataError, load_npz, path, labels=True)[1]
 
 
 def test_single_array(path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from folders import PROJECTS, make_folder, own_task, reader_of, store
 from overfitters import forward
+from refusals import refusal
 from torch import nn
 
 from stages.evaluation.neighbours import input_blocks, nearest, places_of
@@ -158,9 +159,8 @@ def test_coordinates_of_another_shape(ocd, watched, monkeypatch, shape, says):
     assert first[1] == "  give one row of numbers a sample, (B, d)"
     task = Task()
     task.coordinates = lambda x: {"one axis": x[:, 0], "one row": x[:1, :3], "list": x.tolist()}[shape]
-    with pytest.raises(TaskError) as error:
-        places_of(task, torch.zeros(5, 4))
-    assert error.value.message == f"coordinates() gave {says} for a batch of 5"
+    message, _ = refusal(TaskError, places_of, task, torch.zeros(5, 4))
+    assert message == f"coordinates() gave {says} for a batch of 5"
 
 
 def test_without_coordinates_it_is_the_numbers():

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import torch
 from folders import put, reader_of, results
-from trainings import QUICK, words
-
-from stages.training.batches import TrainingBatches
-
-
-def rows_of(folder, **options):
-    settings = {"deltas": True, "held_out": 0.1, "batch_size": 7, "seed": 3, "device": torch.device("cpu"), "memory": "auto"}
-    return TrainingBatches(reader_of(folder), **(settings | options))
+from trainings import QUICK, rows_of, words
 
 
 @pytest.mark.parametrize("deltas", [True, False])

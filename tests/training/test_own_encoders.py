@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from folders import make_folder, own_task, put, states
+from folders import own_task, put, states
 from networks import CONVOLUTIONS, torchvision_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,16 +15,15 @@ SMALL_TRAINING = {"max_steps": 4, "evaluate_steps": 2, "batch_size": 4, "encoder
 
 
 @pytest.fixture(scope="module")
-def collected_pictures(ocd, tmp_path_factory):
+def collected_pictures(make_run):
     """A project through collect, with a file of weights and a module of encoders beside it; not to be changed."""
     settings = {
         "task": own_task("mytask:Seen"),
         "select-layer": {"draws": 0, "layer": "2.weight"},
         "train-diffusion": SMALL_TRAINING | {"encoders": ENCODERS},
     }
-    folder = make_folder(tmp_path_factory.mktemp("pictures") / "project", settings, "seen")
+    folder = make_run(settings, "seen", "collect")
     save_file(torchvision_weights(), folder.root / "vgg.safetensors")
-    ocd(folder, "run", "--quiet", "--until", "collect")
     return folder
 
 

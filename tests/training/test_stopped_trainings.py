@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from folders import results
+from folders import results, status
 from processes import wait_until
 from trainings import PRESETS, QUICK, words
 
@@ -35,7 +35,7 @@ def test_a_request_to_stop_leaves_a_checkpoint_of_that_step(ocd, untrained, star
         assert not reached or f"continues from step {reached:,}" in said
         earlier, reached = reached, max(int(path.stem) for path in (wip / "checkpoints").glob("*.json"))
         assert earlier + 1 < reached < 600
-    found = ocd.json(untrained, "status", *settings)["stages"]["train-diffusion"]
+    found = status(ocd, untrained, *settings)["train-diffusion"]
     best = min(evaluated(untrained).values())
     progress = {"done": reached, "kept": reached, "total": 600, "unit": "steps", "best_held_out_loss": best}
     assert (found["state"], found["progress"]) == ("partial", progress)
