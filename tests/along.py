@@ -3,6 +3,7 @@
 import torch
 from overfitters import EXACT, RECIPES, copied, forward, overfitter_of, random
 
+from stages.foundation.trees import batch_size
 from stages.per_sample.layer import find_layer
 from stages.per_sample.weights import Loop
 
@@ -35,7 +36,7 @@ def close_to_the_loop(at, model, name, x, deltas):
 
 def equal_along(model, name, x):
     """The overfitter, once its outputs are found equal to the loop's, with what was recorded before the layer and without."""
-    overfitter, deltas = overfitter_of(model, name, copied(x), RECIPES["sgd"]), deltas_of(model, name, len(x))
+    overfitter, deltas = overfitter_of(model, name, copied(x), RECIPES["sgd"]), deltas_of(model, name, batch_size(x))
     for recorded in (True, False):
         batch = copied(x)
         first = overfitter.first_pass(batch)

@@ -35,7 +35,7 @@ def other_sum(path):
     path.write_text(changed)
 
 
-def put(pattern, text):
+def edited(pattern, text):
     """Another text in the place of one."""
     return lambda path: path.write_text(re.sub(pattern, text, path.read_text()))
 
@@ -70,9 +70,12 @@ LAYOUT = {
     "zarr.json cut short": ("deltas.zarr/delta/zarr.json", cut),
     "zarr.json deleted": ("deltas.zarr/delta/zarr.json", os.unlink),
     "zarr.json of nothing": ("deltas.zarr/rho/zarr.json", lambda path: path.write_text("{}")),
-    "zarr.json with other chunks": ("deltas.zarr/delta/zarr.json", put(r'("chunk_shape": \[\s*)4', r"\g<1>5")),
-    "zarr.json with another separator": ("deltas.zarr/degenerate/zarr.json", put(r'"separator": "\."', '"separator": "/"')),
-    "zarr.json with another dtype": ("deltas.zarr/rho/zarr.json", put('"float32"', '"float64"')),
+    "zarr.json with other chunks": ("deltas.zarr/delta/zarr.json", edited(r'("chunk_shape": \[\s*)4', r"\g<1>5")),
+    "zarr.json with another separator": (
+        "deltas.zarr/degenerate/zarr.json",
+        edited(r'"separator": "\."', '"separator": "/"'),
+    ),
+    "zarr.json with another dtype": ("deltas.zarr/rho/zarr.json", edited('"float32"', '"float64"')),
     "the group's zarr.json cut short": ("deltas.zarr/zarr.json", cut),
     "the group's zarr.json deleted": ("deltas.zarr/zarr.json", os.unlink),
 }
@@ -92,8 +95,8 @@ def problems(ocd, folder, stage, code=3):
     return "\n".join(ocd.json(folder, "verify", code=code)["stages"][stage]["problems"])
 
 
-def inodes(folder, stage, block):
-    """Of the files of all blocks but one."""
+def inodes(folder, stage, *but):
+    """Of the files of all blocks but some."""
     files = [*(folder.run / stage / "deltas.zarr").rglob("c.*"), *blocks_of(folder, stage)]
     of = {path: int(path.stem if path.suffix == ".json" else path.name.split(".")[1]) for path in files}
-    return {path.relative_to(folder.run / stage): path.stat().st_ino for path in files if of[path] != block}
+    return {path.relative_to(folder.run / stage): path.stat().st_ino for path in files if of[path] not in but}

@@ -1,5 +1,26 @@
 """What the tests of evaluate share."""
 
+# Of a classification, in order; and those that are added on request.
+ROWS = [
+    "base",
+    "overfitted on test",
+    "overfitted on test, all layers",
+    "nearest neighbour",
+    "no scaling",
+    "ocd one draw",
+    "ocd ensemble",
+    "ocd validated strength",
+    "mean network",
+    "temperature-scaled base",
+    "random direction",
+    "random training deltas",
+    "mean delta",
+    "mean delta of class",
+    "nearest neighbour in layer input",
+    "nearest k blended",
+    "nearest k blended in layer input",
+    "shuffled conditioning",
+]
 COSTLY = ["alternative layer", "deterministic hypernetwork", "ocd conditioned on x", "base trained for as long again"]
 
 

@@ -174,7 +174,7 @@ def assert_near(found, wanted):
 
 def overfitter_of(model, name, x, recipe, loss=squares, **options):
     """The overfitter of a layer, for inputs whose first two are its probe."""
-    return Overfitter(model, find_layer(model, name), forward, loss, recipe, x[:2], **options)
+    return Overfitter(model, find_layer(model, name), forward, loss, recipe, take(x, slice(0, 2)), **options)
 
 
 def overfitted(overfitter, x, y, *views):
@@ -190,8 +190,7 @@ def equal_to_the_loop(model, name, x, recipe=RECIPES["sgd"], loss=squares, y=Non
     count = len(next(iter(leaves(x).values())))
     y = random(count, seed=5) / 10 if y is None else y
     wanted = wanted_of(model, name, x, y, recipe, loss)
-    probe = copied(take(x, slice(0, 2)))
-    overfitter = Overfitter(model, find_layer(model, name), forward, loss, recipe, probe, factored=factored)
+    overfitter = overfitter_of(model, name, copied(x), recipe, loss, factored=factored)
     if confirm:
         overfitter.confirm(copied(x), y)
     batch = copied(x)

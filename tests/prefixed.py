@@ -4,7 +4,7 @@ import collections
 
 import torch
 import torch.nn.functional as F
-from overfitters import Custom, forward, frozen, random
+from overfitters import Custom, frozen, random
 from torch import nn
 
 from stages.per_sample.layer import find_layer
@@ -119,7 +119,76 @@ def nested():
     return nn.Sequential(nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True)), nn.Sequential(nn.Linear(5, 3), nn.Tanh()))
 
 
+def pairs(self, x):
+    """Two halves of each sample go through one encoder as one batch, all first halves before all second ones."""
+    both = self.enc(torch.cat([x, x.flip(1)])).tanh()
+    z = self.fc(x)
+    left, right = both.chunk(2)
+    return z * left - right
+
+
+def numbered(self, x):
+    """The places of the samples in the batch, known before the layer and used after it."""
+    rows, z = torch.arange(len(x)), self.enc(x).tanh()
+    for _ in range(self.calls):
+        z = self.fc(z)
+    return torch.stack([z[rows, (x[:, 0] > 0).long()], z[rows, 2]], dim=1)
+
+
+def buffered(self, x):
+    """A buffer for more samples than there are."""
+    buffer = torch.zeros(10, 3, dtype=x.dtype)
+    buffer[: len(x)] = self.enc(x).tanh()
+    return self.fc(x) * buffer[: len(x)]
+
+
+def sorted_and_put_back(self, x):
+    order = x[:, 0].argsort()
+    h = self.enc(x[order]).tanh()
+    return self.fc(x).tanh() * h[order.argsort()]
+
+
+def trimmed(self, x):
+    """As many rows as the longest sample of the batch has; a sample's length is its first number."""
+    length = (4 * x[:, 0].abs()).long().clamp(1, 6)
+    rows = int(length.max())
+    steps = x.unsqueeze(1) * torch.arange(1, rows + 1).view(1, -1, 1)
+    h = self.enc(steps.flatten(0, 1)).view(len(x), rows, -1)
+    h = h * (torch.arange(rows) < length.unsqueeze(1)).unsqueeze(2)
+    return self.fc(h.sum(1))
+
+
+def rounds_in_python(self, x):
+    """As many rounds as the sample with the most asks for, counted outside of torch; those of the others are masked."""
+    rounds = [int(4 * abs(first)) for first in x[:, 0].tolist()]
+    h = x
+    for i in range(max(rounds) + 1):
+        h = torch.where((torch.tensor(rounds) >= i).unsqueeze(1), self.enc(h).tanh(), h)
+    return self.fc(4 * h * x[:, :1])
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed for whoever asks later."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        self.kept = self.fc(x).tanh()
+        return 2 * self.kept
+
+
+def kept(self, x):
+    h = self.outer(x)
+    return self.fc(h) + self.outer[0].kept
+
+
 VECTORS = random(6, 3)
+SHORT_FIRST = random(6, 3)
+SHORT_FIRST[:, 0] = torch.tensor([0.5, 0.6, 1.2, 0.3, 0.8, 1.0])
+# The first sample asks for the most.
+LONG_FIRST = SHORT_FIRST[[2, 0, 1, 3, 4, 5]]
 # name: forward pass, its parts, the input, whether the prefix is to be reused (None: either is right)
 MODELS = {
     "glue": (glue, lambda: parts(conv=nn.Conv2d(1, 2, 3)), random(6, 1, 6, 6), True),
@@ -135,6 +204,14 @@ MODELS = {
     "in place of its input": (in_place_of_its_input, lambda: parts(relu=nn.ReLU(inplace=True)), VECTORS, None),
     "shared with the head": (shared_with_the_head, shared, VECTORS, True),
     "scripted": (several_calls, lambda: parts(enc=torch.jit.script(nn.Linear(3, 3))), VECTORS, False),
+    "pairs": (pairs, parts, VECTORS, None),
+    "numbered": (numbered, lambda: parts(calls=1), VECTORS, None),
+    "numbered and called twice": (numbered, lambda: parts(calls=2), VECTORS, None),
+    "buffered": (buffered, parts, VECTORS, None),
+    "sorted and put back": (sorted_and_put_back, parts, VECTORS, None),
+    "trimmed": (trimmed, parts, SHORT_FIRST, None),
+    "rounds": (rounds_in_python, parts, LONG_FIRST, None),
+    "kept": (kept, lambda: parts(outer=nn.Sequential(Keeping(), nn.Tanh())), VECTORS, None),
     "time first": (time_first, lambda: parts(rnn=nn.GRU(3, 3)), random(6, 4, 3), True),
 }
 
@@ -145,6 +222,5 @@ def make(name):
     return frozen(Custom(run, **build())), x, reused
 
 
-def record_of(model, x, name="fc.weight", run=forward):
-    prefix = Prefix.probe(model, find_layer(model, name), lambda batch: run(model, batch), x[:2])
-    return None if prefix is None else prefix.record(lambda: run(model, x))[1]
+def record_of(model, x):
+    return Prefix.probe(model, find_layer(model, "fc.weight"), model, x[:2]).record(lambda: model(x))[1]

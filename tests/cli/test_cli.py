@@ -9,13 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from expectations import STAGES
 from folders import arrays
 from typer.testing import CliRunner
 
 from ocd_cli.app import app
 from ocd_cli.progress import CURVE_WIDTH, Curve
 
-STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
 COMMANDS = ("init", *STAGES, "run", "status", "verify")
 SHARED = ("--config", "--run", "--set", "--device", "--seed", "--force", "--dry-run", "--json", "--quiet")
 

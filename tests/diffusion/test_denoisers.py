@@ -33,19 +33,15 @@ def small_one(preset, **changed):
     return make(preset, shape, 0.02 if preset in UNETS else 0.1, **own | changed), shape
 
 
-def as_double(fields):
-    return {name: value.double() for name, value in fields.items()}
-
-
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("preset", SMALL_ONES)
 def test_every_parameter_gets_a_gradient(preset, rows):
     """Also each of attention's three parts."""
     denoiser, shape = small_one(preset)
     denoiser.double().train()
-    noise = random(rows, *shape).double()
+    noise, fields = random(rows, *shape).double(), {name: value.double() for name, value in make_fields(rows).items()}
     torch.manual_seed(0)
-    answer = denoiser(noise, torch.arange(rows) * 200, denoiser.encode(as_double(make_fields(rows))))
+    answer = denoiser(noise, torch.arange(rows) * 200, denoiser.encode(fields))
     (answer - noise).square().mean().backward()
     for name, parameter in denoiser.named_parameters():
         parts = 3 if "qkv.weight" in name else 1
@@ -169,22 +165,16 @@ def test_descriptions_that_are_not_understood():
 
 
 OF_THE_PAPER = {"width": 128, "multipliers": [1, 1, 2, 2, 4, 4], "blocks": 2, "attention_max_tokens": 1024, "dropout": 0.0}
-OF_SMALL = {"width": 32, "multipliers": [1, 2, 2, 4], "blocks": 1, "attention_max_tokens": 256, "dropout": 0.0}
 OF_UNETS = {"prediction": EPSILON, "lr": 1e-4, "batch_size": 128}
 # What `auto` stands for, for deltas of 84 × 120.
 AUTO = {
     MLP: {"width": 384, "blocks": 3, "prediction": X0, "lr": 7e-4, "batch_size": 256},
-    FACTORED: {
-        "width": 384,
-        "blocks": 3,
-        "rank": TrainDiffusionTable().rank,
-        "prediction": X0,
-        "lr": 1.4e-3,
-        "batch_size": 256,
-    },
+    FACTORED: {"width": 384, "blocks": 3, "rank": 8, "prediction": X0, "lr": 1.4e-3, "batch_size": 256},
     PAPER: OF_THE_PAPER | OF_UNETS | {"pad_to": 32},
     AUTHORS: OF_THE_PAPER | OF_UNETS | {"pad_to": 128, "attention_max_tokens": 256, "dropout": 0.4},
-    SMALL: OF_SMALL | OF_UNETS | {"pad_to": 8},
+    SMALL: OF_THE_PAPER
+    | OF_UNETS
+    | {"pad_to": 8, "width": 32, "multipliers": [1, 2, 2, 4], "blocks": 1, "attention_max_tokens": 256},
 }
 
 

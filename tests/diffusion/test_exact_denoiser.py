@@ -27,11 +27,6 @@ def exact_shares(schedule, deltas, prior, sampler=DDIM, sample_steps=10, draws=D
     return found, distance.max()
 
 
-def no_signal():
-    """Our schedule for deltas above 24,000 numbers: nothing is left at step T."""
-    return NoiseSchedule(rescale_terminal(linear_betas(1e-4, 2e-2, 1000), 0.0))
-
-
 def test_the_exact_denoiser_is_the_posterior_mean():
     """Against Bayes' rule with scalar densities, number by number."""
     deltas = torch.tensor([[1.0, 0.0], [-0.5, 2.0]], dtype=torch.float64)
@@ -60,8 +55,9 @@ def test_ten_steps_draw_each_delta_as_often_as_its_prior_says(sampler):
 
 def test_without_signal_at_the_start_many_steps_give_the_prior():
     """What is left is chance alone: the prior is the limit, not merely near it."""
-    numel = 2000
-    found, distance = exact_shares(no_signal(), unit_deltas(4, numel), PRIOR, sample_steps=50, draws=1500)
+    # Our schedule for deltas above 24,000 numbers: nothing is left at step T.
+    no_signal = NoiseSchedule(rescale_terminal(linear_betas(1e-4, 2e-2, 1000), 0.0))
+    found, distance = exact_shares(no_signal, unit_deltas(4, 2000), PRIOR, sample_steps=50, draws=1500)
     assert ((found - torch.tensor(PRIOR)).abs() < chance(PRIOR, 1500)).all(), found
     assert distance < 0.01
 

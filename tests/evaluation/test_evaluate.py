@@ -4,30 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from evaluating import COSTLY, evaluated, rows_of
+from evaluating import COSTLY, ROWS, evaluated, rows_of
 from folders import own_task, states
 from planted import HELPING, HOPELESS
-
-ROWS = [
-    "base",
-    "overfitted on test",
-    "overfitted on test, all layers",
-    "nearest neighbour",
-    "no scaling",
-    "ocd one draw",
-    "ocd ensemble",
-    "ocd validated strength",
-    "mean network",
-    "temperature-scaled base",
-    "random direction",
-    "random training deltas",
-    "mean delta",
-    "mean delta of class",
-    "nearest neighbour in layer input",
-    "nearest k blended",
-    "nearest k blended in layer input",
-    "shuffled conditioning",
-]
 
 
 @pytest.fixture(scope="module")

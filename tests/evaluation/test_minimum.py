@@ -5,9 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.evaluation.statistics import (
-    minimum,
-)
+from stages.evaluation.statistics import minimum
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -57,10 +57,7 @@ FIGURES = {
         lambda v: CalibrationError.of(1 / (1 + np.exp(-v))[:, None], (v > 0.3)[:, None].astype(float), 10),
         lambda v: calibration_error(1 / (1 + np.exp(-v)), v > 0.3, 10),
     ),
-    "area": (
-        lambda v: Auroc(np.round(v, 1), np.sin(9 * v) > 0),
-        lambda v: roc_auc_score(np.sin(9 * v) > 0, np.round(v, 1)),
-    ),
+    "area": (lambda v: Auroc(np.round(v, 1), np.sin(9 * v) > 0), lambda v: roc_auc_score(np.sin(9 * v) > 0, np.round(v, 1))),
 }
 
 
@@ -159,10 +156,7 @@ def test_area_equals_scikit_learns(name):
     np.testing.assert_allclose(Auroc(scores, positive)(weights), wanted, rtol=ROUNDING)
 
 
-@given(
-    scores=st.lists(st.integers(0, 4), min_size=2, max_size=12),
-    data=st.data(),
-)
+@given(scores=st.lists(st.integers(0, 4), min_size=2, max_size=12), data=st.data())
 @PROPERTY
 def test_area_is_the_share_of_pairs_in_order(scores, data):
     positive = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))

@@ -30,11 +30,7 @@ def changed(array, index, value):
         ({"images": GOOD[..., :1]}, ": images has shape (32, 2, 2, 1)", ARRAYS),
         ({"images": GOOD[:0]}, ": images has shape (0, 2, 2, 3)", ARRAYS),
         ({"images": GOOD.astype(int)}, ": images has dtype int64", RANGE),
-        (
-            {"images": changed(GOOD, (7, 1), 1.5)},
-            ": images[7] has values from 0.5 to 1.5",
-            RANGE,
-        ),
+        ({"images": changed(GOOD, (7, 1), 1.5)}, ": images[7] has values from 0.5 to 1.5", RANGE),
         ({"images": changed(GOOD, (7, 1), -1)}, ": images[7] has values from -1 to 0.5", RANGE),
         ({"images": changed(GOOD, (3, 0), np.nan)}, ": images[3] is not finite", RANGE),
         ({"images": changed(GOOD, 31, np.inf)}, ": images[31] is not finite", RANGE),
@@ -64,11 +60,7 @@ def changed(array, index, value):
         ({"focal": [1.0, 2.0]}, ": focal is [1.0, 2.0]", "expected one positive number, the focal length in pixels"),
         ({"focal": "far"}, ": focal is far", "expected one positive number, the focal length in pixels"),
         ({"test_poses": STILL}, " has no array test_images; it has focal, images, poses, test_poses", ARRAYS),
-        (
-            {"test_poses": STILL, "test_images": np.zeros((32, 2, 2, 3)) + 2},
-            ": test_images[0] has values from 2 to 2",
-            RANGE,
-        ),
+        ({"test_poses": STILL, "test_images": np.zeros((32, 2, 2, 3)) + 2}, ": test_images[0] has values from 2 to 2", RANGE),
         (
             {"test_poses": 2 * STILL, "test_images": GOOD},
             ": test_poses[0] is not a rigid motion: its last row is 0 0 0 2",
@@ -79,11 +71,7 @@ def changed(array, index, value):
             ": test_images[0] has 5×3 pixels, {path}: images[0] has 2×2",
             "all pictures of a scene must have one size (width × height)",
         ),
-        (
-            {"images": np.array([None, 1])},
-            " is not an npz file that can be read: it holds no plain arrays",
-            LAYOUTS,
-        ),
+        ({"images": np.array([None, 1])}, " is not an npz file that can be read: it holds no plain arrays", LAYOUTS),
     ],
 )
 def test_bad_arrays(arrays, message, hint, tmp_path):
@@ -192,11 +180,7 @@ MATRIX = (*FRAME, "transform_matrix")
             ": transform_matrix of ./train/r_1 is not a rigid motion: it has entries that are not finite",
             POSE,
         ),
-        (
-            at(*MATRIX, 3, 3, value=0),
-            ": transform_matrix of ./train/r_1 is not a rigid motion: its last row is 0 0 0 0",
-            POSE,
-        ),
+        (at(*MATRIX, 3, 3, value=0), ": transform_matrix of ./train/r_1 is not a rigid motion: its last row is 0 0 0 0", POSE),
         (
             scaled,
             ": transform_matrix of ./train/r_1 is not a rigid motion: its columns have lengths 2, 2, 2, "

@@ -8,29 +8,18 @@ from processes import redone
 # A finished store
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", [*DAMAGE, *LAYOUT])
 def test_damage_to_a_finished_store(collected, ocd, whole, kind):
-    kept = inodes(collected, "collect", 2)
+    # Where the layout is damaged, no sample is overfitted again: the blocks are whole.
+    blocks = [2] if kind in DAMAGE else []
+    kept = inodes(collected, "collect", *blocks)
     name = damaged(collected, "collect", kind)
-    found = problems(ocd, collected, "collect")
-    assert (RHO if "without" in kind else name) in found
+    assert (RHO if "without" in kind else name) in problems(ocd, collected, "collect")
     entry = status(ocd, collected)["collect"]
     assert entry["state"] == "partial"
-    assert entry["detail"].startswith("blocks are damaged: ")
-    assert redone(ocd, collected, "collect") == [2]
-    assert inodes(collected, "collect", 2) == kept
-    whole(collected)
-
-
-@pytest.mark.parametrize("kind", LAYOUT)
-def test_damage_to_the_layout_of_a_finished_store(collected, ocd, whole, kind):
-    kept = inodes(collected, "collect", None)
-    name = damaged(collected, "collect", kind)
-    assert name in problems(ocd, collected, "collect")
-    assert states(ocd, collected)["collect"] == "partial"
-    # No sample is overfitted again: the blocks are whole.
-    assert redone(ocd, collected, "collect") == []
-    assert inodes(collected, "collect", None) == kept
+    assert not blocks or entry["detail"].startswith("blocks are damaged: ")
+    assert redone(ocd, collected, "collect") == blocks
+    assert inodes(collected, "collect", *blocks) == kept
     whole(collected)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+from expectations import STAGES
 from folders import Folder, blocks_of, results, states
 from processes import before, redone
 
@@ -121,7 +122,7 @@ def test_not_enough_disk(finished, ocd, monkeypatch, stage):
 
 
 @pytest.mark.parametrize("writes", [0, 3, 7])
-@pytest.mark.parametrize("stage", ["train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_disk_full_while_writing(finished, ocd, monkeypatch, stage, writes):
     finished.without(stage)
     left, sync = [writes], os.fsync

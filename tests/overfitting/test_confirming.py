@@ -12,24 +12,20 @@ HOOKS = {
     "cut at zero": lambda module, args, output: output.relu(),
     # Less than the self-check's tolerance.
     "bent a little": lambda module, args, output: output + 3e-4 * output.abs(),
+    "twice its input": lambda module, args: (2 * args[0],),
 }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_hook_of_the_users_on_the_layer(name, recipe):
-    """It stands between the layer's product and what follows, and must act once."""
+def test_a_hook_of_the_users(name, recipe):
+    """It stands between the layer's product and what follows, or before it, and must act once."""
     torch.manual_seed(6)
     model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
-    model[2].register_forward_hook(HOOKS[name])
-    equal_to_the_loop(model, "2.weight", random(6, 4), RECIPES[recipe])
-
-
-def test_a_hook_of_the_users_before_the_layer():
-    torch.manual_seed(6)
-    model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
-    model[2].register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    assert equal_to_the_loop(model, "2.weight", random(6, 4)).name == "outer product"
+    before = name == "twice its input"
+    (model[2].register_forward_pre_hook if before else model[2].register_forward_hook)(HOOKS[name])
+    overfitter = equal_to_the_loop(model, "2.weight", random(6, 4), RECIPES[recipe])
+    assert not before or overfitter.name == "outer product"
 
 
 def in_order_of_size(self, x):

@@ -29,11 +29,7 @@ from stages.per_sample.weights import Loop, Substitution, Vmap
 
 METHODS = [Loop, Vmap, Substitution]
 # The authors' for LeNet5, and a long one, beside those of the overfitter's tests.
-RECIPES = {
-    "authors": Recipe("adam", 5e-4, 3),
-    "long": Recipe("adam", 5e-3, 10),
-    "plain": Recipe("sgd", 0.1, 3),
-} | RECIPES
+RECIPES = {"authors": Recipe("adam", 5e-4, 3), "long": Recipe("adam", 5e-3, 10), "plain": Recipe("sgd", 0.1, 3)} | RECIPES
 
 
 def run_overfit(method, model, name, x, y, recipe=RECIPES["plain"], loss=cross_entropy, views=None):

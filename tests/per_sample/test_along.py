@@ -6,9 +6,11 @@ import torch
 from along import along_the_loop, deltas_of, equal_along
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from overfitters import EXACT, Custom, Tied, by_copies, convolutions, forward, frozen, random, twice
+from models import OTHERS
+from overfitters import EXACT, Custom, Tied, by_copies, convolutions, forward, frozen, random
 from torch import nn
 
+from stages.foundation.trees import take
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.per_sample.weights import Loop, Substitution, Vmap
@@ -130,43 +132,14 @@ def test_models(name):
     assert isinstance(overfitter.method, Substitution), overfitter.reason
 
 
-def asked(self, x):
-    """A branch on a value: nothing but the loop runs it."""
-    return self.fc(x) if float(self.enter(x).detach().sum()) > 1e9 else self.fc(torch.tanh(self.fc(x)))
-
-
-OTHER_METHODS = {
-    "used twice": (lambda: Custom(twice, fc=nn.Linear(3, 3)), "fc.weight", (3,), "vmap"),
-    "used twice after something": (
-        lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Custom(twice, fc=nn.Linear(3, 3))),
-        "2.fc.weight",
-        (3,),
-        "vmap",
-    ),
-    "tied": (Tied, "enter.weight", (3,), "vmap"),
-    "of three axes": (
-        lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.ReLU(inplace=True), nn.Flatten()),
-        "0.weight",
-        (1, 3, 3, 3),
-        "vmap",
-    ),
-    "behind a branch": (lambda: Custom(asked, enter=nn.Linear(3, 3), fc=nn.Linear(3, 3)), "fc.weight", (3,), "loop"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_METHODS)
-def test_layers_that_cannot_be_substituted(name):
-    make, layer, shape, method = OTHER_METHODS[name]
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_forms(name, count):
+    """By the method that was to be expected; one that gives closed forms for overfitting substitutes here."""
+    make, layer, x, method = OTHERS[name]
     torch.manual_seed(1)
-    overfitter = equal_along(frozen(make()), layer, random(5, *shape))
-    assert overfitter.method.name == method, overfitter.reason
-
-
-@pytest.mark.parametrize("name", ["used twice after something", "behind a branch"])
-def test_one_sample_by_another_way(name):
-    make, layer, shape, _ = OTHER_METHODS[name]
-    torch.manual_seed(1)
-    equal_along(frozen(make()), layer, random(1, *shape))
+    overfitter = equal_along(frozen(make()), layer, take(x, slice(0, count)))
+    assert overfitter.method.name == method.replace("outer product", "substitution"), overfitter.reason
 
 
 HOOKS = {
@@ -186,10 +159,13 @@ def test_a_hook_of_the_users(name):
 
 
 @pytest.mark.parametrize("method", [None, Vmap, Loop])
-@pytest.mark.parametrize("name", ["linear, then a relu in place", "convolution in groups", "tied"])
-def test_members_of_every_method(name, method):
+@pytest.mark.parametrize(
+    ("make", "parameter", "shape"),
+    [MODELS["linear, then a relu in place"], MODELS["convolution in groups"], (Tied, "enter.weight", (3,))],
+    ids=["linear", "convolution", "tied"],
+)
+def test_members_of_every_method(make, parameter, shape, method):
     """Several lines for each sample; without a method named, by the runner's own choice."""
-    make, parameter, shape, *_ = (MODELS | OTHER_METHODS)[name]
     torch.manual_seed(0)
     model, x = frozen(make()), random(5, *shape)
     layer = find_layer(model, parameter)

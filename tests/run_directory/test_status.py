@@ -11,12 +11,15 @@ from processes import stopped_at
 from stages.run_directory.folders import StageFolder
 
 
-def test_nothing_run(project, ocd):
+def test_nothing_run_and_then_one_stage_after_another(project, ocd):
     folder = project()
     assert states(ocd, folder) == dict.fromkeys(STAGES, "missing")
     assert not folder.run.exists()
     text = ocd(folder, "status").stdout
     assert all(name in text for name in STAGES)
+    for number, stage in enumerate(STAGES):
+        ocd(folder, stage)
+        assert list(states(ocd, folder).values()) == ["done"] * (number + 1) + ["missing"] * (5 - number)
 
 
 def test_everything_done(finished, ocd):
@@ -25,13 +28,6 @@ def test_everything_done(finished, ocd):
     assert states(ocd, finished) == ALL_DONE
     assert all(not entry["changed"] and not entry["progress"] for entry in status(ocd, finished).values())
     assert finished.files() == before
-
-
-def test_one_stage_at_a_time(project, ocd):
-    folder = project()
-    for number, stage in enumerate(STAGES):
-        ocd(folder, stage)
-        assert list(states(ocd, folder).values()) == ["done"] * (number + 1) + ["missing"] * (5 - number)
 
 
 def test_collect_killed_halfway(project, ocd):

@@ -179,10 +179,7 @@ def test_only_usable_rows_are_drawn(make_store, buffer_blocks):
 
 
 def read_all(reader, name):
-    return {
-        "at once": lambda: reader.read(name),
-        "shuffled": lambda: list(reader.shuffled([name], 4, seed=0, epoch=0)),
-    }
+    return {"at once": lambda: reader.read(name), "shuffled": lambda: list(reader.shuffled([name], 4, seed=0, epoch=0))}
 
 
 @pytest.mark.parametrize("how", ["at once", "shuffled"])

@@ -13,7 +13,6 @@ from stages.foundation.errors import DataError
 from stages.tasks.data import load_npz
 
 X, Y = np.arange(12.0).reshape(6, 2), np.arange(6) % 3
-WRITE = 'write one with numpy.savez("train.npz", x=x, y=y)'
 
 
 @pytest.fixture
@@ -76,30 +75,13 @@ def test_labels_that_may_be_missing(path):
     assert load_npz(path, labels=False).y.tolist() == Y.tolist()
 
 
-def test_missing_file(path):
-    hint = "ocd.toml names it under [task]; relative paths start at its folder"
-    assert refusal(DataError, load_npz, path, labels=True) == (f"{path} is missing", hint)
-
-
-def ragged():
-    found = np.empty(6, dtype=object)
-    found[:] = [[0] * i for i in range(6)]
-    return found
-
-
-NO_NUMBERS = [np.array(["a"] * 6), np.zeros(6, dtype=complex), np.zeros(6, dtype="datetime64[s]")]
 # What a file holds, and the message.
 ARRAYS = {
     "no y": ({"x": X, "labels": Y}, " has no array y; it has x, labels"),
     "neither": ({"inputs": X, "labels": Y}, " has no array x or y; it has inputs, labels"),
     "nothing": ({}, " has no array x or y; it has none"),
-    "ragged": ({"x": ragged(), "y": Y}, ": x is ragged or holds Python objects, which would need pickle"),
-    "objects": ({"x": X, "y": np.array([{}] * 6)}, ": y is ragged or holds Python objects, which would need pickle"),
-    **{str(one.dtype): ({"x": X, "y": one}, f": y has dtype {one.dtype}, expected numbers") for one in NO_NUMBERS},
-    "a single number": ({"x": X, "y": 3}, ": y is a single number, expected one row per sample"),
-    "no rows": ({"x": X[:0], "y": Y[:0]}, " is empty: x has shape (0, 2)"),
+    "dates": ({"x": X, "y": np.zeros(6, dtype="datetime64[s]")}, ": y has dtype datetime64[s], expected numbers"),
     "unlike lengths": ({"x": np.zeros((1200, 2)), "y": np.zeros(7)}, ": x has 1,200 rows, y has 7"),
-    "pictures as bytes": ({"x": X.astype(np.uint8), "y": Y}, ": x is uint8, which models do not take"),
     "too large for single precision": ({"x": np.where(X == 8, 1e300, X), "y": Y}, ": x[4] is not finite"),
 }
 
@@ -115,15 +97,7 @@ def test_arrays_that_are_refused(path, name):
 def test_what_is_refused_says_how_to_write_it(path):
     np.savez(path, inputs=X, labels=Y)
     assert refused(path, labels=False) == " has no array x; it has inputs, labels"
-    for arrays, hint in (({}, WRITE), ({"x": X.astype(np.uint8), "y": Y}, "x.astype('float32') / 255")):
-        np.savez(path, **arrays)
-        assert hint in refusal(DataError, load_npz, path, labels=True)[1]
-
-
-def test_single_array(path):
-    with path.open("wb") as file:
-        np.save(file, X)
-    assert refused(path) == " is not an npz file: it is a single array"
+    assert 'write one with numpy.savez("train.npz", x=x, y=y)' in refusal(DataError, load_npz, path, labels=True)[1]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.save])
@@ -168,12 +142,6 @@ def test_an_npy_file_is_left_in_its_place(tmp_path, dtype):
     assert loaded.x[3].tolist() == [7] * 4
     loaded.x[3] = 8
     assert found[3].tolist() == [7] * 4
-
-
-@pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"PK\x03\x04 and then nothing of the kind"])
-def test_file_of_another_kind(path, content):
-    path.write_bytes(content)
-    assert refused(path).startswith(" is not an npz file: ")
 
 
 @pytest.mark.parametrize("row", [0, 5, 4095, 4096, 9000])

@@ -18,10 +18,7 @@ from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import load_object
 
-SETTINGS = {
-    "select-layer": {"layer": "fc.weight", "draws": 0},
-    "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]},
-}
+SETTINGS = {"select-layer": {"layer": "fc.weight", "draws": 0}, "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]}}
 
 
 def known_task():

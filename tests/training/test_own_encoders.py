@@ -22,7 +22,7 @@ def collected_pictures(make_run):
         "select-layer": {"draws": 0, "layer": "2.weight"},
         "train-diffusion": SMALL_TRAINING | {"encoders": ENCODERS},
     }
-    folder = make_run(settings, "seen", "collect")
+    folder = make_run(settings, "forms", "collect")
     save_file(torchvision_weights(), folder.root / "vgg.safetensors")
     return folder
 
@@ -56,7 +56,7 @@ def test_a_run_with_encoders_predicts(trained_pictures):
     assert kept["encoder.encoders.of_given.module.0.weight"].shape == (7, 3)
     assert kept["encoder.encoders.of_seen.weight"].shape == (16, 6)
     found = folder.predictions()
-    assert found["output"].shape == (12, 3)
+    assert found["output"].shape == (30, 3)
     assert np.isfinite(found["output"]).all()
     assert (found["member_output"][:, 0] != found["member_output"][:, 1]).any()
 
