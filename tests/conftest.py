@@ -12,12 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from folders import Folder, make_folder, results
+from hypothesis import settings
 from processes import SmallDisk, Started, wait_until
 from typer.testing import CliRunner, Result
 
 from ocd_cli.app import app
 from stages.tasks.fetch import cache_folder
 
+# The same examples every time, however long one takes.
+settings.register_profile("tests", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("tests")
 # Taken before a fixture hides it.
 OCD_DATA = os.environ.get("OCD_DATA")
 

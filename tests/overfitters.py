@@ -97,14 +97,8 @@ def convolutions(draw, by_name=False):
     around = (0,) * axes if named else padding
     if named != "same":
         assume(all(s + 2 * p > d * (k - 1) for s, p, d, k in zip(size, around, dilation, kernel, strict=True)))
-    options = {
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
-    }
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
+    options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     kind = (nn.Conv1d, nn.Conv2d)[axes - 1]
     inputs, outputs = (groups * draw(st.integers(1, 2)) for _ in range(2))
     # Reflection reaches less than the whole picture; the widest border is that of a span of 5.

@@ -99,7 +99,6 @@ ORDER = [
     Bad("a dry run refuses what the run would", "collect --dry-run", ["train-base is missing"], 3),
     on_finished("a stale stage", "collect --set collect.lr=0.02", ["collect is stale", LR, "--force"]),
     on_finished("a stale stage before train-scale", "train-scale --set collect.lr=0.02", ["collect is stale", LR, REDO]),
-    on_finished("run stops at what is stale", "run --set collect.lr=0.02", [LR, REDO]),
     on_finished("a stale stage before infer", "infer --set collect.lr=0.02", ["collect is stale", LR, REDO]),
     on_finished("force skips no check", "train-diffusion --force --set collect.lr=0.5", ["collect.lr was 0.01, is now 0.5"]),
     on_finished("a strength nobody fitted", "infer --strength auto", ["evaluate is missing", "run: ocd evaluate"]),

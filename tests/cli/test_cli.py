@@ -43,6 +43,8 @@ def test_help(help_of, command):
     for option in SHARED:
         assert re.search(rf"{option}\b", text)
     assert command in help_of()
+    assert "--install-completion" in help_of()
+    assert "--show-completion" in help_of()
 
 
 def test_the_module_is_the_command():
@@ -78,11 +80,6 @@ def test_completion():
     code = "from ocd_cli.app import main; main()"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.split() == ["train-base", "train-diffusion", "train-scale"]
-
-
-def test_completion_is_offered(help_of):
-    assert "--install-completion" in help_of()
-    assert "--show-completion" in help_of()
 
 
 # Progress
@@ -184,12 +181,10 @@ def test_results_on_stdout_the_rest_on_stderr(project, ocd):
 
 def test_quiet(project, ocd):
     folder = project()
-    assert ocd(folder, "run", "--quiet").stderr == ""
-    assert ocd(folder, "run", "--quiet", "--json").stderr == ""
-    assert ocd(folder, "status", "--quiet").stderr == ""
-    assert ocd(folder, "verify", "-q").stderr == ""
+    for words in (["run"], ["run", "--json"], ["status"], ["verify"]):
+        assert ocd(folder, *words, "--quiet").stderr == ""
     # An answer that is redone has a note, too.
-    assert ocd(folder, "infer", "--quiet", "--strength", 0.5).stderr == ""
+    assert ocd(folder, "infer", "-q", "--strength", 0.5).stderr == ""
 
 
 def test_each_stage_keeps_a_log(finished):
@@ -208,6 +203,12 @@ def test_run_from_and_until_are_inclusive(project, ocd):
     found = ocd.json(folder, "run", "--from", "collect", "--until", "train-scale")["stages"]
     assert list(found) == list(STAGES[2:5])
     assert list(ocd.json(folder, "run", "--from", "infer")["stages"]) == ["infer"]
+
+
+def test_run_stops_at_what_is_stale(finished, ocd):
+    result = ocd(finished, "run", "--set", "collect.lr=0.02", code=3)
+    assert "collect.lr was 0.01, is now 0.02" in result.stderr
+    assert "ocd collect --set collect.lr=0.02 --force" in result.stderr
 
 
 # infer

@@ -18,14 +18,6 @@ def test_settings_found_upward(project, ocd, monkeypatch):
     assert os.listdir() == []
 
 
-def test_search_stops_at_home(project, ocd, monkeypatch):
-    folder = project()
-    (folder.root / "home").mkdir()
-    monkeypatch.setenv("HOME", str(folder.root / "home"))
-    monkeypatch.chdir(folder.root / "home")
-    ocd(None, "status", code=2)
-
-
 def test_settings_by_environment(project, finished, ocd, monkeypatch, tmp_path):
     folder = project()
     monkeypatch.chdir(folder.root)

@@ -205,7 +205,7 @@ def test_settings_that_do_not_go_together_are_refused(preset, changed, message, 
 
 
 @given(st.integers(1, 10**7))
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 def test_automatic_width(numel):
     width = resolve_width(numel)
     assert 128 <= width <= 1024

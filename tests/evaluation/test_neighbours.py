@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from overfitters import random
 
@@ -11,7 +11,6 @@ from stages.evaluation.neighbours import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, Ne
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.protocol import Task
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
 
 
@@ -33,7 +32,6 @@ def brute_force(queries, candidates, k):
     size=st.integers(1, 31),
     shift=st.sampled_from([0.0, 100.0]),
 )
-@PROPERTY
 def test_nearest_equals_brute_force(queries, candidates, width, k, size, shift):
     """Over blocks of every size, and with k above the number of candidates."""
     asked, known = random(queries, width) + shift, random(candidates, width, seed=1) + shift

@@ -7,16 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gathering import CLASSES, MEMBERS, ROUNDING, SAMPLES, Bare, Binary, Classes, Numbers, Other, figures, gathered, labels_of
-from hypothesis import settings
 from overfitters import random
 from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from torch import nn
 
 from stages.evaluation.metrics import Gathered
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
-
 
 # Classification
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -20,7 +20,6 @@ from stages.evaluation.statistics import (
     resample_weights,
 )
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 # Sums in another order, in float64.
 ROUNDING = 1e-12
 
@@ -157,7 +156,6 @@ def test_area_equals_scikit_learns(name):
 
 
 @given(scores=st.lists(st.integers(0, 4), min_size=2, max_size=12), data=st.data())
-@PROPERTY
 def test_area_is_the_share_of_pairs_in_order(scores, data):
     positive = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
     scores = np.array(scores, dtype=float)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from overfitters import (
     EXACT,
@@ -25,8 +25,6 @@ from overfitters import (
 from torch import nn
 
 from stages.overfitting.recipe import Recipe
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -69,7 +67,6 @@ PLACES = st.sampled_from(["first", "middle", "last"])
     batch=st.integers(1, 6),
     recipe=recipes(),
 )
-@PROPERTY
 def test_linear(place, rows, sizes, bias, flat, batch, recipe):
     """On (B, in), (B, rows, in), (B, rows, columns, in) and (B·rows, in)."""
     torch.manual_seed(0)
@@ -85,7 +82,6 @@ def test_linear(place, rows, sizes, bias, flat, batch, recipe):
 
 
 @given(convolution=convolutions(), place=PLACES, batch=st.integers(1, 6), recipe=recipes())
-@PROPERTY
 def test_convolutions(convolution, place, batch, recipe):
     torch.manual_seed(0)
     kind, layer, size = convolution

@@ -1,10 +1,11 @@
 """Outputs along a line of weights, θ + s · delta: every method against the loop over whole forward passes."""
 
+import prefixed
 import pytest
 import reference
 import torch
 from along import along_the_loop, deltas_of, equal_along
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import OTHERS
 from overfitters import EXACT, Custom, Tied, by_copies, convolutions, forward, frozen, random
@@ -14,8 +15,6 @@ from stages.foundation.trees import take
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.per_sample.weights import Loop, Substitution, Vmap
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def test_the_loop_is_that_over_copies_of_the_model():
@@ -33,7 +32,6 @@ def test_the_loop_is_that_over_copies_of_the_model():
     first=st.booleans(),
     batch=st.integers(1, 5),
 )
-@PROPERTY
 def test_linear(rows, sizes, bias, first, batch):
     torch.manual_seed(0)
     layer = nn.Linear(*sizes, bias=bias)
@@ -46,7 +44,6 @@ def test_linear(rows, sizes, bias, first, batch):
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(convolution=convolutions(by_name=True), first=st.booleans(), batch=st.integers(1, 4))
-@PROPERTY
 def test_convolutions(convolution, first, batch):
     torch.manual_seed(0)
     kind, layer, size = convolution
@@ -58,30 +55,11 @@ def test_convolutions(convolution, first, batch):
     assert (overfitter.prefix is None) == first
 
 
-def residual(self, x):
-    """What was recorded before the layer is changed in place after it."""
-    hidden = self.enter(x)
-    out = self.fc(hidden.tanh())
-    hidden += out
-    return self.leave(hidden)
-
-
 def in_place_twice(self, x):
     out = self.fc(self.enter(x).tanh())
     out *= 2
     out += 1
     return self.leave(out.relu_())
-
-
-def gated(self, x):
-    """Values decide where the computation goes on, but the same way for all samples."""
-    hidden = self.enter(x)
-    hidden[hidden < 0] = 0
-    return self.leave(self.fc(hidden).sigmoid() * hidden)
-
-
-def around(run):
-    return lambda: Custom(run, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2))
 
 
 # name: the model, the layer, a sample's shape
@@ -103,14 +81,11 @@ MODELS = {
         "2.weight",
         (1, 5, 5),
     ),
-    "a relu in place before it": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)),
-        "2.weight",
-        (3,),
+    "its output changed in place": (
+        lambda: Custom(in_place_twice, enter=nn.Linear(3, 4), fc=nn.Linear(4, 5), leave=nn.Linear(5, 2)),
+        "fc.weight",
+        (2, 3),
     ),
-    "what comes before it changed in place": (around(residual), "fc.weight", (3,)),
-    "its output changed in place": (around(in_place_twice), "fc.weight", (2, 3)),
-    "its input used beside it": (around(gated), "fc.weight", (3,)),
     "convolution in groups": (
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv2d(4, 2, 1)),
         "2.weight",
@@ -130,6 +105,14 @@ def test_models(name):
     torch.manual_seed(1)
     overfitter = equal_along(frozen(make()), layer, random(5, *shape))
     assert isinstance(overfitter.method, Substitution), overfitter.reason
+
+
+@pytest.mark.parametrize("name", prefixed.MODELS)
+def test_models_with_something_before_the_layer(name):
+    """Which may be changed in place after it, or used beside what the layer sees."""
+    model, x, _ = prefixed.make(name)
+    overfitter = equal_along(model, "fc.weight", x)
+    assert overfitter.method.name == ("vmap" if "twice" in name else "substitution"), overfitter.reason
 
 
 @pytest.mark.parametrize("count", [1, 5])

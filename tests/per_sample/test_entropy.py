@@ -65,7 +65,6 @@ def test_losses_that_hardly_vary_are_above_the_floor():
 
 
 @given(name=st.sampled_from(sorted(SAMPLES)), shift=st.floats(-1e4, 1e4), factor=st.floats(1e-4, 1e4))
-@settings(max_examples=40, deadline=None, derandomize=True)
 def test_shift_and_scale(name, shift, factor):
     """h(a·X + b) = h(X) + log a."""
     values = SAMPLES[name](np.random.default_rng(1), 300)
@@ -73,7 +72,7 @@ def test_shift_and_scale(name, shift, factor):
 
 
 @given(st.permutations(range(60)))
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 def test_order_of_draws_does_not_matter(order):
     values = np.random.default_rng(2).exponential(1, 60)
     # Sums in another order.

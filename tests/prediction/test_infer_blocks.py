@@ -182,22 +182,6 @@ def test_what_a_running_part_keeps_off(ready, start, ocd, whole):
     whole(ready)
 
 
-def test_more_parts_than_blocks(ready, ocd):
-    result = ocd(ready, "infer", "--quiet", "--part", "1/13", code=2)
-    assert result.stderr == (
-        "error: --part 1/13: more parts than blocks, of which there are 12\n"
-        "  use fewer parts, or smaller batches, of which blocks are made, with --set infer.batch_size=N\n"
-    )
-    ocd(ready, "infer", "--dry-run", "--part", "13/13", code=2)
-    assert not (ready.run / "infer").exists()
-
-
-@pytest.mark.parametrize("text", ["0/2", "3/2", "x"])
-def test_no_part(ready, ocd, text):
-    assert f"--part {text}: expected i/n" in ocd(ready, "infer", "--part", text, code=2).stderr
-    assert not (ready.run / "infer").exists()
-
-
 # Larger ensembles
 
 BARE = ("--set", "infer.save_deltas=false")

@@ -25,7 +25,7 @@ def test_an_answer_has_the_bytes_of_savez(tmp_path, dtype):
 
 
 @given(samples=st.integers(1, 300_000), batch=st.integers(1, 1024), row_bytes=st.integers(1, 1 << 30))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_blocks_are_whole_batches(samples, batch, row_bytes):
     rows = prediction_rows(samples, batch, row_bytes)
     assert rows % batch == 0
@@ -33,7 +33,7 @@ def test_blocks_are_whole_batches(samples, batch, row_bytes):
 
 
 @given(batch=st.integers(1, 300), row_bytes=st.integers(1, 1 << 26))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_no_two_batches_share_a_chunk(batch, row_bytes):
     rows = chunk_rows(batch, row_bytes)
     assert batch % rows == 0

@@ -35,14 +35,8 @@ def refused(path, labels=True):
 @pytest.mark.parametrize(
     ("given", "taken"),
     [
-        (np.float64, torch.float32),
-        (np.float32, torch.float32),
-        (np.float16, torch.float32),
-        (">f8", torch.float32),
-        (np.int64, torch.int64),
-        (np.int32, torch.int64),
-        (np.int8, torch.int64),
-        (np.bool_, torch.int64),
+        *((given, torch.float32) for given in (np.float64, np.float32, np.float16, ">f8")),
+        *((given, torch.int64) for given in (np.int64, np.int32, np.int8, np.bool_)),
     ],
 )
 def test_dtypes(path, save, given, taken):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from networks import make_fields, make_scale, random, shaken
 from torch import nn
@@ -23,7 +23,6 @@ def test_decay_of_the_average_warms_up():
 
 
 @given(count=st.integers(1, 40), batch=st.integers(1, 60), steps=st.integers(1, 30))
-@settings(max_examples=40, deadline=None, derandomize=True)
 def test_epochs_are_permutations(count, batch, steps):
     rows = torch.cat([batch_rows(count, batch, step, 3, "test") for step in range(steps)])
     assert len(rows) == batch * steps
