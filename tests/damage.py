@@ -71,10 +71,7 @@ LAYOUT = {
     "zarr.json deleted": ("deltas.zarr/delta/zarr.json", os.unlink),
     "zarr.json of nothing": ("deltas.zarr/rho/zarr.json", lambda path: path.write_text("{}")),
     "zarr.json with other chunks": ("deltas.zarr/delta/zarr.json", edited(r'("chunk_shape": \[\s*)4', r"\g<1>5")),
-    "zarr.json with another separator": (
-        "deltas.zarr/degenerate/zarr.json",
-        edited(r'"separator": "\."', '"separator": "/"'),
-    ),
+    "zarr.json with another separator": ("deltas.zarr/degenerate/zarr.json", edited(r'"separator": "\."', '"separator": "/"')),
     "zarr.json with another dtype": ("deltas.zarr/rho/zarr.json", edited('"float32"', '"float64"')),
     "the group's zarr.json cut short": ("deltas.zarr/zarr.json", cut),
     "the group's zarr.json deleted": ("deltas.zarr/zarr.json", os.unlink),

@@ -11,9 +11,16 @@ from spheres import sphere_npz, sphere_scene
 
 from stages.foundation.errors import OcdError
 
-RANGE = "expected uint8, or floats in [0, 1]"
+RANGE, NOT_RIGID = "expected uint8, or floats in [0, 1]", "is not a rigid motion"
+FOCAL = "expected one positive number, the focal length in pixels"
+ONE_SIZE = "all pictures of a scene must have one size (width × height)"
 GOOD = np.full((32, 2, 2, 3), 0.5, np.float32)
 STILL = np.tile(np.eye(4), (32, 1, 1))
+
+
+def columns(lengths, products, determinant):
+    told = f"its columns have lengths {lengths}, products {products} with one another, determinant {determinant}"
+    return f"{NOT_RIGID}: {told}"
 
 
 def changed(array, index, value):
@@ -37,39 +44,21 @@ def changed(array, index, value):
         ({"poses": STILL[:9]}, ": poses has shape (9, 4, 4) and dtype float64, for 32 pictures", ARRAYS),
         ({"poses": STILL[:, :3]}, ": poses has shape (32, 3, 4) and dtype float64, for 32 pictures", ARRAYS),
         ({"poses": STILL.astype(str)}, ": poses has shape (32, 4, 4) and dtype <U32, for 32 pictures", ARRAYS),
-        (
-            {"poses": changed(STILL, (4, 0, 3), np.nan)},
-            ": poses[4] is not a rigid motion: it has entries that are not finite",
-            POSE,
-        ),
-        ({"poses": changed(STILL, (4, 3), 1)}, ": poses[4] is not a rigid motion: its last row is 1 1 1 1", POSE),
-        (
-            {"poses": changed(STILL, (5, 2, 2), -1)},
-            ": poses[5] is not a rigid motion: its columns have lengths 1, 1, 1, products 0, 0, 0 with one another, "
-            "determinant -1",
-            POSE,
-        ),
-        (
-            {"poses": changed(STILL, (6, 0, 1), 0.75)},
-            ": poses[6] is not a rigid motion: its columns have lengths 1, 1.25, 1, products 0.75, 0, 0 with one another, "
-            "determinant 1",
-            POSE,
-        ),
-        ({"focal": 0.0}, ": focal is 0.0", "expected one positive number, the focal length in pixels"),
-        ({"focal": np.nan}, ": focal is nan", "expected one positive number, the focal length in pixels"),
-        ({"focal": [1.0, 2.0]}, ": focal is [1.0, 2.0]", "expected one positive number, the focal length in pixels"),
-        ({"focal": "far"}, ": focal is far", "expected one positive number, the focal length in pixels"),
+        ({"poses": changed(STILL, (4, 0, 3), np.nan)}, f": poses[4] {NOT_RIGID}: it has entries that are not finite", POSE),
+        ({"poses": changed(STILL, (4, 3), 1)}, f": poses[4] {NOT_RIGID}: its last row is 1 1 1 1", POSE),
+        ({"poses": changed(STILL, (5, 2, 2), -1)}, ": poses[5] " + columns("1, 1, 1", "0, 0, 0", -1), POSE),
+        ({"poses": changed(STILL, (6, 0, 1), 0.75)}, ": poses[6] " + columns("1, 1.25, 1", "0.75, 0, 0", 1), POSE),
+        ({"focal": 0.0}, ": focal is 0.0", FOCAL),
+        ({"focal": np.nan}, ": focal is nan", FOCAL),
+        ({"focal": [1.0, 2.0]}, ": focal is [1.0, 2.0]", FOCAL),
+        ({"focal": "far"}, ": focal is far", FOCAL),
         ({"test_poses": STILL}, " has no array test_images; it has focal, images, poses, test_poses", ARRAYS),
         ({"test_poses": STILL, "test_images": np.zeros((32, 2, 2, 3)) + 2}, ": test_images[0] has values from 2 to 2", RANGE),
-        (
-            {"test_poses": 2 * STILL, "test_images": GOOD},
-            ": test_poses[0] is not a rigid motion: its last row is 0 0 0 2",
-            POSE,
-        ),
+        ({"test_poses": 2 * STILL, "test_images": GOOD}, f": test_poses[0] {NOT_RIGID}: its last row is 0 0 0 2", POSE),
         (
             {"test_poses": STILL[:1], "test_images": np.zeros((1, 3, 5, 3))},
             ": test_images[0] has 5×3 pixels, {path}: images[0] has 2×2",
-            "all pictures of a scene must have one size (width × height)",
+            ONE_SIZE,
         ),
         ({"images": np.array([None, 1])}, " is not an npz file that can be read: it holds no plain arrays", LAYOUTS),
     ],
@@ -153,6 +142,7 @@ def at(*keys, value=None, drop=False):
 
 FRAME = ("frames", 1)
 MATRIX = (*FRAME, "transform_matrix")
+SECOND = ": transform_matrix of ./train/r_1"
 
 
 @pytest.mark.parametrize(
@@ -171,22 +161,13 @@ MATRIX = (*FRAME, "transform_matrix")
         (at(*FRAME, "file_path", value="../r_1"), ": file_path ../r_1 leaves the folder", INSIDE),
         (at(*FRAME, "file_path", value="./a/../../x/r_1.png"), ": file_path ./a/../../x/r_1.png leaves the folder", INSIDE),
         (at(*FRAME, "file_path", value="/etc/r_1"), ": file_path /etc/r_1 leaves the folder", INSIDE),
-        (at(*MATRIX, drop=True), ": transform_matrix of ./train/r_1 is missing", WANTED),
-        (at(*MATRIX, 3, drop=True), ": transform_matrix of ./train/r_1 is not 4×4 numbers", WANTED),
-        (at(*MATRIX, 2, 1, drop=True), ": transform_matrix of ./train/r_1 is not 4×4 numbers", WANTED),
-        (at(*MATRIX, 2, 1, value="1"), ": transform_matrix of ./train/r_1 is not 4×4 numbers", WANTED),
-        (
-            at(*MATRIX, 2, 1, value=10**400),
-            ": transform_matrix of ./train/r_1 is not a rigid motion: it has entries that are not finite",
-            POSE,
-        ),
-        (at(*MATRIX, 3, 3, value=0), ": transform_matrix of ./train/r_1 is not a rigid motion: its last row is 0 0 0 0", POSE),
-        (
-            scaled,
-            ": transform_matrix of ./train/r_1 is not a rigid motion: its columns have lengths 2, 2, 2, "
-            "products 0, 0, 0 with one another, determinant 8",
-            POSE,
-        ),
+        (at(*MATRIX, drop=True), f"{SECOND} is missing", WANTED),
+        (at(*MATRIX, 3, drop=True), f"{SECOND} is not 4×4 numbers", WANTED),
+        (at(*MATRIX, 2, 1, drop=True), f"{SECOND} is not 4×4 numbers", WANTED),
+        (at(*MATRIX, 2, 1, value="1"), f"{SECOND} is not 4×4 numbers", WANTED),
+        (at(*MATRIX, 2, 1, value=10**400), f"{SECOND} {NOT_RIGID}: it has entries that are not finite", POSE),
+        (at(*MATRIX, 3, 3, value=0), f"{SECOND} {NOT_RIGID}: its last row is 0 0 0 0", POSE),
+        (scaled, f"{SECOND} " + columns("2, 2, 2", "0, 0, 0", 8), POSE),
     ],
 )
 def test_bad_transforms(change, message, hint, tmp_path):
@@ -235,10 +216,7 @@ def test_bad_pictures(tmp_path):
 def test_pictures_of_several_sizes(name, called, tmp_path):
     folder = sphere_scene(tmp_path, train=3, validation=0, test=2, size=(3, 4))
     Image.new("RGB", (5, 3)).save(folder / f"{name}.png")
-    assert scene_refusal(str(folder), tmp_path) == (
-        f"{called} has 5×3 pixels, ./train/r_0 has 4×3",
-        "all pictures of a scene must have one size (width × height)",
-    )
+    assert scene_refusal(str(folder), tmp_path) == (f"{called} has 5×3 pixels, ./train/r_0 has 4×3", ONE_SIZE)
 
 
 def test_other_suffixes_and_links_inside_the_folder(tmp_path):

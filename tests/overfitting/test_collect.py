@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from collecting import NAMES, assert_as_wanted, base_of, reference_of, summary_of
+from collecting import NAMES, assert_as_wanted, base_of, reference_of
 from folders import reader_of, store
 from torch import nn
 
@@ -29,7 +29,7 @@ def test_deltas_are_those_of_the_plain_loop(project, ocd, name, layer):
     recipe = RECIPES[name]
     settings = {"steps": 3, **recipe, "block_samples": 10, "batch_size": 4}
     folder = project({"collect": settings, "select-layer": {"layer": layer}}, until="select-layer")
-    summary = summary_of(ocd, folder)
+    summary = ocd.json(folder, "collect")
     found = store(folder)
     assert set(found) == NAMES | {"delta"}
     # 40 rows, a tenth of them held out.

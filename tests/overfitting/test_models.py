@@ -83,12 +83,12 @@ def test_torchs_own_transformer(layer, method, recipe):
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-class PredictionBlocks(dict):
+class Output(dict):
     """A dict of the user's own kind, as the transformers library returns."""
 
 
 def test_a_dict_of_the_users_own_kind():
-    model = frozen(Custom(lambda self, x: PredictionBlocks(a=self.fc(self.fc(x).tanh())), fc=nn.Linear(3, 3)))
+    model = frozen(Custom(lambda self, x: Output(a=self.fc(self.fc(x).tanh())), fc=nn.Linear(3, 3)))
     assert equal_to_the_loop(model, "fc.weight", VECTORS).name in ("vmap", "loop")
 
 
