@@ -10,15 +10,8 @@ from safetensors.torch import load_file
 NAMES = {"rho", "degenerate", "base_loss", "overfit_loss", "steps", "sample_index", "layer_input", "activation", "base_output"}
 
 
-LATER = ("train-diffusion", "train-scale", "infer")
-
-
 def cross_entropy(output, y):
     return F.cross_entropy(output.float(), y, reduction="none")
-
-
-def summary_of(ocd, folder, *words, code=0):
-    return ocd.json(folder, "collect", *words, code=code)
 
 
 def base_of(folder):

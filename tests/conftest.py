@@ -12,12 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from folders import Folder, make_folder, results
+from hypothesis import settings
 from processes import SmallDisk, Started, wait_until
 from typer.testing import CliRunner, Result
 
 from ocd_cli.app import app
 from stages.tasks.fetch import cache_folder
 
+# The same examples every time, however long one takes.
+settings.register_profile("tests", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("tests")
 # Taken before a fixture hides it.
 OCD_DATA = os.environ.get("OCD_DATA")
 
@@ -104,21 +108,35 @@ def start():
 
 
 @pytest.fixture
-def project(tmp_path):
-    """Makes a project without results: `project({"collect": {"steps": 1}}, code="plain", rows=40)`."""
+def project(tmp_path, ocd):
+    """Makes a project without results, `project({"collect": {"steps": 1}}, code="plain", rows=40)`, or done through a stage,
+    `until="collect"`."""
 
-    def make(settings: dict[str, dict[str, Any]] | None = None, **options: Any) -> Folder:
-        return make_folder(tmp_path / "project", settings or {}, **options)
+    def make(settings: dict[str, dict[str, Any]] | None = None, until: str = "", **options: Any) -> Folder:
+        folder = make_folder(tmp_path / "project", settings or {}, **options)
+        if until:
+            ocd(folder, "run", "--quiet", "--until", until)
+        return folder
 
     return make
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, ocd):
+def make_run(tmp_path_factory, ocd):
+    """Makes projects done through a stage for fixtures of a wider scope than a test, which are not to be changed."""
+
+    def make(settings: dict[str, dict[str, Any]], code: str = "plain", until: str = "infer", **options: Any) -> Folder:
+        folder = make_folder(tmp_path_factory.mktemp("run") / "project", settings, code, **options)
+        ocd(folder, "run", "--quiet", "--until", until)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(make_run):
     """A project with every stage done; not to be changed: tests take a copy, see `finished`."""
-    folder = make_folder(tmp_path_factory.mktemp("finished") / "project", {})
-    ocd(folder, "run", "--quiet")
-    return folder
+    return make_run({})
 
 
 @pytest.fixture
@@ -127,13 +145,16 @@ def finished(finished_run, tmp_path):
     return finished_run.copy(tmp_path / "finished")
 
 
+@pytest.fixture
+def untrained(finished):
+    """The same, both trainings yet to be done."""
+    return finished.without("train-diffusion", "train-scale")
+
+
 @pytest.fixture(scope="session")
-def collected_run(tmp_path_factory, ocd):
+def collected_run(make_run):
     """A project of the slow model through collect, unbroken, in nine blocks; not to be changed, see `collected`."""
-    settings = {"collect": {"block_samples": 4, "batch_size": 2}}
-    folder = make_folder(tmp_path_factory.mktemp("collected") / "project", settings, code="slow")
-    ocd(folder, "run", "--quiet", "--until", "collect")
-    return folder
+    return make_run({"collect": {"block_samples": 4, "batch_size": 2}}, "slow", "collect")
 
 
 @pytest.fixture
@@ -159,23 +180,3 @@ def whole(collected_run, ocd):
         ocd(folder, "verify")
 
     return check
-
-
-@pytest.fixture
-def status(ocd):
-    """The stages of `ocd status --json`; its exit code is 0 whatever the states."""
-
-    def call(folder, *args):
-        return ocd.json(folder, "status", *args)["stages"]
-
-    return call
-
-
-@pytest.fixture
-def states(status):
-    """Each stage's state."""
-
-    def call(folder, *args):
-        return {name: entry["state"] for name, entry in status(folder, *args).items()}
-
-    return call

@@ -11,6 +11,9 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+HARM = {"flipped byte": flip, "cut short": cut, "deleted": os.unlink}
+
+
 def halve(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -32,6 +35,11 @@ def other_sum(path):
     path.write_text(changed)
 
 
+def edited(pattern, text):
+    """Another text in the place of one."""
+    return lambda path: path.write_text(re.sub(pattern, text, path.read_text()))
+
+
 def no_chunks(path):
     for chunk in json.loads(path.read_text())["chunks"]:
         (path.parent.parent / chunk).unlink()
@@ -42,8 +50,6 @@ def other_record(path):
 
 
 DELTA, RHO, RECORD = "deltas.zarr/delta/c.2.0.0", "deltas.zarr/rho/c.2", "blocks/000002.json"
-
-
 # Kind: the file, and what happens to it.
 DAMAGE = {
     "a flipped bit": (DELTA, flip),
@@ -60,29 +66,16 @@ DAMAGE = {
     "a sum in a record": (RECORD, other_sum),
     "a sum in a record, the time kept": (RECORD, kept_time(other_sum)),
 }
-
-
 LAYOUT = {
     "zarr.json cut short": ("deltas.zarr/delta/zarr.json", cut),
     "zarr.json deleted": ("deltas.zarr/delta/zarr.json", os.unlink),
     "zarr.json of nothing": ("deltas.zarr/rho/zarr.json", lambda path: path.write_text("{}")),
-    "zarr.json with other chunks": (
-        "deltas.zarr/delta/zarr.json",
-        lambda path: path.write_text(re.sub(r'("chunk_shape": \[\s*)4', r"\g<1>5", path.read_text())),
-    ),
-    "zarr.json with another separator": (
-        "deltas.zarr/degenerate/zarr.json",
-        lambda path: path.write_text(path.read_text().replace('"separator": "."', '"separator": "/"')),
-    ),
-    "zarr.json with another dtype": (
-        "deltas.zarr/rho/zarr.json",
-        lambda path: path.write_text(path.read_text().replace('"float32"', '"float64"')),
-    ),
+    "zarr.json with other chunks": ("deltas.zarr/delta/zarr.json", edited(r'("chunk_shape": \[\s*)4', r"\g<1>5")),
+    "zarr.json with another separator": ("deltas.zarr/degenerate/zarr.json", edited(r'"separator": "\."', '"separator": "/"')),
+    "zarr.json with another dtype": ("deltas.zarr/rho/zarr.json", edited('"float32"', '"float64"')),
     "the group's zarr.json cut short": ("deltas.zarr/zarr.json", cut),
     "the group's zarr.json deleted": ("deltas.zarr/zarr.json", os.unlink),
 }
-
-
 STRAYS = ["deltas.zarr/delta/c.2.0.0.77-88.tmp", "deltas.zarr/rho/c.1.partial", "blocks/000003.json.77.tmp", "begun.json.7.tmp"]
 
 
@@ -99,8 +92,8 @@ def problems(ocd, folder, stage, code=3):
     return "\n".join(ocd.json(folder, "verify", code=code)["stages"][stage]["problems"])
 
 
-def inodes(folder, stage, block):
-    """Of the files of all blocks but one."""
+def inodes(folder, stage, *but):
+    """Of the files of all blocks but some."""
     files = [*(folder.run / stage / "deltas.zarr").rglob("c.*"), *blocks_of(folder, stage)]
     of = {path: int(path.stem if path.suffix == ".json" else path.name.split(".")[1]) for path in files}
-    return {path.relative_to(folder.run / stage): path.stat().st_ino for path in files if of[path] != block}
+    return {path.relative_to(folder.run / stage): path.stat().st_ino for path in files if of[path] not in but}

@@ -1,14 +1,33 @@
 """What the tests of evaluate share."""
 
-import json
-
+# Of a classification, in order; and those that are added on request.
+ROWS = [
+    "base",
+    "overfitted on test",
+    "overfitted on test, all layers",
+    "nearest neighbour",
+    "no scaling",
+    "ocd one draw",
+    "ocd ensemble",
+    "ocd validated strength",
+    "mean network",
+    "temperature-scaled base",
+    "random direction",
+    "random training deltas",
+    "mean delta",
+    "mean delta of class",
+    "nearest neighbour in layer input",
+    "nearest k blended",
+    "nearest k blended in layer input",
+    "shuffled conditioning",
+]
 COSTLY = ["alternative layer", "deterministic hypernetwork", "ocd conditioned on x", "base trained for as long again"]
 
 
 def evaluated(ocd, folder, *args):
     """The results of `ocd evaluate`, which must be those of the file."""
     found = ocd.json(folder, "evaluate", *args)
-    same = found == json.loads((folder.run / "evaluate" / "results.json").read_text())
+    same = found == folder.read("evaluate/results.json")
     assert same  # on its own: pytest would take minutes to explain a difference
     return found
 

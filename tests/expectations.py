@@ -1,22 +1,14 @@
 """What `ocd status` must say: the states of all stages, and what changed."""
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer")
-
-
+FOLDERS = {stage: "infer/test" if stage == "infer" else stage for stage in STAGES}
 ALL_DONE = dict.fromkeys(STAGES, "done")
 
 
-def from_on(first, state, rest="done"):
+def from_on(first, state):
     """The states where `first` has one, and what reads it is stale."""
-    reads = {
-        "train-base": STAGES[1:],
-        "select-layer": ("collect", "train-diffusion", "train-scale", "infer"),
-        "collect": ("train-diffusion", "train-scale", "infer"),
-        "train-diffusion": ("infer",),
-        "train-scale": ("infer",),
-        "infer": (),
-    }[first]
-    return {name: state if name == first else "stale" if name in reads else rest for name in STAGES}
+    reads = ("infer",) if first in ("train-diffusion", "train-scale") else STAGES[STAGES.index(first) + 1 :]
+    return {name: state if name == first else "stale" if name in reads else "done" for name in STAGES}
 
 
 def changes(entry):

@@ -69,15 +69,16 @@ class Folder:
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """The manifest of a finished stage, or of an answer such as `infer/test`."""
-        return json.loads((self.run / stage / "manifest.json").read_text())
+        return self.read(f"{stage}/manifest.json")
 
     def summary(self, stage: str) -> dict[str, Any]:
         """What a finished stage says of itself."""
         return self.manifest(stage)["summary"]
 
-    def layer(self) -> str:
-        """The layer that was chosen."""
-        return json.loads((self.run / "select-layer" / "layer.json").read_text())["layer"]
+    def read(self, name: str) -> Any:
+        """What a JSON file of the run directory holds; of one that ends in `.jsonl` a list, a line each."""
+        text = (self.run / name).read_text()
+        return [json.loads(line) for line in text.splitlines()] if name.endswith(".jsonl") else json.loads(text)
 
     def predictions(self, name: str = "test") -> dict[str, np.ndarray]:
         """The arrays of an answer."""
@@ -155,10 +156,19 @@ def put(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
+def put_all(table: str, settings: dict[str, Any]) -> list[str]:
+    """The words that put settings of one table in."""
+    return put(*(f"{table}.{key}={value}" for key, value in settings.items()))
+
+
+def status(ocd: Any, folder: Folder, *words: object) -> dict[str, dict[str, Any]]:
+    """The stages of `ocd status --json`."""
+    return ocd.json(folder, "status", *words)["stages"]
+
+
 def states(ocd: Any, folder: Folder, *settings: str) -> dict[str, str]:
-    """The state of each stage, as `ocd status --json` has it with these settings put in."""
-    stages = ocd.json(folder, "status", *put(*settings))["stages"]
-    return {name: entry["state"] for name, entry in stages.items()}
+    """The state of each stage, with these settings put in."""
+    return {name: entry["state"] for name, entry in status(ocd, folder, *put(*settings)).items()}
 
 
 def make_folder(root: Path, settings: dict[str, dict[str, Any]], code: str = "plain", rows: int = 40) -> Folder:

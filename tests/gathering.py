@@ -9,8 +9,6 @@ from stages.tasks.protocol import Task
 
 # Sums in another order, in float64.
 ROUNDING = 1e-12
-
-
 SAMPLES, CLASSES, MEMBERS = 40, 3, 5
 
 

@@ -61,19 +61,19 @@ def distances(denoiser):
 
 
 @torch.no_grad()
-def shares(denoise, prediction, schedule):
-    """How often each of the four is drawn, (4,), and the share of draws farther than a quarter of a delta's length from all."""
-    drawn = sample(
-        denoise,
-        schedule,
-        Noise([generator("draw", i) for i in range(DRAWS)], SHAPE, torch.device("cpu")),
-        prediction=prediction,
-        sampler=DDIM,
-        sample_steps=25,
-    )
-    distance, nearest = torch.cdist(drawn.flatten(1), toy_deltas().flatten(1)).min(1)
-    # A unit delta of 16 numbers has length 4.
-    return torch.bincount(nearest, minlength=4) / DRAWS, float((distance > 1).double().mean())
+def shares(denoise, schedule, deltas, *, draws=DRAWS, prediction=X0, sampler=DDIM, sample_steps=25):
+    """How often each delta is drawn, (K,), and how far each draw is from the nearest one, in deltas' own lengths, (draws,)."""
+    noise = Noise([generator("draw", i) for i in range(draws)], tuple(deltas.shape[1:]), torch.device("cpu"))
+    drawn = sample(denoise, schedule, noise, prediction=prediction, sampler=sampler, sample_steps=sample_steps)
+    distance, nearest = torch.cdist(drawn.double().flatten(1), deltas.double().flatten(1)).min(1)
+    # A unit delta of d numbers has length √d.
+    return torch.bincount(nearest, minlength=len(deltas)) / draws, distance / deltas[0].numel() ** 0.5
+
+
+def chance(prior, draws=DRAWS):
+    """Three standard deviations of a binomial share: one test in a hundred would fail by chance; seeds are fixed besides."""
+    prior = torch.as_tensor(prior)
+    return 3 * (prior * (1 - prior) / draws).sqrt()
 
 
 @torch.no_grad()
@@ -87,12 +87,13 @@ def check_shares(denoiser, kind, far_allowed=0.05):
     """
     schedule = make_schedule("ddpm", 16, denoiser.prediction)
     encoded = denoiser.encode({"kind": torch.eye(2)[kind].expand(DRAWS, 2)})
-    exact, none = shares(reference.ExactDenoiser(toy_deltas(), PRIORS[kind], schedule.alpha_bar), X0, schedule)
-    found, far = shares(lambda noisy, t: denoiser(noisy, t, encoded), denoiser.prediction, schedule)
-    # Chance, three standard deviations of 600 draws; seeds are fixed besides.
-    chance = 3 * (PRIORS[kind] * (1 - PRIORS[kind]) / DRAWS).sqrt()
-    assert ((exact - PRIORS[kind]).abs() < chance + 0.01).all(), exact
-    assert none == 0
+    oracle = reference.ExactDenoiser(toy_deltas(), PRIORS[kind], schedule.alpha_bar)
+    exact, distance = shares(oracle, schedule, toy_deltas())
+    assert ((exact - PRIORS[kind]).abs() < chance(PRIORS[kind]) + 0.01).all(), exact
+    assert (distance <= 0.25).all()
+    prediction = denoiser.prediction
+    found, distance = shares(lambda noisy, t: denoiser(noisy, t, encoded), schedule, toy_deltas(), prediction=prediction)
     # And what has not been learned yet; who does not see the conditioning is 0.4 away.
-    assert ((found - PRIORS[kind]).abs() < chance + 0.05).all(), (found, exact)
+    assert ((found - PRIORS[kind]).abs() < chance(PRIORS[kind]) + 0.05).all(), (found, exact)
+    far = float((distance > 0.25).double().mean())
     assert far <= far_allowed, far

@@ -15,16 +15,8 @@ ROWS = 5
 PRIORS = torch.tensor([[0.85, 0.05, 0.05, 0.05], [0.05, 0.05, 0.05, 0.85]], dtype=torch.float64)
 
 # Of torchvision's vgg11: places of the convolutions, channels in and out.
-CONVOLUTIONS = {
-    0: (3, 64),
-    3: (64, 128),
-    6: (128, 256),
-    8: (256, 256),
-    11: (256, 512),
-    13: (512, 512),
-    16: (512, 512),
-    18: (512, 512),
-}
+CONVOLUTIONS = {0: (3, 64), 3: (64, 128), 6: (128, 256), 8: (256, 256), 11: (256, 512)}
+CONVOLUTIONS |= dict.fromkeys((13, 16, 18), (512, 512))
 
 
 def random(*shape, seed=0):
@@ -52,6 +44,12 @@ def describe(preset, shape, fields=WIDTHS, **settings):
     """A denoiser's description as train-diffusion writes it."""
     decided = resolve(TrainDiffusionTable(preset=preset, **settings).model_dump(), shape)
     return {**decided, "shape": list(shape), "fields": fields}
+
+
+def sketch(*args, **named):
+    """A denoiser of any size, without memory."""
+    with torch.device("meta"):
+        return make_denoiser(describe(*args, **named))
 
 
 def make(preset, shape=(5, 7), size=0.1, **settings):

@@ -9,7 +9,6 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,9 @@ from stages.prediction.predicting import BlockPredictor
 from stages.store.delta_store import DeltaStore
 from stages.store.predictions import PredictionBlocks
 from stages.training.trainer import Trainer
+
+# What a command says that was asked to end.
+INTERRUPTED = "error: {} was interrupted; what is finished is kept\n  to continue, run the same command again\n"
 
 
 class Started:
@@ -104,16 +106,17 @@ class Started:
         if not self.ended():
             os.kill(self.pid, number)
 
+    def die(self) -> None:
+        """Kill it, which must not have ended."""
+        self.kill()
+        self.wait(-signal.SIGKILL)
+
 
 @dataclass(frozen=True)
 class SmallDisk:
     """A file system with little room."""
 
     path: Path
-
-    def resize(self, size: str) -> None:
-        """Give it another size."""
-        subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=True)
 
     def fill(self, free: int = 0) -> Path:
         """A file that takes all room but some; delete it to have the room back."""
@@ -172,6 +175,13 @@ def counted_blocks(kind: type[DeltaStore | PredictionBlocks] = DeltaStore) -> An
     written: list[int] = []
     with before(kind, "write_block", lambda _, number, *args: written.append(number)):
         yield written
+
+
+def redone(ocd: Any, folder: Folder, *words: object) -> list[int]:
+    """The blocks that a command writes, in order."""
+    with counted_blocks(PredictionBlocks if words[0] == "infer" else DeltaStore) as written:
+        ocd(folder, *words)
+    return sorted(written)
 
 
 def slow_down(delay: float, held_after: int) -> None:

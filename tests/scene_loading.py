@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from folders import EXAMPLES
+from refusals import refusal
 
 from stages.foundation.errors import DataError
 
@@ -14,14 +15,12 @@ with pytest.MonkeyPatch.context() as patch:
     from posed_pictures import ARRAYS, FORM, LAYOUTS, POSE
     from scenes import load_scene, pixel_rays
 
-__all__ = ["ARRAYS", "FORM", "LAYOUTS", "POSE", "counts", "load_scene", "pixel_rays", "refusal", "scenes"]
+__all__ = ["ARRAYS", "FORM", "LAYOUTS", "POSE", "counts", "load_scene", "pixel_rays", "scene_refusal", "scenes"]
 
 
-def refusal(*args, kind=DataError, **named):
+def scene_refusal(*args, kind=DataError, **named):
     """The message and hint with which a scene is refused."""
-    with pytest.raises(kind) as error:
-        load_scene(*args, **named)
-    return error.value.message, error.value.hint
+    return refusal(kind, load_scene, *args, **named)
 
 
 def counts(scene):

@@ -89,12 +89,7 @@ def bytes_of(values: np.ndarray, alpha: bool) -> np.ndarray:
 
 
 def sphere_scene(
-    folder: Path,
-    train: int = 8,
-    validation: int = 2,
-    test: int = 4,
-    size: int | tuple[int, int] = 12,
-    alpha: bool = True,
+    folder: Path, train: int = 8, validation: int = 2, test: int = 4, size: int | tuple[int, int] = 12, alpha: bool = True
 ) -> Path:
     """Write a Blender-format folder and return it.
 

@@ -1,17 +1,14 @@
 """The TinyNeRF example's modules, and copies of it with settings for small scenes."""
 
 import importlib.util
-import json
 import sys
 
 import pytest
-from folders import EXAMPLES
+from folders import EXAMPLES, own_task
 from folders import example as copy_of_example
 from spheres import sphere_scene
 
 SIZE, TRAIN, VALIDATION, TEST, REPEATS, STEPS, LR, RAYS = 12, 8, 5, 4, 2, 3, 0.005, 64
-
-
 LAYER, SAMPLES, NEAR, FAR = "layer1.weight", 32, 2.0, 6.0
 
 
@@ -33,32 +30,19 @@ with pytest.MonkeyPatch.context() as patch:
 def make_example(folder, scene):
     """A copy of the example with settings for a small scene, `scene` being a path from its folder."""
     example = copy_of_example("tinynerf", folder)
-    tables = {
-        "run": {"seed": 1},
-        "task": {"class": "task:NerfTask"},
-        "select-layer": {"layer": LAYER, "draws": 0},
-        "collect": {"lr": LR, "steps": STEPS, "repeats": REPEATS, "block_samples": 4, "batch_size": 2},
-        "train-diffusion": {
-            "preset": "mlp",
-            "width": 16,
-            "blocks": 1,
-            "batch_size": 8,
-            "max_steps": 20,
-            "evaluate_steps": 10,
-            "tune_after": 10,
-            "conditioning_noise": 0.1,
-        },
-        "train-scale": {"width": 8, "batch_size": 8, "max_steps": 20, "evaluate_steps": 10},
-        "infer": {"ensemble": 2, "sample_steps": 3},
-        "evaluate": {"resamples": 100, "strengths": [0.0, 0.5, 1.0]},
-    }
-    args = f'scene = "{scene}", rays = {RAYS}, glanced_rays = 32, base_steps = 60, base_rays = 128, longer_steps = 30'
-    lines = [f'[task]\nargs = {{ {args} }}\nclass = "task:NerfTask"']
-    lines.append('[train-diffusion.encoders]\nbase_output = "task:PooledPicture"')
-    for table, values in tables.items():
-        if table != "task":
-            lines.insert(1, f"[{table}]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
-    example.config.write_text("\n".join(lines) + "\n")
+    args = {"glanced_rays": 32, "base_steps": 60, "base_rays": 128, "longer_steps": 30}
+    denoiser = {"preset": "mlp", "batch_size": 8, "max_steps": 20, "evaluate_steps": 10}
+    tuned = {"tune_after": 10, "conditioning_noise": 0.1, "encoders": {"base_output": "task:PooledPicture"}}
+    example.write(
+        {
+            "task": own_task("task:NerfTask", scene=scene, rays=RAYS, **args),
+            "select-layer": {"layer": LAYER, "draws": 0},
+            "collect": {"lr": LR, "steps": STEPS, "repeats": REPEATS, "block_samples": 4, "batch_size": 2},
+            "train-diffusion": denoiser | tuned,
+            "train-scale": {"batch_size": 8, "max_steps": 20, "evaluate_steps": 10},
+            "evaluate": {"resamples": 100, "strengths": [0.0, 0.5, 1.0]},
+        }
+    )
     return example
 
 

@@ -4,7 +4,7 @@ import os
 
 import torch
 from bad_input import Bad, at, edited, written
-from folders import own_task
+from folders import PROJECTS, own_task
 from safetensors.torch import load_file
 
 # What a project of tests/projects/bad asks for; what the message says.
@@ -32,10 +32,7 @@ CODE = {
     "mixing: a mean over the batch": ({"model": "mymodel:Centred"}, ["mixes samples in eval mode", "running statistics"]),
     "unknown loss": ({"loss": "cross_entorpy"}, ["task.loss", "'cross_entorpy'", "cross_entropy", "mse"]),
     "unknown loss function": ({"loss": "mymodel:los"}, ["has no los", "did you mean loss?"]),
-    "loss: one value for all": (
-        {"loss": "mymodel:one_value"},
-        ["()", "batch of", "one value per sample", 'reduction="none"'],
-    ),
+    "loss: one value for all": ({"loss": "mymodel:one_value"}, ["()", "batch of", "one value per sample", 'reduction="none"']),
     "loss: a column": ({"loss": "mymodel:a_column"}, ["1)", "one value per sample"]),
     "loss: no tensor": ({"loss": "mymodel:no_tensor"}, ["float", "one value per sample"]),
     "loss: raises": ({"loss": "mymodel:raising"}, ["the loss raised AttributeError", at("output.nothing", "raising")]),
@@ -64,19 +61,9 @@ NOT_IMPORTED = {
 
 
 def around(before, after):
-    def change(folder, _):
-        code = folder.root / "mymodel.py"
-        code.write_text(before + code.read_text() + after)
-
-    return change
-
-
-def as_it_was(before, after):
-    def change(folder, _):
-        code = folder.root / "mymodel.py"
-        code.write_text(code.read_text().removeprefix(before).removesuffix(after))
-
-    return change
+    """The plain model's code between these texts."""
+    code = (PROJECTS / "plain" / "mymodel.py").read_text()
+    return lambda folder, _: (folder.root / "mymodel.py").write_text(before + code + after)
 
 
 # Weights to import
@@ -131,51 +118,39 @@ WEIGHTS = {
         ["missing: 0.weight", "missing: 2.bias", "unexpected: weight", "task.model"],
     ),
 }
-OWN = own_task("task:Own")
 IMPORT = "train-base --force --weights {root}/weights.pt"
+
+
+def of_task(id, name, says, project="tasks", **named):
+    return Bad(id, "train-base", says, settings={"task": own_task(name)}, project=project, **named)
+
+
+def imported(name, change, says, code=2, **named):
+    return Bad(f"weights: {name}", IMPORT, ["weights", *says], code, finished=True, change=change, **named)
+
+
 ROWS = [
     *(Bad(name, "train-base", says, settings={"task": task}, project="bad") for name, (task, says) in CODE.items()),
     Bad("loss: not a number", "train-base", ["train[", "nan"], 1, {"task": {"loss": "mymodel:not_a_number"}}, "bad"),
     *(
-        Bad(name, "train-base", says, change=around(before, after), then=["train-base"], mend=as_it_was(before, after))
+        Bad(name, "train-base", says, change=around(before, after), then=["train-base"], mend=around("", ""))
         for name, (before, after, says) in NOT_IMPORTED.items()
     ),
     *(
-        Bad(
-            f"a task without {name}",
-            "train-base",
-            [f"task:Lacking{name.title()}", f"lacks {name}"],
-            settings={"task": own_task(f"task:Lacking{name.title()}")},
-            project="tasks",
-        )
+        of_task(f"a task without {name}", f"task:Lacking{name.title()}", [f"task:Lacking{name.title()}", f"lacks {name}"])
         for name in ("model", "train", "test", "loss")
     ),
-    Bad(
-        "a task that is none",
-        "train-base",
-        ["task:NotATask", "stages.tasks.protocol.Task"],
-        settings={"task": own_task("task:NotATask")},
-        project="tasks",
-    ),
-    Bad(
-        "a metric that is one number",
-        "train-base",
-        ["metrics() gave mean as () for a batch of"],
-        settings={"task": own_task("mytask:OneNumber")},
-        project="forms",
-        begins=True,
-    ),
-    *(
-        Bad(f"weights: {name}", IMPORT, ["weights", *says], finished=True, change=change)
-        for name, (change, says) in WEIGHTS.items()
-    ),
-    Bad(
-        "weights: not a number",
-        IMPORT,
-        ["train[", "nan", "weights"],
-        1,
-        finished=True,
-        change=spoiled(**{"0.weight": torch.full((6, 4), float("nan"))}),
+    of_task("a task that is none", "task:NotATask", ["task:NotATask", "stages.tasks.protocol.Task"]),
+    of_task("a metric of one number", "mytask:OneNumber", ["metrics() gave mean as () for a batch of"], "forms", begins=True),
+    *(imported(name, change, says) for name, (change, says) in WEIGHTS.items()),
+    imported("not a number", spoiled(**{"0.weight": torch.full((6, 4), float("nan"))}), ["train[", "nan"], 1),
+    # torch's own message explains how to run the code after all.
+    imported(
+        "code inside",
+        evil,
+        ["weights.pt", "safetensors"],
+        mend=nothing_ran,
+        hides=["weights_only=False", "can still be loaded"],
     ),
     Bad(
         "weights: damaged safetensors",
@@ -183,16 +158,6 @@ ROWS = [
         ["weights.safetensors", "damaged"],
         settings={"task": {"weights": "weights.safetensors"}},
         change=lambda folder, _: (folder.root / "weights.safetensors").write_bytes(b"\x10" * 50),
-    ),
-    Bad(
-        "weights: code inside",
-        IMPORT,
-        ["weights.pt", "safetensors"],
-        finished=True,
-        change=evil,
-        mend=nothing_ran,
-        # torch's own message explains how to run the code after all.
-        hides=["weights_only=False", "can still be loaded"],
     ),
     Bad(
         "code changed between stages",

@@ -25,17 +25,17 @@ def ragged():
 
 # x and y, and what the message says; of whichever of the three sets they are.
 ARRAYS = {
-    "no rows": (X[:0], Y[:0], ["empty", "(0, 4)"]),
-    "ragged": (ragged(), Y[:4], ["x is ragged", "pickle", "rectangular"]),
-    "pickled labels": (X[:4], np.array([{}, {}, {}, {}]), ["y is ragged or holds Python objects"]),
+    "no rows": (X[:0], Y[:0], [" is empty: x has shape (0, 4)"]),
+    "ragged": (ragged(), Y[:4], ["x is ragged or holds Python objects, which would need pickle", "rectangular"]),
+    "pickled labels": (X[:4], np.array([{}] * 4), ["y is ragged or holds Python objects, which would need pickle"]),
     "not a number": (with_entry(X, (7, 1), np.nan), Y, ["x[7] is not finite"]),
     "infinite": (with_entry(X, (39, 1), np.inf), Y, ["x[39] is not finite"]),
-    "no numbers for labels": (X[:3], np.array(["a", "b", "c"]), ["y has dtype <U1"]),
-    "complex": (X[:3].astype(complex), Y[:3], ["x has dtype complex128"]),
-    "a single number": (np.float32(3), Y[:1], ["x is a single number"]),
-    "unlike lengths": (X, Y[:39], ["x has 40 rows", "y has 39"]),
-    "no labels": (X, None, ["no array y", "numpy.savez"]),
-    "pictures of bytes": (np.zeros((9, 4), np.uint8), Y[:9], ["uint8", "/ 255"]),
+    "no numbers for labels": (X[:3], np.array(["a", "b", "c"]), ["y has dtype <U1, expected numbers"]),
+    "complex": (X[:3].astype(complex), Y[:3], ["x has dtype complex128, expected numbers"]),
+    "a single number": (np.float32(3), Y[:1], ["x is a single number, expected one row per sample"]),
+    "unlike lengths": (X, Y[:39], ["x has 40 rows, y has 39"]),
+    "no labels": (X, None, ["no array y; it has x", "numpy.savez"]),
+    "bytes": (np.zeros((9, 4), np.uint8), Y[:9], ["x is uint8, which models do not take", "x.astype('float32') / 255"]),
     "label too large": (X, with_entry(Y, 5, 3), ["y[5]", "label 3 is out of range", "3 outputs", "0 … 2"]),
     "label below zero": (X, with_entry(Y, 38, -1), ["y[38]", "label -1 is out of range"]),
 }
@@ -83,13 +83,14 @@ def single_array(path):
 
 
 FILES = {
-    "missing": (lambda path: path.unlink(), "is missing"),
+    "missing": (lambda path: path.unlink(), "is missing\n  ocd.toml names it under [task]; relative paths start at its folder"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "train.npz"),
     "a text": (lambda path: path.write_text("x,y\n1,2\n"), "is not an npz file"),
     "nothing": (lambda path: path.write_bytes(b""), "is not an npz file"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:200]), "is not an npz file"),
     "an empty archive": (lambda path: zipfile.ZipFile(path, "w").close(), "no array x"),
-    "a single array": (single_array, "single array"),
+    "a single array": (single_array, "is not an npz file: it is a single array"),
+    "a broken archive": (lambda path: path.write_bytes(b"PK\x03\x04 and then nothing of the kind"), "is not an npz file"),
     "a pickle": (lambda path: path.write_bytes(pickle.dumps({"x": 1})), "is not an npz file"),
 }
 

@@ -2,10 +2,10 @@
 
 import json
 import os
-import re
 import shutil
 
-from bad_input import Bad
+from bad_input import Bad, written
+from damage import edited, kept_time
 from folders import flip
 
 # The stages that each needs.
@@ -48,10 +48,6 @@ def only_the_cat(folder, _):
     assert os.listdir(folder.root / "photos") == ["cat.jpg"]
 
 
-def a_file(folder, _):
-    (folder.root / "photos").write_text("kept")
-
-
 def still_a_file(folder, _):
     assert (folder.root / "photos").read_text() == "kept"
 
@@ -78,19 +74,10 @@ def unseen(stage, name, change):
 
     def write(folder, _):
         path = folder.run / name
-        info, data = path.stat(), path.read_bytes()
-        path.write_bytes(change(data))
-        assert path.read_bytes() != data
-        assert path.stat().st_size == info.st_size
-        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
-        shutil.rmtree(folder.run / stage)
-
-    return write
-
-
-def flipped(stage, name):
-    def write(folder, _):
-        flip(folder.run / name, keep_time=True)
+        before = path.read_bytes()
+        kept_time(change)(path)
+        assert path.read_bytes() != before
+        assert path.stat().st_size == len(before)
         shutil.rmtree(folder.run / stage)
 
     return write
@@ -151,7 +138,7 @@ FOLDERS = [
         "train-base --run {root}/photos",
         ["is a file", "--run"],
         3,
-        change=a_file,
+        change=written("photos", "kept"),
         mend=still_a_file,
     ),
 ]
@@ -181,39 +168,34 @@ RECORDS = [
         on_finished(f"a manifest that leads to {name}", "train-scale", ["collect", name, "leads out"], leading_out(name))
         for name in ("../../secret", "{root}/secret", "link")
     ),
-    on_finished(
-        "an array of another shape than the manifest says",
-        "train-scale",
-        ["delta", "manifest says", "ocd collect --force"],
-        unseen(
+    *(
+        on_finished(
+            f"an array of another {what} than the manifest says",
             "train-scale",
-            "collect/deltas.zarr/delta/zarr.json",
-            lambda data: re.sub(rb'"shape": *\[\s*36,', lambda found: found[0].replace(b"36", b"99"), data),
-        ),
-        begins=True,
-    ),
-    on_finished(
-        "an array of another dtype than the manifest says",
-        "train-scale",
-        ["rho", "manifest says", "ocd collect --force"],
-        unseen(
-            "train-scale",
-            "collect/deltas.zarr/rho/zarr.json",
-            lambda data: data.replace(b'"float32"', b'"float64"'),
-        ),
-        begins=True,
+            [name, "manifest says", "ocd collect --force"],
+            unseen("train-scale", f"collect/deltas.zarr/{name}/zarr.json", change),
+            begins=True,
+        )
+        for what, name, change in (
+            ("shape", "delta", edited(r'("shape": *\[\s*)36', r"\g<1>99")),
+            ("dtype", "rho", edited('"float32"', '"float64"')),
+        )
     ),
     on_finished(
         "a chunk with a flipped byte",
         "train-scale",
         ["rho is damaged", "ocd verify names the blocks; ocd collect then redoes them"],
-        flipped("train-scale", "collect/deltas.zarr/rho/c.0"),
+        unseen("train-scale", "collect/deltas.zarr/rho/c.0", flip),
         begins=True,
     ),
     # Inputs are hashed before they are read, so that damage which size and time do not show is no silent error.
     *(
         on_finished(
-            f"{name} with a flipped byte", stage, [name.split("/")[0], "content changed"], flipped(stage, name), begins=True
+            f"{name} with a flipped byte",
+            stage,
+            [name.split("/")[0], "content changed"],
+            unseen(stage, name, flip),
+            begins=True,
         )
         for name, stage in (
             ("train-base/base.safetensors", "select-layer"),

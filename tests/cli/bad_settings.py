@@ -55,17 +55,15 @@ NO_PARTS = ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3", "1.5/2", "1/", "%2
 
 
 def nowhere(folder, patch):
-    """The search goes upward and stops at the home directory."""
-    folder.config.unlink()
-    (folder.root / "inner").mkdir()
-    patch.setenv("HOME", str(folder.root))
-    patch.chdir(folder.root / "inner")
+    """The search goes upward and stops at the home directory, above which there are some."""
+    (folder.root / "home" / "inner").mkdir(parents=True)
+    patch.setenv("HOME", str(folder.root / "home"))
+    patch.chdir(folder.root / "home" / "inner")
 
 
+NOWHERE = ["no ocd.toml", "{root}/home/inner", "ocd init", "--config"]
 FILES = [
-    Bad(
-        "no settings anywhere", "collect", ["no ocd.toml", "{root}/inner", "ocd init", "--config"], change=nowhere, config=False
-    ),
+    Bad("no settings up to home", "collect", NOWHERE, change=nowhere, config=False),
     Bad("named settings missing", "collect --config {root}/other.toml", ["other.toml", "ocd init"]),
     Bad(
         "broken toml",
@@ -125,22 +123,27 @@ WORDS = [
     ),
     *(
         Bad(
-            f"part {text!r}",
-            f"collect --force --part={text}",
+            f"{stage} part {text!r}",
+            f"{stage} --force --part={text}",
             f"error: --part {text.replace('%20', ' ')}: expected i/n with 1 <= i <= n\n  for example: --part 2/8\n",
             finished=True,
         )
+        for stage in ("collect", "infer")
         for text in NO_PARTS
     ),
     *(
         Bad(
             f"more parts than blocks: {words}",
-            f"collect --force --set collect.block_samples=4 {words}",
-            f"error: --part {words.split()[-1]}: more parts than blocks, of which there are 9\n"
-            "  use fewer parts, or smaller blocks with --set collect.block_samples=N\n",
+            f"{words} --force",
+            f"error: --part {words.split()[-1]}: more parts than blocks, of which there are {blocks}\n"
+            f"  use fewer parts, or smaller {smaller}=N\n",
             finished=True,
         )
-        for words in ("--part 1/10", "--dry-run --part 10/10")
+        for stage, blocks, smaller in (
+            ("collect --set collect.block_samples=4", 9, "blocks with --set collect.block_samples"),
+            ("infer --set infer.batch_size=2", 12, "batches, of which blocks are made, with --set infer.batch_size"),
+        )
+        for words in (f"{stage} --part 1/{blocks + 1}", f"{stage} --dry-run --part {blocks + 1}/{blocks + 1}")
     ),
 ]
 ROWS = [

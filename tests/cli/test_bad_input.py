@@ -84,9 +84,3 @@ def check_message(bad, message, folder):
         assert fact.replace("{root}", str(folder.root)) in message
     assert not any(text in message for text in bad.hides)
     assert not re.search(r"(user_code|loader|supervised|stage|train_base|module)\.py, line", message)
-
-
-def test_one_setting_is_one_problem(ocd, project):
-    """A setting of two possible types fails twice inside the checker."""
-    folder = project({"collect": {"batch_size": "large"}})
-    assert ocd(folder, "status", "--quiet", code=2).stderr.count("collect.batch_size") == 1

@@ -75,13 +75,7 @@ def test_init_takes_settings(init):
     text, _ = init(*PLAIN, "--set", "task.model_args.width=8", "--seed", 7, "--device", "cpu", "--run", "out")
     raw = tomllib.loads(text)
     assert raw["run"] == {"directory": "out", "seed": 7, "device": "cpu"}
-    assert raw["task"] == {
-        "model": "mymodel:net",
-        "loss": "mse",
-        "train": "a.npz",
-        "test": "b.npz",
-        "model_args": {"width": 8},
-    }
+    assert raw["task"] == {"model": "mymodel:net", "loss": "mse", "train": "a.npz", "test": "b.npz", "model_args": {"width": 8}}
 
 
 @pytest.mark.parametrize(

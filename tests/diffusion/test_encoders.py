@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import CONVOLUTIONS, random, torchvision_weights
+from refusals import refusal
 from torch import nn
 
 from stages.diffusion.conditioning import ConditioningEncoder
@@ -104,10 +105,9 @@ def test_without_weights_all_is_trained():
 def test_other_weights_are_refused(given, change, named):
     kept = dict(given)
     change(kept)
-    with pytest.raises(DataError) as raised:
-        PictureEncoder((3, 8, 8), 4, kept)
-    assert raised.value.message.startswith(f"the encoder's weights are not VGG-11's: {named}")
-    assert raised.value.hint == "save torchvision's vgg11 as safetensors: keys features.0.weight, features.0.bias, …"
+    message, hint = refusal(DataError, PictureEncoder, (3, 8, 8), 4, kept)
+    assert message.startswith(f"the encoder's weights are not VGG-11's: {named}")
+    assert hint == "save torchvision's vgg11 as safetensors: keys features.0.weight, features.0.bias, …"
 
 
 # Pictures
@@ -133,14 +133,6 @@ def test_small_pictures_are_enlarged():
     wanted = np.stack([np.interp(centres, np.arange(8), picture[:, column]) for column in range(40)], axis=1)
     # float64.
     np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 8, 8), (4, 8, 8), (1, 3, 8, 8)])
-def test_what_is_no_picture_is_refused(shape):
-    with pytest.raises(SettingsError) as raised:
-        PictureEncoder(shape, 4)
-    assert raised.value.message == f"vgg11 encodes pictures of (H, W), (1, H, W) or (3, H, W), this field is {shape}"
-    assert raised.value.hint == "use linear, or let the task's reduce() keep the field a picture"
 
 
 # Sounds
@@ -180,13 +172,20 @@ def test_channels_of_a_sound_lie_side_by_side():
     assert encoder.leave.in_features == 1024
 
 
-@pytest.mark.parametrize("shape", [(512,), (2, 512), (1, 2, 600)])
-def test_what_is_no_sound_is_refused(shape):
-    with pytest.raises(SettingsError) as raised:
-        SoundEncoder(shape, 4)
-    wanted = f"spectrogram encodes sounds of (L,) or (channels, L) with L > 512, this field is {shape}"
-    assert raised.value.message == wanted
-    assert raised.value.hint == "use linear, or let the task's reduce() keep the field a sound"
+PICTURES = "vgg11 encodes pictures of (H, W), (1, H, W) or (3, H, W)"
+SOUNDS = "spectrogram encodes sounds of (L,) or (channels, L) with L > 512"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "what", "says"),
+    [
+        *((PictureEncoder, shape, "picture", PICTURES) for shape in [(5,), (2, 8, 8), (4, 8, 8), (1, 3, 8, 8)]),
+        *((SoundEncoder, shape, "sound", SOUNDS) for shape in [(512,), (2, 512), (1, 2, 600)]),
+    ],
+)
+def test_what_is_no_picture_or_no_sound_is_refused(kind, shape, what, says):
+    hint = f"use linear, or let the task's reduce() keep the field a {what}"
+    assert refusal(SettingsError, kind, shape, 4) == (f"{says}, this field is {shape}", hint)
 
 
 def test_the_shortest_sound_passes():

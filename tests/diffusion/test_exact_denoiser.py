@@ -3,8 +3,9 @@
 import pytest
 import reference
 import torch
+from learning import chance, shares
 
-from stages.diffusion.sampler import DDIM, DDPM, Noise, sample
+from stages.diffusion.sampler import DDIM, DDPM
 from stages.diffusion.schedule import X0, NoiseSchedule, linear_betas, make_schedule, rescale_terminal
 from stages.foundation.seeds import generator
 
@@ -19,30 +20,11 @@ def unit_deltas(count, numel, alike=0.0):
     return deltas / deltas.square().mean(1, keepdim=True).sqrt()
 
 
-def shares(schedule, deltas, prior, sampler=DDIM, sample_steps=10, draws=DRAWS):
-    """How often each delta is drawn, and how far a draw is from the nearest one, in units of a delta's own length."""
-    numel = deltas.shape[1]
-    drawn = sample(
-        reference.ExactDenoiser(deltas, prior, schedule.alpha_bar),
-        schedule,
-        Noise([generator("draw", i) for i in range(draws)], (numel,), torch.device("cpu")),
-        prediction=X0,
-        sampler=sampler,
-        sample_steps=sample_steps,
-    )
-    distance, nearest = torch.cdist(drawn.double(), deltas.double()).min(1)
-    return torch.bincount(nearest, minlength=len(deltas)) / draws, distance.max() / numel**0.5
-
-
-def three_sigma(prior, draws=DRAWS):
-    """Three standard deviations of a binomial share: one test in a hundred would fail by chance; seeds are fixed besides."""
-    prior = torch.tensor(prior)
-    return 3 * (prior * (1 - prior) / draws).sqrt()
-
-
-def no_signal():
-    """Our schedule for deltas above 24,000 numbers: nothing is left at step T."""
-    return NoiseSchedule(rescale_terminal(linear_betas(1e-4, 2e-2, 1000), 0.0))
+def exact_shares(schedule, deltas, prior, sampler=DDIM, sample_steps=10, draws=DRAWS):
+    """How often each delta is drawn, and how far the farthest draw is from all of them."""
+    oracle = reference.ExactDenoiser(deltas, prior, schedule.alpha_bar)
+    found, distance = shares(oracle, schedule, deltas, draws=draws, sampler=sampler, sample_steps=sample_steps)
+    return found, distance.max()
 
 
 def test_the_exact_denoiser_is_the_posterior_mean():
@@ -63,19 +45,20 @@ def test_the_exact_denoiser_is_the_posterior_mean():
 
 @pytest.mark.parametrize("sampler", [DDIM, DDPM])
 def test_ten_steps_draw_each_delta_as_often_as_its_prior_says(sampler):
-    found, distance = shares(make_schedule("ddpm", NUMEL, X0), unit_deltas(4, NUMEL), PRIOR, sampler)
+    found, distance = exact_shares(make_schedule("ddpm", NUMEL, X0), unit_deltas(4, NUMEL), PRIOR, sampler)
     # Beside chance: ten steps instead of infinitely many, and the signal d·ᾱ_T = 0.4 that pure noise lacks, shift shares by
     # up to 0.06.
-    assert ((found - torch.tensor(PRIOR)).abs() < three_sigma(PRIOR) + 0.06).all(), found
+    assert ((found - torch.tensor(PRIOR)).abs() < chance(PRIOR, DRAWS) + 0.06).all(), found
     # A draw is one of the deltas, neither between two nor noisy.
     assert distance < 0.01
 
 
 def test_without_signal_at_the_start_many_steps_give_the_prior():
     """What is left is chance alone: the prior is the limit, not merely near it."""
-    numel = 2000
-    found, distance = shares(no_signal(), unit_deltas(4, numel), PRIOR, sample_steps=50, draws=1500)
-    assert ((found - torch.tensor(PRIOR)).abs() < three_sigma(PRIOR, 1500)).all(), found
+    # Our schedule for deltas above 24,000 numbers: nothing is left at step T.
+    no_signal = NoiseSchedule(rescale_terminal(linear_betas(1e-4, 2e-2, 1000), 0.0))
+    found, distance = exact_shares(no_signal, unit_deltas(4, 2000), PRIOR, sample_steps=50, draws=1500)
+    assert ((found - torch.tensor(PRIOR)).abs() < chance(PRIOR, 1500)).all(), found
     assert distance < 0.01
 
 
@@ -83,14 +66,14 @@ def test_a_certain_delta_is_drawn_with_our_schedule_and_not_with_the_authors():
     """Ten label deltas of one sample, the likeliest of probability 0.97, as in LeNet5's fc1 (84 × 120)."""
     prior = (0.97, *[0.03 / 9] * 9)
     deltas = unit_deltas(10, 10_080, alike=1.0)
-    ours, _ = shares(make_schedule("ddpm", 10_080, X0), deltas, prior)
-    authors, _ = shares(make_schedule("authors", 10_080, X0), deltas, prior)
+    ours, _ = exact_shares(make_schedule("ddpm", 10_080, X0), deltas, prior)
+    authors, _ = exact_shares(make_schedule("authors", 10_080, X0), deltas, prior)
     assert ours[0] > 0.9, ours
     assert authors[0] < 0.5, authors
 
 
 def test_the_authors_schedule_forgets_the_prior():
     """Sampling begins where d·ᾱ/(1 − ᾱ) = 175 and the noise has none of it: the nearest delta wins, not the likeliest."""
-    found, _ = shares(make_schedule("authors", NUMEL, X0), unit_deltas(4, NUMEL), PRIOR)
+    found, _ = exact_shares(make_schedule("authors", NUMEL, X0), unit_deltas(4, NUMEL), PRIOR)
     assert found[0] < 0.4, found
     assert found[3] > 0.12, found

@@ -30,16 +30,8 @@ def oracle(denoiser, encoded):
     last = None
     if plan.bottleneck_attention == 2:
         # diffusers' bottleneck ends with a residual block.
-        last = Attention(
-            plan.channels * plan.multipliers[-1],
-            heads=1,
-            dim_head=plan.channels * plan.multipliers[-1],
-            eps=1e-6,
-            norm_num_groups=32,
-            residual_connection=True,
-            bias=True,
-            _from_deprecated_attn_block=True,
-        ).double()
+        wide, options = plan.channels * plan.multipliers[-1], {"heads": 1, "eps": 1e-6, "norm_num_groups": 32, "bias": True}
+        last = Attention(wide, dim_head=wide, residual_connection=True, _from_deprecated_attn_block=True, **options).double()
         last.load_state_dict(attention_weights("", "", denoiser.bottleneck.last.state_dict()))
         found.mid_block.register_forward_hook(lambda module, args, output: last(output))
     found.double().load_state_dict(translated(denoiser))

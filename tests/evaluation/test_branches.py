@@ -1,7 +1,5 @@
 """The trainings that some rows of evaluate take: branches that share what they can, seeds, and going on after a stop."""
 
-import json
-
 import numpy as np
 import pytest
 from evaluating import COSTLY, evaluated, rows_of
@@ -14,19 +12,17 @@ from stages import evaluate
 @pytest.fixture
 def roomy(ocd, project):
     """A run with enough validation samples to fit strengths on."""
-    folder = project(rows=120)
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project(rows=120, until="train-scale")
     return folder
 
 
 def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
-    finished = roomy
     words = [word for name in COSTLY for word in ("--add", name)]
-    results = evaluated(ocd, finished, *words)
+    results = evaluated(ocd, roomy, *words)
     rows = rows_of(results)
     assert set(COSTLY) <= set(rows)
     assert not results["left_out"] or {entry["name"] for entry in results["left_out"]}.isdisjoint(COSTLY)
-    branches = finished.run / "branches"
+    branches = roomy.run / "branches"
     shared = {
         "alternative-layer": ["train-base"],
         "deterministic-hypernetwork": ["train-base", "select-layer", "collect"],
@@ -36,30 +32,27 @@ def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
     assert {path.name for path in branches.iterdir()} == set(shared)
     for name, stages in shared.items():
         for stage in stages:
-            same = [(run / stage / "manifest.json").read_bytes() for run in (finished.run, branches / name)]
+            same = [(run / stage / "manifest.json").read_bytes() for run in (roomy.run, branches / name)]
             assert same[0] == same[1], (name, stage)
     assert rows["deterministic hypernetwork"]["members"] == 1
-    layers = [
-        json.loads((run / "select-layer" / "layer.json").read_text())["layer"]
-        for run in (finished.run, branches / "alternative-layer")
-    ]
+    layers = [roomy.read(f"{run}select-layer/layer.json")["layer"] for run in ("", "branches/alternative-layer/")]
     assert layers[0] != layers[1]
-    ocd(finished, "verify")
+    ocd(roomy, "verify")
     # Nothing of a branch is made twice.
     times = {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")}
-    ocd(finished, "evaluate", "--quiet", "--force", *words)
+    ocd(roomy, "evaluate", "--quiet", "--force", *words)
     assert {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")} == times
 
 
 def test_a_branch_follows_its_run(ocd, finished):
     words = ("--add", "deterministic hypernetwork", "--quiet")
     ocd(finished, "evaluate", *words)
-    branch = finished.run / "branches" / "deterministic-hypernetwork"
-    was = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
+    branch = "branches/deterministic-hypernetwork/train-diffusion"
+    was = finished.manifest(branch)["identity"]["inputs"]["deltas"]
     changed = ("--set", "collect.lr=0.02")
     ocd(finished, "run", "--force", "--from", "collect", "--until", "train-scale", "--quiet", *changed)
     ocd(finished, "evaluate", *words, *changed)
-    now = json.loads((branch / "train-diffusion" / "manifest.json").read_text())["identity"]["inputs"]["deltas"]
+    now = finished.manifest(branch)["identity"]["inputs"]["deltas"]
     assert now != was
     assert now == finished.manifest("collect")["content"]
 
@@ -69,9 +62,7 @@ def test_seeds_are_whole_trainings(ocd, finished):
     found = results["seeds"]
     assert found["seeds"] == [1, 2, 3]
     assert found["verdicts"][0] == results["verdict"]
-    others = [
-        json.loads((finished.run / "branches" / f"seed-{seed}" / "evaluate" / "results.json").read_text()) for seed in (2, 3)
-    ]
+    others = [finished.read(f"branches/seed-{seed}/evaluate/results.json") for seed in (2, 3)]
     for row in found["rows"]:
         values = [rows_of(result)[row["name"]]["metrics"]["cross_entropy"]["mean"] for result in (results, *others)]
         entry = row["metrics"]["cross_entropy"]

@@ -4,43 +4,20 @@ import json
 
 import numpy as np
 import pytest
-from evaluating import COSTLY, evaluated, rows_of
+from evaluating import COSTLY, ROWS, evaluated, rows_of
 from folders import own_task, states
-from planted import helping, hopeless
-
-ROWS = [
-    "base",
-    "overfitted on test",
-    "overfitted on test, all layers",
-    "nearest neighbour",
-    "no scaling",
-    "ocd one draw",
-    "ocd ensemble",
-    "ocd validated strength",
-    "mean network",
-    "temperature-scaled base",
-    "random direction",
-    "random training deltas",
-    "mean delta",
-    "mean delta of class",
-    "nearest neighbour in layer input",
-    "nearest k blended",
-    "nearest k blended in layer input",
-    "shuffled conditioning",
-]
+from planted import HELPING, HOPELESS
 
 
 @pytest.fixture(scope="module")
-def helped(ocd, tmp_path_factory):
-    folder = helping(tmp_path_factory.mktemp("helped") / "project")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+def helped(ocd, make_run):
+    folder = make_run(HELPING, "planted", "train-scale")
     return folder, evaluated(ocd, folder)
 
 
 @pytest.fixture(scope="module")
-def hopeless_run(ocd, tmp_path_factory):
-    folder = hopeless(tmp_path_factory.mktemp("hopeless") / "project")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+def hopeless_run(ocd, make_run):
+    folder = make_run(HOPELESS, "planted", "train-scale")
     return folder, evaluated(ocd, folder)
 
 
@@ -137,7 +114,7 @@ def test_its_rows_of_ocd_are_what_infer_predicts(ocd, helped):
 def test_infer_at_the_fitted_strength(ocd, hopeless_run):
     folder, results = hopeless_run
     evaluated(ocd, folder)
-    fitted = json.loads((folder.run / "evaluate" / "strength.json").read_text())
+    fitted = folder.read("evaluate/strength.json")
     assert fitted["strength"] == rows_of(results)["ocd validated strength"]["strength"]
     assert min(fitted["losses"], key=fitted["losses"].get) == f"{fitted['strength']}"
     summary = ocd.json(folder, "infer", "--strength", "auto")
@@ -163,7 +140,7 @@ def test_run_evaluates_where_predictions_need_it(ocd, project):
 
 def test_no_strength_where_nothing_could_be_fitted(ocd, finished):
     ocd(finished, "evaluate", "--quiet")
-    fitted = json.loads((finished.run / "evaluate" / "strength.json").read_text())
+    fitted = finished.read("evaluate/strength.json")
     assert fitted["strength"] is None
     shown = ocd(finished, "infer", "--strength", "auto", code=3)
     assert "evaluate had too few validation samples to fit a strength on" in shown.stderr
@@ -178,21 +155,19 @@ def test_an_evaluation_is_redone_when_asked_otherwise(ocd, finished):
     assert finished.files() == before
     other = ocd(finished, "evaluate", "--set", "evaluate.samples=10")
     assert "evaluate is redone: evaluate.samples was 'all', is now 10" in other.stderr
-    assert json.loads((finished.run / "evaluate" / "results.json").read_text())["samples"] == 10
+    assert finished.read("evaluate/results.json")["samples"] == 10
     ocd(finished, "verify")
 
 
 def test_a_task_adds_rows(ocd, project):
-    folder = project({"task": own_task("task:ExtraRow", row="twice as sure", samples=90)}, code="tasks")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"task": own_task("task:ExtraRow", row="twice as sure", samples=90)}, code="tasks", until="train-scale")
     rows = rows_of(evaluated(ocd, folder))
     assert rows["twice as sure"]["metrics"]["accuracy"]["difference"] == 0
     assert rows["twice as sure"]["metrics"]["cross_entropy"]["difference"] != 0
 
 
 def test_faults_of_extra_rows(ocd, project):
-    folder = project({"task": own_task("task:ExtraRow", row="base", samples=90)}, code="tasks")
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"task": own_task("task:ExtraRow", row="base", samples=90)}, code="tasks", until="train-scale")
     shown = ocd(folder, "evaluate", code=2)
     assert "extra_rows() gave a row named 'base', which ocd has itself" in shown.stderr
     assert not (folder.run / "evaluate").exists()
@@ -200,8 +175,7 @@ def test_faults_of_extra_rows(ocd, project):
 
 def test_without_validation_samples_no_strength_is_fitted(ocd, project):
     # A store of all rows: of the four validation samples the trainings have held out one at most.
-    folder = project({"collect": {"split": "all"}})
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"collect": {"split": "all"}}, until="train-scale")
     results = evaluated(ocd, folder)
     left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
     for name in ("ocd validated strength", "temperature-scaled base"):

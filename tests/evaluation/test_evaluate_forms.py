@@ -1,10 +1,8 @@
 """evaluate and probe on tasks of every form: what does not apply is left out with the reason, nothing ends in a traceback."""
 
-import json
-
 import pytest
 import torch
-from folders import make_folder, own_task
+from folders import own_task
 
 from stages.evaluate import Evaluate
 from stages.evaluation.from_run import find_neighbours
@@ -35,14 +33,13 @@ def settings_of(name):
 
 
 @pytest.fixture(scope="module")
-def evaluated(ocd, tmp_path_factory):
+def evaluated(ocd, make_run):
     """The results and the reasons of what was left out, of each form once."""
     found = {}
 
     def results(name):
         if name not in found:
-            folder = make_folder(tmp_path_factory.mktemp("forms") / "project", settings_of(FORMS[name]), "forms")
-            ocd(folder, "run", "--quiet", "--until", "train-scale")
+            folder = make_run(settings_of(FORMS[name]), "forms", "train-scale")
             ocd(folder, "probe", "--quiet", "--samples", 10)
             result = ocd.json(folder, "evaluate")
             found[name] = result, {entry["name"]: entry["reason"] for entry in result["left_out"]}, folder
@@ -105,7 +102,7 @@ def test_a_loss_that_is_no_number_is_null(evaluated):
     text = (folder.run / "evaluate" / "results.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    fitted = json.loads((folder.run / "evaluate" / "strength.json").read_text())
+    fitted = folder.read("evaluate/strength.json")
     assert fitted["strength"] is not None
 
 
@@ -122,8 +119,7 @@ def test_fields_of_the_tasks_own(evaluated, ocd):
 def test_the_batch_size_changes_nothing_but_rounding(evaluated, ocd):
     results, _, folder = evaluated("log-probabilities")
     for size in (3, 4, 29):
-        words = ("--json", "--quiet", "--force", "--set", f"evaluate.batch_size={size}")
-        other = json.loads(ocd(folder, "evaluate", *words).stdout)
+        other = ocd.json(folder, "evaluate", "--force", "--set", f"evaluate.batch_size={size}")
         for mine, its in zip(results["rows"], other["rows"], strict=True):
             assert mine["strength"] == its["strength"], mine["name"]
             # Products of other batches round otherwise, in float32.
@@ -134,8 +130,7 @@ def test_the_batch_size_changes_nothing_but_rounding(evaluated, ocd):
 
 def test_a_sample_is_not_its_own_neighbour(ocd, project):
     """Of a store that holds validation samples, too, none is compared with its own delta."""
-    folder = project({"task": {"validation_fraction": 0.5}, "collect": {"split": "all"}}, rows=400)
-    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    folder = project({"task": {"validation_fraction": 0.5}, "collect": {"split": "all"}}, rows=400, until="train-scale")
     stage = Evaluate(RunContext(load_project(folder.config, overrides=["run.device=cpu"])))
     for split in (stage.context.test_split, stage.context.splits["validation"]):
         evaluated = EvaluatedSamples(split, torch.arange(len(split)))
@@ -155,8 +150,8 @@ def test_branches_follow_data_that_only_code_reads(ocd, project):
         (folder.root / "scale.txt").write_text(scale)
         ocd(folder, "run", "--force", "--quiet", "--until", "train-scale")
         ocd(folder, "evaluate", *words)
-        runs = [folder.run, folder.run / "branches" / "deterministic-hypernetwork", folder.run / "branches" / "seed-2"]
-        manifests = [json.loads((run / "train-base" / "manifest.json").read_text()) for run in runs]
+        runs = ("", "branches/deterministic-hypernetwork/", "branches/seed-2/")
+        manifests = [folder.manifest(f"{run}train-base") for run in runs]
         contents.append([manifest["content"] for manifest in manifests])
         assert contents[-1][0] == contents[-1][1]
         assert len({manifest["identity"]["inputs"]["train"] for manifest in manifests}) == 1

@@ -2,18 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.evaluation.statistics import (
-    minimum,
-)
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+from stages.evaluation.statistics import minimum
 
 
 @given(place=st.floats(-3, 5), power=st.sampled_from([1.0, 1.5, 2.0]), lean=st.floats(0.2, 5))
-@PROPERTY
 def test_minimum_of_convex_functions(place, power, lean):
     """Steeper on one side than on the other, with or without a kink."""
 

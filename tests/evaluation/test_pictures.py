@@ -7,24 +7,23 @@ import numpy as np
 import pytest
 import reference
 import torch
-from folders import flip, make_folder, own_task, results
-from PIL import Image
-from processes import before, counted_blocks, interrupt
+from folders import flip, own_task, results
+from processes import before, interrupt, redone
+from strips import drawn, panes
 
 from stages.evaluation import pictures
-from stages.evaluation.pictures import CAPTION, GAP, enlarged, picture_of, strip
+from stages.evaluation.pictures import enlarged, picture_of, strip
 from stages.foundation.errors import TaskError
 from stages.infer import open_run
-from stages.store.predictions import PredictionBlocks
 from stages.tasks.losses import mse
 from stages.tasks.modules import load_object
 from stages.tasks.protocol import Task
 
-WEIGHT, LR, STEPS, SIDE = "2.weight", 0.03, 3, 34 * 6
+WEIGHT, LR, STEPS = "2.weight", 0.03, 3
 
 
 @pytest.fixture(scope="module")
-def painted_run(tmp_path_factory, ocd):
+def painted_run(make_run):
     """A project that draws, with everything done; not to be changed."""
     settings = {
         "task": own_task("mytask:Painting"),
@@ -32,9 +31,7 @@ def painted_run(tmp_path_factory, ocd):
         "collect": {"lr": LR, "steps": STEPS},
         "infer": {"pictures": 5, "batch_size": 2},
     }
-    folder = make_folder(tmp_path_factory.mktemp("painted") / "project", settings, "painting")
-    ocd(folder, "run", "--quiet")
-    return folder
+    return make_run(settings, "painting")
 
 
 @pytest.fixture
@@ -53,23 +50,6 @@ def names(folder, answer="test"):
     return sorted(path.name for path in (folder.run / "infer" / answer / "pictures").glob("*"))
 
 
-def panes(folder, row, answer="test"):
-    """The panes of a strip as they were before they were enlarged, (n, 6, 6, 3)."""
-    with Image.open(folder.run / "infer" / answer / "pictures" / f"{row:06d}.png") as image:
-        pixels = np.asarray(image)
-    count = (pixels.shape[1] + GAP) // (SIDE + GAP)
-    assert pixels.shape == (CAPTION + SIDE, count * SIDE + (count - 1) * GAP, 3)
-    found = [pixels[CAPTION:, left : left + SIDE] for left in range(0, pixels.shape[1], SIDE + GAP)]
-    for one in found:
-        np.testing.assert_array_equal(one, one[::34, ::34].repeat(34, 0).repeat(34, 1))
-    return np.stack([one[::34, ::34] for one in found])
-
-
-def drawn(values):
-    """As a picture has them."""
-    return np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)
-
-
 # What is drawn
 
 
@@ -83,7 +63,7 @@ def test_panes_are_base_overfitted_ensemble_and_truth(painted_run):
     )
     assert (found["base_output.colour"] < 0).any()
     for row in range(5):
-        base, overfitted, ours, truth = panes(painted_run, row)
+        base, overfitted, ours, truth = panes(painted_run, row, 6)
         np.testing.assert_array_equal(base, drawn(found["base_output.colour"][row]))
         np.testing.assert_array_equal(ours, drawn(found["output.colour"][row]))
         np.testing.assert_array_equal(truth, drawn(data.y[row].numpy()))
@@ -104,19 +84,19 @@ def test_without_labels_there_are_two_panes_named_after_the_row(painted, ocd):
     assert len(names(painted, "bare")) == 3
     found = painted.predictions("bare")
     np.testing.assert_array_equal(
-        panes(painted, 2, "bare"), drawn(np.stack([found["base_output.colour"][2], found["output.colour"][2]]))
+        panes(painted, 2, 6, "bare"), drawn(np.stack([found["base_output.colour"][2], found["output.colour"][2]]))
     )
     ocd(painted, "infer", "--split", "validation", "--set", "infer.pictures=2")
     rows = painted.predictions("validation")["sample_index"][:2]
     assert names(painted, "validation") == [f"{row:06d}.png" for row in rows] != ["000000.png", "000001.png"]
-    assert len(panes(painted, rows[1], "validation")) == 4
+    assert len(panes(painted, rows[1], 6, "validation")) == 4
 
 
 @pytest.mark.parametrize(("asked", "count"), [("grey", 4), ("no truth", 3)])
 def test_grey_pictures_and_outputs_without_one(ready, ocd, monkeypatch, asked, count):
     monkeypatch.setenv("PICTURE", asked)
     ocd(ready, "infer", "--set", "infer.pictures=1")
-    found = panes(ready, 0)
+    found = panes(ready, 0, 6)
     assert len(found) == count
     if asked == "grey":
         mean = ready.predictions()["base_output.colour"][0].mean(2, keepdims=True).repeat(3, 2)
@@ -133,9 +113,10 @@ def test_what_the_command_says(ready, ocd):
 
 
 def test_strips_of_unlike_pictures():
-    panes = [("low", np.zeros((2, 300, 3), np.uint8)), ("tall", np.zeros((900, 3, 3), np.uint8))]
-    assert strip(panes).startswith(b"\x89PNG")
-    assert [enlarged(picture).shape for _, picture in panes] == [(2, 300, 3), (1800, 6, 3)]
+    unlike = [("low", np.zeros((2, 300, 3), np.uint8)), ("tall", np.zeros((900, 3, 3), np.uint8))]
+    assert strip(unlike).startswith(b"\x89PNG")
+    assert [enlarged(picture).shape for _, picture in unlike] == [(2, 300, 3), (1800, 6, 3)]
+    assert enlarged(np.zeros((6, 6, 3), np.uint8)).shape == (204, 204, 3)
 
 
 # Kept, continued, damaged
@@ -146,9 +127,7 @@ def test_drawing_that_was_interrupted(ready, painted_run, ocd):
     with before(pictures, "strip", lambda _: next(made) < 2 or interrupt()):
         ocd(ready, "infer", code=4)
     assert not (ready.run / "infer" / "test").exists()
-    with counted_blocks(PredictionBlocks) as written:
-        ocd(ready, "infer")
-    assert written == []
+    assert redone(ocd, ready, "infer") == []
     assert results(ready, "infer/test") == results(painted_run, "infer/test")
     ocd(ready, "verify")
 
@@ -162,7 +141,7 @@ def test_the_last_of_the_parts_draws(ready, painted_run, ocd):
 def test_a_larger_ensemble_is_drawn_again(painted, painted_run, ocd):
     ocd(painted, "infer", "--ensemble", 4)
     for row in range(5):
-        before, found = panes(painted_run, row), panes(painted, row)
+        before, found = panes(painted_run, row, 6), panes(painted, row, 6)
         np.testing.assert_array_equal(found[2], drawn(painted.predictions()["output.colour"][row]))
         np.testing.assert_array_equal(found[[0, 1, 3]], before[[0, 1, 3]])
     assert not np.array_equal(found[2], before[2])

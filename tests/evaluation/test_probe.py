@@ -5,7 +5,7 @@ import tomllib
 import numpy as np
 import pytest
 from folders import toml
-from planted import helping, hopeless
+from planted import HELPING, HOPELESS
 
 from stages.foundation.config import tables
 from stages.run_directory.project import check_settings
@@ -22,22 +22,14 @@ ROWS = {
 }
 
 
-def probed(ocd, folder, *args):
-    return ocd.json(folder, "probe", *args)
+@pytest.fixture(scope="module")
+def with_headroom(make_run):
+    return make_run(HELPING, "planted", "train-base")
 
 
 @pytest.fixture(scope="module")
-def with_headroom(ocd, tmp_path_factory):
-    folder = helping(tmp_path_factory.mktemp("helping") / "project")
-    ocd(folder, "train-base", "--quiet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def without(ocd, tmp_path_factory):
-    folder = hopeless(tmp_path_factory.mktemp("hopeless") / "project")
-    ocd(folder, "train-base", "--quiet")
-    return folder
+def without(make_run):
+    return make_run(HOPELESS, "planted", "train-base")
 
 
 def test_headroom_for_x(ocd, with_headroom):
@@ -53,7 +45,7 @@ def test_headroom_for_x(ocd, with_headroom):
 
 
 def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
-    found = probed(ocd, without)
+    found = ocd.json(without, "probe")
     assert found["headroom"] == "labels"
     assert found["verdict"].startswith("no headroom for x in sight: on ")
     assert found["start_with"] == {}
@@ -61,7 +53,7 @@ def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
 
 
 def test_no_headroom_at_all(ocd, without):
-    found = probed(ocd, without, "--set", "collect.lr=1e-12", "--layer", "2.weight")
+    found = ocd.json(without, "probe", "--set", "collect.lr=1e-12", "--layer", "2.weight")
     mine = found["tried"][0]
     assert mine["settings"] == {"optimizer": "adam", "lr": 1e-12, "steps": 3}
     figures = {row["name"]: row["metrics"]["cross_entropy"]["mean"] for row in mine["rows"]}
@@ -70,7 +62,7 @@ def test_no_headroom_at_all(ocd, without):
 
 def test_what_it_finds_is_what_the_stages_do(ocd, without):
     """The oracle's loss is that of collecting the same samples with the same settings."""
-    found = probed(ocd, without, "--layer", "2.weight", "--samples", 1000)
+    found = ocd.json(without, "probe", "--layer", "2.weight", "--samples", 1000)
     assert found["samples"] == 200
     (mine, *others) = found["tried"]
     assert mine["settings"] == {"optimizer": "adam", "lr": 0.005, "steps": 3}
@@ -89,7 +81,7 @@ def test_what_it_finds_is_what_the_stages_do(ocd, without):
 
 
 def test_named_layers_alone(ocd, without):
-    found = probed(ocd, without, "--layer", "0.weight", "--samples", 20)
+    found = ocd.json(without, "probe", "--layer", "0.weight", "--samples", 20)
     assert {entry["layer"] for entry in found["tried"]} == {"0.weight"}
     assert found["samples"] == 20
 
@@ -100,7 +92,7 @@ def test_layers_of_every_kind_and_inputs_without_a_distance(ocd, project):
     for name in ("train", "test"):
         folder.save(f"{name}.npz", draw.integers(0, 20, (120, 7)), draw.integers(0, 3, 120))
     ocd(folder, "train-base", "--quiet")
-    found = probed(ocd, folder, "--samples", 12)
+    found = ocd.json(folder, "probe", "--samples", 12)
     assert {entry["layer"] for entry in found["tried"]} >= {"words.weight", "body.weight_ih_l0", "head.weight"}
     for entry in found["tried"]:
         names = {row["name"] for row in entry["rows"]}
@@ -109,7 +101,7 @@ def test_layers_of_every_kind_and_inputs_without_a_distance(ocd, project):
 
 
 def test_its_own_settings_come_first(ocd, without):
-    found = probed(ocd, without, "--layer", "2.weight", "--samples", 8, "--set", "collect.steps=1")
+    found = ocd.json(without, "probe", "--layer", "2.weight", "--samples", 8, "--set", "collect.steps=1")
     assert [entry["settings"]["steps"] for entry in found["tried"]] == [1, 3, 3, 3, 3]
     assert set(tables()["collect"].model_fields) >= set(found["tried"][0]["settings"])
     assert toml(found["tried"][0]["settings"]["lr"]) == "0.005"
@@ -124,6 +116,6 @@ def test_a_dry_run_tries_nothing(ocd, without):
 
 def test_what_it_suggests_is_accepted_whatever_stood_there(ocd, without):
     momentum = ("--set", "collect.optimizer=sgd", "--set", "collect.momentum=0.9")
-    found = probed(ocd, without, "--layer", "2.weight", "--samples", 8, *momentum)
+    found = ocd.json(without, "probe", "--layer", "2.weight", "--samples", 8, *momentum)
     assert "momentum" not in found["tried"][0]["settings"]
     assert all(entry["settings"]["momentum"] == 0 for entry in found["tried"][1:])

@@ -7,22 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gathering import CLASSES, MEMBERS, ROUNDING, SAMPLES, Bare, Binary, Classes, Numbers, Other, figures, gathered, labels_of
-from hypothesis import settings
 from overfitters import random
 from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from torch import nn
 
 from stages.evaluation.metrics import Gathered
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-# Probabilities
-
-
-# Disagreement
-
 
 # Classification
 
@@ -114,16 +104,12 @@ def test_a_prediction_that_is_sure_and_wrong():
     assert found.missing == dict.fromkeys(("auroc_of_disagreement", "auroc_of_confidence"), "every prediction is an error")
 
 
-def test_one_member_has_nobody_to_disagree_with():
-    found = gathered(Classes(), random(1, SAMPLES, CLASSES), labels_of(SAMPLES))
+@pytest.mark.parametrize(("members", "why"), [(1, "its prediction has one member"), (MEMBERS, "its members agree")])
+def test_members_that_do_not_disagree_rank_nothing(members, why):
+    found = gathered(Classes(), random(1, SAMPLES, CLASSES).expand(members, -1, -1), labels_of(SAMPLES))
     assert "auroc_of_confidence" in found.statistics()
-    assert found.missing == {"auroc_of_disagreement": "its prediction has one member"}
-
-
-def test_members_that_agree_rank_nothing():
-    found = gathered(Classes(), random(1, SAMPLES, CLASSES).expand(MEMBERS, -1, -1), labels_of(SAMPLES))
     assert "auroc_of_disagreement" not in found.statistics()
-    assert found.missing == {"auroc_of_disagreement": "its members agree"}
+    assert found.missing == {"auroc_of_disagreement": why}
 
 
 def test_outputs_that_are_no_logits():

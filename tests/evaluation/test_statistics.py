@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -20,7 +20,6 @@ from stages.evaluation.statistics import (
     resample_weights,
 )
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 # Sums in another order, in float64.
 ROUNDING = 1e-12
 
@@ -57,10 +56,7 @@ FIGURES = {
         lambda v: CalibrationError.of(1 / (1 + np.exp(-v))[:, None], (v > 0.3)[:, None].astype(float), 10),
         lambda v: calibration_error(1 / (1 + np.exp(-v)), v > 0.3, 10),
     ),
-    "area": (
-        lambda v: Auroc(np.round(v, 1), np.sin(9 * v) > 0),
-        lambda v: roc_auc_score(np.sin(9 * v) > 0, np.round(v, 1)),
-    ),
+    "area": (lambda v: Auroc(np.round(v, 1), np.sin(9 * v) > 0), lambda v: roc_auc_score(np.sin(9 * v) > 0, np.round(v, 1))),
 }
 
 
@@ -159,11 +155,7 @@ def test_area_equals_scikit_learns(name):
     np.testing.assert_allclose(Auroc(scores, positive)(weights), wanted, rtol=ROUNDING)
 
 
-@given(
-    scores=st.lists(st.integers(0, 4), min_size=2, max_size=12),
-    data=st.data(),
-)
-@PROPERTY
+@given(scores=st.lists(st.integers(0, 4), min_size=2, max_size=12), data=st.data())
 def test_area_is_the_share_of_pairs_in_order(scores, data):
     positive = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
     scores = np.array(scores, dtype=float)
@@ -276,6 +268,3 @@ def test_the_interval_of_a_paired_difference_holds_the_truth_in_95_of_100_experi
         held += low <= -0.5 <= high
     # 400 experiments leave 0.011 of chance; percentiles of 100 samples are a little narrow, 0.94.
     assert 0.91 < held / trials < 0.98
-
-
-# The search

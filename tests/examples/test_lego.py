@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scene_loading import counts, load_scene, refusal, scenes
+from scene_loading import counts, load_scene, scene_refusal, scenes
 from serving import serving
 from spheres import sphere_npz
 
@@ -39,7 +39,7 @@ def test_the_lego_scene_is_downloaded_once(cache, server, tmp_path):
     assert counts(load_scene(None, tmp_path)) == (6, 6, 20)
     assert requests == ["/short", "/good"]
     cache.write_bytes(sphere_npz(tmp_path / "other.npz", size=2, views=33).read_bytes())
-    message, hint = refusal(None, tmp_path)
+    message, hint = scene_refusal(None, tmp_path)
     assert message.startswith(f"{cache} has changed: its sha256 is ")
     assert hint == f"delete it and {cache}.sha256 to download it again"
     assert requests == ["/short", "/good"]
@@ -47,10 +47,10 @@ def test_the_lego_scene_is_downloaded_once(cache, server, tmp_path):
 
 def test_a_truncated_download_or_another_page_is_refused(cache, server, tmp_path):
     server("/short")
-    assert "/short: " in refusal(None, tmp_path)[0]
+    assert "/short: " in scene_refusal(None, tmp_path)[0]
     assert not cache.exists()
     server("/page")
-    message, hint = refusal(None, tmp_path)
+    message, hint = scene_refusal(None, tmp_path)
     assert message == f"{cache} is not an npz file that can be read: it holds no plain arrays"
     assert hint == f"delete it and {cache}.sha256 to download it again"
 
@@ -64,14 +64,14 @@ def test_damage_inside_the_file_is_found(save, tmp_path, monkeypatch):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    message, hint = refusal(None, tmp_path)
+    message, hint = scene_refusal(None, tmp_path)
     assert message.startswith(f"{path} is not an npz file that can be read: ")
     assert hint == "replace it, or unset OCD_DATA to download it"
 
 
 def test_a_checksum_may_be_demanded(cache, server, tmp_path, monkeypatch):
     wrong = "0" * 64
-    assert "/good: SHA256 hash of downloaded file" in refusal(None, tmp_path, sha256=wrong)[0]
+    assert "/good: SHA256 hash of downloaded file" in scene_refusal(None, tmp_path, sha256=wrong)[0]
     load_scene(None, tmp_path)
     right = Path(f"{cache}.sha256").read_text().split()[0]
     requests = server("/good")
@@ -80,8 +80,8 @@ def test_a_checksum_may_be_demanded(cache, server, tmp_path, monkeypatch):
     sphere_npz(tmp_path / scenes.LEGO, size=3)
     monkeypatch.setenv("OCD_DATA", str(tmp_path))
     assert load_scene(None, tmp_path).size == (3, 3)
-    assert "has another sha256 than expected" in refusal(None, tmp_path, sha256=right)[0]
-    assert refusal("a.npz", tmp_path, sha256=right, kind=SettingsError) == (
+    assert "has another sha256 than expected" in scene_refusal(None, tmp_path, sha256=right)[0]
+    assert scene_refusal("a.npz", tmp_path, sha256=right, kind=SettingsError) == (
         "a sha256 is set, which is for the downloaded scene, but the source is a.npz",
         "leave it out",
     )

@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scene_loading import ARRAYS, FORM, LAYOUTS, POSE, counts, load_scene, refusal
+from scene_loading import ARRAYS, FORM, LAYOUTS, POSE, counts, load_scene, scene_refusal
 from spheres import sphere_npz, sphere_scene
 
 from stages.foundation.errors import OcdError
 
-RANGE = "expected uint8, or floats in [0, 1]"
-
-
+RANGE, NOT_RIGID = "expected uint8, or floats in [0, 1]", "is not a rigid motion"
+FOCAL = "expected one positive number, the focal length in pixels"
+ONE_SIZE = "all pictures of a scene must have one size (width × height)"
 GOOD = np.full((32, 2, 2, 3), 0.5, np.float32)
-
-
 STILL = np.tile(np.eye(4), (32, 1, 1))
+
+
+def columns(lengths, products, determinant):
+    told = f"its columns have lengths {lengths}, products {products} with one another, determinant {determinant}"
+    return f"{NOT_RIGID}: {told}"
 
 
 def changed(array, index, value):
@@ -34,65 +37,35 @@ def changed(array, index, value):
         ({"images": GOOD[..., :1]}, ": images has shape (32, 2, 2, 1)", ARRAYS),
         ({"images": GOOD[:0]}, ": images has shape (0, 2, 2, 3)", ARRAYS),
         ({"images": GOOD.astype(int)}, ": images has dtype int64", RANGE),
-        (
-            {"images": changed(GOOD, (7, 1), 1.5)},
-            ": images[7] has values from 0.5 to 1.5",
-            RANGE,
-        ),
+        ({"images": changed(GOOD, (7, 1), 1.5)}, ": images[7] has values from 0.5 to 1.5", RANGE),
         ({"images": changed(GOOD, (7, 1), -1)}, ": images[7] has values from -1 to 0.5", RANGE),
         ({"images": changed(GOOD, (3, 0), np.nan)}, ": images[3] is not finite", RANGE),
         ({"images": changed(GOOD, 31, np.inf)}, ": images[31] is not finite", RANGE),
         ({"poses": STILL[:9]}, ": poses has shape (9, 4, 4) and dtype float64, for 32 pictures", ARRAYS),
         ({"poses": STILL[:, :3]}, ": poses has shape (32, 3, 4) and dtype float64, for 32 pictures", ARRAYS),
         ({"poses": STILL.astype(str)}, ": poses has shape (32, 4, 4) and dtype <U32, for 32 pictures", ARRAYS),
-        (
-            {"poses": changed(STILL, (4, 0, 3), np.nan)},
-            ": poses[4] is not a rigid motion: it has entries that are not finite",
-            POSE,
-        ),
-        ({"poses": changed(STILL, (4, 3), 1)}, ": poses[4] is not a rigid motion: its last row is 1 1 1 1", POSE),
-        (
-            {"poses": changed(STILL, (5, 2, 2), -1)},
-            ": poses[5] is not a rigid motion: its columns have lengths 1, 1, 1, products 0, 0, 0 with one another, "
-            "determinant -1",
-            POSE,
-        ),
-        (
-            {"poses": changed(STILL, (6, 0, 1), 0.75)},
-            ": poses[6] is not a rigid motion: its columns have lengths 1, 1.25, 1, products 0.75, 0, 0 with one another, "
-            "determinant 1",
-            POSE,
-        ),
-        ({"focal": 0.0}, ": focal is 0.0", "expected one positive number, the focal length in pixels"),
-        ({"focal": np.nan}, ": focal is nan", "expected one positive number, the focal length in pixels"),
-        ({"focal": [1.0, 2.0]}, ": focal is [1.0, 2.0]", "expected one positive number, the focal length in pixels"),
-        ({"focal": "far"}, ": focal is far", "expected one positive number, the focal length in pixels"),
+        ({"poses": changed(STILL, (4, 0, 3), np.nan)}, f": poses[4] {NOT_RIGID}: it has entries that are not finite", POSE),
+        ({"poses": changed(STILL, (4, 3), 1)}, f": poses[4] {NOT_RIGID}: its last row is 1 1 1 1", POSE),
+        ({"poses": changed(STILL, (5, 2, 2), -1)}, ": poses[5] " + columns("1, 1, 1", "0, 0, 0", -1), POSE),
+        ({"poses": changed(STILL, (6, 0, 1), 0.75)}, ": poses[6] " + columns("1, 1.25, 1", "0.75, 0, 0", 1), POSE),
+        ({"focal": 0.0}, ": focal is 0.0", FOCAL),
+        ({"focal": np.nan}, ": focal is nan", FOCAL),
+        ({"focal": [1.0, 2.0]}, ": focal is [1.0, 2.0]", FOCAL),
+        ({"focal": "far"}, ": focal is far", FOCAL),
         ({"test_poses": STILL}, " has no array test_images; it has focal, images, poses, test_poses", ARRAYS),
-        (
-            {"test_poses": STILL, "test_images": np.zeros((32, 2, 2, 3)) + 2},
-            ": test_images[0] has values from 2 to 2",
-            RANGE,
-        ),
-        (
-            {"test_poses": 2 * STILL, "test_images": GOOD},
-            ": test_poses[0] is not a rigid motion: its last row is 0 0 0 2",
-            POSE,
-        ),
+        ({"test_poses": STILL, "test_images": np.zeros((32, 2, 2, 3)) + 2}, ": test_images[0] has values from 2 to 2", RANGE),
+        ({"test_poses": 2 * STILL, "test_images": GOOD}, f": test_poses[0] {NOT_RIGID}: its last row is 0 0 0 2", POSE),
         (
             {"test_poses": STILL[:1], "test_images": np.zeros((1, 3, 5, 3))},
             ": test_images[0] has 5×3 pixels, {path}: images[0] has 2×2",
-            "all pictures of a scene must have one size (width × height)",
+            ONE_SIZE,
         ),
-        (
-            {"images": np.array([None, 1])},
-            " is not an npz file that can be read: it holds no plain arrays",
-            LAYOUTS,
-        ),
+        ({"images": np.array([None, 1])}, " is not an npz file that can be read: it holds no plain arrays", LAYOUTS),
     ],
 )
 def test_bad_arrays(arrays, message, hint, tmp_path):
     path = sphere_npz(tmp_path / "a.npz", size=2, **arrays)
-    assert refusal(str(path), tmp_path) == (str(path) + message.replace("{path}", str(path)), hint)
+    assert scene_refusal(str(path), tmp_path) == (str(path) + message.replace("{path}", str(path)), hint)
 
 
 def test_small_errors_of_a_rotation_are_let_pass(tmp_path):
@@ -101,27 +74,27 @@ def test_small_errors_of_a_rotation_are_let_pass(tmp_path):
 
 
 def test_sources_that_are_none(tmp_path):
-    assert refusal("away", tmp_path) == (f"{tmp_path / 'away'} is missing", LAYOUTS)
+    assert scene_refusal("away", tmp_path) == (f"{tmp_path / 'away'} is missing", LAYOUTS)
     np.save(tmp_path / "one.npy", GOOD)
     for name, content in (("text.npz", b"<html>not found</html>"), ("empty.npz", b"")):
         (tmp_path / name).write_bytes(content)
     for name in ("one.npy", "text.npz", "empty.npz"):
-        message, hint = refusal(name, tmp_path)
+        message, hint = scene_refusal(name, tmp_path)
         assert message.startswith(f"{tmp_path / name} is not an npz file that can be read: ")
         assert hint == LAYOUTS
     (tmp_path / "transforms.json").write_text("{}")
     hint = "a Blender-format scene has transforms_train.json and transforms_test.json beside its folders of pictures"
-    assert refusal(str(tmp_path), tmp_path) == (
+    assert scene_refusal(str(tmp_path), tmp_path) == (
         f"{tmp_path} has no transforms_train.json; JSON files there: transforms.json",
         hint,
     )
     folder = sphere_scene(tmp_path / "scene", test=0)
-    assert refusal(str(folder), tmp_path) == (
+    assert scene_refusal(str(folder), tmp_path) == (
         f"{folder} has no transforms_test.json; JSON files there: transforms_train.json, transforms_val.json",
         hint,
     )
     (tmp_path / "none").mkdir()
-    assert refusal("none", tmp_path)[0] == f"{tmp_path / 'none'} has no transforms_train.json; JSON files there: none"
+    assert scene_refusal("none", tmp_path)[0] == f"{tmp_path / 'none'} has no transforms_train.json; JSON files there: none"
 
 
 @pytest.mark.parametrize("name", ["a.npz", "train/r_0.png", "transforms_train.json"])
@@ -144,11 +117,7 @@ def test_damaged_bytes_give_a_scene_or_a_refusal(name, tmp_path):
 
 
 RADIANS = "expected the horizontal angle of view in radians, between 0 and π"
-
-
 WANTED = f"expected {FORM}"
-
-
 INSIDE = "give it relative to the scene's folder, as ./train/r_0"
 
 
@@ -172,9 +141,8 @@ def at(*keys, value=None, drop=False):
 
 
 FRAME = ("frames", 1)
-
-
 MATRIX = (*FRAME, "transform_matrix")
+SECOND = ": transform_matrix of ./train/r_1"
 
 
 @pytest.mark.parametrize(
@@ -193,26 +161,13 @@ MATRIX = (*FRAME, "transform_matrix")
         (at(*FRAME, "file_path", value="../r_1"), ": file_path ../r_1 leaves the folder", INSIDE),
         (at(*FRAME, "file_path", value="./a/../../x/r_1.png"), ": file_path ./a/../../x/r_1.png leaves the folder", INSIDE),
         (at(*FRAME, "file_path", value="/etc/r_1"), ": file_path /etc/r_1 leaves the folder", INSIDE),
-        (at(*MATRIX, drop=True), ": transform_matrix of ./train/r_1 is missing", WANTED),
-        (at(*MATRIX, 3, drop=True), ": transform_matrix of ./train/r_1 is not 4×4 numbers", WANTED),
-        (at(*MATRIX, 2, 1, drop=True), ": transform_matrix of ./train/r_1 is not 4×4 numbers", WANTED),
-        (at(*MATRIX, 2, 1, value="1"), ": transform_matrix of ./train/r_1 is not 4×4 numbers", WANTED),
-        (
-            at(*MATRIX, 2, 1, value=10**400),
-            ": transform_matrix of ./train/r_1 is not a rigid motion: it has entries that are not finite",
-            POSE,
-        ),
-        (
-            at(*MATRIX, 3, 3, value=0),
-            ": transform_matrix of ./train/r_1 is not a rigid motion: its last row is 0 0 0 0",
-            POSE,
-        ),
-        (
-            scaled,
-            ": transform_matrix of ./train/r_1 is not a rigid motion: its columns have lengths 2, 2, 2, "
-            "products 0, 0, 0 with one another, determinant 8",
-            POSE,
-        ),
+        (at(*MATRIX, drop=True), f"{SECOND} is missing", WANTED),
+        (at(*MATRIX, 3, drop=True), f"{SECOND} is not 4×4 numbers", WANTED),
+        (at(*MATRIX, 2, 1, drop=True), f"{SECOND} is not 4×4 numbers", WANTED),
+        (at(*MATRIX, 2, 1, value="1"), f"{SECOND} is not 4×4 numbers", WANTED),
+        (at(*MATRIX, 2, 1, value=10**400), f"{SECOND} {NOT_RIGID}: it has entries that are not finite", POSE),
+        (at(*MATRIX, 3, 3, value=0), f"{SECOND} {NOT_RIGID}: its last row is 0 0 0 0", POSE),
+        (scaled, f"{SECOND} " + columns("2, 2, 2", "0, 0, 0", 8), POSE),
     ],
 )
 def test_bad_transforms(change, message, hint, tmp_path):
@@ -220,21 +175,21 @@ def test_bad_transforms(change, message, hint, tmp_path):
     described = json.loads(path.read_text())
     change(described)
     path.write_text(json.dumps(described))
-    assert refusal(str(tmp_path), tmp_path) == (str(path) + message, hint)
+    assert scene_refusal(str(tmp_path), tmp_path) == (str(path) + message, hint)
 
 
 @pytest.mark.parametrize("name", ["train", "test", "val"])
 def test_every_transforms_file_is_checked(name, tmp_path):
     path = sphere_scene(tmp_path, train=1, validation=1, test=1, size=2) / f"transforms_{name}.json"
     path.write_text("{")
-    message, hint = refusal(str(tmp_path), tmp_path)
+    message, hint = scene_refusal(str(tmp_path), tmp_path)
     assert message.startswith(f"{path} is not readable as JSON: Expecting property name")
     assert hint == WANTED
     for content in (b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)
-        assert refusal(str(tmp_path), tmp_path)[0].startswith(f"{path} is not readable as JSON: ")
+        assert scene_refusal(str(tmp_path), tmp_path)[0].startswith(f"{path} is not readable as JSON: ")
     path.write_text("[1, 2]")
-    assert refusal(str(tmp_path), tmp_path) == (f"{path}: camera_angle_x is missing", RADIANS)
+    assert scene_refusal(str(tmp_path), tmp_path) == (f"{path}: camera_angle_x is missing", RADIANS)
 
 
 def test_bad_pictures(tmp_path):
@@ -242,29 +197,26 @@ def test_bad_pictures(tmp_path):
     path = folder / "train" / "r_1.png"
     good = path.read_bytes()
     path.unlink()
-    assert refusal(str(folder), tmp_path) == (
+    assert scene_refusal(str(folder), tmp_path) == (
         f"{path} is missing",
         "transforms_train.json names it; a file_path without a suffix means .png",
     )
     for content in (b"", b"no picture", good[: len(good) // 2]):
         path.write_bytes(content)
-        message, hint = refusal(str(folder), tmp_path)
+        message, hint = scene_refusal(str(folder), tmp_path)
         assert message.startswith(f"{path} is not a picture that can be read: ")
         assert hint == "PNG and JPEG are; write it again"
     Image.fromarray(np.full((3, 4), 1 << 20, np.int32)).save(path.with_suffix(".tif"))
     transforms = folder / "transforms_train.json"
     transforms.write_text(transforms.read_text().replace("r_1", "r_1.tif"))
-    assert "its values have neither 8 nor 16 bits (mode I)" in refusal(str(folder), tmp_path)[0]
+    assert "its values have neither 8 nor 16 bits (mode I)" in scene_refusal(str(folder), tmp_path)[0]
 
 
 @pytest.mark.parametrize(("name", "called"), [("train/r_2", "./train/r_2"), ("test/r_1", "./test/r_1")])
 def test_pictures_of_several_sizes(name, called, tmp_path):
     folder = sphere_scene(tmp_path, train=3, validation=0, test=2, size=(3, 4))
     Image.new("RGB", (5, 3)).save(folder / f"{name}.png")
-    assert refusal(str(folder), tmp_path) == (
-        f"{called} has 5×3 pixels, ./train/r_0 has 4×3",
-        "all pictures of a scene must have one size (width × height)",
-    )
+    assert scene_refusal(str(folder), tmp_path) == (f"{called} has 5×3 pixels, ./train/r_0 has 4×3", ONE_SIZE)
 
 
 def test_other_suffixes_and_links_inside_the_folder(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scene_loading import counts, load_scene, pixel_rays, refusal, scenes
+from scene_loading import counts, load_scene, pixel_rays, scene_refusal, scenes
 from spheres import ANGLE, SPHERES, bytes_of, cameras, focal_of, picture, pixel, sphere_npz, sphere_scene, trace
 
 from stages.foundation.errors import SettingsError
@@ -147,7 +147,7 @@ def test_grey_palette_and_16_bit_pictures(tmp_path):
 def test_without_pillow_it_says_what_to_install(tmp_path, monkeypatch):
     folder = sphere_scene(tmp_path, train=1, test=1)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    message, hint = refusal(str(folder), tmp_path, kind=SettingsError)
+    message, hint = scene_refusal(str(folder), tmp_path, kind=SettingsError)
     assert message == "pictures are read with Pillow, which is not installed"
     assert 'pip install "torch-ocd[examples]"' in hint
 
@@ -173,12 +173,12 @@ def test_which_views_are_taken(tmp_path):
 
 def test_more_views_than_there_are(tmp_path):
     folder = str(sphere_scene(tmp_path, train=12, validation=0, test=1, size=2))
-    assert refusal(folder, tmp_path, train_views=100) == (
+    assert scene_refusal(folder, tmp_path, train_views=100) == (
         "the scene has 12 training views, 100 were asked for",
         "set task.args.train_views to at most 12, or leave it out",
     )
-    assert refusal(folder, tmp_path, test_views=2)[0] == "the scene has 1 test view, 2 were asked for"
-    assert refusal(folder, tmp_path, validation_views=1) == (
+    assert scene_refusal(folder, tmp_path, test_views=2)[0] == "the scene has 1 test view, 2 were asked for"
+    assert scene_refusal(folder, tmp_path, validation_views=1) == (
         "the scene has 0 validation views, 1 was asked for",
         "leave task.args.validation_views out",
     )
@@ -187,7 +187,7 @@ def test_more_views_than_there_are(tmp_path):
 @pytest.mark.parametrize("name", ["size", "train_views", "validation_views", "test_views"])
 @pytest.mark.parametrize("value", [0, -3, 2.5, True, "all"])
 def test_numbers_that_are_none(name, value, tmp_path):
-    assert refusal(None, tmp_path, kind=SettingsError, **{name: value}) == (
+    assert scene_refusal(None, tmp_path, kind=SettingsError, **{name: value}) == (
         f"task.args.{name} is {value!r}",
         "it must be a whole number, 1 or more, or left out",
     )
@@ -207,7 +207,7 @@ def test_an_npz_file_without_a_test_part(tmp_path):
     shown = bytes_of(picture(cameras("train", 40)[39], (4, 4), focal_of((4, 4))), alpha=False)
     np.testing.assert_allclose(scene.test.colours[19].numpy(), shown.reshape(-1, 3) / 255, atol=1e-7)
     path = sphere_npz(tmp_path / "b.npz", views=31, size=2)
-    assert refusal(str(path), tmp_path) == (
+    assert scene_refusal(str(path), tmp_path) == (
         f"{path} has 31 images and no test part, at least 32 are needed",
         "the last 20 are for testing, 6 for validation; or add test_images and test_poses",
     )
@@ -234,6 +234,3 @@ def test_an_npz_file_s_pictures_may_be_bytes_have_alpha_and_be_large(tmp_path):
 
 
 # Blender-format folders
-
-
-# The Lego scene

@@ -2,39 +2,24 @@
 
 import pytest
 from damage import DAMAGE, DELTA, LAYOUT, RHO, STRAYS, damaged, inodes, kept_time, problems
-from folders import flip, states
-from processes import counted_blocks
+from folders import flip, states, status
+from processes import redone
 
 # A finished store
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", [*DAMAGE, *LAYOUT])
 def test_damage_to_a_finished_store(collected, ocd, whole, kind):
-    kept = inodes(collected, "collect", 2)
+    # Where the layout is damaged, no sample is overfitted again: the blocks are whole.
+    blocks = [2] if kind in DAMAGE else []
+    kept = inodes(collected, "collect", *blocks)
     name = damaged(collected, "collect", kind)
-    found = problems(ocd, collected, "collect")
-    assert (RHO if "without" in kind else name) in found
-    entry = ocd.json(collected, "status")["stages"]["collect"]
+    assert (RHO if "without" in kind else name) in problems(ocd, collected, "collect")
+    entry = status(ocd, collected)["collect"]
     assert entry["state"] == "partial"
-    assert entry["detail"].startswith("blocks are damaged: ")
-    with counted_blocks() as written:
-        ocd(collected, "collect")
-    assert written == [2]
-    assert inodes(collected, "collect", 2) == kept
-    whole(collected)
-
-
-@pytest.mark.parametrize("kind", LAYOUT)
-def test_damage_to_the_layout_of_a_finished_store(collected, ocd, whole, kind):
-    kept = inodes(collected, "collect", None)
-    name = damaged(collected, "collect", kind)
-    assert name in problems(ocd, collected, "collect")
-    assert states(ocd, collected)["collect"] == "partial"
-    with counted_blocks() as written:
-        ocd(collected, "collect")
-    # No sample is overfitted again: the blocks are whole.
-    assert written == []
-    assert inodes(collected, "collect", None) == kept
+    assert not blocks or entry["detail"].startswith("blocks are damaged: ")
+    assert redone(ocd, collected, "collect") == blocks
+    assert inodes(collected, "collect", *blocks) == kept
     whole(collected)
 
 
@@ -59,9 +44,7 @@ def test_several_blocks_at_once(collected, ocd, whole):
     found = problems(ocd, collected, "collect")
     assert all(f"base_output/c.{block}.0" in found for block in (0, 3, 8))
     assert "(and 2 more files)" in ocd(collected, "status").stdout
-    with counted_blocks() as written:
-        ocd(collected, "collect")
-    assert sorted(written) == [0, 3, 8]
+    assert redone(ocd, collected, "collect") == [0, 3, 8]
     whole(collected)
 
 
@@ -69,9 +52,7 @@ def test_several_blocks_at_once(collected, ocd, whole):
 def test_a_stray_file_in_a_finished_store(collected, ocd, whole, name):
     (collected.run / "collect" / name).write_bytes(b"half")
     assert problems(ocd, collected, "collect") == f"collect/{name} is not in the manifest"
-    with counted_blocks() as written:
-        ocd(collected, "collect")
-    assert written == []
+    assert redone(ocd, collected, "collect") == []
     whole(collected)
 
 
@@ -82,9 +63,7 @@ def test_a_lone_old_folder(collected, ocd, whole):
     ocd(collected, "verify")
     flip(collected.run / "collect.old" / DELTA)
     assert DELTA in problems(ocd, collected, "collect")
-    with counted_blocks() as written:
-        ocd(collected, "collect")
-    assert written == [2]
+    assert redone(ocd, collected, "collect") == [2]
     whole(collected)
 
 
@@ -157,6 +136,3 @@ def test_no_training_reads_a_store_laid_out_otherwise(collected, ocd, stage, kin
     kept_time(change)(collected.run / "collect" / name)
     assert name.split("/")[1] in ocd(collected, stage, *QUICK, code=3).stderr
     assert not (collected.run / stage).exists()
-
-
-# An unfinished store

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from damage import DAMAGE, LAYOUT, RHO, STRAYS, damaged, inodes, problems
 from folders import blocks_of
-from processes import counted_blocks, stopped_at
+from processes import redone, stopped_at
 
 
 @pytest.fixture
@@ -24,26 +24,15 @@ def test_an_unfinished_store_is_verified(unfinished, ocd):
     assert "collect.wip (unfinished): 50 files" in ocd(unfinished, "verify").stdout
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", [*DAMAGE, *LAYOUT])
 def test_damage_to_an_unfinished_store(unfinished, ocd, whole, kind):
-    kept = inodes(unfinished, "collect.wip", 2)
+    blocks = [2] if kind in DAMAGE else []
+    kept = inodes(unfinished, "collect.wip", *blocks)
     name = damaged(unfinished, "collect.wip", kind)
-    if kind != "a record deleted":  # an unfinished block is no damage
-        found = problems(ocd, unfinished, "collect.wip")
-        assert (RHO if "without" in kind else name) in found
-    with counted_blocks() as written:
-        ocd(unfinished, "collect")
-    assert sorted(written) == [2, 5, 6, 7, 8]
-    assert kept.items() <= inodes(unfinished, "collect", 2).items()
-    whole(unfinished)
-
-
-@pytest.mark.parametrize("kind", LAYOUT)
-def test_damage_to_the_layout_of_an_unfinished_store(unfinished, ocd, whole, kind):
-    damaged(unfinished, "collect.wip", kind)
-    with counted_blocks() as written:
-        ocd(unfinished, "collect")
-    assert sorted(written) == [5, 6, 7, 8]
+    if blocks and kind != "a record deleted":  # an unfinished block is no damage
+        assert (RHO if "without" in kind else name) in problems(ocd, unfinished, "collect.wip")
+    assert redone(ocd, unfinished, "collect") == [*blocks, 5, 6, 7, 8]
+    assert kept.items() <= inodes(unfinished, "collect", *blocks).items()
     whole(unfinished)
 
 
@@ -59,9 +48,7 @@ def test_a_stray_file_in_an_unfinished_store(unfinished, ocd, whole, name):
 def test_an_unfinished_store_without_its_beginning(unfinished, ocd, whole):
     """Nothing says what the blocks are of: they are made again."""
     (unfinished.run / "collect.wip" / "begun.json").unlink()
-    with counted_blocks() as written:
-        ocd(unfinished, "collect")
-    assert sorted(written) == list(range(9))
+    assert redone(ocd, unfinished, "collect") == list(range(9))
     whole(unfinished)
 
 

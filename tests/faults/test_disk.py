@@ -6,24 +6,26 @@ import re
 import shutil
 
 import pytest
-from folders import Folder, blocks_of, make_folder, states
-from processes import before, counted_blocks
+from expectations import STAGES
+from folders import Folder, blocks_of, results, states
+from processes import before, redone
 
 from stages.run_directory.folders import StageFolder
 from stages.store.delta_store import DeltaStore
 
+# The delta, four figures, whether it is degenerate, the sample's number, and the conditioning.
+BYTES_PER_ROW = 60 * 4 * 4 + 4 * 4 + 1 + 8 + (4 + 60 + 3) * 4
+
 
 @pytest.fixture(scope="module")
-def on_disk(tmp_path_factory, ocd):
+def on_disk(make_run):
     """Collected on a disk with room enough: 900 deltas of 960 bytes, in 18 blocks; not to be changed."""
     settings = {
         "collect": {"block_samples": 50, "batch_size": 25},
         "select-layer": {"layer": "0.weight"},
         "task": {"model": "mymodel:wide"},
     }
-    folder = make_folder(tmp_path_factory.mktemp("disk") / "project", settings, code="models", rows=1000)
-    ocd(folder, "run", "--until", "collect")
-    return folder
+    return make_run(settings, "models", "collect", rows=1000)
 
 
 @pytest.fixture
@@ -38,11 +40,7 @@ def small(on_disk, small_disk, tmp_path):
 def same_store(folder, on_disk, ocd):
     """Whether a store is the one made where there was room, byte for byte."""
     ocd(folder, "verify")
-    paths = {path.relative_to(on_disk.run) for path in (on_disk.run / "collect").rglob("*") if path.is_file()}
-    assert {path.relative_to(folder.run) for path in (folder.run / "collect").rglob("*") if path.is_file()} == paths
-    for path in paths:
-        if path.name not in ("manifest.json", "log.txt"):
-            assert (folder.run / path).read_bytes() == (on_disk.run / path).read_bytes()
+    assert results(folder, "collect") == results(on_disk, "collect")
 
 
 def test_too_little_room_is_found_beforehand(small, small_disk, ocd, on_disk):
@@ -54,8 +52,7 @@ def test_too_little_room_is_found_beforehand(small, small_disk, ocd, on_disk):
         result.stderr,
     )
     needed, free = (int(found[group].replace(",", "")) for group in (1, 3))
-    per_row = 60 * 4 * 4 + 4 * 4 + 1 + 8 + (4 + 60 + 3) * 4
-    assert needed == 900 * per_row
+    assert needed == 900 * BYTES_PER_ROW
     assert 250_000 < free <= 300_000
     assert found[2] == str(small.run / "collect.wip")
     assert not blocks_of(small)
@@ -82,9 +79,7 @@ def test_the_disk_fills_up_in_the_middle(small, small_disk, ocd, on_disk, free):
     # What counts as done is whole.
     ocd(small, "verify")
     (small_disk.path / "filler").unlink()
-    with counted_blocks() as redone:
-        ocd(small, "collect")
-    assert sorted(redone) == sorted(set(range(18)) - done)
+    assert redone(ocd, small, "collect") == sorted(set(range(18)) - done)
     same_store(small, on_disk, ocd)
 
 
@@ -98,14 +93,12 @@ def test_the_disk_fills_up_at_the_end(small, small_disk, ocd, on_disk, where, na
         # An exchange needs no room.
         ocd(small, "collect", "--quiet", code=4 if where is DeltaStore else 0)
     (small_disk.path / "filler").unlink()
-    with counted_blocks() as redone:
-        ocd(small, "collect")
-    assert redone == []
+    assert redone(ocd, small, "collect") == []
     same_store(small, on_disk, ocd)
 
 
 def test_only_what_is_not_there_yet_needs_room(small, small_disk, ocd, monkeypatch):
-    needed = 900 * (60 * 4 * 4 + 4 * 4 + 1 + 8 + (4 + 60 + 3) * 4)
+    needed = 900 * BYTES_PER_ROW
     ocd(small, "collect", "--set", "collect.samples=450")
     free, usage = needed // 2 - 1, shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))
@@ -129,7 +122,7 @@ def test_not_enough_disk(finished, ocd, monkeypatch, stage):
 
 
 @pytest.mark.parametrize("writes", [0, 3, 7])
-@pytest.mark.parametrize("stage", ["train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_disk_full_while_writing(finished, ocd, monkeypatch, stage, writes):
     finished.without(stage)
     left, sync = [writes], os.fsync

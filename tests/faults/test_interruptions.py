@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 from folders import put
-from processes import counted_blocks, stopped_at, stopped_training
+from processes import redone, stopped_at, stopped_training
 
 from stages.run_directory.folders import StageFolder
 
@@ -15,8 +15,7 @@ from stages.run_directory.folders import StageFolder
 @pytest.fixture
 def about_to_collect(project, ocd):
     """A project whose collect takes five blocks."""
-    folder = project({"collect": {"block_samples": 8}})
-    ocd(folder, "run", "--until", "select-layer")
+    folder = project({"collect": {"block_samples": 8}}, until="select-layer")
     return folder
 
 
@@ -42,22 +41,18 @@ def test_stage_in_use(finished, ocd):
 
 
 def test_fault_of_ours(about_to_collect, ocd, monkeypatch, tmp_path):
-    folder = about_to_collect
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
     with stopped_at(0, RuntimeError("boom")):
-        message = refused(ocd, folder, "collect", code=1, says=["fault in ocd itself", "RuntimeError: boom"])
+        message = refused(ocd, about_to_collect, "collect", code=1, says=["fault in ocd itself", "RuntimeError: boom"])
     (kept,) = tmp_path.glob("ocd-*.txt")
     assert str(kept) in message
     assert "Traceback" in kept.read_text()
-    ocd(folder, "collect")
+    ocd(about_to_collect, "collect")
 
 
 def test_out_of_memory(about_to_collect, ocd):
-    folder = about_to_collect
-
     with stopped_at(0, MemoryError("too much")):
-        refused(ocd, folder, "collect", code=1, says=["out of memory", "batch_size"])
+        refused(ocd, about_to_collect, "collect", code=1, says=["out of memory", "batch_size"])
 
 
 @pytest.fixture
@@ -70,9 +65,7 @@ def interrupted_collect(about_to_collect, ocd):
 
 
 def test_interrupted_collect_continues(interrupted_collect, ocd):
-    with counted_blocks() as written:
-        ocd(interrupted_collect, "collect")
-    assert sorted(written) == [2, 3, 4]
+    assert redone(ocd, interrupted_collect, "collect") == [2, 3, 4]
 
 
 def test_interrupted_collect_with_another_setting_stops(interrupted_collect, ocd):
@@ -101,7 +94,7 @@ def test_ledger_that_leads_out(interrupted_collect, ocd):
     record["chunks"]["../../../mymodel.py"] = {"bytes": (folder.root / "mymodel.py").stat().st_size, "sha256": "0" * 64}
     path.write_text(json.dumps(record))
     ocd(folder, "collect")
-    assert json.loads((folder.run / "collect" / "blocks" / "000000.json").read_text()) == json.loads(good)
+    assert folder.read("collect/blocks/000000.json") == json.loads(good)
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, ocd):

@@ -4,8 +4,8 @@ import re
 import signal
 
 import pytest
-from folders import blocks_of, make_folder, results
-from processes import counted_blocks, wait_until
+from folders import blocks_of, results
+from processes import INTERRUPTED, redone, wait_until
 
 
 def test_two_collects_at_once(ready, start, ocd, whole):
@@ -24,16 +24,14 @@ def test_two_collects_at_once(ready, start, ocd, whole):
 
 
 @pytest.fixture(scope="module")
-def with_dataset(tmp_path_factory, ocd):
+def with_dataset(make_run):
     """1,000 samples from code, in 20 blocks, about to collect; not to be changed."""
     settings = {
         "run": {"seed": 2},  # sample 731 is then in block 13
         "task": {"train": "data:Rows"},
         "collect": {"split": "all", "block_samples": 50, "batch_size": 10},
     }
-    folder = make_folder(tmp_path_factory.mktemp("dataset") / "project", settings, "models", rows=1000)
-    ocd(folder, "run", "--until", "collect")
-    return folder
+    return make_run(settings, "models", "collect", rows=1000)
 
 
 @pytest.mark.parametrize("part", [[], ["--part", "2/2"]], ids=["plain", "a part"])
@@ -53,9 +51,7 @@ def test_a_dataset_that_raises(with_dataset, ocd, tmp_path, part):
     done = {int(path.stem) for path in blocks_of(folder)}
     assert done == set(range(13)) | set(range(0, 20, 2) if part else [])
     (folder.root / "unreadable.json").unlink()
-    with counted_blocks() as written:
-        ocd(folder, "collect")
-    assert sorted(written) == sorted(set(range(20)) - done)
+    assert redone(ocd, folder, "collect") == sorted(set(range(20)) - done)
     assert results(folder, "collect") == results(with_dataset, "collect")
 
 
@@ -64,14 +60,10 @@ def test_a_request_to_end(ready, start, ocd, whole, number):
     process = start(ready, "collect", "--quiet", held_after=2)
     wait_until(lambda: len(blocks_of(ready)) >= 2)
     process.kill(number)
-    assert process.wait(4).stderr == (
-        "error: collect was interrupted; what is finished is kept\n  to continue, run the same command again\n"
-    )
+    assert process.wait(4).stderr == INTERRUPTED.format("collect")
     kept = len(blocks_of(ready))
     assert 2 <= kept < 9
     assert not list(ready.run.rglob("*.tmp"))
     ocd(ready, "verify")
-    with counted_blocks() as written:
-        ocd(ready, "collect")
-    assert len(written) == 9 - kept
+    assert len(redone(ocd, ready, "collect")) == 9 - kept
     whole(ready)

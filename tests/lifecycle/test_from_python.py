@@ -1,7 +1,5 @@
 """Commands called from Python, without the command line."""
 
-import json
-
 import pytest
 
 from stages.evaluate import evaluate
@@ -33,7 +31,7 @@ def test_run_then_evaluate(project, opened):
     assert all(result.up_to_date for result in run(mine))
     result = evaluate(mine)
     assert result.summary["verdict"]
-    assert json.loads((folder.run / "evaluate" / "results.json").read_text()) == result.summary
+    assert folder.read("evaluate/results.json") == result.summary
 
 
 def test_a_branch_of_another_seed_takes_no_command_line(project, opened):

@@ -4,17 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
-from collecting import NAMES, assert_as_wanted, base_of, reference_of, summary_of
-from folders import reader_of, states, store
+from collecting import NAMES, assert_as_wanted, base_of, reference_of
+from folders import reader_of, store
 from torch import nn
 
 from stages.collect import Collect
 from stages.foundation.errors import DataError
 from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
-
-# Ways to overfit
-
 
 RECIPES = {
     "adam": {"optimizer": "adam", "lr": 0.01, "steps": 3},
@@ -31,11 +28,13 @@ RECIPES = {
 def test_deltas_are_those_of_the_plain_loop(project, ocd, name, layer):
     recipe = RECIPES[name]
     settings = {"steps": 3, **recipe, "block_samples": 10, "batch_size": 4}
-    folder = project({"collect": settings, "select-layer": {"layer": layer}})
-    ocd(folder, "run", "--until", "select-layer")
-    summary = summary_of(ocd, folder)
+    folder = project({"collect": settings, "select-layer": {"layer": layer}}, until="select-layer")
+    summary = ocd.json(folder, "collect")
     found = store(folder)
     assert set(found) == NAMES | {"delta"}
+    # 40 rows, a tenth of them held out.
+    assert len(set(found["sample_index"].tolist())) == len(found["delta"]) == 36
+    assert (found["overfit_loss"] < found["base_loss"]).mean() > 0.9
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     model.load_state_dict(base_of(folder))
     assert_as_wanted(found, reference_of(folder, model, layer, found, **recipe), rtol=1e-3, atol=2e-6)
@@ -67,40 +66,11 @@ def test_the_number_of_writers_changes_nothing(ready, ocd, whole, writers):
     whole(ready)
 
 
-def test_the_store_has_what_it_promises(finished):
-    found = store(finished)
-    assert set(found) == NAMES | {"delta"}
-    np.testing.assert_allclose(np.linalg.norm(found["delta"].reshape(36, -1), axis=1), found["rho"], rtol=1e-5)
-    # 40 rows, a tenth of them held out.
-    assert len(set(found["sample_index"].tolist())) == len(found["delta"]) == 36
-    assert (found["overfit_loss"] < found["base_loss"]).mean() > 0.9
-
-
-def test_more_samples_keep_the_blocks_that_are_there(ocd, project):
-    folder = project({"collect": {"samples": 20, "block_samples": 8}})
-    ocd(folder, "run", "--until", "collect")
-    kept = folder.run / "collect" / "deltas.zarr" / "delta" / "c.0.0.0"
-    inode = kept.stat().st_ino
-    assert states(ocd, folder, "collect.samples=30")["collect"] == "partial"
-    ocd(folder, "collect", "--set", "collect.samples=30")
-    assert kept.stat().st_ino == inode
-    grown = folder.files()
-    ocd(folder, "collect", "--set", "collect.samples=30", "--force")
-    fresh = folder.files()
-    chunks = [name for name in fresh if "/c." in name]
-    assert chunks
-    assert {name: grown[name] for name in chunks} == {name: fresh[name] for name in chunks}
-
-
-# Factored
-
-
 FACTORED = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "store": "factored", "block_samples": 8}
 
 
 def test_a_factored_store_holds_the_same_deltas(project, ocd, tmp_path):
-    folder = project({"collect": FACTORED})
-    ocd(folder, "run", "--until", "collect")
+    folder = project({"collect": FACTORED}, until="collect")
     factored = store(folder)
     kept = {path.name for path in (folder.run / "collect" / "deltas.zarr").iterdir() if path.is_dir()}
     assert kept == NAMES | {"delta_output", "delta_input"}
@@ -123,15 +93,6 @@ def test_later_stages_take_a_factored_store(project, ocd):
     ocd(folder, "verify")
     # Samples that come later are factored, too; the description of the whole is the store's.
     assert reader_of(folder).description.arrays["delta"].shape == [36, 3, 6]
-
-
-# Samples that are left out
-
-
-# Half precision
-
-
-# Slow methods
 
 
 def test_a_label_that_cannot_be_is_found_beforehand_wherever_it_stands(ready):

@@ -6,11 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from collecting import LATER, assert_as_wanted, base_of, reference_of, summary_of
+from collecting import assert_as_wanted, base_of, reference_of
 from folders import blocks_of, store
 from torch import nn
 
 from stages.tasks.modules import load_object
+
+LATER = ("train-diffusion", "train-scale", "infer")
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_a_sample_that_is_not_finite_is_named(with_bad_rows, ocd):
 def test_bad_samples_are_left_out(with_bad_rows, ocd, positions):
     folder, rows = with_bad_rows(*positions)
     words = ("--set", "collect.skip_bad=true")
-    summary = summary_of(ocd, folder, *words)
+    summary = ocd.json(folder, "collect", *words)
     assert summary["skipped"] == sorted(rows)
     assert summary["degenerate"] == 0
     assert summary["samples"] == 36
@@ -82,7 +84,7 @@ def test_bad_samples_are_left_out(with_bad_rows, ocd, positions):
 def test_a_bad_sample_in_a_factored_store(with_bad_rows, ocd):
     folder, rows = with_bad_rows(21)
     words = [f"--set=collect.{word}" for word in ("skip_bad=true", "store=factored", "optimizer=sgd")]
-    assert summary_of(ocd, folder, *words)["skipped"] == rows
+    assert ocd.json(folder, "collect", *words)["skipped"] == rows
     found = store(folder)
     assert not found["delta"][21].any()
     assert np.isfinite(found["delta"]).all()
@@ -133,8 +135,7 @@ def test_a_layer_whose_base_is_half_but_itself_single_is_left_alone(project, ocd
     ("model", "name"), [("Attending", "attention.in_proj_weight"), ("Recurrent", "rnn.weight_hh_l0")], ids=["attention", "rnn"]
 )
 def test_a_slow_way_is_told(project, ocd, model, name):
-    folder = project({"task": {"model": f"mymodel:{model}"}, "collect": {"samples": 12}}, code="models")
-    ocd(folder, "run", "--until", "train-base")
+    folder = project({"task": {"model": f"mymodel:{model}"}, "collect": {"samples": 12}}, code="models", until="train-base")
     ocd(folder, "select-layer", "--layer", name)
     result = ocd(folder, "collect", "--json")
     summary = json.loads(result.stdout)

@@ -1,7 +1,5 @@
 """x itself as a field of the conditioning, on request."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -27,7 +25,7 @@ def test_the_store_and_the_networks_have_x(ocd, project):
     arrays = store(folder)
     given = np.load(folder.root / "train.npz")["x"]
     assert np.array_equal(arrays["x"], given[arrays["sample_index"]])
-    description = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())
+    description = folder.read("train-diffusion/denoiser.json")
     assert description["fields"]["x"] == 4
     assert {"layer_input", "activation", "base_output"} < set(description["fields"])
 

@@ -2,46 +2,30 @@
 
 import pytest
 import torch
-from overfitters import (
-    RECIPES,
-    Custom,
-    assert_same,
-    equal_to_the_loop,
-    forward,
-    frozen,
-    random,
-    squares,
-    wanted_of,
-)
+from overfitters import RECIPES, Custom, assert_same, equal_to_the_loop, frozen, overfitted, overfitter_of, random, wanted_of
 from torch import nn
 
 from stages.foundation.errors import TaskError
-from stages.overfitting.overfitter import Overfitter
-from stages.per_sample.layer import find_layer
 
 HOOKS = {
     "clamped": lambda module, args, output: output.clamp(-0.5, 0.5),
     "cut at zero": lambda module, args, output: output.relu(),
     # Less than the self-check's tolerance.
     "bent a little": lambda module, args, output: output + 3e-4 * output.abs(),
+    "twice its input": lambda module, args: (2 * args[0],),
 }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_hook_of_the_users_on_the_layer(name, recipe):
-    """It stands between the layer's product and what follows, and must act once."""
+def test_a_hook_of_the_users(name, recipe):
+    """It stands between the layer's product and what follows, or before it, and must act once."""
     torch.manual_seed(6)
     model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
-    model[2].register_forward_hook(HOOKS[name])
-    equal_to_the_loop(model, "2.weight", random(6, 4), RECIPES[recipe])
-
-
-def test_a_hook_of_the_users_before_the_layer():
-    torch.manual_seed(6)
-    model = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()))
-    model[2].register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    assert equal_to_the_loop(model, "2.weight", random(6, 4)).name == "outer product"
+    before = name == "twice its input"
+    (model[2].register_forward_pre_hook if before else model[2].register_forward_hook)(HOOKS[name])
+    overfitter = equal_to_the_loop(model, "2.weight", random(6, 4), RECIPES[recipe])
+    assert not before or overfitter.name == "outer product"
 
 
 def in_order_of_size(self, x):
@@ -58,34 +42,25 @@ def by_expert(self, x):
     return out.tanh()
 
 
-def probe_alike(x, first):
-    """A batch whose first two samples, the probe, hide what the others show."""
-    x[:, 0] = torch.tensor(first)
-    return x
-
-
-HIDDEN = {
-    "in order of size": (in_order_of_size, lambda: probe_alike(random(6, 3), [-1.0, 1, 0.5, -0.5, 2, 0])),
-    "by expert": (
-        by_expert,
-        lambda: torch.cat([random(4, 4, 1).abs() * torch.tensor(ROWS).unsqueeze(2), random(4, 4, 2, seed=1)], dim=2),
-    ),
-}
-
-
+# Batches whose first two samples, the probe, hide what the others show.
+SIZES = [-1.0, 1, 0.5, -0.5, 2, 0]
 # Two rows of each probe sample go to the layer; three, and one, of the others: as many on the whole.
-ROWS = [[1.0, 1, -1, -1], [1, -1, 1, -1], [1, 1, 1, -1], [1, -1, -1, -1]]
+ROWS = torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1], [1, 1, 1, -1], [1, -1, -1, -1]])
+HIDDEN = {
+    "in order of size": (in_order_of_size, torch.cat([torch.tensor(SIZES).unsqueeze(1), random(6, 2)], dim=1)),
+    "by expert": (by_expert, torch.cat([random(4, 4, 1).abs() * ROWS.unsqueeze(2), random(4, 4, 2, seed=1)], dim=2)),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", HIDDEN)
 def test_samples_that_change_places_within_the_model(name, recipe):
     """Two samples cannot show it; in the batch every sample gets its own delta, or it is said that it cannot."""
-    run, make = HIDDEN[name]
+    run, x = HIDDEN[name]
     torch.manual_seed(7)
     model = frozen(Custom(run, fc=nn.Linear(3, 3), head=nn.Linear(3, 3)))
     try:
-        equal_to_the_loop(model, "fc.weight", make(), RECIPES[recipe])
+        equal_to_the_loop(model, "fc.weight", x, RECIPES[recipe])
     except TaskError as error:
         assert error.message.startswith("samples get into each other's rows")
 
@@ -117,43 +92,38 @@ def test_what_is_right_is_confirmed(recipe):
         assert equal_to_the_loop(model, name, random(6, 1, 3), RECIPES[recipe], confirm=True).name == method
 
 
+def too_large(weights):
+    """Each weight taken for a little larger than it is."""
+    return 1.1 * weights
+
+
+def without_gradient(weights):
+    """Gradients that are no numbers, though losses are."""
+    return weights + (weights - weights.detach()) * float("nan") if weights.requires_grad else weights
+
+
 class Wrong:
-    """A method that takes each weight for a little larger than it is."""
+    """A method that takes weights for others."""
 
     name = "substitution"
 
-    def __init__(self, method):
-        self._way = method
+    def __init__(self, method, changed):
+        self.method, self.changed = method, changed
 
     def __call__(self, x, weights, record=None):
-        return self._way(x, 1.1 * weights, record)
+        return self.method(x, self.changed(weights), record)
 
 
-def test_what_is_wrong_is_not_confirmed_and_the_loop_is_taken():
+@pytest.mark.parametrize("changed", [too_large, without_gradient])
+def test_what_is_wrong_is_not_confirmed_and_the_loop_is_taken(changed):
     torch.manual_seed(7)
     model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
-    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
-    overfitter.method = Wrong(overfitter.method)
+    overfitter = overfitter_of(model, "2.weight", x, RECIPES["sgd"])
+    overfitter.method = Wrong(overfitter.method, changed)
     overfitter.confirm(x, y)
     assert (overfitter.name, overfitter.prefix) == ("loop", None)
     assert overfitter.reason == "a self-check by the task's loss found substitution to give other deltas"
-    assert_same(overfitter.overfit(overfitter.first_pass(x), x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
-
-
-class NotANumber(Wrong):
-    """A method whose gradients are no numbers, though its losses are."""
-
-    def __call__(self, x, weights, record=None):
-        return self._way(x, weights + (weights - weights.detach()) * float("nan") if weights.requires_grad else weights, record)
-
-
-def test_what_is_no_number_is_not_confirmed():
-    torch.manual_seed(7)
-    model, x, y = frozen(nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Conv1d(2, 2, 2))), random(6, 1, 4), random(6, seed=5)
-    overfitter = Overfitter(model, find_layer(model, "2.weight"), forward, squares, RECIPES["sgd"], x[:2])
-    overfitter.method = NotANumber(overfitter.method)
-    overfitter.confirm(x, y)
-    assert overfitter.name == "loop"
+    assert_same(overfitted(overfitter, x, y), wanted_of(model, "2.weight", x, y, RECIPES["sgd"]))
 
 
 def scaled_in_place(self, x):
@@ -179,5 +149,5 @@ def test_the_users_arrays_are_left_as_they_are():
     torch.manual_seed(8)
     model, x = frozen(Custom(shifted_in_place, fc=nn.Linear(3, 4), head=nn.Linear(4, 2))), random(5, 3)
     before = x.clone()
-    Overfitter(model, find_layer(model, "head.weight"), forward, squares, RECIPES["sgd"], x[:2])
+    overfitter_of(model, "head.weight", x, RECIPES["sgd"])
     assert torch.equal(x, before)

@@ -5,16 +5,12 @@ import itertools
 import pytest
 import torch
 from folders import store
-from overfitters import EXACT, RECIPES, copied, forward, frozen, random, squares
+from overfitters import RECIPES, forward, overfitter_of
 from torch import nn
 
 from stages.evaluation import neighbours
 from stages.overfitting.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, sample_bytes
-from stages.overfitting.overfitter import Overfitter
-from stages.per_sample import weights as per_sample
-from stages.per_sample.layer import find_layer
 from stages.per_sample.pass_size import largest_output
-from stages.per_sample.weights import Substitution
 from stages.store.delta_store import FEWEST_BLOCKS, LARGEST_BLOCK, SMALL_BLOCK, ArraySpec, block_rows
 from stages.tasks import scoring
 from stages.tasks.data import ArrayDataset, Split
@@ -52,7 +48,7 @@ def test_a_block_is_never_empty_and_no_chunk_too_large(most):
 def overfitter():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval().requires_grad_(False)
-    return Overfitter(model, find_layer(model, "0.weight"), forward, squares, RECIPES["adam"], torch.randn(4, 9, 6))
+    return overfitter_of(model, "0.weight", torch.randn(4, 9, 6), RECIPES["adam"])
 
 
 @pytest.mark.parametrize(
@@ -94,33 +90,6 @@ def test_a_samples_memory_grows_with_its_rows(overfitter):
         assert few < sizes[rows]
         assert few >= 2 * largest_output(model, forward, x)
     assert sizes[1000] > 50 * sizes[10]
-
-
-# Along a line of weights
-
-
-@pytest.mark.parametrize("shape", [(4,), (7, 4)])
-def test_outputs_along_a_line_whether_or_not_they_are_kept(monkeypatch, shape):
-    torch.manual_seed(0)
-    model, x = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))), random(3, *shape)
-    layer, deltas = find_layer(model, "0.weight"), random(3, 5, 4, seed=1)
-    found, products = {}, {}
-    for most in (x.numel(), x.numel() - 1):
-        monkeypatch.setattr(per_sample, "MOST_KEPT", most)
-        method, calls = Substitution(model, layer, forward), []
-        product, change = method._product, method._change
-        method._product = lambda *args, product=product, calls=calls: calls.append("whole") or product(*args)
-        method._change = lambda *args, change=change, calls=calls: calls.append("change") or change(*args)
-        at = method.along(copied(x), deltas)
-        found[most] = [at(strength) for strength in (1.0, 0.0, -2.0, 1.0)]
-        products[most] = calls
-    assert products == {x.numel(): ["change"], x.numel() - 1: ["whole"] * 4}
-    for kept, anew, strength in zip(*found.values(), (1.0, 0.0, -2.0, 1.0), strict=True):
-        torch.testing.assert_close(kept, anew, **EXACT)
-        for i in range(3):
-            weights = {"0.weight": model[0].weight + strength * deltas[i]}
-            wanted = torch.func.functional_call(model, weights, (x[i : i + 1],))
-            torch.testing.assert_close(anew[i : i + 1], wanted, **EXACT)
 
 
 # Scores and neighbours
@@ -171,6 +140,5 @@ def test_candidates_of_large_inputs_come_a_few_at_a_time():
 
 def test_a_slow_store_has_small_blocks(ocd, project, monkeypatch):
     monkeypatch.setattr("stages.collect.rows_worth_keeping", lambda overfitter, operations: 5)
-    folder = project()
-    ocd(folder, "run", "--quiet", "--until", "collect")
+    folder = project(until="collect")
     assert len(list((folder.run / "collect" / "blocks").glob("*.json"))) == -(-len(store(folder)["rho"]) // 5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import VECTORS, Attending, Residual, dense, lenet, mlp, recurrent
+from models import OTHERS, VECTORS, Attending, Residual, dense, lenet, mlp, recurrent
 from overfitters import RECIPES, Custom, cross_entropy, equal_to_the_loop, frozen, random, squares
 from torch import nn
 
@@ -59,97 +59,6 @@ def test_classifiers(model, name, method, reused, recipe):
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-def counting(self, x):
-    """As many rounds as a sample asks for; those of the others are masked."""
-    rounds = (3 * x[:, 0].abs()).long()
-    h = x
-    for i in range(int(rounds.max()) + 1):
-        h = torch.where((i <= rounds).unsqueeze(1), self.fc(h).tanh(), h)
-    return self.head(h)
-
-
-def of_a_dict(self, x):
-    return self.head(self.fc(x["a"]).tanh() * x["b"].unsqueeze(1))
-
-
-def of_a_tuple(self, x):
-    left, right = x
-    return self.head(self.fc(left).tanh() + right)
-
-
-def to_a_dict(self, x):
-    h = self.fc(x).tanh()
-    return {"logits": self.head(h), "hidden": h, "pair": (h[:, 0], h[:, 1:])}
-
-
-def twice(self, x):
-    return self.head(torch.tanh(self.fc(torch.tanh(self.fc(x)))))
-
-
-def tied(self, x):
-    return F.linear(self.head(self.fc(x).tanh()), self.fc.weight)
-
-
-def weighed(self, x):
-    return self.head((torch.tanh(x) @ self.w).tanh())
-
-
-def with_parameter(run, *shape):
-    return lambda: Custom(run, w=nn.Parameter(torch.randn(*shape)), head=nn.Linear(3, 3))
-
-
-WORDS = torch.tensor([[0, 1, 1], [4, 2, 0], [3, 3, 3], [1, 0, 2], [2, 4, 4]])
-# name: how it is made, the layer, the inputs, the method
-OTHERS = {
-    "loop of its own": (dense(counting), "fc.weight", VECTORS, "loop"),
-    "head after a loop of its own": (dense(counting), "head.weight", VECTORS, "outer product"),
-    "of a dict": (dense(of_a_dict), "fc.weight", {"a": VECTORS, "b": random(5, seed=1)}, "outer product"),
-    "of a tuple": (dense(of_a_tuple), "head.weight", (VECTORS, random(5, 3, seed=1)), "outer product"),
-    "to a dict": (dense(to_a_dict), "fc.weight", VECTORS, "outer product"),
-    "to a number": (dense(lambda self, x: self.head(self.fc(x).tanh()).sum(1)), "fc.weight", VECTORS, "outer product"),
-    "to a dict, from its head": (dense(to_a_dict), "head.weight", VECTORS, "outer product"),
-    "used twice": (dense(twice), "fc.weight", VECTORS, "vmap"),
-    "tied": (dense(tied), "fc.weight", VECTORS, "vmap"),
-    "a parameter": (with_parameter(weighed, 3, 3), "w", VECTORS, "vmap"),
-    "transposed convolution": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, 2), nn.Tanh(), nn.Conv2d(3, 1, 3)),
-        "0.weight",
-        random(5, 2, 3, 3),
-        "vmap",
-    ),
-    "voxels": (
-        lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Conv3d(2, 2, 2), nn.Flatten()),
-        "2.weight",
-        random(5, 1, 4, 4, 4),
-        "vmap",
-    ),
-    "embedding": (
-        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3)),
-        "0.weight",
-        WORDS,
-        "vmap",
-    ),
-    "head after an embedding": (
-        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3)),
-        "2.weight",
-        WORDS,
-        "outer product",
-    ),
-    "sequences": (
-        lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3, 2)),
-        "3.weight",
-        random(5, 2, 7),
-        "substitution",
-    ),
-    "one vector of several axes": (
-        lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Linear(3, 4), nn.Tanh()),
-        "1.weight",
-        VECTORS,
-        "outer product",
-    ),
-}
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_of_other_forms(name, recipe):
@@ -174,12 +83,12 @@ def test_torchs_own_transformer(layer, method, recipe):
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-class PredictionBlocks(dict):
+class Output(dict):
     """A dict of the user's own kind, as the transformers library returns."""
 
 
 def test_a_dict_of_the_users_own_kind():
-    model = frozen(Custom(lambda self, x: PredictionBlocks(a=self.fc(self.fc(x).tanh())), fc=nn.Linear(3, 3)))
+    model = frozen(Custom(lambda self, x: Output(a=self.fc(self.fc(x).tanh())), fc=nn.Linear(3, 3)))
     assert equal_to_the_loop(model, "fc.weight", VECTORS).name in ("vmap", "loop")
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from folders import PROJECTS, blocks_of, make_folder, own_task, reader_of, results, states, store
-from processes import counted_blocks
+from folders import PROJECTS, blocks_of, own_task, put, reader_of, results, states, store
+from processes import redone
+from trainings import rows_of
 
 from stages.evaluate import Evaluate
 from stages.evaluation.from_run import find_neighbours
@@ -18,7 +19,6 @@ from stages.infer import open_run
 from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
 from stages.tasks.modules import load_object
-from stages.training.batches import TrainingBatches
 
 SAMPLES, REPEATS = 18, 3
 SETTINGS = {
@@ -27,7 +27,7 @@ SETTINGS = {
     "collect": {"lr": 0.02, "steps": 2, "repeats": REPEATS, "block_samples": 9, "batch_size": 9},
     "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]},
 }
-ONCE = ("--set", "collect.repeats=1", "--set", "collect.block_samples=3", "--set", "collect.batch_size=3")
+ONCE = put("collect.repeats=1", "collect.block_samples=3", "collect.batch_size=3")
 
 
 def known_task():
@@ -35,11 +35,9 @@ def known_task():
 
 
 @pytest.fixture(scope="module")
-def repeated_run(ocd, tmp_path_factory):
+def repeated_run(make_run):
     """A project with everything done; not to be changed."""
-    folder = make_folder(tmp_path_factory.mktemp("repeated") / "project", SETTINGS, "points")
-    ocd(folder, "run", "--quiet")
-    return folder
+    return make_run(SETTINGS, "points")
 
 
 @pytest.fixture
@@ -118,9 +116,7 @@ def test_the_first_of_them_is_what_there_is_without_repeats(ocd, ready):
 def test_more_samples_keep_the_blocks_there_are(ocd, ready, repeated_run):
     ocd(ready, "collect", "--quiet", "--set", "collect.samples=12")
     assert store(ready)["delta"].shape[0] == 12 * REPEATS
-    with counted_blocks() as written:
-        ocd(ready, "collect", "--quiet")
-    assert sorted(written) == [4, 5]
+    assert redone(ocd, ready, "collect", "--quiet") == [4, 5]
     assert results(ready, "collect") == results(repeated_run, "collect")
     assert states(ocd, ready)["collect"] == "done"
 
@@ -206,15 +202,7 @@ def test_a_delta_is_not_compared_with_others_of_its_sample(deltas, repeated_run)
 
 @pytest.mark.parametrize("with_deltas", [True, False])
 def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
-    rows = TrainingBatches(
-        reader_of(repeated_run),
-        deltas=with_deltas,
-        held_out=0.2,
-        batch_size=7,
-        seed=1,
-        device=torch.device("cpu"),
-        memory="auto",
-    )
+    rows = rows_of(repeated_run, deltas=with_deltas, held_out=0.2)
     numbers = torch.from_numpy(store(repeated_run)["sample_index"])
     held = rows.held_out.numbers
     assert len(held) == round(0.2 * SAMPLES) * REPEATS
@@ -222,10 +210,7 @@ def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
     stream = rows.batches(0)
     drawn = torch.cat([next(stream).numbers for _ in range(20)])
     assert set(drawn.tolist()) == set(range(len(numbers))) - set(held.tolist())
-    other = TrainingBatches(
-        reader_of(repeated_run), deltas=True, held_out=0.2, batch_size=4, seed=1, device=torch.device("cpu"), memory=0.0
-    )
-    assert torch.equal(other.held_out.numbers, held)
+    assert torch.equal(rows_of(repeated_run, held_out=0.2, batch_size=4, memory=0.0).held_out.numbers, held)
 
 
 def test_neighbours_are_samples_not_rows(evaluation):

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations
 
 from stages.foundation.errors import TaskError
 
-# Layers whose module is never called with the samples: they have nothing to condition on, but weights of their own.
 UNSEEN = {
     "called sample by sample": (dense(one_by_one), "fc.weight", VECTORS, "vmap"),
     "parametrised": (

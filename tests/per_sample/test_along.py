@@ -1,16 +1,20 @@
 """Outputs along a line of weights, θ + s · delta: every method against the loop over whole forward passes."""
 
+import prefixed
 import pytest
+import reference
 import torch
 from along import along_the_loop, deltas_of, equal_along
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from overfitters import EXACT, Custom, Tied, by_copies, convolutions, frozen, random, twice
+from models import OTHERS
+from overfitters import EXACT, Custom, Tied, by_copies, convolutions, forward, frozen, random
 from torch import nn
 
-from stages.per_sample.weights import Substitution
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+from stages.foundation.trees import take
+from stages.per_sample.layer import find_layer
+from stages.per_sample.runner import Runner
+from stages.per_sample.weights import Loop, Substitution, Vmap
 
 
 def test_the_loop_is_that_over_copies_of_the_model():
@@ -28,7 +32,6 @@ def test_the_loop_is_that_over_copies_of_the_model():
     first=st.booleans(),
     batch=st.integers(1, 5),
 )
-@PROPERTY
 def test_linear(rows, sizes, bias, first, batch):
     torch.manual_seed(0)
     layer = nn.Linear(*sizes, bias=bias)
@@ -41,7 +44,6 @@ def test_linear(rows, sizes, bias, first, batch):
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(convolution=convolutions(by_name=True), first=st.booleans(), batch=st.integers(1, 4))
-@PROPERTY
 def test_convolutions(convolution, first, batch):
     torch.manual_seed(0)
     kind, layer, size = convolution
@@ -53,26 +55,11 @@ def test_convolutions(convolution, first, batch):
     assert (overfitter.prefix is None) == first
 
 
-def residual(self, x):
-    """What was recorded before the layer is changed in place after it."""
-    hidden = self.enter(x)
-    out = self.fc(hidden.tanh())
-    hidden += out
-    return self.leave(hidden)
-
-
 def in_place_twice(self, x):
     out = self.fc(self.enter(x).tanh())
     out *= 2
     out += 1
     return self.leave(out.relu_())
-
-
-def gated(self, x):
-    """Values decide where the computation goes on, but the same way for all samples."""
-    hidden = self.enter(x)
-    hidden[hidden < 0] = 0
-    return self.leave(self.fc(hidden).sigmoid() * hidden)
 
 
 # name: the model, the layer, a sample's shape
@@ -94,25 +81,15 @@ MODELS = {
         "2.weight",
         (1, 5, 5),
     ),
-    "a relu in place before it": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)),
-        "2.weight",
-        (3,),
-    ),
-    "what comes before it changed in place": (
-        lambda: Custom(residual, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2)),
-        "fc.weight",
-        (3,),
-    ),
     "its output changed in place": (
-        lambda: Custom(in_place_twice, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2)),
+        lambda: Custom(in_place_twice, enter=nn.Linear(3, 4), fc=nn.Linear(4, 5), leave=nn.Linear(5, 2)),
         "fc.weight",
         (2, 3),
     ),
-    "its input used beside it": (
-        lambda: Custom(gated, enter=nn.Linear(3, 4), fc=nn.Linear(4, 4), leave=nn.Linear(4, 2)),
-        "fc.weight",
-        (3,),
+    "convolution in groups": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv2d(4, 2, 1)),
+        "2.weight",
+        (2, 6, 6),
     ),
     "batch norm after it": (
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(18, 2)),
@@ -130,43 +107,22 @@ def test_models(name):
     assert isinstance(overfitter.method, Substitution), overfitter.reason
 
 
-def asked(self, x):
-    """A branch on a value: nothing but the loop runs it."""
-    return self.fc(x) if float(self.enter(x).detach().sum()) > 1e9 else self.fc(torch.tanh(self.fc(x)))
+@pytest.mark.parametrize("name", prefixed.MODELS)
+def test_models_with_something_before_the_layer(name):
+    """Which may be changed in place after it, or used beside what the layer sees."""
+    model, x, _ = prefixed.make(name)
+    overfitter = equal_along(model, "fc.weight", x)
+    assert overfitter.method.name == ("vmap" if "twice" in name else "substitution"), overfitter.reason
 
 
-OTHER_METHODS = {
-    "used twice": (lambda: Custom(twice, fc=nn.Linear(3, 3)), "fc.weight", (3,), "vmap"),
-    "used twice after something": (
-        lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Custom(twice, fc=nn.Linear(3, 3))),
-        "2.fc.weight",
-        (3,),
-        "vmap",
-    ),
-    "tied": (Tied, "enter.weight", (3,), "vmap"),
-    "of three axes": (
-        lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.ReLU(inplace=True), nn.Flatten()),
-        "0.weight",
-        (1, 3, 3, 3),
-        "vmap",
-    ),
-    "behind a branch": (lambda: Custom(asked, enter=nn.Linear(3, 3), fc=nn.Linear(3, 3)), "fc.weight", (3,), "loop"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_METHODS)
-def test_layers_that_cannot_be_substituted(name):
-    make, layer, shape, method = OTHER_METHODS[name]
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_forms(name, count):
+    """By the method that was to be expected; one that gives closed forms for overfitting substitutes here."""
+    make, layer, x, method = OTHERS[name]
     torch.manual_seed(1)
-    overfitter = equal_along(frozen(make()), layer, random(5, *shape))
-    assert overfitter.method.name == method, overfitter.reason
-
-
-@pytest.mark.parametrize("name", ["used twice after something", "behind a branch"])
-def test_one_sample_by_another_way(name):
-    make, layer, shape, _ = OTHER_METHODS[name]
-    torch.manual_seed(1)
-    equal_along(frozen(make()), layer, random(1, *shape))
+    overfitter = equal_along(frozen(make()), layer, take(x, slice(0, count)))
+    assert overfitter.method.name == method.replace("outer product", "substitution"), overfitter.reason
 
 
 HOOKS = {
@@ -185,4 +141,20 @@ def test_a_hook_of_the_users(name):
     assert isinstance(overfitter.method, Substitution), overfitter.reason
 
 
-# Substitution itself, without an overfitter to fall back
+@pytest.mark.parametrize("method", [None, Vmap, Loop])
+@pytest.mark.parametrize(
+    ("make", "parameter", "shape"),
+    [MODELS["linear, then a relu in place"], MODELS["convolution in groups"], (Tied, "enter.weight", (3,))],
+    ids=["linear", "convolution", "tied"],
+)
+def test_members_of_every_method(make, parameter, shape, method):
+    """Several lines for each sample; without a method named, by the runner's own choice."""
+    torch.manual_seed(0)
+    model, x = frozen(make()), random(5, *shape)
+    layer = find_layer(model, parameter)
+    runner = Runner(model, layer, forward, x[:2])
+    if method is not None:
+        runner.method = method(model, layer, forward)
+    deltas = random(5, 3, *layer.matrix_shape, seed=1)
+    found = runner.members_along(runner.first_pass(x), x, deltas)(1.0)
+    torch.testing.assert_close(found.transpose(0, 1), reference.predict_loop(model, parameter, x, deltas), **EXACT)

@@ -2,28 +2,33 @@
 
 import pytest
 import torch
-from along import STRENGTHS, along_the_loop, deltas_of, equal_along, overfitter_of
-from overfitters import EXACT, Custom, copied, forward, frozen, random, twice
+from along import STRENGTHS, along_the_loop, close_to_the_loop, deltas_of, equal_along, line_of
+from overfitters import EXACT, RECIPES, Custom, copied, forward, frozen, overfitter_of, random, twice
 from torch import nn
 
+from stages.per_sample import products as linear_product
+from stages.per_sample import weights
 from stages.per_sample.layer import find_layer
 from stages.per_sample.weights import NotSubstitutable, Substitution
+
+
+def perceptron(between=nn.Tanh):
+    """A model of two layers, and inputs."""
+    torch.manual_seed(4)
+    return frozen(nn.Sequential(nn.Linear(3, 4), between(), nn.Linear(4, 2))), random(6, 3)
 
 
 def test_strength_zero_is_the_base():
     torch.manual_seed(3)
     model, x = frozen(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))), random(6, 1, 4, 4)
     for name in ("0.weight", "3.weight"):
-        overfitter = overfitter_of(model, name, x)
-        at = overfitter.along(overfitter.first_pass(x), x, deltas_of(model, name, 6))
-        torch.testing.assert_close(at(0.0), model(x), **EXACT)
+        torch.testing.assert_close(line_of(model, name, x, deltas_of(model, name, 6))(0.0), model(x), **EXACT)
 
 
 def test_a_last_layers_outputs_are_on_a_line():
-    torch.manual_seed(3)
-    model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), random(6, 3)
-    overfitter, deltas = overfitter_of(model, "2.weight", x), deltas_of(model, "2.weight", 6)
-    at = overfitter.along(overfitter.first_pass(x), x, deltas)
+    model, x = perceptron()
+    deltas = deltas_of(model, "2.weight", 6)
+    at = line_of(model, "2.weight", x, deltas)
     torch.testing.assert_close(at(3.0) - at(0.0), 6 * (at(1.0) - at(0.5)), **EXACT)
     wanted = torch.einsum("boi,bi->bo", deltas, model[:2](x))
     torch.testing.assert_close(at(1.0) - at(0.0), wanted, **EXACT)
@@ -31,9 +36,8 @@ def test_a_last_layers_outputs_are_on_a_line():
 
 def test_lines_of_one_batch_do_not_disturb_each_other():
     """As the members of an ensemble: several deltas on one first pass, asked in turns, after another batch was seen."""
-    torch.manual_seed(4)
-    model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))), random(6, 3)
-    overfitter = overfitter_of(model, "2.weight", x)
+    model, x = perceptron(lambda: nn.ReLU(inplace=True))
+    overfitter = overfitter_of(model, "2.weight", copied(x), RECIPES["sgd"])
     first = overfitter.first_pass(x)
     overfitter.first_pass(copied(x) + 1)
     deltas = [deltas_of(model, "2.weight", 6, seed) for seed in (1, 2)]
@@ -43,7 +47,20 @@ def test_lines_of_one_batch_do_not_disturb_each_other():
             torch.testing.assert_close(at(strength), along_the_loop(model, "2.weight", x, delta, strength), **EXACT)
 
 
-def test_neither_what_comes_before_the_layer_nor_the_product_is_computed_again(monkeypatch):
+@pytest.fixture
+def products(monkeypatch):
+    """What the products of a Linear were computed with: "θ" with the layer's bias, "delta" without it."""
+    product, found = linear_product.linear, []
+
+    def noted(value, weights, bias):
+        found.append("delta" if bias is None else "θ")
+        return product(value, weights, bias)
+
+    monkeypatch.setattr(linear_product, "linear", noted)
+    return found
+
+
+def test_neither_what_comes_before_the_layer_nor_the_product_is_computed_again(products):
     torch.manual_seed(4)
     called = []
 
@@ -52,22 +69,34 @@ def test_neither_what_comes_before_the_layer_nor_the_product_is_computed_again(m
         return self.fc(x)
 
     model, x = frozen(nn.Sequential(Custom(noted, fc=nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2), nn.Tanh())), random(6, 3)
-    overfitter, deltas = overfitter_of(model, "2.weight", x), deltas_of(model, "2.weight", 6)
+    overfitter, deltas = overfitter_of(model, "2.weight", copied(x), RECIPES["sgd"]), deltas_of(model, "2.weight", 6)
     first = overfitter.first_pass(x)
-    product = overfitter.method._change
-    monkeypatch.setattr(overfitter.method, "_change", lambda *given: called.append("product") or product(*given))
     called.clear()
+    products.clear()
     at = overfitter.along(first, x, deltas)
     for strength in STRENGTHS:
         at(strength)
-    assert called == ["product"]
+    assert (called, products) == ([], ["delta"])
+
+
+@pytest.mark.parametrize("shape", [(4,), (7, 4)])
+def test_products_are_kept_only_of_so_many_numbers(monkeypatch, products, shape):
+    torch.manual_seed(0)
+    model, x = frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))), random(3, *shape)
+    layer, deltas = find_layer(model, "0.weight"), random(3, 5, 4, seed=1)
+    for most, wanted in ((x.numel(), ["delta"]), (x.numel() - 1, ["θ"] * len(STRENGTHS))):
+        monkeypatch.setattr(weights, "MOST_KEPT", most)
+        at = Substitution(model, layer, forward).along(copied(x), deltas)
+        products.clear()
+        outputs = [at(strength) for strength in STRENGTHS]
+        assert products == wanted
+        for strength, output in zip(STRENGTHS, outputs, strict=True):
+            torch.testing.assert_close(output, along_the_loop(model, "0.weight", x, deltas, strength), **EXACT)
 
 
 def test_outputs_are_the_callers_to_change():
-    torch.manual_seed(4)
-    model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), random(6, 3)
-    overfitter, deltas = overfitter_of(model, "2.weight", x), deltas_of(model, "2.weight", 6)
-    at = overfitter.along(overfitter.first_pass(x), x, deltas)
+    model, x = perceptron()
+    at = line_of(model, "2.weight", x, deltas_of(model, "2.weight", 6))
     wanted = at(0.0).clone()
     at(0.0).zero_()
     at(1.0).zero_()
@@ -82,9 +111,9 @@ def test_what_goes_in_is_left_as_it_was():
         return self.fc(x)
 
     model, x = frozen(Custom(run, fc=nn.Linear(3, 2))), random(6, 3)
-    overfitter, deltas, before = overfitter_of(model, "fc.weight", x), deltas_of(model, "fc.weight", 6), copied(x)
+    deltas, before = deltas_of(model, "fc.weight", 6), copied(x)
     weight, given = model.fc.weight.clone(), deltas.clone()
-    at = overfitter.along(overfitter.first_pass(x), x, deltas)
+    at = line_of(model, "fc.weight", x, deltas)
     found = [at(strength) for strength in (1.0, 1.0)]
     assert torch.equal(found[0], found[1])
     assert torch.equal(x, before)
@@ -104,20 +133,17 @@ def test_a_model_that_comes_to_the_layer_by_another_way_than_recorded():
     """What the record gives is then not used, and all is computed anew."""
     torch.manual_seed(5)
     model, x = frozen(Custom(in_rounds, enter=nn.Linear(3, 3), fc=nn.Linear(3, 2), rounds=2)), random(6, 3)
-    overfitter, deltas = overfitter_of(model, "fc.weight", x), deltas_of(model, "fc.weight", 6)
+    overfitter, deltas = overfitter_of(model, "fc.weight", copied(x), RECIPES["sgd"]), deltas_of(model, "fc.weight", 6)
     first = overfitter.first_pass(x)
     assert first.record is not None
     model.rounds = 1
-    at = overfitter.along(first, x, deltas)
-    for strength in STRENGTHS:
-        torch.testing.assert_close(at(strength), along_the_loop(model, "fc.weight", x, deltas, strength), **EXACT)
+    close_to_the_loop(overfitter.along(first, x, deltas), model, "fc.weight", x, deltas)
 
 
 def test_deltas_of_half_the_precision_are_taken():
-    torch.manual_seed(5)
-    model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), random(6, 3)
-    overfitter, deltas = overfitter_of(model, "2.weight", x), deltas_of(model, "2.weight", 6).float()
-    found = overfitter.along(overfitter.first_pass(x), x, deltas)(1.0)
+    model, x = perceptron()
+    deltas = deltas_of(model, "2.weight", 6).float()
+    found = line_of(model, "2.weight", x, deltas)(1.0)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, along_the_loop(model, "2.weight", x, deltas.double(), 1.0), **EXACT)
 
@@ -127,8 +153,8 @@ def test_single_precision_far_along(name):
     torch.manual_seed(6)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval().requires_grad_(False)
     x = random(20, 8, dtype=torch.float32)
-    overfitter, deltas = overfitter_of(model, name, x), deltas_of(model, name, 20).float()
-    at = overfitter.along(overfitter.first_pass(x), x, deltas)
+    deltas = deltas_of(model, name, 20).float()
+    at = line_of(model, name, x, deltas)
     for strength in (0.1, 1.0, 30.0):
         wanted = along_the_loop(model, name, x, deltas, strength)
         # float32 rounds at 6e-8 of the largest term; a hundred of these are summed.
@@ -164,9 +190,8 @@ def test_substitution_refuses(run, why):
 
 def test_a_linear_followed_at_once_by_what_works_in_place():
     """As in the heads of AlexNet and VGG; the closed form must neither fail nor have its own numbers overwritten."""
-    torch.manual_seed(5)
-    model, x = frozen(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))), random(6, 3)
-    assert overfitter_of(model, "0.weight", x).name == "outer product"
+    model, x = perceptron(lambda: nn.ReLU(inplace=True))
+    assert overfitter_of(model, "0.weight", copied(x), RECIPES["sgd"]).name == "outer product"
     equal_along(model, "0.weight", x)
 
 
@@ -175,9 +200,8 @@ def test_a_small_change_beside_a_large_bias_is_not_rounded_away():
     model, x = frozen(nn.Sequential(nn.Linear(3, 4))).float(), random(6, 3).float()
     with torch.no_grad():
         model[0].bias.fill_(1e4)
-    overfitter = overfitter_of(model, "0.weight", x)
     deltas = 1e-4 * deltas_of(model, "0.weight", 6).float()
-    change = overfitter.along(overfitter.first_pass(x), x, deltas)(1000.0) - model(x)
+    change = line_of(model, "0.weight", x, deltas)(1000.0) - model(x)
     wanted = 1000 * torch.einsum("boi,bi->bo", deltas, x)
     # The outputs themselves are rounded to 1e4 · 2^-24, about 1e-3.
     torch.testing.assert_close(change, wanted, rtol=0, atol=3e-3)

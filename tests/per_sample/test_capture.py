@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from overfitters import LAYERS, forward, make_problem
+from overfitters import LAYERS, Custom, forward, make_problem
 from torch import nn
 
 from stages.foundation.errors import TaskError
@@ -30,114 +30,92 @@ def test_capture_is_what_a_hook_sees(name, layer):
         assert torch.equal(fields[field], value), field
 
 
-class Rows(nn.Module):
+def of_rows(self, x):
     """Rows of all samples in one batch, and a module called twice."""
+    hidden = self.fc(x.flatten(0, 1)).relu()
+    return {"a": self.fc(hidden).view(*x.shape).sum(1), "b": hidden.view(len(x), -1)[:, 0]}
 
-    def __init__(self):
-        super().__init__()
-        self.fc, self.never = nn.Linear(3, 3), nn.Linear(3, 3)
 
-    def forward(self, x):
-        hidden = self.fc(x.flatten(0, 1)).relu()
-        return {"a": self.fc(hidden).view(*x.shape).sum(1), "b": hidden.view(len(x), -1)[:, 0]}
+def fields_of(model, name, x):
+    return capture(model, find_layer(model, name), forward, x)[1]
+
+
+def one_layer(run):
+    torch.manual_seed(0)
+    return Custom(run, fc=nn.Linear(3, 3), never=nn.Linear(3, 3)).requires_grad_(False)
 
 
 def test_capture_gives_each_sample_its_rows_and_counts_the_last_call():
-    torch.manual_seed(0)
-    model, x = Rows().requires_grad_(False), torch.randn(4, 5, 3)
-    output, fields = capture(model, find_layer(model, "fc.weight"), forward, x)
-    hidden = model.fc(x).relu()
+    model, x = one_layer(of_rows), torch.randn(4, 5, 3)
+    fields, output, hidden = fields_of(model, "fc.weight", x), model(x), model.fc(x).relu()
     torch.testing.assert_close(fields["layer_input"], hidden)
     torch.testing.assert_close(fields["activation"], model.fc(hidden))
     torch.testing.assert_close(fields["base_output"], torch.cat([output["a"], output["b"].unsqueeze(1)], dim=1))
 
 
-def test_capture_of_a_layer_that_is_not_called():
-    model = Rows()
-    with pytest.raises(TaskError, match=r"the module of never.weight is not called in the forward pass"):
-        capture(model, find_layer(model, "never.weight"), forward, torch.randn(4, 5, 3))
-    assert not model.never._forward_hooks
-
-
-class Shared(nn.Module):
-    """Three rows for all samples of a batch together."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return x + self.fc(x[:3]).sum(0)
-
-
-def test_capture_of_rows_that_do_not_divide_into_samples():
-    model = Shared()
-    with pytest.raises(TaskError, match=r"the input of fc.weight has shape \(3, 3\) for a batch of 4"):
-        capture(model, find_layer(model, "fc.weight"), forward, torch.randn(4, 3))
-    assert not model.fc._forward_hooks
-
-
-class Keyword(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.fc(input=x)
+@pytest.mark.parametrize(
+    ("run", "name", "x", "says"),
+    [
+        (of_rows, "never.weight", torch.ones(4, 5, 3), r"the module of never.weight is not called in the forward pass"),
+        # Three rows for all samples of a batch together.
+        (
+            lambda self, x: x + self.fc(x[:3]).sum(0),
+            "fc.weight",
+            torch.ones(4, 3),
+            r"the input of fc.weight has shape \(3, 3\) for a batch of 4",
+        ),
+    ],
+    ids=["not called", "rows that do not divide into samples"],
+)
+def test_layers_that_give_no_fields(run, name, x, says):
+    model = one_layer(run)
+    with pytest.raises(TaskError, match=says):
+        fields_of(model, name, x)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_capture_of_a_layer_called_by_keyword():
-    model, x = Keyword().requires_grad_(False), torch.randn(4, 3)
-    _, fields = capture(model, find_layer(model, "fc.weight"), forward, x)
+    model, x = one_layer(lambda self, x: self.fc(input=x)), torch.randn(4, 3)
+    fields = fields_of(model, "fc.weight", x)
     assert torch.equal(fields["layer_input"], x)
     assert torch.equal(fields["activation"], model.fc(x))
 
 
-class InPlace(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x):
-        hidden = x + 1
-        output = self.fc(hidden)
-        hidden += output
-        return hidden
-
-
 def test_the_activation_is_taken_before_a_nonlinearity_that_works_in_place():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True)).requires_grad_(False), torch.randn(5, 3)
-    _, fields = capture(model, find_layer(model, "0.weight"), forward, x)
-    torch.testing.assert_close(fields["activation"], F.linear(x, model[0].weight, model[0].bias))
+    model, x = one_layer(lambda self, x: self.fc(x).relu_()), torch.randn(5, 3)
+    wanted = F.linear(x, model.fc.weight, model.fc.bias)
+    torch.testing.assert_close(fields_of(model, "fc.weight", x)["activation"], wanted)
 
 
 def test_the_layer_input_is_taken_before_a_residual_sum_in_place():
-    torch.manual_seed(0)
-    model, x = InPlace().requires_grad_(False), torch.randn(4, 3)
-    _, fields = capture(model, find_layer(model, "fc.weight"), forward, x)
-    torch.testing.assert_close(fields["layer_input"], x + 1)
+    def run(self, x):
+        hidden = x + 1
+        hidden += self.fc(hidden)
+        return hidden
+
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(fields_of(one_layer(run), "fc.weight", x)["layer_input"], x + 1)
 
 
 def not_reduced(name, value):
     return None
 
 
-def test_wide_fields_of_a_convolution_are_pooled_over_the_picture():
-    fields = {"layer_input": torch.randn(2, 8, 32, 32), "activation": torch.randn(2, 4, 32, 32)}
-    found, notes = reduce_fields(fields, nn.Conv2d, not_reduced)
-    torch.testing.assert_close(found["layer_input"], fields["layer_input"].mean((2, 3)))
-    # 4,096 numbers exactly are not too wide.
+@pytest.mark.parametrize(
+    ("kind", "wide", "kept", "axes"),
+    [
+        # 4,096 numbers exactly are not too wide.
+        (nn.Conv2d, (8, 32, 32), (4, 32, 32), [2, 3]),
+        (nn.Linear, (10, 7, 64), (10, 7, 5), [1, 2]),
+    ],
+    ids=["of a convolution over the picture", "of others over all but the last axis"],
+)
+def test_wide_fields_are_pooled(kind, wide, kept, axes):
+    fields = {"layer_input": torch.randn(2, *wide), "activation": torch.randn(2, *kept)}
+    found, notes = reduce_fields(fields, kind, not_reduced)
+    torch.testing.assert_close(found["layer_input"], fields["layer_input"].mean(axes))
     assert torch.equal(found["activation"], fields["activation"])
-    assert notes == {"layer_input": "mean over axes [2, 3] of (8, 32, 32)"}
-
-
-def test_wide_fields_of_other_layers_are_pooled_over_all_but_the_last_axis():
-    fields = {"layer_input": torch.randn(2, 10, 7, 64), "activation": torch.randn(2, 10, 7, 5)}
-    found, notes = reduce_fields(fields, nn.Linear, not_reduced)
-    torch.testing.assert_close(found["layer_input"], fields["layer_input"].mean((1, 2)))
-    assert torch.equal(found["activation"], fields["activation"])
-    assert notes == {"layer_input": "mean over axes [1, 2] of (10, 7, 64)"}
+    assert notes == {"layer_input": f"mean over axes {axes} of {wide}"}
 
 
 def test_a_wide_vector_has_no_axis_to_pool_over():

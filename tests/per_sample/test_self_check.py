@@ -43,19 +43,20 @@ def second_axis(self, x):
     return self.fc(x.transpose(0, 1)).tanh().sum(0)
 
 
+def one(run, outputs=2):
+    """Makes a model of one layer."""
+    return lambda: Custom(run, fc=nn.Linear(3, outputs))
+
+
 PARAMETRISED = "it is parametrised, or not the weight of a module such as Linear"
+UNKNOWN = "is neither Linear, Conv1d nor Conv2d"
+SEVERAL_TIMES = "it is called several times in one forward pass"
 ELSEWHERE = "its module is not called; the weight is used from elsewhere"
 OTHERWISE = "a self-check on a few samples found substitution to give other results"
 # name: model, parameter, shape of a sample, the method, why not substitution
 NOT_SUBSTITUTABLE = {
     "tied": (Tied, "enter.weight", (3,), "vmap", "it is tied: enter.weight, leave.weight are one"),
-    "called twice": (
-        lambda: Custom(twice, fc=nn.Linear(3, 3)),
-        "fc.weight",
-        (3,),
-        "vmap",
-        "it is called several times in one forward pass",
-    ),
+    "called twice": (one(twice, 3), "fc.weight", (3,), "vmap", SEVERAL_TIMES),
     "parametrised": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2))),
         "0.parametrizations.weight.original1",
@@ -63,44 +64,14 @@ NOT_SUBSTITUTABLE = {
         "vmap",
         PARAMETRISED,
     ),
-    "samples on the second axis": (
-        lambda: Custom(second_axis, fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (5, 3),
-        "vmap",
-        "its input has 5 rows for a batch of 2",
-    ),
+    "samples on the second axis": (one(second_axis), "fc.weight", (5, 3), "vmap", "its input has 5 rows for a batch of 2"),
     # As many rows as samples, or a multiple: only the numbers tell.
-    "samples on the second axis, square": (
-        lambda: Custom(second_axis, fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (2, 3),
-        "vmap",
-        OTHERWISE,
-    ),
-    "samples on the second axis, even": (
-        lambda: Custom(second_axis, fc=nn.Linear(3, 2)),
-        "fc.weight",
-        (4, 3),
-        "vmap",
-        OTHERWISE,
-    ),
-    "also used outside its module": (lambda: Custom(both_ways, fc=nn.Linear(3, 2)), "fc.weight", (3,), "vmap", OTHERWISE),
-    "used outside its module": (lambda: Custom(elsewhere, fc=nn.Linear(3, 2)), "fc.weight", (3,), "vmap", ELSEWHERE),
-    "transposed convolution": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2)),
-        "0.weight",
-        (2, 4, 4),
-        "vmap",
-        "ConvTranspose2d is neither Linear, Conv1d nor Conv2d",
-    ),
-    "voxels": (
-        lambda: nn.Sequential(nn.Conv3d(1, 2, 2)),
-        "0.weight",
-        (1, 3, 3, 3),
-        "vmap",
-        "Conv3d is neither Linear, Conv1d nor Conv2d",
-    ),
+    "samples on the second axis, square": (one(second_axis), "fc.weight", (2, 3), "vmap", OTHERWISE),
+    "samples on the second axis, even": (one(second_axis), "fc.weight", (4, 3), "vmap", OTHERWISE),
+    "also used outside its module": (one(both_ways), "fc.weight", (3,), "vmap", OTHERWISE),
+    "used outside its module": (one(elsewhere), "fc.weight", (3,), "vmap", ELSEWHERE),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 3, 2), "weight", (2, 4, 4), "vmap", f"ConvTranspose2d {UNKNOWN}"),
+    "voxels": (lambda: nn.Conv3d(1, 2, 2), "weight", (1, 3, 3, 3), "vmap", f"Conv3d {UNKNOWN}"),
     "packed projection": (attention, "part.in_proj_weight", (5, 4), "vmap", PARAMETRISED),
     "output projection": (attention, "part.out_proj.weight", (5, 4), "vmap", ELSEWHERE),
     # torch has no batching rule for recurrent kernels.
@@ -111,13 +82,7 @@ NOT_SUBSTITUTABLE = {
         "loop",
         PARAMETRISED,
     ),
-    "branching on a value": (
-        lambda: Custom(branching_twice, fc=nn.Linear(3, 3)),
-        "fc.weight",
-        (3,),
-        "loop",
-        "it is called several times in one forward pass",
-    ),
+    "branching on a value": (one(branching_twice, 3), "fc.weight", (3,), "loop", SEVERAL_TIMES),
 }
 
 
@@ -163,7 +128,7 @@ SUBSTITUTABLE = {
     "dense": (lambda: nn.Sequential(nn.Linear(3, 2)), "0.weight", (3,)),
     "the model itself": (lambda: nn.Linear(3, 2), "weight", (3,)),
     "tokens": (lambda: nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), "0.weight", (5, 3)),
-    "rows in the batch": (lambda: Custom(rows_first, fc=nn.Linear(3, 2)), "fc.weight", (4, 3)),
+    "rows in the batch": (one(rows_first), "fc.weight", (4, 3)),
     # Without gradients torch would compute the whole layer in one kernel, and its parts would not be called.
     "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), "linear1.weight", (5, 4)),
     "sequence": (lambda: nn.Sequential(nn.Conv1d(2, 3, 2)), "0.weight", (2, 5)),
@@ -216,7 +181,7 @@ class Doubled(nn.Linear):
 def test_a_subclass_with_its_own_forward_is_not_taken_for_its_parent():
     model = frozen(nn.Sequential(Doubled(3, 2)))
     run, reason = choose(model, find_layer(model, "0.weight"), forward, random(2, 3))
-    assert (run.name, reason) == ("vmap", "Doubled is neither Linear, Conv1d nor Conv2d")
+    assert (run.name, reason) == ("vmap", f"Doubled {UNKNOWN}")
 
 
 def test_a_forward_that_is_replaced_already_is_left_alone():

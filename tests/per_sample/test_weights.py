@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from models import Residual
 from overfitters import EXACT, Custom, Tied, by_copies, convolutions, forward, frozen, random, twice
 from torch import nn
 
@@ -15,7 +16,6 @@ from stages.per_sample.layer import candidates, find_layer
 from stages.per_sample.weights import Loop, NotSubstitutable, Substitution, Vmap
 
 METHODS = (Loop, Vmap, Substitution)
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def outputs_and_gradient(method, x, weights):
@@ -44,7 +44,6 @@ def assert_equal_ways(model, name, x, weights):
     outputs=st.integers(1, 4),
     bias=st.booleans(),
 )
-@PROPERTY
 def test_linear(groups, size, middle, inputs, outputs, bias):
     """On (B, in), (B, rows, in) and (B, rows, columns, in); G weights for G·S samples."""
     model = frozen(nn.Sequential(nn.Linear(inputs, outputs, bias), nn.Tanh(), nn.Linear(outputs, 2)))
@@ -53,7 +52,6 @@ def test_linear(groups, size, middle, inputs, outputs, bias):
 
 
 @given(groups=st.integers(1, 4), size=st.integers(1, 3), rows=st.integers(1, 4))
-@PROPERTY
 def test_linear_on_the_rows_of_all_samples(groups, size, rows):
     """(B·rows, in) in the order of the samples, as `flatten(0, 1)` gives it."""
 
@@ -75,7 +73,6 @@ def test_weight_g_serves_its_own_samples():
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(convolution=convolutions(by_name=True), groups=st.integers(1, 3), size=st.integers(1, 3))
-@PROPERTY
 def test_convolutions(convolution, groups, size):
     """Every kind of padding, among them by name with each mode."""
     _, layer, picture = convolution
@@ -92,14 +89,10 @@ def test_conv2d_with_padding_by_name(padding, mode):
     assert_equal_ways(model, "weight", random(4, 2, 6, 6), random(2, 3, 2, 3, 4, seed=1))
 
 
-def test_a_layer_in_the_middle_of_a_model():
-    model = frozen(
-        nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)
-        )
-    )
-    x = random(6, 1, 6, 6)
-    for name in ("0.weight", "3.weight", "5.weight"):
+def test_layers_of_a_whole_model():
+    torch.manual_seed(0)
+    model, x = frozen(Residual()), random(6, 1, 6, 6)
+    for name in ("stem.0.weight", "blocks.1.conv1.weight", "head.weight"):
         weight = model.get_parameter(name)
         assert_equal_ways(model, name, x, weight + 0.1 * random(3, *weight.shape, seed=1))
 

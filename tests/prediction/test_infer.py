@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 import zarr
 from folders import own_task
@@ -23,32 +24,36 @@ def test_no_label_is_read_on_the_way_to_a_prediction(ocd, finished):
         assert {key: value.tobytes() for key, value in found.items()} == {key: value.tobytes() for key, value in true.items()}
 
 
-def test_predictions_are_the_base_with_its_deltas(ocd, finished):
-    """Each member's output is the base's with θ + delta, computed here by hand, and the ensemble is the mean probability."""
+def test_every_member_is_the_base_with_its_delta(ocd, finished):
+    """Against a copy of the model for each input and member; and the ensemble is the mean probability."""
     ocd(finished, "infer", "--save-deltas", "--ensemble", "3")
     found = finished.predictions()
+    assert list(found) == ["rho", "sample_index", "base_output", "output", "member_output"]
+    assert found["sample_index"].tolist() == list(range(24))
     deltas = zarr.open_group(finished.run / "infer" / "test" / "deltas.zarr", mode="r")["delta"][:]
-    model = open_run(finished.config)
-    layer, weight = model.layer, model.layer.weight(model.model).clone()
+    model, x = open_run(finished.config), torch.from_numpy(np.load(finished.root / "test.npz")["x"])
+    assert deltas.shape == (24, 3, *model.layer.matrix_shape)
     np.testing.assert_allclose(np.linalg.norm(deltas.reshape(24, 3, -1), axis=2), found["rho"][:, None].repeat(3, 1), rtol=1e-4)
-    x = torch.from_numpy(np.load(finished.root / "test.npz")["x"])
-    for i in range(4):
-        for member in range(3):
-            with torch.no_grad():
-                model.model.get_parameter(layer.name).copy_(weight + torch.from_numpy(deltas[i, member]).view(layer.shape))
-                output = model.model(x[i : i + 1])[0]
-            np.testing.assert_allclose(output.numpy(), found["member_output"][i, member], atol=1e-5)
-    mean = torch.from_numpy(found["member_output"]).softmax(2).mean(1).log()
-    np.testing.assert_allclose(found["output"], mean.numpy(), atol=1e-5)
+    wanted = reference.predict_loop(model.model, model.layer.name, x, torch.from_numpy(deltas))
+    np.testing.assert_allclose(found["member_output"], wanted.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["base_output"], model.model(x).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["output"], wanted.softmax(2).mean(1).log().numpy(), atol=1e-5)
 
 
-def test_a_larger_ensemble_keeps_the_members_there_are(ocd, finished):
-    before = finished.predictions()["member_output"]
-    ocd(finished, "infer", "--ensemble", "5")
-    grown = finished.predictions()["member_output"]
-    np.testing.assert_array_equal(grown[:, :2], before)
-    ocd(finished, "infer", "--ensemble", "5", "--force")
-    np.testing.assert_allclose(finished.predictions()["member_output"], grown, atol=1e-6)
+def test_what_comes_before_the_layer_is_computed_once(ocd, project):
+    """Whatever the ensemble: the base, the conditioning and all members come from one pass through it."""
+    folder, calls = project({"select-layer": {"layer": "2.weight"}}), []
+    ocd(folder, "run", "--quiet")
+    model = open_run(folder.config)
+    assert model.runner.method.name == "substitution"
+    before, after = model.model[0], model.model[1]
+    for module in (before, after):
+        inner = module.forward
+        module.forward = lambda x, inner=inner, module=module: calls.append(module) or inner(x)
+    for members in (1, 7):
+        model.predict(np.load(folder.root / "test.npz")["x"], members)
+        assert calls == [before, after]
+        calls.clear()
 
 
 def test_another_setting_redoes_the_answer_and_says_so(ocd, finished):
@@ -61,11 +66,15 @@ def test_another_setting_redoes_the_answer_and_says_so(ocd, finished):
         np.testing.assert_allclose(found["member_output"][:, member], found["base_output"], atol=1e-6)
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-def test_predictions_do_not_depend_on_the_batch(ocd, finished, batch):
-    before = finished.predictions()
+@pytest.mark.parametrize("batch", [1, 7, 24])
+def test_nothing_depends_on_the_batch(ocd, finished, batch):
+    before, summary = finished.predictions(), finished.summary("infer/test")
     ocd(finished, "infer", "--force", "--set", f"infer.batch_size={batch}")
     np.testing.assert_allclose(finished.predictions()["member_output"], before["member_output"], atol=1e-5)
+    found = finished.summary("infer/test")
+    assert found["rho"] == pytest.approx(summary["rho"], rel=1e-5)
+    for row, figures in found["metrics"].items():
+        assert figures == pytest.approx(summary["metrics"][row], rel=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -87,6 +96,19 @@ def test_splits_and_files_have_answers_of_their_own(ocd, finished):
     assert found["stages"]["infer"]["state"] == "done"
     assert "input-test, train, validation" in ocd(finished, "status").stdout
     np.testing.assert_array_equal(finished.predictions("input-test")["output"], finished.predictions()["output"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_npy_file_gives_the_same_bytes(finished, ocd, dtype):
+    with np.load(finished.root / "test.npz") as data:
+        x = data["x"].astype(dtype)
+    np.savez(finished.root / "one.npz", x=x)
+    np.save(finished.root / "other.npy", x)
+    for file in ("one.npz", "other.npy"):
+        ocd(finished, "infer", "--input", finished.root / file)
+    one, other = ((finished.run / "infer" / name / "predictions.npz").read_bytes() for name in ("one", "other"))
+    assert one == other
+    assert finished.summary("infer/other")["metrics"] is None
 
 
 def test_the_python_door_gives_the_commands_numbers(finished):

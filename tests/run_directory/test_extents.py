@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from expectations import ALL_DONE, STAGES, changes, from_on
+from folders import put, states, status
 
 EXTENTS = [
     ("train-base.epochs", "train-base", 2, 3, 1),
@@ -29,21 +30,21 @@ def extendable(few_samples, tmp_path):
 
 
 @pytest.mark.parametrize(("setting", "stage", "value", "larger", "smaller"), EXTENTS)
-def test_extents(extendable, status, states, ocd, setting, stage, value, larger, smaller):
-    assert states(extendable) == ALL_DONE
+def test_extents(extendable, ocd, setting, stage, value, larger, smaller):
+    assert states(ocd, extendable) == ALL_DONE
     # Smaller is less than there is.
-    found = status(extendable, "--set", f"{setting}={smaller}")
+    found = status(ocd, extendable, "--set", f"{setting}={smaller}")
     assert found[stage]["state"] == "stale"
     assert changes(found[stage]) == {setting: (value, smaller)}
     # Larger is more of the same.
-    found = status(extendable, "--set", f"{setting}={larger}")
+    found = status(ocd, extendable, "--set", f"{setting}={larger}")
     assert found[stage]["state"] == "partial"
     assert changes(found[stage]) == {setting: (value, larger)}
-    assert states(extendable, "--set", f"{setting}={larger}") == from_on(stage, "partial")
+    assert states(ocd, extendable, f"{setting}={larger}") == from_on(stage, "partial")
     ocd(extendable, stage, "--set", f"{setting}={larger}")
-    assert states(extendable, "--set", f"{setting}={larger}")[stage] == "done"
+    assert states(ocd, extendable, f"{setting}={larger}")[stage] == "done"
     # Now the former value is the smaller one.
-    assert states(extendable)[stage] == "stale"
+    assert states(ocd, extendable)[stage] == "stale"
 
 
 def test_extended_equals_whole(extendable, finished, ocd):
@@ -66,20 +67,21 @@ def test_extended_training_equals_whole(finished, project, ocd, stage, setting):
     assert finished.manifest(stage)["content"] == extended
 
 
-def test_all_samples_are_as_many_as_there_are(finished, states):
+def test_all_samples_are_as_many_as_there_are(finished, ocd):
     # 36 of 40 rows are for training, and all of them are there.
-    assert states(finished, "--set", "collect.samples=36") == ALL_DONE
-    assert states(finished, "--set", "collect.samples=1000") == ALL_DONE
-    assert states(finished, "--set", "collect.samples=35")["collect"] == "stale"
+    assert states(ocd, finished, "collect.samples=36") == ALL_DONE
+    assert states(ocd, finished, "collect.samples=1000") == ALL_DONE
+    assert states(ocd, finished, "collect.samples=35")["collect"] == "stale"
 
 
-def test_cosine_makes_max_steps_part_of_the_result(finished, status, states, ocd):
-    cosine = ("--set", "train-diffusion.lr_schedule=cosine")
-    found = status(finished, *cosine)["train-diffusion"]
+def test_cosine_makes_max_steps_part_of_the_result(finished, ocd):
+    setting = "train-diffusion.lr_schedule=cosine"
+    cosine = put(setting)
+    found = status(ocd, finished, *cosine)["train-diffusion"]
     assert found["state"] == "stale"
     assert changes(found)["train-diffusion.lr_schedule"] == ("constant", "cosine")
     ocd(finished, "train-diffusion", *cosine, "--force")
-    assert states(finished, *cosine)["train-diffusion"] == "done"
-    found = status(finished, *cosine, "--set", "train-diffusion.max_steps=60")["train-diffusion"]
+    assert states(ocd, finished, setting)["train-diffusion"] == "done"
+    found = status(ocd, finished, *cosine, "--set", "train-diffusion.max_steps=60")["train-diffusion"]
     assert found["state"] == "stale"
     assert changes(found) == {"train-diffusion.max_steps": (40, 60)}

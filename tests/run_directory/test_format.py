@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from refusals import refusal
 
 from stages.foundation.errors import ArtifactError
 from stages.run_directory.format import (
@@ -49,9 +50,7 @@ def test_a_field_that_cannot_be_is_named(change, message, tmp_path):
     raw = block().as_json()
     change(raw)
     path.write_text(json.dumps(raw))
-    with pytest.raises(ArtifactError) as error:
-        BlockRecord.read(path)
-    assert error.value.message == f"{path}: {message}"
+    assert refusal(ArtifactError, BlockRecord.read, path)[0] == f"{path}: {message}"
 
 
 def test_a_description_of_a_denoiser_that_is_not_understood(tmp_path):

@@ -1,63 +1,48 @@
 """`ocd status` tells the truth: missing, partial, stale or done, and why."""
 
-import json
 import os
 import shutil
 
 import pytest
-from expectations import ALL_DONE, STAGES, changes, from_on
-from folders import Folder, flip
+from expectations import ALL_DONE, FOLDERS, STAGES, changes, from_on
+from folders import Folder, flip, states, status
 from processes import stopped_at
 
 from stages.run_directory.folders import StageFolder
 
 
-def test_nothing_run(project, states, ocd):
+def test_nothing_run_and_then_one_stage_after_another(project, ocd):
     folder = project()
-    assert states(folder) == dict.fromkeys(STAGES, "missing")
+    assert states(ocd, folder) == dict.fromkeys(STAGES, "missing")
     assert not folder.run.exists()
     text = ocd(folder, "status").stdout
     assert all(name in text for name in STAGES)
+    for number, stage in enumerate(STAGES):
+        ocd(folder, stage)
+        assert list(states(ocd, folder).values()) == ["done"] * (number + 1) + ["missing"] * (5 - number)
 
 
-def test_everything_done(finished, status, states):
-    assert states(finished) == ALL_DONE
-    assert all(not entry["changed"] and not entry["progress"] for entry in status(finished).values())
-
-
-def test_status_writes_nothing(finished, status):
+def test_everything_done(finished, ocd):
+    """Looking writes nothing."""
     before = finished.files()
-    status(finished)
+    assert states(ocd, finished) == ALL_DONE
+    assert all(not entry["changed"] and not entry["progress"] for entry in status(ocd, finished).values())
     assert finished.files() == before
 
 
-def test_one_stage_at_a_time(project, states, ocd):
-    folder = project()
-    for number, stage in enumerate(STAGES):
-        ocd(folder, stage)
-        assert list(states(folder).values()) == ["done"] * (number + 1) + ["missing"] * (5 - number)
-
-
-def test_collect_killed_halfway(project, status, ocd):
-    folder = project({"collect": {"block_samples": 8}})
-    ocd(folder, "run", "--until", "select-layer")
+def test_collect_killed_halfway(project, ocd):
+    folder = project({"collect": {"block_samples": 8}}, until="select-layer")
     with stopped_at(2):
         ocd(folder, "collect", code=4)
-    found = status(folder)
-    assert {name: entry["state"] for name, entry in found.items()} == {
-        **dict.fromkeys(STAGES, "missing"),
-        "train-base": "done",
-        "select-layer": "done",
-        "collect": "partial",
-    }
-    assert found["collect"]["progress"] == {"done": 2, "total": 5, "unit": "blocks"}
+    assert list(states(ocd, folder).values()) == ["done", "done", "partial", "missing", "missing", "missing"]
+    assert status(ocd, folder)["collect"]["progress"] == {"done": 2, "total": 5, "unit": "blocks"}
     assert "2 of 5 blocks" in ocd(folder, "status").stdout
     # What was begun otherwise is not continued, and says so.
-    found = status(folder, "--set", "collect.steps=3")
+    found = status(ocd, folder, "--set", "collect.steps=3")
     assert found["collect"]["state"] == "stale"
     assert changes(found["collect"]) == {"collect.steps": (2, 3)}
     ocd(folder, "collect")
-    assert status(folder)["collect"]["state"] == "done"
+    assert status(ocd, folder)["collect"]["state"] == "done"
 
 
 SETTINGS = {
@@ -75,20 +60,19 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_setting_changed(finished, status, states, setting):
+def test_setting_changed(finished, setting, ocd):
     stage, was, now = SETTINGS[setting]
-    args = ("--set", f"{setting}={now}")
-    entry = status(finished, *args)[stage]
+    entry = status(ocd, finished, "--set", f"{setting}={now}")[stage]
     assert changes(entry) == {setting: (was, now)}
     assert f"{setting} was {was!r}, is now {now!r}" in entry["detail"]
-    assert states(finished, *args) == from_on(stage, "stale")
+    assert states(ocd, finished, f"{setting}={now}") == from_on(stage, "stale")
     # Set back, nothing has happened.
-    assert states(finished) == ALL_DONE
+    assert states(ocd, finished) == ALL_DONE
 
 
-def test_setting_changed_in_the_file(finished, states):
+def test_setting_changed_in_the_file(finished, ocd):
     finished.write({"collect": {"lr": 0.02}})
-    assert states(finished) == from_on("collect", "stale")
+    assert states(ocd, finished) == from_on("collect", "stale")
 
 
 @pytest.mark.parametrize(
@@ -102,61 +86,53 @@ def test_setting_changed_in_the_file(finished, states):
         "infer.batch_size=5",
     ],
 )
-def test_execution_settings_change_nothing(finished, states, ocd, setting):
-    assert states(finished, "--set", setting) == ALL_DONE
+def test_execution_settings_change_nothing(finished, ocd, setting):
+    assert states(ocd, finished, setting) == ALL_DONE
     assert "up to date" in ocd(finished, "collect", "--set", setting).stdout
-
-
-# Extents
-
-
-# Files
 
 
 # `auto`
 
 
-def test_layer_by_flag_then_plain(project, states, ocd):
-    folder = project()
-    ocd(folder, "train-base")
+def test_layer_by_flag_then_plain(project, ocd):
+    folder = project(until="train-base")
     ocd(folder, "select-layer", "--layer", "0.weight")
-    assert states(folder)["select-layer"] == "done"
+    assert states(ocd, folder)["select-layer"] == "done"
     result = ocd.json(folder, "collect")
     assert result["layer"] == "0.weight"
-    assert states(folder)["collect"] == "done"
+    assert states(ocd, folder)["collect"] == "done"
     # Another name by flag is another wish.
-    assert states(folder, "--set", "select-layer.layer=2.weight")["select-layer"] == "stale"
+    assert states(ocd, folder, "select-layer.layer=2.weight")["select-layer"] == "stale"
 
 
-def test_weights_by_flag_then_plain(project, finished, status, states, ocd):
+def test_weights_by_flag_then_plain(project, finished, ocd):
     folder = project()
     shutil.copy(finished.run / "train-base" / "base.safetensors", folder.root / "given.safetensors")
     ocd(folder, "train-base", "--weights", folder.root / "given.safetensors")
-    assert states(folder)["train-base"] == "done"
+    assert states(ocd, folder)["train-base"] == "done"
     ocd(folder, "select-layer")
-    assert states(folder)["select-layer"] == "done"
+    assert states(ocd, folder)["select-layer"] == "done"
     flip(folder.root / "given.safetensors")
-    assert list(changes(status(folder)["train-base"])) == ["content of weights"]
+    assert list(changes(status(ocd, folder)["train-base"])) == ["content of weights"]
 
 
-def test_width_found_is_kept(project, states, ocd):
-    folder = project({"train-diffusion": {"width": "auto"}})
-    ocd(folder, "run", "--until", "train-diffusion")
-    assert states(folder)["train-diffusion"] == "done"
-    width = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())["width"]
-    assert states(folder, "--set", f"train-diffusion.width={width}")["train-diffusion"] == "done"
-    assert states(folder, "--set", f"train-diffusion.width={width + 2}")["train-diffusion"] == "stale"
+def test_width_found_is_kept(project, ocd):
+    folder = project({"train-diffusion": {"width": "auto"}}, until="train-diffusion")
+    assert states(ocd, folder)["train-diffusion"] == "done"
+    width = folder.read("train-diffusion/denoiser.json")["width"]
+    assert states(ocd, folder, f"train-diffusion.width={width}")["train-diffusion"] == "done"
+    assert states(ocd, folder, f"train-diffusion.width={width + 2}")["train-diffusion"] == "stale"
 
 
 # Where folders lie
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_lone_old_folder_is_restored(finished, states, ocd, stage):
+def test_lone_old_folder_is_restored(finished, ocd, stage):
     """A power cut between the two renames of an exchange leaves only `X.old`."""
-    folder = StageFolder(finished.run, "infer/test" if stage == "infer" else stage)
+    folder = StageFolder(finished.run, FOLDERS[stage])
     os.rename(folder.path, folder.old)
-    assert states(finished) == ALL_DONE
+    assert states(ocd, finished) == ALL_DONE
     assert "up to date" in ocd(finished, stage).stdout
     # The stages that read it do not mind, either.
     ocd(finished, "infer", "--force")
@@ -164,22 +140,23 @@ def test_lone_old_folder_is_restored(finished, states, ocd, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_whole_but_not_yet_renamed(finished, states, ocd, stage):
+def test_whole_but_not_yet_renamed(finished, ocd, stage):
     """A kill after the manifest was written and before the rename."""
-    folder = StageFolder(finished.run, "infer/test" if stage == "infer" else stage)
+    folder = StageFolder(finished.run, FOLDERS[stage])
     os.rename(folder.path, folder.wip)
-    assert states(finished)[stage] != "missing"
+    assert states(ocd, finished)[stage] != "missing"
     ocd(finished, stage)
     assert not folder.wip.exists()
-    assert states(finished) == ALL_DONE
+    assert states(ocd, finished) == ALL_DONE
 
 
-def test_finished_run_elsewhere(finished, project, states, ocd, tmp_path):
+def test_finished_run_elsewhere(finished, project, ocd, tmp_path):
     """A run directory holds no path: copied with other files' times, it is as good as before."""
     shutil.copytree(finished.run, tmp_path / "copy", copy_function=shutil.copyfile)
     folder = project()
-    assert states(folder, "--run", tmp_path / "copy") == ALL_DONE
+    assert {entry["state"] for entry in status(ocd, folder, "--run", tmp_path / "copy").values()} == {"done"}
     assert "up to date" in ocd(folder, "infer", "--run", tmp_path / "copy").stdout
+    ocd(folder, "verify", "--run", tmp_path / "copy")
     assert not folder.run.exists()
 
 
@@ -189,20 +166,19 @@ def test_same_work_same_fingerprint_anywhere(finished_run, tmp_path_factory, ocd
     folder = Folder(root)
     ocd(folder, "run")
     for stage in STAGES:
-        name = "infer/test/manifest.json" if stage == "infer" else f"{stage}/manifest.json"
-        here, there = (json.loads((f.run / name).read_text()) for f in (folder, finished_run))
+        here, there = (f.manifest(FOLDERS[stage]) for f in (folder, finished_run))
         assert here["fingerprint"] == there["fingerprint"]
         assert here["content"] == there["content"]
         names = [name for name in here["files"] if name.endswith(".safetensors")]
         assert all(here["files"][name]["sha256"] == there["files"][name]["sha256"] for name in names)
 
 
-def test_data_from_code_are_trusted_by_status_alone(project, ocd, states):
+def test_data_from_code_are_trusted_by_status_alone(project, ocd):
     # Status runs no code of the user's; the stages do, and find what changed.
     folder = project({"task": {"train": "data:numbers"}}, code="models")
     (folder.root / "rows.txt").write_text(" ".join(map(str, range(30))))
     ocd(folder, "run", "--until", "collect")
-    assert states(folder)["collect"] == "done"
+    assert states(ocd, folder)["collect"] == "done"
     (folder.root / "rows.txt").write_text(" ".join(map(str, range(31))))
-    assert states(folder)["collect"] == "done"
+    assert states(ocd, folder)["collect"] == "done"
     assert "content of train" in ocd(folder, "collect", code=3).stderr

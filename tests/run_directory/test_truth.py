@@ -1,37 +1,13 @@
 """Cases in which a state, a figure or a result could quietly be wrong."""
 
-import json
 import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
+from collecting import base_of
 from folders import blocks_of, own_task, states
 from processes import stopped_at
-
-from stages.foundation.progress import Silent
-from stages.training.run import Plan, TrainingRun
-
-
-class Counter:
-    """A training whose state is its step."""
-
-    def __init__(self):
-        self.step = 0
-
-    def advance(self):
-        self.step += 1
-        return 1.0 / self.step
-
-    def state(self):
-        return {"step": torch.tensor(self.step)}
-
-    snapshot = state
-
-    def restore(self, tensors, step):
-        assert int(tensors["step"]) == step
-        self.step = step
 
 
 def test_another_validation_set_changes_the_rows_of_train(ocd, finished):
@@ -50,15 +26,13 @@ def test_another_validation_set_changes_the_rows_of_train(ocd, finished):
 
 
 def test_another_dataset_by_name_is_seen_without_loading_it(ocd, project):
-    folder = project({"task": {"train": "data:one"}}, code="models")
-    ocd(folder, "train-base")
+    folder = project({"task": {"train": "data:one"}}, code="models", until="train-base")
     assert states(ocd, folder)["train-base"] == "done"
     assert states(ocd, folder, "task.train=data:two")["train-base"] == "stale"
 
 
 def test_asking_for_less_does_not_delete_unfinished_work(ocd, project):
-    folder = project({"collect": {"block_samples": 4}})
-    ocd(folder, "run", "--until", "select-layer")
+    folder = project({"collect": {"block_samples": 4}}, until="select-layer")
     with stopped_at(5):
         ocd(folder, "collect", code=4)
     result = ocd(folder, "collect", "--set", "collect.samples=6", code=3)
@@ -68,8 +42,7 @@ def test_asking_for_less_does_not_delete_unfinished_work(ocd, project):
 
 
 def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, project):
-    folder = project({"collect": {"block_samples": 4, "samples": 12}})
-    ocd(folder, "run", "--until", "collect")
+    folder = project({"collect": {"block_samples": 4, "samples": 12}}, until="collect")
     with stopped_at(2):
         ocd(folder, "collect", "--force", "--set", "collect.steps=5", code=4)
     assert states(ocd, folder)["collect"] == "done"
@@ -81,12 +54,8 @@ def test_unfinished_work_of_other_settings_is_neither_counted_nor_deleted(ocd, p
 
 
 def test_a_task_that_trains_its_base_gets_a_model_in_train_mode(ocd, project):
-    folder = project({"task": own_task("task:Trained")}, code="tasks")
-    ocd(folder, "train-base")
-    from safetensors.torch import load_file
-
-    base = load_file(folder.run / "train-base" / "base.safetensors")
-    assert base["1.running_mean"].abs().max() > 0
+    folder = project({"task": own_task("task:Trained")}, code="tasks", until="train-base")
+    assert base_of(folder)["1.running_mean"].abs().max() > 0
 
 
 def test_random_augmentation_flat_fields_and_metrics_without_value(ocd, project):
@@ -115,7 +84,7 @@ def test_imported_weights_may_move_and_are_not_forgotten(ocd, finished):
 
 
 def test_naming_the_layer_that_was_chosen_changes_nothing(ocd, finished):
-    chosen = json.loads((finished.run / "select-layer" / "layer.json").read_text())["layer"]
+    chosen = finished.read("select-layer/layer.json")["layer"]
     assert set(states(ocd, finished, f"select-layer.layer={chosen}").values()) == {"done"}
     assert "up to date" in ocd(finished, "select-layer", "--layer", chosen).stdout
 
@@ -136,32 +105,6 @@ def test_a_reader_that_stops_reading_is_no_fault(finished):
     command = f"{sys.executable} -m ocd_cli status --json --config {finished.config} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "fault" not in done.stderr
-
-
-@pytest.mark.parametrize("stop", [30, 45])
-def test_going_on_after_an_evaluation_off_the_grid_equals_never_stopping(tmp_path, stop):
-    """The best score lies where only the shorter training looked; the longer one must not know of it."""
-    done = []
-    for name, ends in (("whole", [80]), ("continued", [stop, 80])):
-        folder = tmp_path / name
-        folder.mkdir()
-        for end in ends:
-            counter = Counter()
-            trained = TrainingRun(
-                folder,
-                "fingerprint",
-                counter,
-                lambda counter=counter: {"score": 1.0 + abs(counter.step - 37)},
-                Plan(max_steps=end, evaluate_steps=20, checkpoint_steps=7, patience=0),
-                Silent(),
-            ).run()
-        done.append((trained.best, trained.steps, (folder / "metrics.jsonl").read_bytes()))
-    assert done[0] == done[1]
-
-
-def test_a_dataset_class_is_made(ocd, project):
-    folder = project({"task": {"train": "data:Rows"}}, code="models")
-    assert ocd.json(folder, "train-base")["parameters"] == 51
 
 
 def test_small_trainings_take_one_thread_and_the_setting_decides_otherwise(ocd, finished):

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 
 from stages.foundation.errors import DataError, OcdError, TaskError
 from stages.tasks.data import ArrayDataset, Split, check_like, dataset_identity, require_tensors, split_rows
@@ -13,15 +14,16 @@ X, Y = np.arange(12.0).reshape(6, 2), np.arange(6) % 3
 
 
 class Pairs:
-    """A map-style dataset of given items."""
+    """A map-style dataset of given items, which notes those that are asked for."""
 
     def __init__(self, items):
-        self.items = items
+        self.items, self.asked = items, set()
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
+        self.asked.add(index)
         item = self.items[index]
         if isinstance(item, Exception):
             raise item
@@ -138,18 +140,8 @@ def test_identity_changes_with_length_and_order():
     assert dataset_identity(Pairs(items()[::-1]), "train") != known
 
 
-class Counted(Pairs):
-    def __init__(self, items):
-        super().__init__(items)
-        self.asked = set()
-
-    def __getitem__(self, index):
-        self.asked.add(index)
-        return super().__getitem__(index)
-
-
 def test_identity_of_a_large_dataset_asks_for_a_few_seeded_items():
-    dataset = Counted([(torch.tensor(float(i)), 0) for i in range(5000)])
+    dataset = Pairs([(torch.tensor(float(i)), 0) for i in range(5000)])
     known = dataset_identity(dataset, "train")
     asked = set(dataset.asked)
     assert 55 <= len(asked) <= 64
@@ -209,9 +201,7 @@ def test_inputs_like_the_training_set_pass():
     ],
 )
 def test_inputs_unlike_the_training_set(x, says):
-    with pytest.raises(DataError) as caught:
-        check_like(x, torch.zeros(2, 3), "new.npz")
-    assert caught.value.message == says
+    assert refusal(DataError, check_like, x, torch.zeros(2, 3), "new.npz")[0] == says
 
 
 def test_outputs_must_be_tensors():

@@ -1,4 +1,4 @@
-"""The user's data: what a file must hold and what is said where it does not; batches of any kind; identity; splits."""
+"""Files of the user's data: what they must hold, and what is said where they do not."""
 
 import io
 import re
@@ -7,12 +7,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from refusals import refusal
 
 from stages.foundation.errors import DataError
 from stages.tasks.data import load_npz
 
 X, Y = np.arange(12.0).reshape(6, 2), np.arange(6) % 3
-WRITE = 'write one with numpy.savez("train.npz", x=x, y=y)'
 
 
 @pytest.fixture
@@ -22,11 +22,10 @@ def path(tmp_path):
 
 def refused(path, labels=True):
     """The message of the one error that a file is refused with, without the file's path."""
-    with pytest.raises(DataError) as caught:
-        load_npz(path, labels=labels)
-    assert caught.value.message.startswith(str(path))
-    assert caught.value.hint
-    return caught.value.message.removeprefix(str(path))
+    message, hint = refusal(DataError, load_npz, path, labels=labels)
+    assert message.startswith(str(path))
+    assert hint
+    return message.removeprefix(str(path))
 
 
 # Files
@@ -36,14 +35,8 @@ def refused(path, labels=True):
 @pytest.mark.parametrize(
     ("given", "taken"),
     [
-        (np.float64, torch.float32),
-        (np.float32, torch.float32),
-        (np.float16, torch.float32),
-        (">f8", torch.float32),
-        (np.int64, torch.int64),
-        (np.int32, torch.int64),
-        (np.int8, torch.int64),
-        (np.bool_, torch.int64),
+        *((given, torch.float32) for given in (np.float64, np.float32, np.float16, ">f8")),
+        *((given, torch.int64) for given in (np.int64, np.int32, np.int8, np.bool_)),
     ],
 )
 def test_dtypes(path, save, given, taken):
@@ -76,32 +69,13 @@ def test_labels_that_may_be_missing(path):
     assert load_npz(path, labels=False).y.tolist() == Y.tolist()
 
 
-def test_missing_file(path):
-    with pytest.raises(DataError) as caught:
-        load_npz(path, labels=True)
-    assert caught.value.message == f"{path} is missing"
-    assert caught.value.hint == "ocd.toml names it under [task]; relative paths start at its folder"
-
-
-def ragged():
-    found = np.empty(6, dtype=object)
-    found[:] = [[0] * i for i in range(6)]
-    return found
-
-
-NO_NUMBERS = [np.array(["a"] * 6), np.zeros(6, dtype=complex), np.zeros(6, dtype="datetime64[s]")]
 # What a file holds, and the message.
 ARRAYS = {
     "no y": ({"x": X, "labels": Y}, " has no array y; it has x, labels"),
     "neither": ({"inputs": X, "labels": Y}, " has no array x or y; it has inputs, labels"),
     "nothing": ({}, " has no array x or y; it has none"),
-    "ragged": ({"x": ragged(), "y": Y}, ": x is ragged or holds Python objects, which would need pickle"),
-    "objects": ({"x": X, "y": np.array([{}] * 6)}, ": y is ragged or holds Python objects, which would need pickle"),
-    **{str(one.dtype): ({"x": X, "y": one}, f": y has dtype {one.dtype}, expected numbers") for one in NO_NUMBERS},
-    "a single number": ({"x": X, "y": 3}, ": y is a single number, expected one row per sample"),
-    "no rows": ({"x": X[:0], "y": Y[:0]}, " is empty: x has shape (0, 2)"),
+    "dates": ({"x": X, "y": np.zeros(6, dtype="datetime64[s]")}, ": y has dtype datetime64[s], expected numbers"),
     "unlike lengths": ({"x": np.zeros((1200, 2)), "y": np.zeros(7)}, ": x has 1,200 rows, y has 7"),
-    "pictures as bytes": ({"x": X.astype(np.uint8), "y": Y}, ": x is uint8, which models do not take"),
     "too large for single precision": ({"x": np.where(X == 8, 1e300, X), "y": Y}, ": x[4] is not finite"),
 }
 
@@ -117,17 +91,7 @@ def test_arrays_that_are_refused(path, name):
 def test_what_is_refused_says_how_to_write_it(path):
     np.savez(path, inputs=X, labels=Y)
     assert refused(path, labels=False) == " has no array x; it has inputs, labels"
-    for arrays, hint in (({}, WRITE), ({"x": X.astype(np.uint8), "y": Y}, "x.astype('float32') / 255")):
-        np.savez(path, **arrays)
-        with pytest.raises(DataError) as caught:
-            load_npz(path, labels=True)
-        assert hint in caught.value.hint
-
-
-def test_single_array(path):
-    with path.open("wb") as file:
-        np.save(file, X)
-    assert refused(path) == " is not an npz file: it is a single array"
+    assert 'write one with numpy.savez("train.npz", x=x, y=y)' in refusal(DataError, load_npz, path, labels=True)[1]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.save])
@@ -161,10 +125,17 @@ def test_inputs_alone_cut_short(path):
     assert refused(path, labels=False).startswith(" is not an npz or npy file: ")
 
 
-@pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"PK\x03\x04 and then nothing of the kind"])
-def test_file_of_another_kind(path, content):
-    path.write_bytes(content)
-    assert refused(path).startswith(" is not an npz file: ")
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_an_npy_file_is_left_in_its_place(tmp_path, dtype):
+    x = np.arange(200).reshape(50, 4).astype(dtype)
+    np.save(tmp_path / "new.npy", x)
+    loaded = load_npz(tmp_path / "new.npy", labels=False)
+    found = np.load(tmp_path / "new.npy", mmap_mode="r+")
+    found[3] = 7
+    found.flush()
+    assert loaded.x[3].tolist() == [7] * 4
+    loaded.x[3] = 8
+    assert found[3].tolist() == [7] * 4
 
 
 @pytest.mark.parametrize("row", [0, 5, 4095, 4096, 9000])
@@ -218,18 +189,6 @@ def test_archive_with_a_password(path):
             content[match.start() + flags] |= 1
     path.write_bytes(content)
     assert refused(path).startswith(" is not an npz file: ")
-
-
-# Batches
-
-
-# Identity
-
-
-# Splits
-
-
-# New inputs beside known ones
 
 
 def test_a_file_without_a_name_ending(tmp_path):

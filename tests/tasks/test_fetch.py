@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from refusals import refusal
 from serving import serving
 
 from stages.foundation.errors import DataError, SettingsError
@@ -28,6 +29,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def place(folder, content):
+    (folder / "toy").mkdir(parents=True)
+    (folder / NAME).write_bytes(content)
+
+
 def files(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -49,25 +55,22 @@ def test_a_mirror_that_fails_is_followed_by_the_next(server, cache, first):
 
 def test_no_good_mirror_leaves_nothing_and_says_why(server, cache):
     url, _ = server
-    with pytest.raises(DataError) as error:
-        fetch(NAME, [f"{url}/bad", f"{url}/missing"], SHA256)
-    assert f"{url}/bad: SHA256 hash of downloaded file (data.gz) does not match" in error.value.message
-    assert "404" in error.value.message
-    assert str(cache / NAME) in error.value.hint
+    message, hint = refusal(DataError, fetch, NAME, [f"{url}/bad", f"{url}/missing"], SHA256)
+    assert f"{url}/bad: SHA256 hash of downloaded file (data.gz) does not match" in message
+    assert "404" in message
+    assert str(cache / NAME) in hint
     assert files(cache) == []
 
 
 def test_a_damaged_cache_is_downloaded_again(server, cache):
     url, _ = server
-    (cache / "toy").mkdir(parents=True)
-    (cache / NAME).write_bytes(b"half")
+    place(cache, b"half")
     assert fetch(NAME, [f"{url}/good"], SHA256).read_bytes() == CONTENT
 
 
 def test_ocd_data_comes_first_and_is_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("OCD_DATA", str(tmp_path))
-    (tmp_path / "toy").mkdir()
-    (tmp_path / NAME).write_bytes(CONTENT)
+    place(tmp_path, CONTENT)
     assert fetch(NAME, [], SHA256) == tmp_path / NAME
     (tmp_path / NAME).write_bytes(b"other")
     with pytest.raises(DataError, match="another sha256"):
@@ -77,21 +80,17 @@ def test_ocd_data_comes_first_and_is_checked(tmp_path, monkeypatch):
 def test_without_pooch_nothing_is_downloaded(server, cache, monkeypatch):
     url, requests = server
     monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(SettingsError) as error:
-        fetch(NAME, [f"{url}/good"], SHA256)
-    assert error.value.hint == 'pip install "torch-ocd[examples]"'
+    assert refusal(SettingsError, fetch, NAME, [f"{url}/good"], SHA256)[1] == 'pip install "torch-ocd[examples]"'
     assert requests == []
-    (cache / "toy").mkdir(parents=True)
-    (cache / NAME).write_bytes(CONTENT)
+    place(cache, CONTENT)
     assert fetch(NAME, [], SHA256) == cache / NAME
 
 
 def test_a_truncated_download_is_told_by_its_length(server, cache):
     url, _ = server
     for sha256 in (SHA256, None):
-        with pytest.raises(DataError) as error:
-            fetch(NAME, [f"{url}/short"], sha256)
-        assert re.search(rf"/short: .*IncompleteRead\({len(CONTENT) // 2} bytes read", error.value.message)
+        message, _ = refusal(DataError, fetch, NAME, [f"{url}/short"], sha256)
+        assert re.search(rf"/short: .*IncompleteRead\({len(CONTENT) // 2} bytes read", message)
     assert files(cache) == []
 
 
@@ -103,13 +102,11 @@ def test_without_a_checksum_the_first_download_s_is_recorded_and_demanded(server
     assert sorted(files(cache)) == [path, record]
     assert fetch(NAME, [], None).read_bytes() == CONTENT
     path.write_bytes(b"other")
-    with pytest.raises(DataError) as error:
-        fetch(NAME, [f"{url}/good"], None)
     other = hashlib.sha256(b"other").hexdigest()
-    assert error.value.message == (
-        f"{path} has changed: its sha256 is {other[:12]}…, {SHA256[:12]}… was recorded when it was new"
+    assert refusal(DataError, fetch, NAME, [f"{url}/good"], None) == (
+        f"{path} has changed: its sha256 is {other[:12]}…, {SHA256[:12]}… was recorded when it was new",
+        f"delete it and {record} to download it again",
     )
-    assert error.value.hint == f"delete it and {record} to download it again"
     assert requests == ["/short", "/good"]
     path.unlink()
     with pytest.raises(DataError, match=rf"/bad: SHA256 .* expected sha256:{SHA256}") as error:
@@ -120,8 +117,7 @@ def test_without_a_checksum_the_first_download_s_is_recorded_and_demanded(server
 
 
 def test_without_a_checksum_a_file_put_into_the_cache_is_recorded_when_first_used(cache):
-    (cache / "toy").mkdir(parents=True)
-    (cache / NAME).write_bytes(CONTENT)
+    place(cache, CONTENT)
     assert fetch(NAME, [], None) == cache / NAME
     assert (cache / f"{NAME}.sha256").read_text().split() == [SHA256, "data.gz"]
 
@@ -135,7 +131,6 @@ def test_a_checksum_given_later_outranks_the_recorded_one(server, cache):
 
 def test_without_a_checksum_ocd_data_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("OCD_DATA", str(tmp_path))
-    (tmp_path / "toy").mkdir()
-    (tmp_path / NAME).write_bytes(b"anything")
+    place(tmp_path, b"anything")
     assert fetch(NAME, [], None) == tmp_path / NAME
     assert sorted(files(tmp_path)) == [tmp_path / NAME]

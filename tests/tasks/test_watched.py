@@ -1,12 +1,11 @@
 """What else a task may say: modules to watch, where its samples lie, and what its own trainer reports."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from folders import PROJECTS, make_folder, own_task, reader_of, store
 from overfitters import forward
+from refusals import refusal
 from torch import nn
 
 from stages.evaluation.neighbours import input_blocks, nearest, places_of
@@ -19,10 +18,7 @@ from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.modules import load_object
 from stages.tasks.protocol import Task
 
-SETTINGS = {
-    "select-layer": {"layer": "fc.weight", "draws": 0},
-    "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]},
-}
+SETTINGS = {"select-layer": {"layer": "fc.weight", "draws": 0}, "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]}}
 
 
 def known_task():
@@ -58,7 +54,7 @@ def test_what_is_watched_is_stored_under_the_modules_names(watched_run):
     np.testing.assert_allclose(arrays["early_wide"], 999.5 * x[:, :3], rtol=1e-4)
     summary = folder.summary("collect")
     assert summary["pooled"] == {"early_wide": "mean over axes [1] of (2000, 3)"}
-    fields = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())["fields"]
+    fields = folder.read("train-diffusion/denoiser.json")["fields"]
     assert (fields["early_gate"], fields["early_wide"]) == (5, 3)
 
 
@@ -160,9 +156,8 @@ def test_coordinates_of_another_shape(ocd, watched, monkeypatch, shape, says):
     assert first[1] == "  give one row of numbers a sample, (B, d)"
     task = Task()
     task.coordinates = lambda x: {"one axis": x[:, 0], "one row": x[:1, :3], "list": x.tolist()}[shape]
-    with pytest.raises(TaskError) as error:
-        places_of(task, torch.zeros(5, 4))
-    assert error.value.message == f"coordinates() gave {says} for a batch of 5"
+    message, _ = refusal(TaskError, places_of, task, torch.zeros(5, 4))
+    assert message == f"coordinates() gave {says} for a batch of 5"
 
 
 def test_without_coordinates_it_is_the_numbers():

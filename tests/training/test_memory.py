@@ -1,50 +1,29 @@
-"""What training takes of memory: the estimate against what is held, refusals of what does not fit, and micro-batches."""
+"""The estimate of what training takes of memory, against what is held."""
 
-import re
 import weakref
 
 import pytest
 import torch
-from folders import results, store
-from networks import random
+from networks import describe, random, sketch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.diffusion.delta_batch import DeltaBatch
-from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, make_denoiser, resolve
+from stages.diffusion.denoisers import FACTORED, MLP, PAPER, SMALL, make_denoiser
 from stages.diffusion.denoising import denoising_errors, step_draws
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
-from stages.foundation.config import TrainDiffusionTable
-from stages.run_directory.format import DenoiserDescription
-from stages.training import denoiser as denoiser_training
-from stages.training.denoiser import MEMORY_SHARE, MOST_ON_CPU, DenoiserSettings, micro_batch
-from stages.training.denoising_steps import DenoisingSteps
 from stages.training.memory import BYTES_PER_PARAMETER, activation_bytes, operations, parameters, training_bytes
-from stages.training.ranks import Ranks
 from stages.training.trainer import Trainer
 
-FIELDS, CPU = {"layer_input": 7, "activation": 5}, torch.device("cpu")
-
-
-def describe(preset, shape, **settings):
-    decided = resolve(TrainDiffusionTable(preset=preset, **settings).model_dump(), shape)
-    return {**decided, "shape": list(shape), "fields": FIELDS, "schedule": "ddpm"}
-
-
-def sketch(description):
-    with torch.device("meta"):
-        return make_denoiser(description)
-
-
-# The estimate
+FIELDS = {"layer_input": 7, "activation": 5}
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile hold at one time."""
+    """The most bytes that tensors made meanwhile hold at one time, those of some others left out."""
 
-    def __init__(self):
+    def __init__(self, besides):
         super().__init__()
-        self._known, self._now, self.most = set(), 0, 0
+        self._known, self._now, self.most = {tensor.untyped_storage()._cdata for tensor in besides}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -70,9 +49,8 @@ class Live(TorchDispatchMode):
 
 def held(denoiser, rows):
     """Bytes held at most during a training step's loss and its way back, beside the parameters."""
-    schedule, live = make_schedule("ddpm", denoiser.shape[0] * denoiser.shape[1], denoiser.prediction), Live()
-    live._known |= {p.untyped_storage()._cdata for p in denoiser.parameters()}
-    with live:
+    schedule = make_schedule("ddpm", denoiser.shape[0] * denoiser.shape[1], denoiser.prediction)
+    with Live(denoiser.parameters()) as live:
         fields = {name: torch.randn(rows, width) for name, width in FIELDS.items()}
         data = DeltaBatch(fields, torch.ones(rows), torch.randn(rows, *denoiser.shape))
         t, noise = step_draws(rows, denoiser.shape, schedule.steps, 0)
@@ -93,31 +71,29 @@ U_NETS = {
 @pytest.mark.parametrize("name", U_NETS)
 def test_estimate_of_u_nets_is_what_is_held(name):
     preset, shape, settings = U_NETS[name]
-    description = describe(preset, shape, **settings)
     torch.manual_seed(0)
-    denoiser = make_denoiser(description)
+    denoiser, outline = make_denoiser(describe(preset, shape, FIELDS, **settings)), sketch(preset, shape, FIELDS, **settings)
     # What each further row takes: the gradients of the parameters are there in any case.
     measured = (held(denoiser, 6) - held(denoiser, 3)) / 3
-    estimate = activation_bytes(sketch(description))
+    estimate = activation_bytes(outline)
     # Never too little; 1.06 to 1.15 times as much has been seen: beside what is kept, three of the largest tensors are allowed.
     assert measured <= estimate <= 1.5 * measured, (estimate, measured)
     # Norms work in float32 whatever the precision: a third is saved.
-    assert activation_bytes(sketch(description), half=True) == pytest.approx(2 * estimate / 3, abs=2)
+    assert activation_bytes(outline, half=True) == pytest.approx(2 * estimate / 3, abs=2)
 
 
 @pytest.mark.parametrize("preset", [MLP, FACTORED])
 def test_estimate_of_dense_networks_is_what_is_held(preset):
-    description = describe(preset, (30, 40))
-    denoiser = make_denoiser(description)
+    denoiser = make_denoiser(describe(preset, (30, 40), FIELDS))
     # So many rows that the parameters' gradients are little beside them.
     measured = (held(denoiser, 1000) - held(denoiser, 500)) / 500
     # The deltas and what is made of them are most of it; one of their size is allowed beside those that were found.
-    assert measured <= activation_bytes(sketch(description)) <= 1.2 * measured
+    assert measured <= activation_bytes(sketch(preset, (30, 40), FIELDS)) <= 1.2 * measured
 
 
 def test_training_keeps_five_numbers_a_parameter():
     """The weights, their gradients, AdamW's two moments, the average: counted in a trainer after a step."""
-    denoiser = MlpDenoiser((3, 4), make_denoiser(describe(MLP, (3, 4), width=16)).encoder, 16, 1, X0)
+    denoiser = MlpDenoiser((3, 4), make_denoiser(describe(MLP, (3, 4), FIELDS, width=16)).encoder, 16, 1, X0)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
     fields = {name: random(2, width) for name, width in FIELDS.items()}
 
@@ -133,223 +109,11 @@ def test_training_keeps_five_numbers_a_parameter():
 
 
 def test_estimate_of_training_is_the_sum():
-    found = sketch(describe(SMALL, (16, 16), width=8))
+    found = sketch(SMALL, (16, 16), FIELDS, width=8)
     assert training_bytes(found, 5) == 20 * parameters(found) + 5 * activation_bytes(found)
 
 
 def test_operations_are_counted():
     """Of an MLP by hand: the products of its layers and of the conditioning's."""
-    found = sketch(describe(MLP, (3, 4), width=16, blocks=2))
+    found = sketch(MLP, (3, 4), FIELDS, width=16, blocks=2)
     assert operations(found) == 16 * 16 + 12 * 16 + 2 * (16 * 32 + 2 * 16 * 16) + 16 * 12 + 16 * sum(FIELDS.values())
-
-
-# Micro-batches
-
-
-def decided(preset=SMALL, batch_size=64, micro_batch_size="auto"):
-    """Settings with nothing left to decide."""
-    table, description = TrainDiffusionTable(micro_batch_size=micro_batch_size), describe(preset, (16, 16))
-    record = DenoiserDescription(**{key: value for key, value in description.items() if key not in ("lr", "batch_size")})
-    return DenoiserSettings(table, record, 1e-3, batch_size, False, 0, lambda: make_denoiser(description))
-
-
-def with_memory(monkeypatch, free):
-    monkeypatch.setattr(denoiser_training, "free_memory", lambda device: free)
-
-
-@pytest.mark.parametrize(("fits", "wanted"), [(100, 64), (64, 64), (63, 32), (16, 16), (15, 8), (1, 1)])
-def test_micro_batches_are_halved_until_they_fit(monkeypatch, fits, wanted):
-    settings = decided(MLP)
-    with_memory(monkeypatch, training_bytes(settings.sketch, fits))
-    assert micro_batch(settings, 1, CPU) == wanted
-
-
-def test_micro_batches_of_u_nets_on_a_cpu_are_small(monkeypatch):
-    with_memory(monkeypatch, 2**60)
-    assert micro_batch(decided(), 1, CPU) == MOST_ON_CPU == 16
-    assert micro_batch(decided(batch_size=5), 1, CPU) == 5
-    assert micro_batch(decided(batch_size=9), 2, CPU) == 5
-    assert micro_batch(decided(micro_batch_size=48), 1, CPU) == 48
-    assert micro_batch(decided(micro_batch_size=100), 1, CPU) == 64
-    assert micro_batch(decided(MLP), 1, CPU) == 64
-
-
-def test_free_memory_is_a_share_of_what_is_available(monkeypatch):
-    monkeypatch.setattr(denoiser_training, "available_memory", lambda: 1000)
-    assert denoiser_training.free_memory(CPU) == int(MEMORY_SHARE * 1000)
-    monkeypatch.setattr(denoiser_training, "available_memory", lambda: None)
-    assert denoiser_training.free_memory(CPU) > 2**60
-
-
-SHAPE, BATCH, SCHEDULE = (3, 4), 16, make_schedule("ddpm", 12, X0)
-
-
-class Full(MlpDenoiser):
-    """Out of memory with more than so many rows."""
-
-    most = 10**9
-
-    def forward(self, noisy, t, encoded):
-        if len(noisy) > self.most:
-            raise torch.OutOfMemoryError("simulated")
-        return super().forward(noisy, t, encoded)
-
-
-def training(micro, on_progress=None):
-    """A trainer of a few steps, its steps, and its denoiser."""
-    torch.manual_seed(0)
-    denoiser = Full(SHAPE, make_denoiser(describe(MLP, SHAPE, width=16)).encoder, 16, 2, X0)
-
-    def batches(step):
-        while True:
-            fields = {name: random(BATCH, width, seed=step) for name, width in FIELDS.items()}
-            rows = DeltaBatch(fields, torch.ones(BATCH), random(BATCH, *SHAPE, seed=step), torch.arange(BATCH) + 100 * step)
-            yield rows, *step_draws(BATCH, SHAPE, SCHEDULE.steps, step)
-            step += 1
-
-    smaller = (lambda rows: None) if on_progress is None else on_progress.append
-    options = {"batch_size": BATCH, "micro_batch": micro, "half": False, "ranks": Ranks(), "seed": 0}
-    steps = DenoisingSteps(denoiser, SCHEDULE, batches, smaller=smaller, **options)
-    return Trainer(denoiser, torch.optim.AdamW(denoiser.parameters(), lr=1e-2), steps), steps, denoiser
-
-
-def losses(micro):
-    trainer, _, _ = training(micro)
-    return [trainer.advance() for _ in range(10)], trainer
-
-
-@pytest.mark.parametrize("micro", [1, 3, 8, 15])
-def test_micro_batches_train_as_whole_batches_do(micro):
-    whole, trainer = losses(BATCH)
-    found, parts = losses(micro)
-    # The same sums in another order, in float32, over ten steps.
-    assert found == pytest.approx(whole, rel=1e-5)
-    assert whole[-1] < whole[0]
-    for one, other in zip(trainer.network.parameters(), parts.network.parameters(), strict=True):
-        # Adam divides by the gradients' size, and so keeps the rounding of small ones.
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
-
-
-def test_a_step_of_tuning_is_not_divided():
-    def tuning(*given):
-        raise torch.OutOfMemoryError
-
-    on_progress = []
-    trainer, steps, _ = training(BATCH, on_progress)
-    steps.tuning = tuning
-    with pytest.raises(torch.OutOfMemoryError):
-        trainer.advance()
-    assert on_progress == []
-
-
-def test_running_out_of_memory_halves_the_micro_batch_and_goes_on():
-    whole, _ = losses(BATCH)
-    on_progress = []
-    trainer, steps, denoiser = training(BATCH, on_progress)
-    denoiser.most = 5
-    found = [trainer.advance() for _ in range(3)]
-    assert on_progress == [8, 4]
-    # Later on there is less still.
-    denoiser.most = 1
-    found += [trainer.advance() for _ in range(7)]
-    assert on_progress == [8, 4, 2, 1]
-    assert steps.micro_batch == 1
-    assert trainer.step == 10
-    # The same sums in another order, in float32.
-    assert found == pytest.approx(whole, rel=1e-5)
-
-
-def test_running_out_of_memory_within_a_batch_leaves_no_trace():
-    """The first half of the batch has left its gradients when memory runs out in the second."""
-    whole, one = losses(BATCH)
-    trainer, _, denoiser = training(8)
-    forward, calls = denoiser.forward, []
-
-    def second_fails(*args):
-        calls.append(len(args[0]))
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("simulated")
-        return forward(*args)
-
-    denoiser.forward = second_fails
-    assert trainer.advance() == pytest.approx(whole[0], rel=1e-5)
-    assert calls == [8, 8, 4, 4, 4, 4]
-    denoiser.forward = forward
-    assert [trainer.advance() for _ in range(9)] == pytest.approx(whole[1:], rel=1e-5)
-    assert trainer.step == one.step
-
-
-def test_one_row_that_does_not_fit_ends_the_training():
-    trainer, _, denoiser = training(2)
-    denoiser.most = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        trainer.advance()
-    assert trainer.step == 0
-
-
-# From the command line
-
-
-def u_net(project, **settings):
-    chosen = {"preset": "small", "width": 32, "blocks": "auto", "max_steps": 2, "evaluate_steps": 1, **settings}
-    return project({"train-diffusion": chosen})
-
-
-def planned(folder, micro, preset=SMALL, **settings):
-    """Bytes that training takes by the estimate."""
-    found = store(folder)
-    fields = {name: found[name][0].size for name in ("layer_input", "activation", "base_output")}
-    shape = found["delta"].shape[1:]
-    return training_bytes(sketch({**describe(preset, shape, **settings), "fields": fields}), micro)
-
-
-def refused(ocd, folder, monkeypatch, free, *words):
-    """What is said where there is too little memory; nothing is written."""
-    monkeypatch.setattr(denoiser_training, "available_memory", lambda: int(free / MEMORY_SHARE) + 1)
-    before = folder.files()
-    said = ocd(folder, "train-diffusion", *words, code=4).stderr
-    assert folder.files() == before
-    return " ".join(said.split())
-
-
-def test_a_training_that_does_not_fit_is_refused(ocd, project, monkeypatch):
-    folder = u_net(project)
-    ocd(folder, "run", "--quiet", "--until", "collect")
-    shape = "×".join(map(str, store(folder)["delta"].shape[1:]))
-    needed = planned(folder, 1, width=32)
-    said = refused(ocd, folder, monkeypatch, needed - 1000)
-    free = denoiser_training.free_memory(CPU)
-    wanted = f"training preset small of width 32 on deltas of {shape} takes about {needed:,} bytes of memory with 1 at once; "
-    assert wanted + f"{free:,} may be taken" in said
-    assert "a smaller network with --set train-diffusion.width=N or --set train-diffusion.preset=mlp" in said
-    ocd(folder, "train-diffusion", "--quiet", "--set", "train-diffusion.width=8")
-
-
-def test_a_micro_batch_of_ones_own_that_does_not_fit_is_refused(ocd, project, monkeypatch):
-    shape = {"width": 8, "multipliers": [1, 2, 2]}
-    folder = u_net(project, **shape, micro_batch_size=16)
-    ocd(folder, "run", "--quiet", "--until", "collect")
-    said = refused(ocd, folder, monkeypatch, planned(folder, 16, **shape) - 1000)
-    assert "fewer at once with --set train-diffusion.micro_batch_size=auto" in said
-    ocd(folder, "train-diffusion", "--quiet", "--set", "train-diffusion.micro_batch_size=auto")
-
-
-def test_running_out_of_memory_is_told_and_trained_through(ocd, project, monkeypatch):
-    folder = project()
-    ocd(folder, "run", "--quiet", "--until", "train-diffusion")
-    before = (folder.run / "train-diffusion" / "metrics.jsonl").read_text()
-    forward, sizes = MlpDenoiser.forward, []
-
-    def full(self, noisy, t, encoded):
-        if len(noisy) > 5 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("simulated")
-        sizes.append(len(noisy))
-        return forward(self, noisy, t, encoded)
-
-    monkeypatch.setattr(MlpDenoiser, "forward", full)
-    said = ocd(folder, "train-diffusion", "--force").stderr
-    assert re.findall(r"memory ran out: from here on (\d+) deltas at once", said) == ["8", "4"]
-    assert max(sizes) <= 5
-    after = (folder.run / "train-diffusion" / "metrics.jsonl").read_text()
-    assert after.count("\n") == before.count("\n")
-    assert results(folder, "train-diffusion")

@@ -1,11 +1,9 @@
 """Encoders from the command line: VGG-11 with weights that are given, and modules of the user's own."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from folders import make_folder, own_task, put, states
+from folders import own_task, put, states
 from networks import CONVOLUTIONS, torchvision_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,16 +15,15 @@ SMALL_TRAINING = {"max_steps": 4, "evaluate_steps": 2, "batch_size": 4, "encoder
 
 
 @pytest.fixture(scope="module")
-def collected_pictures(ocd, tmp_path_factory):
+def collected_pictures(make_run):
     """A project through collect, with a file of weights and a module of encoders beside it; not to be changed."""
     settings = {
         "task": own_task("mytask:Seen"),
         "select-layer": {"draws": 0, "layer": "2.weight"},
         "train-diffusion": SMALL_TRAINING | {"encoders": ENCODERS},
     }
-    folder = make_folder(tmp_path_factory.mktemp("pictures") / "project", settings, "seen")
+    folder = make_run(settings, "forms", "collect")
     save_file(torchvision_weights(), folder.root / "vgg.safetensors")
-    ocd(folder, "run", "--quiet", "--until", "collect")
     return folder
 
 
@@ -45,7 +42,7 @@ def trained_pictures(ocd, collected_pictures, tmp_path_factory):
 
 def test_a_run_with_encoders_predicts(trained_pictures):
     folder = trained_pictures
-    description = json.loads((folder.run / "train-diffusion" / "denoiser.json").read_text())
+    description = folder.read("train-diffusion/denoiser.json")
     assert description["encoders"] == {
         "picture": {"kind": "vgg11", "shape": [3, 8, 8]},
         "given": {"kind": "myencoder:bend", "shape": [3]},
@@ -59,7 +56,7 @@ def test_a_run_with_encoders_predicts(trained_pictures):
     assert kept["encoder.encoders.of_given.module.0.weight"].shape == (7, 3)
     assert kept["encoder.encoders.of_seen.weight"].shape == (16, 6)
     found = folder.predictions()
-    assert found["output"].shape == (12, 3)
+    assert found["output"].shape == (30, 3)
     assert np.isfinite(found["output"]).all()
     assert (found["member_output"][:, 0] != found["member_output"][:, 1]).any()
 

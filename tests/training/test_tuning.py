@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from planted import helping
+from folders import put_all
+from planted import HELPING
 from torch import nn
 
 from stages.diffusion.conditioning import ConditioningEncoder
@@ -52,14 +53,8 @@ def test_after_all_passes_it_is_the_sampler(prediction):
     denoiser, schedule = made(prediction), make_schedule("ddpm", 12, X0)
     fields = {"a": torch.randn(5, 2)}
     encoded = denoiser.encode(fields)
-    wanted = sample(
-        lambda noisy, t: denoiser(noisy, t, encoded),
-        schedule,
-        first_noise(5),
-        prediction=prediction,
-        sampler=DDIM,
-        sample_steps=10,
-    )
+    options = {"prediction": prediction, "sampler": DDIM, "sample_steps": 10}
+    wanted = sample(lambda noisy, t: denoiser(noisy, t, encoded), schedule, first_noise(5), **options)
     found = drawn_with_gradient(denoiser, schedule, fields, first_noise(5).draw(), 10, 10)
     torch.testing.assert_close(found, unit(wanted), rtol=1e-5, atol=1e-5)
 
@@ -115,9 +110,8 @@ def test_it_is_the_loss_with_the_drawn_delta():
     losses = found(denoiser, rows, 7)
     passes = len(denoiser.seen)
     assert 1 <= passes <= SAMPLE_STEPS
-    noise = torch.stack(
-        [torch.randn(SHAPE, generator=generator(0, "train-diffusion", "tune", 7, number)) for number in (5, 2, 0)]
-    )
+    draws = [generator(0, "train-diffusion", "tune", 7, number) for number in (5, 2, 0)]
+    noise = torch.stack([torch.randn(SHAPE, generator=draw) for draw in draws])
     drawn = drawn_with_gradient(denoiser, found.schedule, rows.fields, noise, passes, SAMPLE_STEPS)
     wanted = []
     for place, sample_number in enumerate((3, 1, 4)):
@@ -153,18 +147,11 @@ def test_noise_on_the_conditioning_is_for_training_alone():
     torch.testing.assert_close(noisy.std(0), wanted, rtol=0.06, atol=0)
 
 
-def ensemble_loss(ocd, folder):
-    results = ocd.json(folder, "infer")
-    return results["metrics"]["ocd ensemble"]["mse"]
-
-
-def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, tmp_path):
+def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, project):
     """A base whose residual is a known function of what the layer sees: with the task's loss it falls further."""
-    folder = helping(tmp_path / "project")
-    ocd(folder, "run")
-    plain = ensemble_loss(ocd, folder)
-    changed = {"tune_after": 100, "tune_samples": 32, "conditioning_noise": 0.05}
-    words = [word for key, value in changed.items() for word in ("--set", f"train-diffusion.{key}={value}")]
+    folder = project(HELPING, "infer", code="planted")
+    plain = ocd.json(folder, "infer")["metrics"]["ocd ensemble"]["mse"]
+    words = put_all("train-diffusion", {"tune_after": 100, "tune_samples": 32, "conditioning_noise": 0.05})
     shown = ocd(folder, "train-diffusion", "--force", *words).stdout
     assert "held-out loss of the task with generated deltas 0." in shown
     assert ocd.json(folder, "train-diffusion", *words)["held_out_task_loss"] < 1
@@ -172,10 +159,9 @@ def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, tmp_path):
     assert ocd.json(folder, "infer", *words)["metrics"]["ocd ensemble"]["mse"] < 0.9 * plain
 
 
-def test_an_extended_training_is_the_same_as_a_whole_one(ocd, tmp_path):
-    folder = helping(tmp_path / "project")
-    words = ["--set", "train-diffusion.tune_after=10", "--set", "train-diffusion.conditioning_noise=0.1"]
-    ocd(folder, "run", "--until", "collect")
+def test_an_extended_training_is_the_same_as_a_whole_one(ocd, project):
+    folder = project(HELPING, "collect", code="planted")
+    words = put_all("train-diffusion", {"tune_after": 10, "conditioning_noise": 0.1})
     weights = folder.run / "train-diffusion" / "denoiser.safetensors"
     ocd(folder, "train-diffusion", *words, "--set", "train-diffusion.max_steps=40")
     whole = weights.read_bytes()
@@ -185,9 +171,9 @@ def test_an_extended_training_is_the_same_as_a_whole_one(ocd, tmp_path):
     assert weights.read_bytes() == whole
 
 
-def test_only_a_tuned_denoiser_depends_on_the_task(ocd, tmp_path):
+def test_only_a_tuned_denoiser_depends_on_the_task(ocd, project):
     """What only tuning reads of the task leaves base and deltas as they are."""
-    folder = helping(tmp_path / "project")
+    folder = project(HELPING, code="planted")
     short = ["--set", "train-diffusion.max_steps=20"]
     tuned = [*short, "--set", "train-diffusion.tune_after=10"]
     code, weights = folder.root / "mytask.py", folder.run / "train-diffusion" / "denoiser.safetensors"
@@ -213,20 +199,18 @@ def test_only_a_tuned_denoiser_depends_on_the_task(ocd, tmp_path):
     assert "up to date" in ocd(folder, "train-diffusion", *short).stdout
 
 
-def test_losses_may_be_negative(ocd, tmp_path):
-    folder = helping(tmp_path / "project")
-    code = folder.root / "mytask.py"
-    code.write_text(code.read_text().replace("return mse(output, y)", "return mse(output, y) - 5"))
+def test_losses_may_be_negative(ocd, project):
+    folder = project(HELPING, code="planted")
+    folder.edit("mytask.py", "return mse(output, y)", "return mse(output, y) - 5")
     ocd(folder, "run", "--until", "collect")
-    words = ["--set", "train-diffusion.tune_after=5", "--set", "train-diffusion.max_steps=10"]
+    words = put_all("train-diffusion", {"tune_after": 5, "max_steps": 10})
     # A unit is about five, and the error itself about one.
     assert -1.5 < ocd.json(folder, "train-diffusion", *words)["held_out_task_loss"] < 0
 
 
-def test_tuning_that_would_never_begin_is_refused(ocd, tmp_path):
-    folder = helping(tmp_path / "project")
-    ocd(folder, "run", "--until", "collect")
-    words = ["--set", "train-diffusion.tune_after=40", "--set", "train-diffusion.max_steps=40"]
+def test_tuning_that_would_never_begin_is_refused(ocd, project):
+    folder = project(HELPING, "collect", code="planted")
+    words = put_all("train-diffusion", {"tune_after": 40, "max_steps": 40})
     stderr = ocd(folder, "train-diffusion", *words, code=2).stderr
     assert "train-diffusion.tune_after = 40, but the training ends at max_steps = 40: nothing is tuned" in stderr
     assert "give it fewer than 40 steps on deltas, or 0 for no tuning" in stderr

@@ -13,10 +13,13 @@ from stages.tasks.protocol import Task
 
 
 class Base(Task):
-    classes = 3
+    kind = CLASSIFICATION
 
     def model(self):
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def loss(self, output, y):
+        return F.cross_entropy(output, y, reduction="none")
 
     def labels(self, x, draw):
         return (x[:, :3] + torch.randn(len(x), 3, generator=draw)).argmax(1)
@@ -37,8 +40,6 @@ class Base(Task):
 
 
 class LogProbabilities(Base):
-    kind = CLASSIFICATION
-
     def model(self):
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.LogSoftmax(1))
 
@@ -48,8 +49,6 @@ class LogProbabilities(Base):
 
 class Binary(Base):
     """One number a sample."""
-
-    kind = CLASSIFICATION
 
     def model(self):
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(0))
@@ -75,8 +74,6 @@ class Two(nn.Module):
 
 
 class ADict(Base):
-    kind = CLASSIFICATION
-
     def model(self):
         return Two()
 
@@ -89,8 +86,6 @@ class ADict(Base):
 
 class Pictures(Base):
     """A class for every pixel."""
-
-    kind = CLASSIFICATION
 
     def model(self):
         return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1))
@@ -106,11 +101,6 @@ class Pictures(Base):
 
 class Names(Base):
     """Metrics with the names of ocd's own."""
-
-    kind = CLASSIFICATION
-
-    def loss(self, output, y):
-        return F.cross_entropy(output, y, reduction="none")
 
     def metrics(self, output, y):
         own = 2 * F.cross_entropy(output, y, reduction="none")
@@ -148,15 +138,19 @@ class OwnFields(Base):
 class FromAFile(Base):
     """Data that only code reads."""
 
-    kind = CLASSIFICATION
-
     def points(self, name, count):
         found = super().points(name, count)
         found.x = found.x * float(pathlib.Path(__file__).with_name("scale.txt").read_text())
         return found
 
-    def loss(self, output, y):
-        return F.cross_entropy(output, y, reduction="none")
+
+class Seen(Base):
+    """Its conditioning is a picture, the output and what the layer saw."""
+
+    def conditioning(self, x, output, captured):
+        side = torch.cat([x, -x], dim=1)
+        picture = side[:, None, :, None] * side[:, None, None, :] * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+        return {"picture": picture, "given": output, "seen": captured["layer_input"]}
 
 
 class OneNumber(Names):

@@ -12,49 +12,40 @@ from stages.tasks.protocol import Task
 class Hopeless(Task):
     """Labels independent of x: nothing about a sample tells its delta."""
 
-    kind = CLASSIFICATION
+    kind, sizes = CLASSIFICATION, {"train": 300, "validation": 200, "test": 300}
 
     def model(self):
         return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
 
-    def points(self, name, count):
-        draw = generator("planted", name)
+    def points(self, name):
+        count, draw = self.sizes[name], generator("planted", name)
         return ArrayDataset(torch.randn(count, 6, generator=draw), torch.randint(3, (count,), generator=draw))
 
     def train(self):
-        return self.points("train", 300)
+        return self.points("train")
 
     def validation(self):
-        return self.points("validation", 200)
+        return self.points("validation")
 
     def test(self):
-        return self.points("test", 300)
+        return self.points("test")
 
     def loss(self, output, y):
         return cross_entropy(output, y)
 
 
-class Planted(Task):
+class Planted(Hopeless):
     """The label is a known function of what the layer sees, which the base, being linear, does not express: whoever looks at
     the layer's input knows the sign of each sample's error."""
 
-    kind = REGRESSION
+    kind, sizes = REGRESSION, {"train": 400, "validation": 200, "test": 200}
 
     def model(self):
         return nn.Sequential(nn.Linear(3, 3, bias=False))
 
-    def points(self, name, count):
-        x = torch.randn(count, 3, generator=generator("planted", name))
+    def points(self, name):
+        x = torch.randn(self.sizes[name], 3, generator=generator("planted", name))
         return ArrayDataset(x, torch.stack([x[:, 0].sign() * x[:, 1], x[:, 0].abs(), x[:, 2]], dim=1))
-
-    def train(self):
-        return self.points("train", 400)
-
-    def validation(self):
-        return self.points("validation", 200)
-
-    def test(self):
-        return self.points("test", 200)
 
     def loss(self, output, y):
         return mse(output, y)

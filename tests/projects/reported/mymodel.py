@@ -1,4 +1,4 @@
-"""Models, losses and data after public reports about neighbouring libraries; what becomes of each stands in tests/reported.py."""
+"""Models, losses and data after public reports about neighbouring libraries; tests/reported.py says what becomes of each."""
 
 import random
 from collections import OrderedDict, namedtuple
@@ -218,22 +218,22 @@ class QuietTrain(Net):
 
 
 class Codes(nn.Module):
-    options: dict = {}
+    max_norm, sparse = None, False
 
     def __init__(self):
         super().__init__()
-        self.emb, self.head = nn.Embedding(12, 4, **self.options), nn.Linear(4, 2)
+        self.emb, self.head = nn.Embedding(12, 4, max_norm=self.max_norm, sparse=self.sparse), nn.Linear(4, 2)
 
     def forward(self, x):
         return self.head(self.emb(x).mean(1))
 
 
 class MaxNorm(Codes):
-    options = {"max_norm": 1.0}
+    max_norm = 1.0
 
 
 class SparseGradients(Codes):
-    options = {"sparse": True}
+    sparse = True
 
 
 class TimeFirst(nn.Module):

@@ -36,7 +36,7 @@ class Two(nn.Module):
         return {"logits": self.head(torch.tanh(self.left(x["a"]) + self.right(x["b"])))}
 
 
-class Pairs(torch.utils.data.Dataset):
+class Noisy(torch.utils.data.Dataset):
     def __init__(self, count, seed):
         draw = torch.Generator().manual_seed(seed)
         self.x, self.y = torch.randn(count, 4, generator=draw), torch.arange(count) % 3
@@ -44,6 +44,11 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.y)
 
+    def __getitem__(self, index):
+        return self.x[index] + 0.1 * torch.randn(4), self.y[index]
+
+
+class Pairs(Noisy):
     def __getitem__(self, index):
         return {"a": self.x[index, :2], "b": self.x[index, 2:]}, self.y[index]
 
@@ -71,18 +76,6 @@ class Paired(Task):
 
     def conditioning(self, x, output, captured):
         return {"both": torch.cat([x["a"], x["b"]], dim=1), "layer_input": captured["layer_input"]}
-
-
-class Noisy(torch.utils.data.Dataset):
-    def __init__(self, count, seed):
-        draw = torch.Generator().manual_seed(seed)
-        self.x, self.y = torch.randn(count, 4, generator=draw), torch.arange(count) % 3
-
-    def __len__(self):
-        return len(self.y)
-
-    def __getitem__(self, index):
-        return self.x[index] + 0.1 * torch.randn(4), self.y[index]
 
 
 class Normed(Task):
