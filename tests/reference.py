@@ -69,8 +69,9 @@ def one_overfit(model, parameter_name, loss, x, y, stepper_of, until_converged, 
             break
         stepper.step()
         taken += 1
-    overfit_loss = loss(net(copied(x)), y).sum().detach()
+    # Before another pass, which may change the weight in place.
     delta = (weight.detach() - start).flatten(1)
+    overfit_loss = loss(net(copied(x)), y).sum().detach()
     return delta, delta.square().sum().sqrt(), base_loss, overfit_loss, largest, torch.tensor(taken)
 
 

@@ -97,7 +97,9 @@ LOSSES = {
     "hardest": Report("mining of the hardest samples", loss("hardest"), [ACROSS]),
     "cox_loss": Report("Cox's partial likelihood", loss("cox", "Flat"), [ACROSS], data=numbers),
     "inbatch_contrastive": Report("a contrastive loss inside the batch", loss("contrastive", "Normalised"), [ACROSS]),
-    "loss_class": Report("a loss class", {"loss": "torch.nn:CrossEntropyLoss"}, ["is a class", 'reduction="none"']),
+    "loss_class": Report(
+        "a loss class", model("Net") | {"loss": "torch.nn:CrossEntropyLoss"}, ["is a class", 'reduction="none"']
+    ),
     "quantiles": Report("quantiles", loss("pinball"), data=numbers),
     "quantiles_scored": Report(
         'quantiles with `kind = "regression"`',
@@ -152,14 +154,15 @@ MODELS = {
 }
 DATA = {
     "numpy_augmentation": Report(
-        "augmentation by numpy's and Python's generators", {"train": "mymodel:Augmented", "test": "mymodel:Augmented"}
+        "augmentation by numpy's and Python's generators",
+        model("Net") | {"train": "mymodel:Augmented", "test": "mymodel:Augmented"},
     ),
     "unseeded": Report(
         "augmentation by a generator without a seed",
-        {"train": "mymodel:Unseeded", "test": "mymodel:Unseeded"},
+        model("Net") | {"train": "mymodel:Unseeded", "test": "mymodel:Unseeded"},
         ["is another item each time", "seed"],
     ),
-    "loader": Report("a DataLoader", {"train": "mymodel:loader"}, ["DataLoader", "dataset"]),
+    "loader": Report("a DataLoader", model("Net") | {"train": "mymodel:loader"}, ["DataLoader", "dataset"]),
     "two_inputs": Report(
         "x as a tuple of inputs",
         model("TwoInputs") | {"train": "mymodel:Pairs", "test": "mymodel:Pairs"},

@@ -62,7 +62,12 @@ def activation_bytes(model: nn.Module, layer: Layer, forward: Forward, x: Tree) 
 
 
 def forward_operations(model: nn.Module, forward: Forward, x: Tree) -> int:
-    """Floating-point operations (products of matrices, convolutions, attention) of one sample's forward pass."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward(model, x)
+    """Floating-point operations (products of matrices, convolutions, attention) of one sample's forward pass; two for each
+    parameter where torch cannot count them."""
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            forward(model, x)
+    except (OcdError, RuntimeError):
+        # A model that asks for gradients itself, say.
+        return 2 * sum(parameter.numel() for parameter in model.parameters())
     return counter.get_total_flops() // batch_size(x)

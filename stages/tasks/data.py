@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.seeds import generator, global_seed, seed_of
@@ -110,6 +110,8 @@ class Split:
 
 
 def _length(dataset: Any, name: str) -> int:
+    if isinstance(dataset, DataLoader):
+        raise DataError(f"{name} is a DataLoader, expected the dataset that it loads from", "name that: loader.dataset")
     try:
         count = len(dataset)
     except TypeError as error:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.foundation.errors import DataError, TaskError
-from stages.foundation.trees import Tree, tree_map
+from stages.foundation.trees import Tree, leaves, tree_map
 from stages.tasks.losses import (
     CLASSIFICATION,
     OTHER,
@@ -68,8 +68,20 @@ class Task:
         return None
 
     def forward(self, model: nn.Module, x: Tree) -> Tree:
-        """The model's output for a batch."""
-        return model(x)
+        """The model's output for a batch.
+
+        Raises:
+            TaskError: x is a tuple or dict, and the model takes its parts one by one.
+        """
+        try:
+            return model(x)
+        except TypeError as error:
+            if isinstance(x, Tensor) or "argument" not in str(error):
+                raise
+            raise TaskError(
+                f"model(x) gets x as one argument, a {type(x).__name__} of {len(leaves(x))}: {error}",
+                "write a Task class whose forward() calls model(*x), or model(**x) for a dict",
+            ) from error
 
     def metrics(self, output: Tree, y: Tree) -> dict[str, Tensor]:
         """Figures to report, each (B,). By kind: cross-entropy and accuracy, mse and mae, or the loss."""

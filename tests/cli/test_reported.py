@@ -59,6 +59,8 @@ def test_deltas_equal_the_plain_loop(ocd, reported, name):
     ocd(folder, "verify")
     context = RunContext(load_project(folder.config))
     settings, base = context.project.settings.collect, context.base_to_overfit()
+    # Plain torch cannot do that where nothing before it has a gradient.
+    base.reentrant = False
     reader = reader_of(folder)
     split = context.splits["all"]
     stored = {key: reader.read(key)[:FEW] for key in ("delta", "base_loss", "degenerate", "sample_index")}
