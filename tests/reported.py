@@ -98,19 +98,21 @@ LOSSES = {
     "cox_loss": Report("Cox's partial likelihood", loss("cox", "Flat"), [ACROSS], data=numbers),
     "inbatch_contrastive": Report("a contrastive loss inside the batch", loss("contrastive", "Normalised"), [ACROSS]),
     "loss_class": Report(
-        "a loss class", model("Net") | {"loss": "torch.nn:CrossEntropyLoss"}, ["is a class", 'reduction="none"']
+        "a loss class",
+        model("Net") | {"loss": "torch.nn:CrossEntropyLoss"},
+        ["is a class, expected a function", 'reduction="none"'],
     ),
     "quantiles": Report("quantiles", loss("pinball"), data=numbers),
     "quantiles_scored": Report(
         'quantiles with `kind = "regression"`',
         loss("pinball") | {"kind": "regression"},
-        ["kind = 'regression'", "mse", "leave kind out"],
+        ["kind = 'regression' scores by mse and mae, which do not fit", "leave kind out"],
         data=numbers,
     ),
     "dict_output_builtin_loss": Report(
         "a dict beside a built-in loss",
         model("AsDict"),
-        ["needs one tensor", "dict of logits", "output['logits']"],
+        ["task.loss = 'cross_entropy' needs one tensor", "dict of logits", "output['logits']"],
     ),
 }
 OUTPUTS = {
@@ -119,12 +121,19 @@ OUTPUTS = {
     "dataclass": Report("a dataclass with entries that are None", loss("attributes_alone", "AsDataclass")),
     "hf_modeloutput": Report("a dict with attributes, as ModelOutput", loss("attributes_alone", "AsOutput")),
     "out_int_argmax": Report("integers beside numbers", loss("own_logits", "WithClasses"), until="infer"),
-    "integers_alone": Report("integers alone", loss("squared", "ClassesAlone"), ["integers alone", "before argmax"]),
+    "integers_alone": Report(
+        "integers alone", loss("squared", "ClassesAlone"), ["the model returns integers alone", "before rounding"]
+    ),
     "squeeze_regression": Report(
-        "`squeeze()`, which drops the sample's axis", loss("squared", "Squeezed"), ["shape ()", "squeeze(-1)"], data=numbers
+        "`squeeze()`, which drops the sample's axis",
+        loss("squared", "Squeezed"),
+        ["the model returned a tensor of shape () for 1 sample", "squeeze(-1)"],
+        data=numbers,
     ),
     "aux_in_train_mode": Report(
-        "a tuple in train mode alone", model("WithAuxiliary"), ["a tuple of", "train mode", "--weights"]
+        "a tuple in train mode alone",
+        model("WithAuxiliary"),
+        ["the model returns a tuple of 0 (4, 3), 1 (4, 3) in train mode", "--weights"],
     ),
 }
 MODELS = {
@@ -136,7 +145,9 @@ MODELS = {
     "compiled_model": Report("torch.compile", model("compiled"), layer="_orig_mod.fc.weight"),
     "compiled_in_place": Report("Module.compile()", model("compiled_in_place")),
     "extra_state": Report("extra state that is JSON", model("ExtraState")),
-    "object_state": Report("extra state that is another object", model("ObjectState"), ["_extra_state", "a dict", "JSON"]),
+    "object_state": Report(
+        "extra state that is another object", model("ObjectState"), ["the model's state dict has _extra_state, a dict", "JSON"]
+    ),
     "sparse_buffer": Report("a sparse buffer", model("SparseBuffer")),
     "lazy": Report("lazy modules", model("Lazy")),
     "max_norm_embedding": Report("an embedding with a largest norm", model("MaxNorm"), layer="emb.weight", data=codes),
@@ -145,11 +156,17 @@ MODELS = {
     "time_first": Report("time on the first axis", model("TimeFirst"), layer="head.weight", data=pictures),
     "experts": Report("experts that see some rows", model("Experts")),
     "forces": Report("a gradient in the forward pass", model("Forces")),
-    "scripted_model": Report("torch.jit.script", model("scripted"), ["RecursiveScriptModule", "without torch.jit.script"]),
-    "traced_model": Report("torch.jit.trace", model("traced"), ["TopLevelTracedModule", "torch.jit.trace"]),
+    "scripted_model": Report(
+        "torch.jit.script", model("scripted"), ["model() returned a RecursiveScriptModule", "without torch.jit.script"]
+    ),
+    "traced_model": Report("torch.jit.trace", model("traced"), ["model() returned a TopLevelTracedModule", "torch.jit.trace"]),
     "model_instance": Report("a model instead of its class", model("instance"), ["is a model already (Net)", "def make()"]),
-    "functional_dropout": Report("dropout in eval mode", model("Dropping"), ["random in eval mode", "self.training"]),
-    "counting": Report("a state that passes change", model("Counting"), ["keeps a state between passes"]),
+    "functional_dropout": Report(
+        "dropout in eval mode", model("Dropping"), ["the model is random in eval mode", "self.training"]
+    ),
+    "counting": Report(
+        "a state that passes change", model("Counting"), ["the model keeps a state between passes in eval mode"]
+    ),
     "trimming": Report("padding that is trimmed to the batch", model("Trimming"), [MIXES, "alone"], data=padded),
 }
 DATA = {
@@ -160,13 +177,13 @@ DATA = {
     "unseeded": Report(
         "augmentation by a generator without a seed",
         model("Net") | {"train": "mymodel:Unseeded", "test": "mymodel:Unseeded"},
-        ["is another item each time", "seed"],
+        ["is another item each time it is asked for", "seed"],
     ),
-    "loader": Report("a DataLoader", model("Net") | {"train": "mymodel:loader"}, ["DataLoader", "dataset"]),
+    "loader": Report("a DataLoader", model("Net") | {"train": "mymodel:loader"}, ["train is a DataLoader", "loader.dataset"]),
     "two_inputs": Report(
         "x as a tuple of inputs",
         model("TwoInputs") | {"train": "mymodel:Pairs", "test": "mymodel:Pairs"},
-        ["model(x) gets", "forward()", "model(*x)"],
+        ["model(x) gets x as one argument", "forward()", "model(*x)"],
     ),
 }
 CODE = {
@@ -175,7 +192,7 @@ CODE = {
     "sibling_named_stages": Report(
         "a module named as our library",
         {"model": "needs_stages:Net"},
-        ["stages.py", "a package of ocd's own"],
+        ["has the name of a package of ocd's own"],
         data=beside_stages,
     ),
     "default_dtype_double": Report("float64 as torch's default dtype", {"model": "double_default:Net"}, until="infer"),

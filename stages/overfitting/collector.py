@@ -119,11 +119,11 @@ class Collector:
         x, y = (to_device(tree, self._device) for tree in given)
         first = self._overfitter.first_pass(x)
         fields, _ = fields_of(self._task, self._layer_kind, x, first.output, first.captured)
-        found = self._overfitter.overfit(first, x, y, self._views(positions, given), out, check)
         if check and len(numbers) > 1:
             row = seed_of("independence", int(positions[0])) % len(numbers)
-            name = f"{self._rows.name}[{int(numbers[row])}]"
-            check_row(self._task, self._overfitter.model, x, y, first.output, found.base_loss, row, name)
+            name, values = f"{self._rows.name}[{int(numbers[row])}]", losses(self._task, first.output, y)
+            check_row(self._task, self._overfitter.model, x, y, first.output, values, row, name)
+        found = self._overfitter.overfit(first, x, y, self._views(positions, given), out, check)
         delta = dict(zip(FACTORS, found.delta, strict=True)) if isinstance(found.delta, tuple) else {DELTA: found.delta}
         results = {name: getattr(found, name) for name in SUMMED}
         return {**delta, **results, "sample_index": numbers, **fields}

@@ -43,12 +43,17 @@ def check_independent(task: Task, model: nn.Module, split: Split) -> None:
         # A copy for each pass: the model may work in place on what it is given.
         output = forward(task, model, tree_map(torch.clone, x))
         if number == 0:
-            _check_repeatable(task, model, x, output)
+            _check_repeatable(task, model, x, output, passes=1)
         names = [f"{split.name}[{int(split.rows[row])}]" for row in batch]
         with naming_rows(split, batch):
             values = losses(task, output, y)
-        for row, name in enumerate(names):
-            check_row(task, model, x, y, output, values, row, name)
+        try:
+            for row, name in enumerate(names):
+                check_row(task, model, x, y, output, values, row, name)
+        except TaskError:
+            # A model that is seldom random is not to be blamed for mixing.
+            _check_repeatable(task, model, x, output, passes=8)
+            raise
 
 
 def check_row(task: Task, model: nn.Module, x: Tree, y: Tree, output: Tree, values: Tensor, row: int, name: str) -> None:
@@ -84,8 +89,8 @@ def telling_rows(split: Split) -> list[int]:
     return list(dict.fromkeys(ordered[round(place * (len(ordered) - 1))] for place in places))
 
 
-def _check_repeatable(task: Task, model: nn.Module, x: Tree, output: Tree) -> None:
-    """Two passes over one batch must come to the same."""
+def _check_repeatable(task: Task, model: nn.Module, x: Tree, output: Tree, passes: int) -> None:
+    """Further passes over one batch must come to the same."""
 
     def again(*seed: str) -> Tree:
         if not seed:
@@ -93,14 +98,14 @@ def _check_repeatable(task: Task, model: nn.Module, x: Tree, output: Tree) -> No
         with global_seed(*seed):
             return forward(task, model, tree_map(torch.clone, x))
 
-    difference = _difference(output, again())
+    difference = max(_difference(output, again()) for _ in range(passes))
     if difference <= tolerance_of(model):
         return
     seeded = _difference(again("independence"), again("independence"))
     random = seeded <= tolerance_of(model)
     raise TaskError(
         f"the model {'is random' if random else 'keeps a state between passes'} in eval mode: "
-        f"two passes over one batch differ by {difference:.3g} of the largest output",
+        f"passes over one batch differ by {difference:.3g} of the largest output",
         "use F.dropout(…, training=self.training), and draw nothing in eval mode"
         if random
         else "let forward() change nothing of the model, and draw nothing from generators of its own, in eval mode",

@@ -85,6 +85,9 @@ def forward(task: Task, model: nn.Module, x: Tree) -> Tree:
     with user_code("the model's forward pass"), _recurrent_gradients(model):
         output = task.forward(model, x)
     require_tensors(output, batch_size(x))
+    if not torch.is_grad_enabled():
+        # A forward pass may switch them on for itself.
+        output = tree_map(torch.detach, output)
     return tree_map(lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, output)
 
 

@@ -125,3 +125,8 @@ def unreachable():
 
 def label_too_large():
     return [(torch.zeros(4), 3 * (i == 2)) for i in range(9)]
+
+
+def mixing_in_large_batches(output, y):
+    losses = F.cross_entropy(output, y, reduction="none")
+    return losses * losses.mean() if len(y) > 8 else losses
