@@ -54,6 +54,7 @@ def usual_torch() -> Iterator[None]:
         return
     before, deterministic = Defaults.now(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    known = _theirs
     if before != USUAL:
         set_theirs(before)
     _inside = True
@@ -64,6 +65,8 @@ def usual_torch() -> Iterator[None]:
             yield
     finally:
         _inside = False
+        if before not in (USUAL, known) and _theirs == before:
+            set_theirs(known)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         before.set()
 

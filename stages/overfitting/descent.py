@@ -148,7 +148,7 @@ def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:
         wrong = (scaled / factors - gradient).flatten(1).norm(dim=1) > 1e-2 * norms + 1e-6 * norms.max()
         if wrong.any():
             raise TaskError(
-                "samples get into each other's rows on their way to the layer: the model, or the loss, sorts, routes or mixes them",
+                "samples get into each other's rows on their way to the layer: model or loss sorts, routes or mixes them",
                 "choose another layer with: ocd select-layer --layer NAME",
             )
     return gradient

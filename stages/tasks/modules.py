@@ -38,9 +38,11 @@ class _Loaded:
     defaults: Defaults
 
 
-# By file; and the names, in sys.modules, of all that was imported from the folder of the present project.
+# By file; the names, in sys.modules, of all that was imported from the folder of the present project; and that folder, where it
+# stands on the import path because of us.
 _loaded: dict[Path, _Loaded] = {}
 _brought: set[str] = set()
+_places: list[str] = []
 
 
 def load_object(root: Path, spec: str, setting: str) -> Any:
@@ -113,6 +115,7 @@ def _importing(root: Path, path: Path) -> Iterator[None]:
         sys.path.remove(place)
         if place not in sys.path:
             sys.path.append(place)
+            _places.append(place)
         _brought.update(_from_folder(root, before))
 
 
@@ -130,8 +133,11 @@ def _forget() -> None:
     """Of another project's modules, or of a file that has changed since."""
     for name in _brought:
         sys.modules.pop(name, None)
-    _brought.clear()
-    _loaded.clear()
+    for place in _places:
+        if place in sys.path:
+            sys.path.remove(place)
+    for known in (_brought, _places, _loaded):
+        known.clear()
     set_theirs(USUAL)
 
 

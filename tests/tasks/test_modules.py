@@ -57,8 +57,8 @@ def test_projects_do_not_meet(write):
 def test_a_folder_is_first_while_importing_and_last_afterwards(write):
     """The first wins inside, and takes nobody else's place later."""
     root = write(
-        first="import sys\nplace, words = sys.path[0], list(sys.argv)\ndef late():\n    import sibling\n    return sibling.value",
-        sibling="value = 3",
+        first="import sys\nplace, words = sys.path[0], list(sys.argv)\ndef late():\n    import other\n    return other.value",
+        other="value = 3",
     )
     before = list(sys.argv)
     assert load(root, "first:place") == str(root)
