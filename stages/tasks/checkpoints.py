@@ -96,11 +96,6 @@ def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Impo
         DataError: missing, unreadable, not a state dict, or of another model (which keys, which shapes).
     """
     entries = _entries(_read(path))
-    if key is not None:
-        known = [name for name, _ in entries]
-        entries = [(name, tensors) for name, tensors in entries if name == key]
-        if not entries:
-            raise DataError(f"{path} has no entry {key!r} with tensors", f"it has {_few([name or ROOT for name in known])}")
     if not entries:
         raise DataError(f"{path} holds no state dict of tensors", "save model.state_dict()")
     wanted = set(model.state_dict())
@@ -108,18 +103,19 @@ def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Impo
         (candidate for name, tensors in entries for candidate in _candidates(name, tensors, wanted)),
         key=lambda candidate: (-candidate.matching, candidate.averaged, len(candidate.beside)),
     )
-    fitting = [candidate for candidate in found if candidate.matching == found[0].matching]
+    if key is not None:
+        known = list(dict.fromkeys(candidate.place for candidate in found))
+        found = [candidate for candidate in found if key in (candidate.key, candidate.place)]
+        if not found:
+            raise DataError(f"{path} has no entry {key!r} with keys of the model", f"it has {_few(known) or 'none at all'}")
     for candidate in found:
         unexpected = _load(model, candidate)
         if unexpected is not None:
-            others = [other for other in fitting if other is not candidate and other.matching == candidate.matching]
-            ignored = sorted({*candidate.beside, *unexpected})
-            named = [
-                f"{other.key}{'.' if other.key and other.prefix else ''}{other.prefix}" or "keys of its own" for other in others
-            ]
-            return Imported(path.name, candidate.key, candidate.prefix, ignored, named)
-    best = found[0].tensors if found else entries[0][1]
-    problems = mismatches(best, model.state_dict())
+            others = [other for other in found if other is not candidate and other.matching == candidate.matching]
+            beside = [name for name in candidate.beside if not any(name.startswith(f"{other.prefix}") for other in others)]
+            ignored = sorted({*beside, *unexpected})
+            return Imported(path.name, candidate.key, candidate.prefix, ignored, [other.place for other in others])
+    problems = mismatches(found[0].tensors if found else entries[0][1], model.state_dict())
     raise DataError(f"{path} does not fit the model:\n{joined_lines(problems)}", "check task.model and task.model_args")
 
 
@@ -206,7 +202,20 @@ def _harmless() -> list[Callable[..., Any] | tuple[Any, str]]:
     named += [(reconstruct, f"numpy.{place}.multiarray._reconstruct") for place in ("core", "_core")]
     dtypes = [type(np.dtype(kind)) for kind in "efdbhilqBHILQ?US"]
     paths = [(pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")]
-    return [np.ndarray, np.dtype, *dtypes, *named, argparse.Namespace, collections.defaultdict, *paths]
+    return [
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+        *named,
+        argparse.Namespace,
+        collections.defaultdict,
+        *paths,
+        int,
+        float,
+        str,
+        list,
+        dict,
+    ]
 
 
 def _fill_tied(tensors: dict[str, Tensor], model: nn.Module) -> None:

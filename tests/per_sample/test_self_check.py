@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from stages.per_sample.layer import find_layer
+from stages.per_sample.runner import Runner
 from stages.per_sample.self_check import choose
 from stages.per_sample.weights import Loop, Vmap
 from stages.tasks.user_code import user_code
@@ -191,3 +192,39 @@ def test_a_forward_that_is_replaced_already_is_left_alone():
     assert run.name != "substitution"
     assert reason.startswith("its module's forward pass is replaced already")
     assert "forward" in vars(model[0])
+
+
+class Inexact(nn.Module):
+    """Its gradients are off by a part in five hundred in float32 and channels last, for batches of one or for larger ones."""
+
+    def __init__(self, alone):
+        super().__init__()
+        self.alone = alone
+        self.convolutions = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)))
+        self.head = nn.Linear(8 * 36, 3)
+
+    def forward(self, x):
+        found = self.head(self.convolutions(x).flatten(1))
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        if x.dtype == torch.float32 and last and (len(x) == 1) == self.alone:
+            off = 2e-3 * found
+            found = found + off - off.detach()
+        return found
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_check_that_fails_in_channels_last_says_nothing_of_the_usual_format(alone):
+    torch.manual_seed(0)
+    model, x = Inexact(alone).eval().requires_grad_(False), torch.randn(4, 8, 6, 6)
+    runner = Runner(model, find_layer(model, "convolutions.0.weight"), lambda net, x: net(x), x)
+    assert (runner.method.name, runner.reason) == ("substitution", "")
+    # Where the batch is exact, the loop is not, and float64 says so; else the usual format is taken.
+    assert runner.forward.channels_last == alone
+
+
+def test_what_differs_in_float64_is_wrong():
+    """The loop is not blamed for a model whose samples get a weight of another."""
+    model = frozen(Custom(lambda self, x: self.fc(x) + 0.02 * x.roll(1, 0)[:, :2] * self.fc(x), fc=nn.Linear(3, 2))).float()
+    method, reason = choose(model, find_layer(model, "fc.weight"), forward, random(3, 3).float())
+    assert method.name != "substitution"
+    assert reason
