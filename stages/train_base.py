@@ -28,7 +28,7 @@ from stages.tasks.data import Split
 from stages.tasks.loader import losses, naming_rows
 from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import finite, mean_metrics
-from stages.tasks.user_code import user_code
+from stages.tasks.user_code import user_code, user_faults
 from stages.training.run import Plan, TrainingRun, take_up_training
 from stages.training.trainer import Trainer, batch_rows
 
@@ -155,7 +155,8 @@ class TrainBase(Stage):
 
         trainer = Trainer(model, _optimizer(settings, model), step_losses, average=False, clip=False)
         plan = Plan(settings.epochs * epoch_steps, epoch_steps, epoch_steps, settings.patience)
-        trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, plan, self.report).run()
+        with user_faults("training the model"):
+            trained = TrainingRun(folder, self.unfinished.fingerprint, trainer, score, plan, self.report).run()
         load_state(model, load_tensors(trained.snapshot))
         done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
         return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)

@@ -156,6 +156,15 @@ MODELS = {
     "time_first": Report("time on the first axis", model("TimeFirst"), layer="head.weight", data=pictures),
     "experts": Report("experts that see some rows", model("Experts")),
     "forces": Report("a gradient in the forward pass", model("Forces")),
+    "broken_backward": Report(
+        "a backward pass that raises", model("BrokenBackward"), ["training the model raised RuntimeError: no gradient of this"]
+    ),
+    "time_first_layer": Report(
+        "a layer that sees time on the first axis",
+        model("TimeFirst"),
+        ["not one row per sample", "conditioning()"],
+        data=pictures,
+    ),
     "scripted_model": Report(
         "torch.jit.script", model("scripted"), ["model() returned a RecursiveScriptModule", "without torch.jit.script"]
     ),

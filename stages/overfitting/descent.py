@@ -11,7 +11,9 @@ from stages.foundation.errors import TaskError
 from stages.foundation.trees import Tree, take
 from stages.overfitting.recipe import LossFunction, Recipe, Views
 from stages.per_sample.prefix import Record
+from stages.tasks.user_code import user_faults
 
+BACKWARD = "the backward pass"
 # Multiples of it, without their whole part, lie far from one another.
 GOLDEN_RATIO = 0.6180339887
 # To make a record for fewer samples takes a pass over them.
@@ -134,14 +136,16 @@ def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:
     Raises:
         TaskError: the losses do not depend on `leaf`, or samples get into each other's rows.
     """
-    total = values.sum()
-    check = check and len(values) > 1
-    gradient = torch.autograd.grad(total, leaf, allow_unused=True, retain_graph=check)[0] if total.requires_grad else None
+    total, check, gradient = values.sum(), check and len(values) > 1, None
+    if total.requires_grad:
+        with user_faults(BACKWARD):
+            (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True, retain_graph=check)
     if gradient is None:
         raise TaskError("the loss does not depend on the layer", "choose another layer, or let the loss keep its gradient")
     if check:
         factors = 2 ** (8 * (torch.arange(len(values), device=values.device, dtype=values.dtype) * GOLDEN_RATIO % 1)).floor()
-        (scaled,) = torch.autograd.grad((factors * values).sum(), leaf)
+        with user_faults(BACKWARD):
+            (scaled,) = torch.autograd.grad((factors * values).sum(), leaf)
         factors = factors.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
         norms = gradient.flatten(1).norm(dim=1)
         # Rounding is far below the first term, except where a gradient is itself next to nothing.

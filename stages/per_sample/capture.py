@@ -104,8 +104,8 @@ def _per_sample(value: Tensor, count: int, name: str) -> Tensor:
         return value
     if value.dim() == 0 or value.shape[0] % count:
         raise TaskError(
-            f"the input of {name} has shape {tuple(value.shape)} for a batch of {count}",
-            "its rows must divide into samples",
+            f"the input of {name} has shape {tuple(value.shape)} for a batch of {count}: the sample is not on its first axis",
+            "choose another layer with: ocd select-layer --layer NAME",
         )
     return value.reshape(count, -1, *value.shape[1:])
 

@@ -15,15 +15,25 @@ _OURS = Path(__file__).resolve().parent.parent
 
 @contextlib.contextmanager
 def user_code(what: str) -> Iterator[None]:
-    """Run a piece of the user's code; `what` says which in the message.
+    """Run a piece of the user's code under torch's defaults as it expects them; `what` says which in the message.
 
     Raises:
-        TaskError: it raised; the message ends with the frames of the user's own files.
+        TaskError, ComputeError: as `user_faults`.
+    """
+    with user_faults(what), their_torch():
+        yield
+
+
+@contextlib.contextmanager
+def user_faults(what: str) -> Iterator[None]:
+    """Take what is raised for a fault of the user's code: in a backward pass it is called by torch.
+
+    Raises:
+        TaskError: something was raised; the message ends with the frames of the user's own files.
         ComputeError: memory ran out.
     """
     try:
-        with their_torch():
-            yield
+        yield
     except (OcdError, KeyboardInterrupt):
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
