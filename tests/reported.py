@@ -162,7 +162,7 @@ MODELS = {
     "time_first_layer": Report(
         "a layer that sees time on the first axis",
         model("TimeFirst"),
-        ["not one row per sample", "conditioning()"],
+        ["the sample is not on its first axis", "select-layer --layer"],
         data=pictures,
     ),
     "scripted_model": Report(
