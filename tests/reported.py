@@ -118,8 +118,8 @@ LOSSES = {
 OUTPUTS = {
     "dict": Report("a dict, and a loss that takes an entry", loss("own_logits", "AsDict")),
     "namedtuple": Report("a namedtuple", loss("attributes_alone", "AsPair")),
-    "dataclass": Report("a dataclass with entries that are None", loss("attributes_alone", "AsDataclass")),
-    "hf_modeloutput": Report("a dict with attributes, as ModelOutput", loss("attributes_alone", "AsOutput")),
+    "dataclass": Report("a dataclass with entries that are None", loss("attributes_alone", "AsDataclass"), until="infer"),
+    "hf_modeloutput": Report("a dict with attributes, as ModelOutput", loss("attributes_alone", "AsOutput"), until="infer"),
     "out_int_argmax": Report("integers beside numbers", loss("own_logits", "WithClasses"), until="infer"),
     "integers_alone": Report(
         "integers alone", loss("squared", "ClassesAlone"), ["the model returns integers alone", "before rounding"]
@@ -137,9 +137,9 @@ OUTPUTS = {
     ),
 }
 MODELS = {
-    "bf16_model": Report("bfloat16", model("BFloat")),
+    "bf16_model": Report("bfloat16", model("BFloat"), until="infer"),
     "bf16_conv": Report("bfloat16 convolutions", model("BFloatPictures"), data=pictures),
-    "double_model": Report("float64", model("Double")),
+    "double_model": Report("float64", model("Double"), until="infer"),
     "checkpointing": Report("activation checkpointing", model("Checkpointed"), layer="mid.weight"),
     "checkpointing_reentrant": Report("reentrant checkpointing", model("CheckpointedReentrant"), layer="mid.weight"),
     "compiled_model": Report("torch.compile", model("compiled"), layer="_orig_mod.fc.weight"),

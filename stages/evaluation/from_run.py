@@ -59,7 +59,8 @@ def make_subject(context: RunContext, layer: Layer, **settings: Any) -> Subject:
 
     def overfit(split: Split, positions: Tensor, given: tuple[Tree, Tree]) -> tuple[Tensor, Tensor]:
         found = collector(split).overfit_batch(positions, given, check=False)
-        return found["delta"], found["degenerate"]
+        # In float32, as the store has them.
+        return found["delta"].float(), found["degenerate"]
 
     return Subject(task, base, layer, overfitter, overfit, context.device, context.seed)
 

@@ -14,6 +14,7 @@ from stages.lifecycle.branches import branch_of, bring_up
 from stages.lifecycle.context import BASE_FILE, RunContext
 from stages.overfitting.recipe import recipe_of
 from stages.overfitting.whole_network import overfit_whole
+from stages.per_sample.single_precision import HALF
 from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import LEARNED, ORDER
 from stages.run_directory.project import Project
@@ -96,7 +97,9 @@ def _longer(context: RunContext, subject: Subject) -> Row | str:
 
 def whole_network_row(context: RunContext, samples: int) -> Row | str:
     """Every layer overfitted on test, sample by sample; or why not."""
-    model, recipe = context.another_base().float(), recipe_of(context.project.settings.collect)
+    model, recipe = context.another_base(), recipe_of(context.project.settings.collect)
+    if any(parameter.dtype in HALF for parameter in model.parameters()):
+        model.float()
 
     def one(x: Tree, y: Tree) -> Tree:
         return overfit_whole(model, context.forward, lambda output, labels: losses(context.task, output, labels), recipe, x, y)

@@ -56,6 +56,8 @@ def test_refused_for_what_it_is(ocd, reported, name):
 def test_deltas_equal_the_plain_loop(ocd, reported, name):
     folder, report = reported(name), ALL[name]
     ocd(folder, "run", "--until", report.until, "--quiet")
+    if report.until == "infer":
+        ocd(folder, "evaluate", "--quiet")
     ocd(folder, "verify")
     context = RunContext(load_project(folder.config))
     settings, base = context.project.settings.collect, context.base_to_overfit()
