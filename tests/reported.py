@@ -77,7 +77,7 @@ def model(name: str) -> dict[str, Any]:
 
 
 def loss(name: str, net: str = "Net") -> dict[str, Any]:
-    return {"model": f"mymodel:{net}", "loss": f"mymodel:{name}"}
+    return {"model": f"mymodel:{net}", "loss": f"losses:{name}"}
 
 
 LOSSES = {
@@ -181,17 +181,17 @@ MODELS = {
 DATA = {
     "numpy_augmentation": Report(
         "augmentation by numpy's and Python's generators",
-        model("Net") | {"train": "mymodel:Augmented", "test": "mymodel:Augmented"},
+        model("Net") | {"train": "data:Augmented", "test": "data:Augmented"},
     ),
     "unseeded": Report(
         "augmentation by a generator without a seed",
-        model("Net") | {"train": "mymodel:Unseeded", "test": "mymodel:Unseeded"},
+        model("Net") | {"train": "data:Unseeded", "test": "data:Unseeded"},
         ["is another item each time it is asked for", "seed"],
     ),
-    "loader": Report("a DataLoader", model("Net") | {"train": "mymodel:loader"}, ["train is a DataLoader", "loader.dataset"]),
+    "loader": Report("a DataLoader", model("Net") | {"train": "data:loader"}, ["train is a DataLoader", "loader.dataset"]),
     "two_inputs": Report(
         "x as a tuple of inputs",
-        model("TwoInputs") | {"train": "mymodel:Pairs", "test": "mymodel:Pairs"},
+        model("TwoInputs") | {"train": "data:Pairs", "test": "data:Pairs"},
         ["model(x) gets x as one argument", "forward()", "model(*x)"],
     ),
 }

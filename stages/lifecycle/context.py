@@ -17,7 +17,8 @@ from stages.per_sample.single_precision import HALF, in_single_precision
 from stages.run_directory.folders import checked_file, folder_of
 from stages.run_directory.format import Manifest
 from stages.run_directory.project import Project
-from stages.tasks.data import Split, dataset_identity
+from stages.tasks.data import Split
+from stages.tasks.identity import dataset_identity
 from stages.tasks.loader import forward, load_splits, load_task, load_test
 from stages.tasks.model import make_model, put_in_eval_mode, settle_embeddings
 from stages.tasks.protocol import Task

@@ -1,6 +1,5 @@
 """The user's data: npz files checked row by row, datasets of any kind read as batches, and their identity."""
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -13,12 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from stages.foundation.errors import DataError, TaskError
-from stages.foundation.seeds import generator, global_seed, seed_of
+from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, as_tree, leaves
 from stages.tasks.user_code import user_code
 
-# Items that a dataset is known by, and how many of them are asked for twice.
-IDENTITY_ITEMS, TWICE = 64, 4
 PIECE_BYTES = 16 << 20
 SAVE_HINT = 'write one with numpy.savez("train.npz", x=x, y=y)'
 MISSING_HINT = "ocd.toml names it under [task]; relative paths start at its folder"
@@ -215,47 +212,6 @@ def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
                     "remove such rows, or fill what is missing",
                 )
     return torch.from_numpy(array)
-
-
-def dataset_identity(dataset: Any, name: str) -> str:
-    """sha256 of a dataset's length and of 64 seeded items (all, where there are fewer): shapes, dtypes and bytes."""
-    split = Split(dataset, name=name)
-    count = len(split)
-    rows = (
-        sorted({seed_of("identity", count, i) % count for i in range(IDENTITY_ITEMS)})
-        if count > IDENTITY_ITEMS
-        else range(count)
-    )
-    found = hashlib.sha256(str(count).encode())
-    for place, row in enumerate(rows):
-        content = _content_of(split.item(row), row, name)
-        if place < TWICE and _content_of(split.item(row), row, name) != content:
-            raise DataError(
-                f"{name}[{row}] is another item each time it is asked for: a run could not be gone on with",
-                "draw from the generators of torch, numpy and Python that are shared, which are seeded for each item",
-            )
-        found.update(content)
-    return found.hexdigest()
-
-
-def _content_of(item: tuple[Tree, Tree], row: int, name: str) -> bytes:
-    """Paths, shapes, dtypes and bytes of an item's tensors."""
-    found = []
-    for part in item:
-        for path, leaf in (leaves(part) or {"": part}).items():
-            array = _numbers(leaf, f"{name}[{row}]")
-            found.append(f"{row}/{path}/{tuple(array.shape)}/{array.dtype}".encode())
-            found.append(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
-    return b"".join(found)
-
-
-def _numbers(leaf: Any, place: str) -> Tensor:
-    try:
-        return torch.as_tensor(leaf).contiguous().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{place} holds {type(leaf).__name__}, expected numbers", "let items be tensors, arrays or numbers"
-        ) from error
 
 
 def split_rows(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from refusals import refusal
 
 from stages.foundation.errors import DataError, OcdError, TaskError
-from stages.tasks.data import ArrayDataset, Split, check_like, dataset_identity, require_tensors, split_rows
+from stages.tasks.data import ArrayDataset, Split, check_like, require_tensors, split_rows
+from stages.tasks.identity import dataset_identity
 
 X, Y = np.arange(12.0).reshape(6, 2), np.arange(6) % 3
 

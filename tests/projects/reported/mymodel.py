@@ -1,15 +1,12 @@
 """Models, losses and data after public reports about neighbouring libraries; tests/reported.py says what becomes of each."""
 
-import random
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 
 Pair = namedtuple("Pair", ["logits", "hidden"])
 
@@ -290,84 +287,3 @@ class BrokenBackward(Net):
 class TwoInputs(Net):
     def forward(self, x, more):
         return super().forward(x + more)
-
-
-def own_logits(output, y):
-    logits = output["logits"] if isinstance(output, dict) and not isinstance(output, Output) else output.logits
-    return F.cross_entropy(logits, y, reduction="none")
-
-
-def attributes_alone(output, y):
-    """Takes the model's own class, and nothing else."""
-    return F.cross_entropy(output.logits, y, reduction="none")
-
-
-def broadcast(output, y):
-    return ((output - y) ** 2).mean(1)
-
-
-def squared(output, y):
-    return (output - y) ** 2
-
-
-def standardised(output, y):
-    return (output - (y - y.mean()) / (y.std(unbiased=False) + 1e-6)) ** 2
-
-
-def weighted(output, y):
-    weight = torch.tensor([1.0, 3.0, 9.0])[y]
-    return F.cross_entropy(output, y, reduction="none") * weight / weight.sum()
-
-
-def hardest(output, y):
-    losses = F.cross_entropy(output, y, reduction="none")
-    return losses * (losses >= losses.topk(max(1, len(y) // 2)).values[-1])
-
-
-def cox(output, y):
-    at_risk = (y[None] >= y[:, None]).float()
-    return torch.log((output.exp()[None] * at_risk).sum(1)) - output
-
-
-def contrastive(output, y):
-    alike = output @ output.T / 0.2 - 1e4 * torch.eye(len(output))
-    same = (y[:, None] == y[None]).float() - torch.eye(len(output))
-    return -(F.log_softmax(alike, 1) * same).sum(1) / same.sum(1).clamp(min=1)
-
-
-def pinball(output, y):
-    quantiles = torch.tensor([0.1, 0.5, 0.9])
-    error = y[:, None] - output
-    return torch.maximum(quantiles * error, (quantiles - 1) * error).mean(1)
-
-
-class Augmented(torch.utils.data.Dataset):
-    """Draws from the generators that numpy and Python share."""
-
-    def __init__(self):
-        self.x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).numpy()
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, index):
-        x = self.x[index] + 0.3 * np.random.normal(size=4).astype("float32") + random.random()
-        return x, int(self.x[index, 0] > 0)
-
-
-class Unseeded(Augmented):
-    """Draws from a generator of its own that nobody seeds."""
-
-    def __getitem__(self, index):
-        return self.x[index] + np.random.default_rng().normal(size=4).astype("float32"), int(self.x[index, 0] > 0)
-
-
-class Pairs(Augmented):
-    """Items whose x is a tuple of two inputs."""
-
-    def __getitem__(self, index):
-        return (torch.from_numpy(self.x[index]), torch.ones(4)), int(self.x[index, 0] > 0)
-
-
-def loader():
-    return DataLoader(TensorDataset(torch.randn(60, 4), torch.arange(60) % 3), batch_size=8)
