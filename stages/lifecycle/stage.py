@@ -120,7 +120,7 @@ class Stage(ABC):
         self._refuse_stale(state, force)
         self.check()
         prepare_run(project)
-        with self._holding.held(), disk_errors(project.run_path), threads_restored():
+        with disk_errors(project.run_path), self._holding.held(self.report.message), threads_restored():
             try:
                 return self._take_up(force) or self._complete()
             except (SettingsError, TaskError, DataError, ComputeError):

@@ -4,12 +4,11 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import disk_errors, inside, remove, sha256_file, sync_folder
 from stages.run_directory.format import FORMAT_VERSION, Begun, FileRecord, Manifest, RunRecord
-from stages.run_directory.locks import lock_path, locked
+from stages.run_directory.locks import held
 from stages.run_directory.project import Project
 
 MANIFEST, BEGUN, RUN_FILE = "manifest.json", "begun.json", "run.json"
@@ -40,13 +39,13 @@ class StageFolder:
         """The finished folder's name while a new one takes its place."""
         return self.path.with_name(f"{self.path.name}.old")
 
-    def lock(self) -> contextlib.AbstractContextManager[Any]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the stage for this process alone; the lock dies with it.
 
         Raises:
             TryAgainError: another process holds it.
         """
-        return locked(lock_path(self.run, self.name), self.name)
+        return held(self.run, self.name)
 
     def restore(self) -> None:
         """Give a lone `.old` folder its name back; one beside its successor is deleted."""
