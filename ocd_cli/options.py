@@ -102,7 +102,7 @@ def _fail(error: BaseException) -> NoReturn:
 
 def _keep_traceback(error: BaseException) -> tuple[str, str]:
     descriptor, name = tempfile.mkstemp(prefix=f"ocd-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".txt")
-    with os.fdopen(descriptor, "w") as stream:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         traceback.print_exception(error, file=stream)
     return f"a fault in ocd itself: {type(error).__name__}: {error}", f"please report it with {name}"
 
