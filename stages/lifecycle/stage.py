@@ -12,6 +12,7 @@ from stages.foundation.config import EXECUTION
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
 from stages.foundation.progress import Logged, Report
+from stages.foundation.threads import set_threads, threads_restored
 from stages.foundation.torch_state import usual_torch
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
@@ -22,7 +23,7 @@ from stages.run_directory.folders import BEGUN, MANIFEST, StageFolder, check_run
 from stages.run_directory.format import Begun, Identity, Manifest, SourceRecord
 from stages.run_directory.locks import Part
 from stages.run_directory.pipeline import AUTO, STAGES, Query, StageSpec, extent_settings, spec_of
-from stages.run_directory.provenance import made, now, threads_restored
+from stages.run_directory.provenance import made, now
 from stages.run_directory.sources import inputs_of
 
 
@@ -200,7 +201,7 @@ class Stage(ABC):
             asked = self.context.project.settings.run.threads
             threads = self.auto_threads() if asked == AUTO else asked
             begun = Begun(identity=identity, fingerprint=identity.fingerprint, execution={}, threads=threads)
-        torch.set_num_threads(begun.threads)
+        set_threads(begun.threads)
         self.unfinished = Unfinished(wip, begun.changed(wanted=wanted, sources=sources))
         try:
             # Recorded when it is laid out: what a kill in between leaves could not be taken for a whole beginning.
