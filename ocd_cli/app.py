@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ocd_cli.options import Shared, command, print_json
+from ocd_cli.options import Shared, command, print_json, tell
 from ocd_cli.progress import ShownProgress
 from ocd_cli.render import console, show_result, show_status, show_verified
+from ocd_cli.streams import settle_streams
+from stages.foundation.errors import TryAgainError
 from stages.foundation.interruption import SIGNALS
 from stages.lifecycle.results import CommandResult, command_of
 
@@ -41,11 +43,18 @@ def main() -> None:
     """Run the command line. Requests to end, of whatever kind, are interruptions: the run can go on."""
     # Models of large tensors spend half their time having memory mapped page by page; torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    settle_streams()
     for number in SIGNALS:
         # One that is ignored, as nohup has SIGHUP ignored, stays so.
         if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-    app(prog_name="ocd")
+    try:
+        try:
+            app(prog_name="ocd")
+        finally:
+            sys.stdout.flush()
+    except TryAgainError as error:
+        raise SystemExit(tell(error)) from None
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def task_name(project: Project) -> str:
     return project.settings.task.class_ or project.settings.task.model or ""
 
 
+def check_link(path: Path) -> None:
+    """Refuse a link that leads nowhere: its disk may not be mounted.
+
+    Raises:
+        ArtifactError: naming link and target.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ArtifactError(
+            f"{path} is a link to {path.resolve()}, which does not exist",
+            f"mount its disk, or make the folder: mkdir -p {shlex.quote(str(path.resolve()))}",
+        )
+
+
 def check_run(project: Project) -> None:
     """Refuse a run directory that belongs to something else; one that does not exist yet is fine.
 
@@ -112,6 +126,7 @@ def check_run(project: Project) -> None:
         ArtifactError: it is of another task or format version, or is a folder of other things.
     """
     path = project.run_path / RUN_FILE
+    check_link(project.run_path)
     if not path.exists():
         if project.run_path.is_file():
             raise ArtifactError(f"{project.run_path} is a file, expected a folder", "name another with --run")
