@@ -75,6 +75,10 @@ class Stage(ABC):
         """The CPU threads that `auto` stands for."""
         return torch.get_num_threads()
 
+    def in_the_way(self) -> ArtifactError | None:
+        """What is there and, without --force, does not give way, with what to type."""
+        return None
+
     # What all stages have.
 
     @property
@@ -116,6 +120,8 @@ class Stage(ABC):
             if not dry_run:
                 self._tidy()
             return CommandResult(self.name, state.manifest.summary, up_to_date=True, path=self.folder.found)
+        if not force and (error := self.in_the_way()):
+            raise error
         if dry_run:
             return CommandResult(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
         self._refuse_stale(state, force)
