@@ -113,6 +113,7 @@ class Stage(ABC):
         """
         project = self.context.project
         check_run(project)
+        self.folder.check_links()
         self.context.device  # noqa: B018 (one that is absent is refused before anything else)
         states.require_done(self._states, self._spec.reads, self.name)
         state = self._state(force)

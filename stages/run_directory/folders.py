@@ -27,18 +27,23 @@ class StageFolder:
         return self.run / self.name
 
     @property
+    def _place(self) -> Path:
+        """Where it really lies: a link to another disk stays one, and the work is done and exchanged beside its target."""
+        return self.path.resolve() if self.path.is_symlink() else self.path
+
+    @property
     def found(self) -> Path:
         """Where the finished files lie now: a lone `.old` folder stands for the finished one until it gets its name back."""
         return self.old if self.old.exists() and not self.path.exists() else self.path
 
     @property
     def wip(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.wip")
+        return self._place.with_name(f"{self._place.name}.wip")
 
     @property
     def old(self) -> Path:
         """The finished folder's name while a new one takes its place."""
-        return self.path.with_name(f"{self.path.name}.old")
+        return self._place.with_name(f"{self._place.name}.old")
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the stage for this process alone; the lock dies with it.
@@ -48,10 +53,29 @@ class StageFolder:
         """
         return held(self.run, self.name)
 
+    def check_links(self) -> None:
+        """Refuse a folder that is a link to nowhere, or holds links that lead out of it.
+
+        Raises:
+            ArtifactError: with the link, and what to type.
+        """
+        folder = self.found
+        check_link(folder)
+        for link in folder.iterdir() if folder.is_dir() else ():
+            target = link.resolve()
+            if link.is_symlink() and not target.is_relative_to(folder.resolve()):
+                whole = target.with_name(f"{target.name}.{folder.name}")
+                steps = ("rm", link), ("mv", folder, whole), ("mv", target, whole / link.name), ("ln -s", whole, folder)
+                commands = " && ".join(" ".join([word, *(shlex.quote(str(path)) for path in paths)]) for word, *paths in steps)
+                raise ArtifactError(
+                    f"{link} leads out of {folder}, to {target}: a stage's folder may be a link, what lies in it may not",
+                    f"delete the link, or keep its data there with the whole folder: {commands}",
+                )
+
     def restore(self) -> None:
         """Give a lone `.old` folder its name back; one beside its successor is deleted."""
         if self.old.exists() and not self.path.exists():
-            os.rename(self.old, self.path)
+            os.rename(self.old, self._place)
         elif self.old.exists():
             remove(self.old)
 
@@ -59,10 +83,11 @@ class StageFolder:
         """The finished folder's manifest, or None where the stage has not finished.
 
         Raises:
-            ArtifactError: it is unreadable, of another format version, or names paths outside its folder.
+            ArtifactError: it is unreadable, of another format version, or names paths outside its folder; as `check_links`.
         """
+        self.check_links()
         folder = self.found
-        if not folder.exists():
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return None
         manifest = Manifest.read(folder / MANIFEST)
         for name in manifest.files:
@@ -89,10 +114,10 @@ class StageFolder:
         remove(self.wip / BEGUN)
         sync_folder(self.wip)
         remove(self.old)
-        if self.path.exists():
-            os.rename(self.path, self.old)
-        os.rename(self.wip, self.path)
-        sync_folder(self.path.parent)
+        if self._place.exists():
+            os.rename(self._place, self.old)
+        os.rename(self.wip, self._place)
+        sync_folder(self._place.parent)
         remove(self.old)
 
 
