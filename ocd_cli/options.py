@@ -11,10 +11,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from stages.foundation.config import Device
 from stages.foundation.errors import OcdError, SettingsError, TryAgainError
 from stages.run_directory.project import Project, load_project
 
@@ -32,7 +33,7 @@ class Shared:
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting; repeatable.", metavar="TABLE.KEY=VALUE")
     ] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute.")] = None
+    device: Annotated[Device | None, typer.Option(help="Where to compute.")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of every random draw.", min=0)] = None
     force: Annotated[
         bool, typer.Option("--force", help="Redo from scratch; the old result stays until the new one is whole.")

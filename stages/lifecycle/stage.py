@@ -11,6 +11,7 @@ import torch
 from stages.foundation.config import EXECUTION
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
+from stages.foundation.no_doubles import doubles_for
 from stages.foundation.progress import Logged, Report
 from stages.foundation.threads import set_threads, threads_restored
 from stages.foundation.torch_state import usual_torch
@@ -111,12 +112,15 @@ class Stage(ABC):
             ArtifactError: an earlier stage is not done, or this one is stale and not forced.
             TryAgainError: another process holds it, the disk is full, or it was interrupted.
         """
-        project = self.context.project
-        check_run(project)
+        check_run(self.context.project)
         self.folder.check_links()
         self.context.device  # noqa: B018 (one that is absent is refused before anything else)
         states.require_done(self._states, self._spec.reads, self.name)
-        state = self._state(force)
+        with doubles_for(self.context.device):
+            return self._execute(force, dry_run)
+
+    def _execute(self, force: bool, dry_run: bool) -> CommandResult:
+        project, state = self.context.project, self._state(force)
         if state.state == states.DONE and not force:
             if not dry_run:
                 self._tidy()

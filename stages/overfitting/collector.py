@@ -180,7 +180,7 @@ class Collector:
                 check = positions.start == span.start
                 for name, value in self.overfit_batch(positions, given, deltas, check).items():
                     if value is not deltas:
-                        buffers[name][rows].copy_(value, non_blocking=True)
+                        buffers[name][rows].copy_(value, non_blocking=self._device.type == "cuda")
                 done += len(positions)
                 on_progress(done, figures)
                 if positions.stop == span.stop:
