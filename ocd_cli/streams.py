@@ -17,6 +17,8 @@ class _Descriptor(io.FileIO):
     def __init__(self, stream: io.TextIOBase) -> None:
         super().__init__(stream.fileno(), "wb", closefd=False)
         self._holds_results, self._deaf = stream is sys.stdout, False
+        # Given up, it would close the descriptor.
+        self._replaced = stream
 
     def write(self, data: bytes) -> int:
         """Write, while there is a use.
