@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ocd_cli.options import Shared, command, print_json
+from ocd_cli.options import Shared, command, print_json, tell
 from ocd_cli.progress import ShownProgress
 from ocd_cli.render import console, show_result, show_status, show_verified
+from ocd_cli.streams import settle_streams
+from stages.foundation.errors import TryAgainError
+from stages.foundation.interruption import SIGNALS
 from stages.lifecycle.results import CommandResult, command_of
 
 app = typer.Typer(name="ocd", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -37,15 +40,26 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. A request to terminate, and a cluster's warning (SIGUSR1), are interruptions: the run can go on."""
+    """Run the command line. Requests to end, of whatever kind, are interruptions: the run can go on."""
     # Models of large tensors spend half their time having memory mapped page by page; torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _interrupt)
-    app(prog_name="ocd")
+    settle_streams()
+    for number in SIGNALS:
+        # One that is ignored, as nohup has SIGHUP ignored, stays so.
+        if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    try:
+        try:
+            app(prog_name="ocd")
+        finally:
+            sys.stdout.flush()
+    except TryAgainError as error:
+        raise SystemExit(tell(error)) from None
 
 
 def _interrupt(number: int, frame: object) -> None:
+    # Once is enough: SIGXCPU comes every second, also while what is finished is put away.
+    signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 
@@ -130,7 +144,7 @@ def collect(
 @command(app, "train-diffusion", "ocd train-diffusion --set train-diffusion.max_steps=20000")
 def train_diffusion(shared: Shared) -> None:
     """Train the diffusion model of the deltas' directions. Killed, it continues from its last checkpoint; asked to stop (by
-    Ctrl-C, SIGTERM, SIGUSR1), it writes one first. Under torchrun, several processes share each batch."""
+    Ctrl-C, SIGTERM, SIGUSR1 …), it writes one first. Under torchrun, several processes share each batch."""
     _stage(shared, "train-diffusion")
 
 

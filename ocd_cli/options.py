@@ -11,11 +11,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from stages.foundation.errors import OcdError, TryAgainError
+from stages.foundation.config import Device
+from stages.foundation.errors import OcdError, SettingsError, TryAgainError
 from stages.run_directory.project import Project, load_project
 
 
@@ -32,7 +33,7 @@ class Shared:
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting; repeatable.", metavar="TABLE.KEY=VALUE")
     ] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to compute.")] = None
+    device: Annotated[Device | None, typer.Option(help="Where to compute.")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of every random draw.", min=0)] = None
     force: Annotated[
         bool, typer.Option("--force", help="Redo from scratch; the old result stays until the new one is whole.")
@@ -65,6 +66,7 @@ def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable[...
         def wrapper(**arguments: Any) -> None:
             given = {key: arguments.pop(key) for key in shared}
             try:
+                _check_working_directory()
                 function(Shared(**given), **arguments)
             except BaseException as error:
                 _fail(error)
@@ -82,27 +84,40 @@ def _fail(error: BaseException) -> NoReturn:
     """One message on stderr and the error's exit code; the traceback of a fault of ours goes into a file."""
     if isinstance(error, (typer.Exit, typer.BadParameter)):
         raise error
-    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        raise typer.Exit(0)  # rich has noticed, and closed the output
-    if isinstance(error, BrokenPipeError):
-        # Whoever read the output has enough of it; python's own last flush must find somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0)
     if isinstance(error, KeyboardInterrupt):
         error = TryAgainError("interrupted", "to continue, run the same command again")
     if not isinstance(error, OcdError):
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         advice = f"out of memory: {error}", "use smaller batches: --set <stage>.batch_size=N"
         error = OcdError(*advice if out_of_memory else _keep_traceback(error))
+    raise typer.Exit(tell(error))
+
+
+def tell(error: OcdError) -> int:
+    """Say on stderr what is wrong and what to type next; the exit code."""
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"  {error.hint}", file=sys.stderr)
-    raise typer.Exit(error.exit_code)
+    return error.exit_code
+
+
+def _check_working_directory() -> None:
+    """Refuse one that was deleted: no path can be told from there, and some libraries do not load.
+
+    Raises:
+        SettingsError: with what the system says.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise SettingsError(
+            f"the working directory is gone ({error.strerror})", "go to a folder that exists: cd FOLDER"
+        ) from error
 
 
 def _keep_traceback(error: BaseException) -> tuple[str, str]:
     descriptor, name = tempfile.mkstemp(prefix=f"ocd-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".txt")
-    with os.fdopen(descriptor, "w") as stream:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         traceback.print_exception(error, file=stream)
     return f"a fault in ocd itself: {type(error).__name__}: {error}", f"please report it with {name}"
 

@@ -1,6 +1,7 @@
 """infer: sample deltas from the inputs alone, apply them, predict (Alg. 2); and the Python entry point, `open_run`."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from stages.evaluation.pictures import check_pictures, write_pictures
-from stages.foundation.errors import SettingsError
+from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.files import digest, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
 from stages.foundation.torch_state import usual_torch
@@ -118,6 +119,24 @@ class Infer(Stage):
     def resolved(self) -> dict[str, Any]:
         return {"infer.strength": strength_of(self.context)}
 
+    def in_the_way(self) -> ArtifactError | None:
+        """An answer, whole or not, gives way to one about the same file, or of the same content, but not to one about another
+        file that only has the same stem."""
+        mine = self._path
+        for record in (self.folder.begun(), self.folder.manifest()):
+            known = record.execution.get("input") if record else None
+            if mine and known not in (None, mine) and record.identity.inputs["query"] != self.query.content:
+                command = f"ocd infer{self.context.project.flags} --input {shlex.quote(mine)} --force"
+                return ArtifactError(
+                    f"{self.folder.name} is the answer for {known}, and would be the answer for {mine}: the stem names it",
+                    f"rename one of the files to keep both answers, or replace the old one with: {command}",
+                )
+        return None
+
+    @property
+    def _path(self) -> str | None:
+        return str(self._input_file.resolve()) if self._input_file else None
+
     def plan(self) -> dict[str, Any]:
         """Inputs, members and bytes: the blocks stay until what is put together of them is whole."""
         count, members = len(self.inputs), self.settings.ensemble
@@ -151,7 +170,8 @@ class Infer(Stage):
             for name in (LEDGER, STORE):
                 remove(work.path / name)
         batch = self._batch_size()
-        work.keep_execution(batch_size=batch, block_samples=self._block_rows(batch), members=members)
+        named = {"input": self._path} if self._path else {}
+        work.keep_execution(batch_size=batch, block_samples=self._block_rows(batch), members=members, **named)
         predictions = self._predictions(work.path)
         Part.check(self.part, predictions.blocks, SMALLER_BLOCKS)
         work.tell_total(predictions.blocks, "blocks")

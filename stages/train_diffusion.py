@@ -13,6 +13,7 @@ from stages.diffusion.schedule import NoiseSchedule, schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
 from stages.foundation.progress import Report
+from stages.foundation.threads import set_threads
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
@@ -64,7 +65,7 @@ class TrainDiffusion(Stage):
     def _take_part(self) -> CommandResult:
         """What the process that leads begins, trained together with it: it speaks for both."""
         if (begun := self.ranks.begun()) is not None:
-            torch.set_num_threads(begun["threads"])
+            set_threads(begun["threads"])
             settings = self.decided(begun["settings"])
             # What is wrong is said once, by the process that leads.
             with contextlib.suppress(ComputeError):
@@ -107,13 +108,15 @@ class TrainDiffusion(Stage):
         return {"what": what, "preset": planned.preset, "memory_bytes": memory, "bytes": 40 * planned.parameters}
 
     def check(self) -> None:
-        """Tuning begins before the end, the encoders fit their fields, and the training fits memory."""
+        """Tuning begins before the end, and its task loads; the encoders fit their fields, and the training fits memory."""
         after, last = self.settings.tune_after, self.settings.max_steps
         if after >= last:
             raise SettingsError(
                 f"train-diffusion.tune_after = {after:,}, but the training ends at max_steps = {last:,}: nothing is tuned",
                 f"give it fewer than {last:,} steps on deltas, or 0 for no tuning",
             )
+        if after:
+            self.context.task  # noqa: B018 (and the libraries that it imports, before their threads are set)
         if self._planned.description.encoders:
             self._planned.make(begin=True)
         self.micro_batch(self._planned)

@@ -56,7 +56,7 @@ def scale_figures(network: ScaleNetwork, rows: DeltaBatch, loss: str) -> dict[st
         "score": float(scale_loss(predicted, rows.rho.double(), loss).mean()),
         "correlation": float((centred[0] * centred[1]).sum() / norms) if norms > 1e-12 else 0.0,
         "error": float((predicted - true).square().mean().sqrt()),
-        "constant_error": float((network.mean_log_rho - true).square().mean().sqrt()),
+        "constant_error": float((float(network.mean_log_rho) - true).square().mean().sqrt()),
     }
 
 

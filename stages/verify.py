@@ -33,7 +33,7 @@ def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:
     for number, (name, folder) in enumerate(folders.items()):
         found[name] = _check(folder)
         report.progress(number + 1, len(folders), "folders")
-    unfinished = [path.name.removesuffix(".wip") for path in sorted((project.run_path / "infer").glob("*.wip"))]
+    unfinished = sorted({path.name.removesuffix(".wip") for path in (project.run_path / "infer").glob("*")})
     for folder in (folder_of(project, "collect"), *(folder_of(project, "infer", name) for name in unfinished)):
         found[f"{folder.name}.wip"] = _check_unfinished(folder)
     found = {name: entry for name, entry in found.items() if entry is not None}

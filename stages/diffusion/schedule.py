@@ -101,7 +101,7 @@ def schedule_warning(name: str, numel: int) -> str:
 
 def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """`values` at steps t (B,), shaped to multiply `like` (B, …)."""
-    return values.to(like.device)[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+    return values.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
 
 
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:

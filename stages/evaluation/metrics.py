@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.evaluation.statistics import Auroc, CalibrationError, Mean, RootMean, Statistic, minimum
+from stages.foundation.no_doubles import where_doubles_are
 from stages.foundation.trees import Tree, batch_size, take
 from stages.tasks.loader import losses
 from stages.tasks.losses import CLASSIFICATION, REGRESSION
@@ -82,6 +83,7 @@ class Gathered:
             if name != LOSS:
                 self._keep(name, values)
         self._keep(LOSS, losses(self.task, output, y))
+        members, output, y = map(where_doubles_are, (members, output, y))
         if self.task.kind == CLASSIFICATION:
             self._classification(members, output, y)
         elif self.task.kind == REGRESSION:

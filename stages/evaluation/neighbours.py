@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.foundation.errors import TaskError
+from stages.foundation.no_doubles import where_doubles_are
 from stages.foundation.trees import Tree, batch_size, leaves
 from stages.tasks.data import Split
 from stages.tasks.protocol import Task
@@ -52,9 +53,10 @@ def nearest(
         on_progress: told of the candidates seen so far.
         own: the candidate that is the query itself and does not count, (N,); −1 for none.
     """
+    queries = where_doubles_are(queries)
     distance = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
     row = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    for start, block in candidates:
+    for start, block in ((start, where_doubles_are(block)) for start, block in candidates):
         numbers = torch.arange(start, start + len(block), device=queries.device)
         found = torch.cat([_squared(part, block) for part in queries.split(QUERIES_AT_ONCE)])
         if own is not None:

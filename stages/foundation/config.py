@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 IDENTITY, EXTENT, EXECUTION = "identity", "extent", "execution"
 
 Auto = Literal["auto"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 # Bounds belong to the number alone: on the whole union they would be applied to the word, too.
 Count = Annotated[int, Field(ge=1)]
 
@@ -55,7 +56,7 @@ class RunTable(Table):
     title: ClassVar[str] = "where the results go, and what every stage shares"
     directory: str = execution("run", "folder of the results, relative to this file")
     seed: int = identity(0, "seed of every random draw", ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda"] = execution("auto", "auto takes cuda where there is one")
+    device: Device = execution("auto", "auto takes cuda where there is one, else cpu; mps, never by itself")
     threads: Count | Auto = execution(
         "auto", "CPU threads; auto: one to train small networks, else torch's choice; 1 where other work shares the cores"
     )

@@ -33,8 +33,11 @@ def sha256_file(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames and new names in a folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make renames and new names in a folder survive a power cut, where folders can be opened: Windows refuses that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:

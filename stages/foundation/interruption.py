@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-# SIGUSR1 is what clusters send some time before they kill.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What clusters send some time before they kill (SIGUSR1; SIGXCPU, once a second), and a terminal when it goes away (SIGHUP);
+# of these every system has its own choice.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,11 @@
-"""The processes that torchrun started together, as its environment tells of them."""
+"""The cores of this process, and the processes that torchrun started together, as its environment tells of them."""
 
 import os
+
+
+def cores() -> int:
+    """How many CPU cores this process may use: those of the machine, where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def under_torchrun() -> bool:

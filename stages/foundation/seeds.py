@@ -25,6 +25,7 @@ def global_seed(*parts: str | int) -> Iterator[None]:
     """Seed the generators that torch, numpy and Python share, for code that is not ours (a model's initialisation, dropout, the
     augmentation of a data set), and restore them."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     of_python, of_numpy, seed = random.getstate(), np.random.get_state(), seed_of(*parts)
     with torch.random.fork_rng(devices=devices):
         # torch.manual_seed takes the better part of a millisecond: it also notes seeds, with a stack trace each, for devices
@@ -32,10 +33,14 @@ def global_seed(*parts: str | int) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed(seed)
+        if of_mps is not None:
+            torch.mps.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
             yield
         finally:
+            if of_mps is not None:
+                torch.mps.set_rng_state(of_mps)
             random.setstate(of_python)
             np.random.set_state(of_numpy)

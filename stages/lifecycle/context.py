@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stages.foundation.errors import ArtifactError, SettingsError
+from stages.foundation.no_doubles import MPS
 from stages.foundation.processes import local_rank, under_torchrun
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import global_seed
@@ -44,13 +45,21 @@ class RunContext:
         """The device of `[run] device`.
 
         Raises:
-            SettingsError: cuda asked for and absent.
+            SettingsError: cuda or mps asked for and absent.
         """
         name = self.project.settings.run.device
         if name == "cuda" and not torch.cuda.is_available():
             raise SettingsError(
                 "run.device = 'cuda', but torch sees no CUDA device", "use --device cpu, or install a CUDA build of torch"
             )
+        if name == MPS and not torch.backends.mps.is_available():
+            raise SettingsError(
+                "run.device = 'mps', but torch sees no such device", "use --device cpu; mps takes a Mac of Apple's own chips"
+            )
+        if name == MPS and under_torchrun():
+            raise SettingsError("run.device = 'mps' under torchrun: processes cannot share it", "use --device cpu")
+        if name == MPS:
+            return torch.device(MPS)
         if name == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         # Convolutions in TF32 are off by about what the self-checks allow, and some of cuDNN's are not repeatable.
@@ -62,6 +71,8 @@ class RunContext:
         """Until the device has done what it was told to: before a clock is looked at."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == MPS:
+            torch.mps.synchronize()
 
     @cached_property
     def task(self) -> Task:
@@ -97,6 +108,8 @@ class RunContext:
         model = self.new_model()
         load_model(self.file_of("train-base", BASE_FILE), model)
         settle_embeddings(model)
+        if self.device.type == MPS and any(value.dtype == torch.float64 for value in model.state_dict().values()):
+            raise SettingsError("the model has weights of float64, which mps lacks", "use --device cpu")
         model.to(self.device)
         put_in_eval_mode(model)
         return model.requires_grad_(False)

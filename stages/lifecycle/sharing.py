@@ -1,13 +1,13 @@
 """Who works on a stage: one process alone, or several, each at its part of the blocks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import sweep
 from stages.foundation.progress import Report
 from stages.run_directory.folders import StageFolder
-from stages.run_directory.locks import WAIT, Part, gate, holders, lock_path, shared
+from stages.run_directory.locks import WAIT, WHOLE, Part, gate, held, holders, lock_path
 from stages.store.ledger import Ledger
 
 
@@ -24,16 +24,15 @@ class Holding:
         return self.part is not None
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes off the stage, or off the part.
+    def held(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Keep other processes off the stage, or off the part; `tell` hears of it where nothing can.
 
         Raises:
             TryAgainError: one of them is at it.
+            SettingsError: a part, where the file system has no locks.
         """
-        run, name = self.folder.run, self.folder.name
-        lock = self.folder.lock() if self.part is None else shared(lock_path(run, name), name, self.part)
         with self._until_let_go:
-            self._until_let_go.enter_context(lock)
+            self._until_let_go.enter_context(held(self.folder.run, self.folder.name, self.part or WHOLE, tell))
             yield
 
     def gate(self) -> contextlib.AbstractContextManager[None]:
@@ -52,9 +51,11 @@ class Holding:
         Raises:
             TryAgainError: other parts are at it.
         """
-        found, name = holders(self.folder.run, self.folder.name), self.folder.name
-        others = [text for text in found if not text.endswith(f"(part {self.part})")]
-        if self.part and others:
+        if self.part in (None, WHOLE):
+            return
+        name = self.folder.name
+        others = [text for text in holders(self.folder.run, name) if not text.endswith(f"(part {self.part})")]
+        if others:
             raise TryAgainError(f"{name} was begun with other settings, and is in use by {'; '.join(others)}", WAIT)
 
 

@@ -11,7 +11,9 @@ import torch
 from stages.foundation.config import EXECUTION
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
+from stages.foundation.no_doubles import doubles_for
 from stages.foundation.progress import Logged, Report
+from stages.foundation.threads import set_threads, threads_restored
 from stages.foundation.torch_state import usual_torch
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
@@ -22,7 +24,7 @@ from stages.run_directory.folders import BEGUN, MANIFEST, StageFolder, check_run
 from stages.run_directory.format import Begun, Identity, Manifest, SourceRecord
 from stages.run_directory.locks import Part
 from stages.run_directory.pipeline import AUTO, STAGES, Query, StageSpec, extent_settings, spec_of
-from stages.run_directory.provenance import made, now, threads_restored
+from stages.run_directory.provenance import made, now
 from stages.run_directory.sources import inputs_of
 
 
@@ -74,6 +76,10 @@ class Stage(ABC):
         """The CPU threads that `auto` stands for."""
         return torch.get_num_threads()
 
+    def in_the_way(self) -> ArtifactError | None:
+        """What is there and, without --force, does not give way, with what to type."""
+        return None
+
     # What all stages have.
 
     @property
@@ -106,21 +112,27 @@ class Stage(ABC):
             ArtifactError: an earlier stage is not done, or this one is stale and not forced.
             TryAgainError: another process holds it, the disk is full, or it was interrupted.
         """
-        project = self.context.project
-        check_run(project)
+        check_run(self.context.project)
+        self.folder.check_links()
         self.context.device  # noqa: B018 (one that is absent is refused before anything else)
         states.require_done(self._states, self._spec.reads, self.name)
-        state = self._state(force)
+        with doubles_for(self.context.device):
+            return self._execute(force, dry_run)
+
+    def _execute(self, force: bool, dry_run: bool) -> CommandResult:
+        project, state = self.context.project, self._state(force)
         if state.state == states.DONE and not force:
             if not dry_run:
                 self._tidy()
             return CommandResult(self.name, state.manifest.summary, up_to_date=True, path=self.folder.found)
+        if not force and (error := self.in_the_way()):
+            raise error
         if dry_run:
             return CommandResult(self.name, {"stage": self.name, "state": state.state, **self.plan()}, planned=True)
         self._refuse_stale(state, force)
         self.check()
         prepare_run(project)
-        with self._holding.held(), disk_errors(project.run_path), threads_restored():
+        with disk_errors(project.run_path), self._holding.held(self.report.message), threads_restored():
             try:
                 return self._take_up(force) or self._complete()
             except (SettingsError, TaskError, DataError, ComputeError):
@@ -200,7 +212,7 @@ class Stage(ABC):
             asked = self.context.project.settings.run.threads
             threads = self.auto_threads() if asked == AUTO else asked
             begun = Begun(identity=identity, fingerprint=identity.fingerprint, execution={}, threads=threads)
-        torch.set_num_threads(begun.threads)
+        set_threads(begun.threads)
         self.unfinished = Unfinished(wip, begun.changed(wanted=wanted, sources=sources))
         try:
             # Recorded when it is laid out: what a kill in between leaves could not be taken for a whole beginning.

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from stages.foundation.threads import set_threads
 from stages.run_directory.folders import BEGUN
 from stages.run_directory.format import Begun, Total
 
@@ -47,7 +46,7 @@ class Unfinished:
     def keep_threads(self, threads: int) -> None:
         """Work on as many threads as what is taken up was made with."""
         self.begun = self.begun.changed(threads=threads)
-        torch.set_num_threads(threads)
+        set_threads(threads)
 
     def tell_total(self, total: int, unit: str) -> None:
         """Record how much there is to do, for `ocd status` while the work is under way."""

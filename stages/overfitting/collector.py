@@ -1,7 +1,6 @@
 """The work of collecting: samples are read ahead, overfitted batch by batch, and compressed and written meanwhile."""
 
 import contextlib
-import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.config import CollectTable
 from stages.foundation.errors import ComputeError
+from stages.foundation.processes import cores
 from stages.foundation.seeds import seed_of
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.overfitting.overfitter import Overfitter
@@ -51,7 +51,7 @@ def make_overfitter(task: Task, model: nn.Module, layer: Layer, settings: Collec
 
 def writers(setting: int | str) -> int:
     """Threads that compress and write: a second one is in the way of computing where there are two cores."""
-    return setting if isinstance(setting, int) else min(2, max(1, len(os.sched_getaffinity(0)) // 2))
+    return setting if isinstance(setting, int) else min(2, max(1, cores() // 2))
 
 
 def summary_of(layer: Layer, store: DeltaStore, totals: Totals, overfitter: Overfitter, repeats: int) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Collector:
                 check = positions.start == span.start
                 for name, value in self.overfit_batch(positions, given, deltas, check).items():
                     if value is not deltas:
-                        buffers[name][rows].copy_(value, non_blocking=True)
+                        buffers[name][rows].copy_(value, non_blocking=self._device.type == "cuda")
                 done += len(positions)
                 on_progress(done, figures)
                 if positions.stop == span.stop:

@@ -2,14 +2,14 @@
 
 import contextlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stages.foundation.errors import ArtifactError
 from stages.foundation.files import disk_errors, inside, remove, sha256_file, sync_folder
 from stages.run_directory.format import FORMAT_VERSION, Begun, FileRecord, Manifest, RunRecord
-from stages.run_directory.locks import lock_path, locked
+from stages.run_directory.locks import held
 from stages.run_directory.project import Project
 
 MANIFEST, BEGUN, RUN_FILE = "manifest.json", "begun.json", "run.json"
@@ -27,31 +27,55 @@ class StageFolder:
         return self.run / self.name
 
     @property
+    def _place(self) -> Path:
+        """Where it really lies: a link to another disk stays one, and the work is done and exchanged beside its target."""
+        return self.path.resolve() if self.path.is_symlink() else self.path
+
+    @property
     def found(self) -> Path:
         """Where the finished files lie now: a lone `.old` folder stands for the finished one until it gets its name back."""
         return self.old if self.old.exists() and not self.path.exists() else self.path
 
     @property
     def wip(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.wip")
+        return self._place.with_name(f"{self._place.name}.wip")
 
     @property
     def old(self) -> Path:
         """The finished folder's name while a new one takes its place."""
-        return self.path.with_name(f"{self.path.name}.old")
+        return self._place.with_name(f"{self._place.name}.old")
 
-    def lock(self) -> contextlib.AbstractContextManager[Any]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the stage for this process alone; the lock dies with it.
 
         Raises:
             TryAgainError: another process holds it.
         """
-        return locked(lock_path(self.run, self.name), self.name)
+        return held(self.run, self.name)
+
+    def check_links(self) -> None:
+        """Refuse a folder that is a link to nowhere, or holds links that lead out of it.
+
+        Raises:
+            ArtifactError: with the link, and what to type.
+        """
+        folder = self.found
+        check_link(folder)
+        for link in folder.iterdir() if folder.is_dir() else ():
+            target = link.resolve()
+            if link.is_symlink() and not target.is_relative_to(folder.resolve()):
+                whole = target.with_name(f"{target.name}.{folder.name}")
+                steps = ("rm", link), ("mv", folder, whole), ("mv", target, whole / link.name), ("ln -s", whole, folder)
+                commands = " && ".join(" ".join([word, *(shlex.quote(str(path)) for path in paths)]) for word, *paths in steps)
+                raise ArtifactError(
+                    f"{link} leads out of {folder}, to {target}: a stage's folder may be a link, what lies in it may not",
+                    f"delete the link, or keep its data there with the whole folder: {commands}",
+                )
 
     def restore(self) -> None:
         """Give a lone `.old` folder its name back; one beside its successor is deleted."""
         if self.old.exists() and not self.path.exists():
-            os.rename(self.old, self.path)
+            os.rename(self.old, self._place)
         elif self.old.exists():
             remove(self.old)
 
@@ -59,10 +83,11 @@ class StageFolder:
         """The finished folder's manifest, or None where the stage has not finished.
 
         Raises:
-            ArtifactError: it is unreadable, of another format version, or names paths outside its folder.
+            ArtifactError: it is unreadable, of another format version, or names paths outside its folder; as `check_links`.
         """
+        self.check_links()
         folder = self.found
-        if not folder.exists():
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return None
         manifest = Manifest.read(folder / MANIFEST)
         for name in manifest.files:
@@ -89,10 +114,10 @@ class StageFolder:
         remove(self.wip / BEGUN)
         sync_folder(self.wip)
         remove(self.old)
-        if self.path.exists():
-            os.rename(self.path, self.old)
-        os.rename(self.wip, self.path)
-        sync_folder(self.path.parent)
+        if self._place.exists():
+            os.rename(self._place, self.old)
+        os.rename(self.wip, self._place)
+        sync_folder(self._place.parent)
         remove(self.old)
 
 
@@ -106,6 +131,19 @@ def task_name(project: Project) -> str:
     return project.settings.task.class_ or project.settings.task.model or ""
 
 
+def check_link(path: Path) -> None:
+    """Refuse a link that leads nowhere: its disk may not be mounted.
+
+    Raises:
+        ArtifactError: naming link and target.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ArtifactError(
+            f"{path} is a link to {path.resolve()}, which does not exist",
+            f"mount its disk, or make the folder: mkdir -p {shlex.quote(str(path.resolve()))}",
+        )
+
+
 def check_run(project: Project) -> None:
     """Refuse a run directory that belongs to something else; one that does not exist yet is fine.
 
@@ -113,6 +151,7 @@ def check_run(project: Project) -> None:
         ArtifactError: it is of another task or format version, or is a folder of other things.
     """
     path = project.run_path / RUN_FILE
+    check_link(project.run_path)
     if not path.exists():
         if project.run_path.is_file():
             raise ArtifactError(f"{project.run_path} is a file, expected a folder", "name another with --run")

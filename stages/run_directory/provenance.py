@@ -1,10 +1,8 @@
 """What a manifest says beside the fingerprint: when, where, on what and with which versions a result was made."""
 
-import contextlib
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Iterator
 
 import torch
 
@@ -26,13 +24,3 @@ def made(started: str, device: torch.device) -> Made:
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in ("torch", "zarr", "numpy")},
     )
-
-
-@contextlib.contextmanager
-def threads_restored() -> Iterator[None]:
-    """Unfinished work goes on with the threads it was begun with; whatever comes after it has its own again."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

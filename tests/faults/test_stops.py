@@ -55,7 +55,7 @@ def test_a_dataset_that_raises(with_dataset, ocd, tmp_path, part):
     assert results(folder, "collect") == results(with_dataset, "collect")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU])
 def test_a_request_to_end(ready, start, ocd, whole, number):
     process = start(ready, "collect", "--quiet", held_after=2)
     wait_until(lambda: len(blocks_of(ready)) >= 2)
@@ -67,3 +67,24 @@ def test_a_request_to_end(ready, start, ocd, whole, number):
     ocd(ready, "verify")
     assert len(redone(ocd, ready, "collect")) == 9 - kept
     whole(ready)
+
+
+def test_a_terminal_that_goes_away_under_nohup(ready, start, whole):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(ready, "collect", "--quiet", held_after=2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: len(blocks_of(ready)) >= 2)
+    process.kill(signal.SIGHUP)
+    process.let_go().wait()
+    whole(ready)
+
+
+def test_a_request_that_is_repeated(ready, start):
+    """SIGXCPU comes every second, also while the first one is obeyed."""
+    process = start(ready, "collect", "--quiet", held_after=2)
+    wait_until(lambda: len(blocks_of(ready)) >= 2)
+    while not process.ended():
+        process.kill(signal.SIGXCPU)
+    assert process.wait(4).stderr.startswith("error: collect was interrupted; what is finished is kept\n")

@@ -23,10 +23,10 @@ def evaluated(folder):
 
 
 def test_a_request_to_stop_leaves_a_checkpoint_of_that_step(ocd, untrained, start):
-    """Three of them, one after the other, and the same bytes as without."""
+    """Several of them, one after the other, and the same bytes as without."""
     settings = words({**QUICK, "max_steps": 600, "evaluate_steps": 50, "checkpoint_steps": 10**6})
     wip, reached = untrained.run / "train-diffusion.wip", 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU):
         running, before = start(untrained, "train-diffusion", *settings), evaluated(untrained)
         wait_until(lambda running=running, before=before: len(evaluated(untrained)) > len(before) or running.ended())
         running.kill(number)
