@@ -19,6 +19,7 @@ from stages.foundation.trees import Tree, leaves, to_device
 from stages.overfitting.overfitter import Overfitter
 from stages.overfitting.recipe import Views, recipe_of
 from stages.per_sample.layer import Layer
+from stages.per_sample.single_precision import tolerance_of
 from stages.store.delta_store import DELTA, FACTORS, DeltaStore, Totals
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import ArrayDataset, Split
@@ -122,7 +123,19 @@ class Collector:
         if check and len(numbers) > 1:
             row = seed_of("independence", int(positions[0])) % len(numbers)
             name, values = f"{self._rows.name}[{int(numbers[row])}]", losses(self._task, first.output, y)
-            check_row(self._task, self._overfitter.model, x, y, first.output, values, row, name)
+            model = self._overfitter.model
+            # By the very forward pass that gave the batch's output.
+            check_row(
+                self._task,
+                lambda one: self._overfitter.forward(model, one),
+                tolerance_of(model),
+                x,
+                y,
+                first.output,
+                values,
+                row,
+                name,
+            )
         found = self._overfitter.overfit(first, x, y, self._views(positions, given), out, check)
         delta = dict(zip(FACTORS, found.delta, strict=True)) if isinstance(found.delta, tuple) else {DELTA: found.delta}
         results = {name: getattr(found, name) for name in SUMMED}

@@ -127,8 +127,7 @@ def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:
     Args:
         values: losses (B,).
         leaf: a row for each sample, (B, …).
-        check: find out whether a sample's loss depends on another one's row: with the losses multiplied by different factors
-            each gradient must come out multiplied by its own. They are powers of two, which no dtype rounds.
+        check: find out whether a sample's loss depends on another one's row.
 
     Returns:
         (B, …).
@@ -143,16 +142,34 @@ def own_gradients(values: Tensor, leaf: Tensor, *, check: bool) -> Tensor:
     if gradient is None:
         raise TaskError("the loss does not depend on the layer", "choose another layer, or let the loss keep its gradient")
     if check:
-        factors = 2 ** (8 * (torch.arange(len(values), device=values.device, dtype=values.dtype) * GOLDEN_RATIO % 1)).floor()
-        with user_faults(BACKWARD):
-            (scaled,) = torch.autograd.grad((factors * values).sum(), leaf)
-        factors = factors.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
-        norms = gradient.flatten(1).norm(dim=1)
-        # Rounding is far below the first term, except where a gradient is itself next to nothing.
-        wrong = (scaled / factors - gradient).flatten(1).norm(dim=1) > 1e-2 * norms + 1e-6 * norms.max()
-        if wrong.any():
-            raise TaskError(
-                "samples get into each other's rows on their way to the layer: model or loss sorts, routes or mixes them",
-                "choose another layer with: ocd select-layer --layer NAME",
-            )
+        _check_own(values, leaf, gradient)
     return gradient
+
+
+def _check_own(values: Tensor, leaf: Tensor, gradient: Tensor) -> None:
+    """With the losses multiplied by different factors each gradient must come out multiplied by its own; a row that does not
+    must have no gradient of the others' losses.
+
+    Raises:
+        TaskError: samples get into each other's rows.
+    """
+    # Powers of two round nothing, but for the smallest numbers of half precision.
+    factors = 2 ** (8 * (torch.arange(len(values), device=values.device, dtype=values.dtype) * GOLDEN_RATIO % 1)).floor()
+    with user_faults(BACKWARD):
+        (scaled,) = torch.autograd.grad((factors * values).sum(), leaf, retain_graph=True)
+    norms = gradient.flatten(1).norm(dim=1).nan_to_num(0)
+    scaled.div_(factors.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))).sub_(gradient)
+    # Rounding is far below the first term, except where a gradient is itself next to nothing.
+    wrong = scaled.flatten(1).norm(dim=1).nan_to_num(0) / (1e-2 * norms + 1e-6 * norms.max() + torch.finfo(norms.dtype).tiny)
+    row = int(wrong.argmax())
+    if wrong[row] <= 1:
+        return
+    others = torch.ones_like(values)
+    others[row] = 0
+    with user_faults(BACKWARD):
+        (left,) = torch.autograd.grad((others * values).sum(), leaf)
+    if left[row].norm() > 1e-3 * norms[row]:
+        raise TaskError(
+            "samples get into each other's rows on their way to the layer: model or loss sorts, routes or mixes them",
+            "choose another layer with: ocd select-layer --layer NAME",
+        )

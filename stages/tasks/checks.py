@@ -6,8 +6,8 @@ from torch import nn
 from stages.foundation.errors import ComputeError, TaskError
 from stages.foundation.trees import Tree, batch_size, leaves, take, to_device, tree_map
 from stages.tasks.data import ArrayDataset, Split
-from stages.tasks.independence import FEW, check_independent, device_of
-from stages.tasks.loader import forward, losses, naming_rows
+from stages.tasks.independence import FEW, check_independent
+from stages.tasks.loader import device_of, forward, losses, naming_rows
 from stages.tasks.losses import CLASSIFICATION, check_labels, kind_of
 from stages.tasks.model import put_in_eval_mode
 from stages.tasks.protocol import Task

@@ -1,5 +1,7 @@
 """Whether a sample is the same alone as in any batch: its output, and its loss."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -7,23 +9,22 @@ from stages.foundation.errors import TaskError
 from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, batch_size, leaves, take, to_device, tree_map
 from stages.per_sample.single_precision import tolerance_of
-from stages.tasks.data import Split
-from stages.tasks.loader import forward, losses, naming_rows
+from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.loader import device_of, forward, losses, naming_rows
 from stages.tasks.protocol import Task
 
 # Samples to a batch: few, because one may be large.
 FEW = 4
-# Rows that those which are tried are drawn from.
-DRAWN = 64
+# Rows that those which are tried are drawn from: of arrays, and of a dataset, which may be slow.
+DRAWN, DRAWN_BY_CODE = 64, 16
 MIXES = "OCD needs a model whose samples do not interact; normalise with running statistics, not the batch's"
 LOOKS_ACROSS = "a sample's loss must follow from its own output and label: no mean, sum, ranking or pairs over the batch"
 # Losses are computed twice from the same outputs: only the order of sums differs.
 LOSS_TOLERANCE = 1e-3
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+# Smaller losses have gradients that count as none.
+LOSS_FLOOR = 1e-6
+# Rows of a batch whose outputs say what size is usual.
+USUAL_ROWS = 8
 
 
 def check_independent(task: Task, model: nn.Module, split: Split) -> None:
@@ -35,33 +36,49 @@ def check_independent(task: Task, model: nn.Module, split: Split) -> None:
         split: of at least two rows.
 
     Raises:
-        TaskError: the model is random or keeps a state, or the model or the loss mixes samples.
+        TaskError: the model or the loss is random or keeps a state, or one of them mixes samples.
     """
     rows, device = telling_rows(split), device_of(model)
+
+    def run(x: Tree) -> Tree:
+        # A copy for each pass: the model may work in place on what it is given.
+        return forward(task, model, tree_map(torch.clone, x))
+
     for number, batch in enumerate((rows[:FEW], [*rows[FEW:], *rows[1::-1]])):
         x, y = (to_device(tree, device) for tree in split.batch(batch))
-        # A copy for each pass: the model may work in place on what it is given.
-        output = forward(task, model, tree_map(torch.clone, x))
+        output = run(x)
         if number == 0:
-            _check_repeatable(task, model, x, output, passes=1)
+            _check_repeatable(lambda x=x: run(x), output, tolerance_of(model), "model", passes=1)
         names = [f"{split.name}[{int(split.rows[row])}]" for row in batch]
         with naming_rows(split, batch):
             values = losses(task, output, y)
         try:
             for row, name in enumerate(names):
-                check_row(task, model, x, y, output, values, row, name)
+                check_row(task, run, tolerance_of(model), x, y, output, values, row, name)
         except TaskError:
-            # A model that is seldom random is not to be blamed for mixing.
-            _check_repeatable(task, model, x, output, passes=8)
+            # What is seldom random is not to be blamed for mixing.
+            _check_repeatable(lambda x=x: run(x), output, tolerance_of(model), "model", passes=8)
+            _check_repeatable(lambda o=output, y=y: losses(task, o, y), values, LOSS_TOLERANCE, "loss", passes=8)
             raise
 
 
-def check_row(task: Task, model: nn.Module, x: Tree, y: Tree, output: Tree, values: Tensor, row: int, name: str) -> None:
+def check_row(
+    task: Task,
+    run: Callable[[Tree], Tree],
+    tolerance: float,
+    x: Tree,
+    y: Tree,
+    output: Tree,
+    values: Tensor,
+    row: int,
+    name: str,
+) -> None:
     """Compare one sample of a batch with itself alone.
 
     Args:
-        task: gives forward pass and loss.
-        model: in eval mode.
+        task: gives the loss.
+        run: the forward pass that gave the output, inputs (B, …) to outputs.
+        tolerance: what outputs may differ by, as `tolerance_of`.
         x: inputs; y: labels; output: the model's, each (B, …).
         values: losses (B,).
         row: which of them.
@@ -70,15 +87,15 @@ def check_row(task: Task, model: nn.Module, x: Tree, y: Tree, output: Tree, valu
     Raises:
         TaskError: its output or its loss is another in the batch.
     """
-    place = slice(row, row + 1)
-    _compare_output(task, model, take(x, place), output, row, name)
+    _compare_output(run, tolerance, take(x, slice(row, row + 1)), output, row, name)
     _compare_loss(task, output, y, values, row, name)
 
 
 def telling_rows(split: Split) -> list[int]:
-    """Six rows, or as many as there are, of 64 drawn with a seed: those which are filled with numbers other than zero least,
+    """Six rows, or as many as there are, of some drawn with a seed: those which are filled with numbers other than zero least,
     most, and in between, so that padded ones differ in length; the first two the most."""
-    drawn = torch.randperm(len(split), generator=generator("independence", len(split)))[:DRAWN].tolist()
+    most = DRAWN if isinstance(split.dataset, ArrayDataset) else DRAWN_BY_CODE
+    drawn = torch.randperm(len(split), generator=generator("independence", len(split)))[:most].tolist()
 
     def filled(row: int) -> int:
         found = leaves(split.inputs([row])).values()
@@ -89,47 +106,52 @@ def telling_rows(split: Split) -> list[int]:
     return list(dict.fromkeys(ordered[round(place * (len(ordered) - 1))] for place in places))
 
 
-def _check_repeatable(task: Task, model: nn.Module, x: Tree, output: Tree, passes: int) -> None:
+def _check_repeatable(again: Callable[[], Tree], found: Tree, tolerance: float, what: str, passes: int) -> None:
     """Further passes over one batch must come to the same."""
-
-    def again(*seed: str) -> Tree:
-        if not seed:
-            return forward(task, model, tree_map(torch.clone, x))
-        with global_seed(*seed):
-            return forward(task, model, tree_map(torch.clone, x))
-
-    difference = max(_difference(output, again()) for _ in range(passes))
-    if difference <= tolerance_of(model):
+    if not any(_differs(found, again(), tolerance) for _ in range(passes)):
         return
-    seeded = _difference(again("independence"), again("independence"))
-    random = seeded <= tolerance_of(model)
+    seeded = []
+    for _ in range(2):
+        with global_seed("independence"):
+            seeded.append(again())
+    if what == "loss":
+        raise TaskError("the loss is random: of one output it is another each time", "let it draw nothing")
+    if not _differs(*seeded, tolerance):
+        hint = "use F.dropout(…, training=self.training), and draw nothing in eval mode"
+        raise TaskError("the model is random in eval mode: passes over one batch give other outputs", hint)
     raise TaskError(
-        f"the model {'is random' if random else 'keeps a state between passes'} in eval mode: "
-        f"passes over one batch differ by {difference:.3g} of the largest output",
-        "use F.dropout(…, training=self.training), and draw nothing in eval mode"
-        if random
-        else "let forward() change nothing of the model, and draw nothing from generators of its own, in eval mode",
+        "the model keeps a state between passes in eval mode: passes over one batch give other outputs",
+        "let forward() change nothing of the model, and draw nothing from generators of its own, in eval mode",
     )
 
 
-def _difference(one: Tree, other: Tree) -> float:
-    """The largest difference of two outputs, as a share of the largest number of each tensor (of 1 where that is smaller)."""
-    found = [0.0]
-    for path, leaf in leaves(one).items():
-        twin = leaves(other).get(path)
-        if twin is None or twin.shape != leaf.shape:
-            return float("inf")
-        if leaf.numel():
-            gap = (leaf.double() - twin.double()).abs().nan_to_num(0)
-            found.append(float(gap.max() / (1 + leaf.double().abs().nan_to_num(0).max())))
-    return max(found)
+def _differs(one: Tree, other: Tree, tolerance: float) -> bool:
+    found, twins = leaves(one), leaves(other)
+    return found.keys() != twins.keys() or any(
+        leaf.shape != twins[path].shape or bool(_apart(leaf, twins[path], leaf, tolerance).any())
+        for path, leaf in found.items()
+    )
 
 
-def _compare_output(task: Task, model: nn.Module, x: Tree, output: Tree, row: int, name: str) -> None:
+def _apart(one: Tensor, other: Tensor, batch: Tensor, tolerance: float, floor: float = 0.0) -> Tensor:
+    """Where two tensors differ by more than rounding: by more than a share of their own size, and of the usual size of their
+    place in a batch (B, …) and of all places. Huge numbers elsewhere (masked logits) allow nothing. Not a number, or infinite,
+    on one side alone is a difference."""
+    one, other, batch = (torch.view_as_real(part) if part.is_complex() else part for part in (one, other, batch[:USUAL_ROWS]))
+    usual = batch.float().abs().nan_to_num(0, 0, 0).median(0).values
+    around = usual.flatten().median() if usual.numel() else usual
+    one, other = one.double(), other.double()
+    allowed = tolerance * (torch.maximum(one.abs(), other.abs()) + usual + around) + floor
+    both = torch.isfinite(one) & torch.isfinite(other)
+    same = (one == other) | (torch.isnan(one) & torch.isnan(other))
+    return ~same & (~both | ((one - other).abs() > allowed))
+
+
+def _compare_output(run: Callable[[Tree], Tree], tolerance: float, x: Tree, output: Tree, row: int, name: str) -> None:
     """One sample, alone as x (1, …), against its row of a batch's output; batched and single products differ by rounding."""
     count = batch_size(output)
     try:
-        single = forward(task, model, tree_map(torch.clone, x))
+        single = run(x)
     except TaskError as error:
         if error.__cause__ is None:
             # Nothing was raised: what it returned is the fault.
@@ -147,10 +169,10 @@ def _compare_output(task: Task, model: nn.Module, x: Tree, output: Tree, row: in
                 f"in a batch of {count} {batched}: it trims or pads to the longest of a batch",
                 "pad to one length for all samples",
             )
-        gap = (whole[row].double() - leaf[0].double()).abs().nan_to_num(0)
-        if gap.numel() and gap.max() > tolerance_of(model) * (1 + whole.double().abs().nan_to_num(0).max()):
-            place = gap.flatten().argmax()
-            alone, batched = (float(value.flatten()[place]) for value in (leaf[0], whole[row]))
+        apart = _apart(leaf[0], whole[row], whole, tolerance)
+        if apart.any():
+            place = int(apart.flatten().int().argmax())
+            alone, batched = (value.flatten()[place].item() for value in (leaf[0], whole[row]))
             raise TaskError(
                 f"the model mixes samples in eval mode: an output of {name} is {alone:.6g} alone, "
                 f"and {batched:.6g} in a batch of {count}",
@@ -164,16 +186,13 @@ def _compare_loss(task: Task, output: Tree, y: Tree, values: Tensor, row: int, n
     broadcast = _broadcast(output, y)
     cause, hint = (f"; {broadcast[0]}", broadcast[1]) if broadcast else ("", LOOKS_ACROSS)
     try:
-        alone = losses(task, take(output, place), take(y, place))[0]
+        alone = losses(task, take(output, place), take(y, place))
     except TaskError as error:
         raise TaskError(
             f"the loss looks across the batch: it takes a batch of {count}, but not a sample alone{cause}: {error.message}",
             hint,
         ) from error
-    gap = (alone.double() - values[row].double()).abs()
-    # Where both are not finite, nothing can be told; where one is, they differ.
-    differs = gap > LOSS_TOLERANCE * (alone.abs() + values[row].abs()) + 1e-6 if gap.isfinite() else True
-    if differs and (alone.isfinite() or values[row].isfinite()):
+    if _apart(alone, values[place], values, LOSS_TOLERANCE, LOSS_FLOOR).any():
         raise TaskError(
             f"the loss looks across the batch: of {name} it is {float(alone):.6g} alone, "
             f"and {float(values[row]):.6g} in a batch of {count}{cause}",

@@ -70,6 +70,11 @@ def load_test(task: Task) -> Split:
         return Split(task.test(), name="test")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def forward(task: Task, model: nn.Module, x: Tree) -> Tree:
     """The task's forward pass; what it raises is the user's.
 
