@@ -154,6 +154,7 @@ MODELS = {
     "sparse_gradients": Report("an embedding with sparse gradients", model("SparseGradients"), layer="emb.weight", data=codes),
     "quiet_train": Report("a `train()` that returns nothing", model("QuietTrain")),
     "time_first": Report("time on the first axis", model("TimeFirst"), layer="head.weight", data=pictures),
+    "tagger": Report("padding that attention is told of", loss("first_token", "Tagger"), layer="head.weight", data=padded),
     "experts": Report("experts that see some rows", model("Experts")),
     "forces": Report("a gradient in the forward pass", model("Forces")),
     "broken_backward": Report(

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -24,21 +24,33 @@ def generator(*parts: str | int) -> torch.Generator:
 def global_seed(*parts: str | int) -> Iterator[None]:
     """Seed the generators that torch, numpy and Python share, for code that is not ours (a model's initialisation, dropout, the
     augmentation of a data set), and restore them."""
+    with shared_generators() as seed:
+        seed(*parts)
+        yield
+
+
+@contextlib.contextmanager
+def shared_generators() -> Iterator[Callable[..., None]]:
+    """A function that seeds those generators by its parts, as often as it is called; they are restored afterwards."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    of_python, of_numpy, seed = random.getstate(), np.random.get_state(), seed_of(*parts)
-    with torch.random.fork_rng(devices=devices):
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+
+    def seed(*parts: str | int) -> None:
+        number = seed_of(*parts)
         # torch.manual_seed takes the better part of a millisecond: it also notes seeds, with a stack trace each, for devices
         # that are not in use.
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(number)
         if devices:
-            torch.cuda.manual_seed(seed)
+            torch.cuda.manual_seed(number)
         if of_mps is not None:
-            torch.mps.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+            torch.mps.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number % 2**32)
+
+    with torch.random.fork_rng(devices=devices):
         try:
-            yield
+            yield seed
         finally:
             if of_mps is not None:
                 torch.mps.set_rng_state(of_mps)

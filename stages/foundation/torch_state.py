@@ -44,6 +44,12 @@ def set_theirs(defaults: Defaults) -> None:
     _theirs = defaults
 
 
+def theirs_are_usual() -> bool:
+    """Whether the user's code wants nothing else than the library: otherwise no two threads may run, for torch has one default
+    for all of them."""
+    return _theirs == USUAL
+
+
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
     """Compute with float32 on the CPU by default, gradients on, and neither anomaly nor deterministic mode; what the caller had

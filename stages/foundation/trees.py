@@ -34,10 +34,10 @@ def _with_parts(tree: Tree, parts: dict[Any, Tree]) -> Tree:
     kind = type(tree)
     if kind is dict:
         return parts
-    if isinstance(tree, (tuple, list)):
-        # A namedtuple takes its fields one by one.
-        return kind(*parts.values()) if hasattr(tree, "_fields") else kind(list(parts.values()))
     try:
+        if isinstance(tree, (tuple, list)):
+            # A namedtuple takes its fields one by one.
+            return kind(*parts.values()) if hasattr(tree, "_fields") else kind(list(parts.values()))
         made = copy.copy(tree)
         if isinstance(tree, Mapping):
             for key, value in parts.items():

@@ -15,6 +15,7 @@ from stages.foundation.config import CollectTable
 from stages.foundation.errors import ComputeError
 from stages.foundation.processes import cores
 from stages.foundation.seeds import seed_of
+from stages.foundation.torch_state import theirs_are_usual
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.overfitting.overfitter import Overfitter
 from stages.overfitting.recipe import Views, recipe_of
@@ -175,7 +176,7 @@ class Collector:
             figures.update(means)
 
         read = self._read(store, blocks, batch)
-        if not isinstance(self._rows.dataset, ArrayDataset):
+        if not isinstance(self._rows.dataset, ArrayDataset) and theirs_are_usual():
             # Arrays are read faster than a thread can hand them over, and torch's threads would be waited for twice.
             read = read_ahead(read)
         with Workers(writers, 1, written) as workers, contextlib.closing(read):

@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from stages.foundation.errors import OcdError
 from stages.foundation.trees import Tree, as_tree, batch_size, concatenate, leaves, take, tree_map
-from stages.per_sample.checkpointing import activations_kept
 from stages.per_sample.layer import Layer
+from stages.per_sample.plain_torch import plain_torch
 from stages.per_sample.prefix import Record
 from stages.per_sample.products import Product, product_of
 
@@ -37,13 +37,8 @@ def plain(forward: Forward, *, channels_last: bool = False) -> Forward:
         return leaf.clone(memory_format=torch.channels_last if channels_last and leaf.dim() == 4 else torch.preserve_format)
 
     def run(model: nn.Module, x: Tree) -> Tree:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with activations_kept():
-                return forward(model, tree_map(copied, x))
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
+        with plain_torch():
+            return forward(model, tree_map(copied, x))
 
     run.is_plain, run.channels_last = True, channels_last
     return run

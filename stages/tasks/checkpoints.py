@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import copy
 import pathlib
 import re
 import warnings
@@ -105,54 +106,77 @@ def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Impo
     )
     if key is not None:
         known = list(dict.fromkeys(candidate.place for candidate in found))
-        found = [candidate for candidate in found if key in (candidate.key, candidate.place)]
+        found = [candidate for candidate in found if key.rstrip(".") in (candidate.key, candidate.place)]
         if not found:
             raise DataError(f"{path} has no entry {key!r} with keys of the model", f"it has {_few(known) or 'none at all'}")
+    reasons = []
     for candidate in found:
         unexpected = _load(model, candidate)
-        if unexpected is not None:
+        if isinstance(unexpected, str):
+            reasons.append(unexpected)
+        else:
             others = [other for other in found if other is not candidate and other.matching == candidate.matching]
             beside = [name for name in candidate.beside if not any(name.startswith(f"{other.prefix}") for other in others)]
             ignored = sorted({*beside, *unexpected})
             return Imported(path.name, candidate.key, candidate.prefix, ignored, [other.place for other in others])
-    problems = mismatches(found[0].tensors if found else entries[0][1], model.state_dict())
+    problems = mismatches(found[0].tensors if found else entries[0][1], model.state_dict()) or reasons[:1]
     raise DataError(f"{path} does not fit the model:\n{joined_lines(problems)}", "check task.model and task.model_args")
 
 
-def _candidates(name: str, tensors: dict[str, Tensor], wanted: set[str]) -> Iterator[_Candidate]:
-    """An entry under every prefix that turns one of its keys into one of the model's."""
+def _candidates(name: str, tensors: dict[str, Any], wanted: set[str]) -> Iterator[_Candidate]:
+    """An entry under every prefix that turns one of its keys into one of the model's, in the order of its keys."""
     plain = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
     if len(plain) < len(tensors) or wanted <= tensors.keys():
         plain = tensors
-    prefixes = {""} | {key[: -len(want)] for key in plain for want in wanted if key.endswith(f".{want}")}
+    prefixes = dict.fromkeys([""])
+    for key in plain:
+        parts = key.split(".")
+        ends = ((".".join(parts[:cut]), ".".join(parts[cut:])) for cut in range(1, len(parts)))
+        prefixes |= dict.fromkeys(f"{before}." for before, after in ends if after in wanted)
     for prefix in prefixes:
         cut = {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
+        cut = _with_versions(cut, getattr(tensors, "_metadata", {}), prefix)
         matching = len(wanted & cut.keys())
         if matching:
             yield _Candidate(name, prefix, cut, [key for key in plain if not key.startswith(prefix)], matching)
 
 
-def _load(model: nn.Module, candidate: _Candidate) -> list[str] | None:
-    """Load a candidate: the keys that the model has no use for, or None where it misses some or their shapes are others."""
-    tensors = dict(candidate.tensors)
+def _with_versions(tensors: dict[str, Any], versions: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A state dict with the versions of its modules, names cut as its keys are."""
+    found = collections.OrderedDict(tensors)
+    names = {f"{WRAPPERS.sub('', f'{name}.')}": version for name, version in versions.items()}
+    if versions:
+        found._metadata = {name.removeprefix(prefix).rstrip("."): v for name, v in names.items() if name.startswith(prefix)}
+    return found
+
+
+def _load(model: nn.Module, candidate: _Candidate) -> list[str] | str:
+    """Load a candidate: the keys that the model has no use for; or, as text, why it does not."""
+    tensors = copy.copy(candidate.tensors)
     _fill_tied(tensors, model)
     try:
         with user_code("load_state_dict()"):
             found = model.load_state_dict(tensors, strict=False)
-    except TaskError:
-        return None
-    return None if found.missing_keys else list(found.unexpected_keys)
+    except TaskError as error:
+        return error.message
+    missing, unexpected = (list(getattr(found, f"{name}_keys", [])) for name in ("missing", "unexpected"))
+    return f"load_state_dict() misses {_few(missing)}" if missing else unexpected
 
 
-def _entries(found: Any, name: str = "", depth: int = 0) -> list[tuple[str, dict[str, Tensor]]]:
+def _entries(found: Any, name: str = "", depth: int = 0) -> list[tuple[str, dict[str, Any]]]:
     """The dicts with tensors in a checkpoint, by the keys that lead to them: the outermost first."""
+    if isinstance(found, (tuple, list)):
+        found = dict(enumerate(found))
     if not isinstance(found, Mapping) or depth > DEEPEST:
         return []
-    tensors = {
-        str(key): torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-        for key, value in found.items()
-        if isinstance(value, (Tensor, np.ndarray)) or str(key).endswith("_extra_state")
-    }
+    tensors: dict[str, Any] = {}
+    for key, value in found.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            tensors[str(key)] = torch.as_tensor(value)
+        elif isinstance(value, Tensor) or str(key).endswith("_extra_state"):
+            tensors[str(key)] = value
+    # Versions of modules, by which they read older files.
+    tensors = _with_versions(tensors, getattr(found, "_metadata", {}))
     here = [(name, tensors)] if tensors else []
     for key, value in found.items():
         here += _entries(value, f"{name}.{key}" if name else str(key), depth + 1)
@@ -168,7 +192,10 @@ def _read(path: Path) -> Any:
         return _read_file(files[0])
     found: dict[str, Any] = {}
     for shard in files[1:]:
-        found |= _read_file(shard)
+        part = _read_file(shard)
+        if not isinstance(part, Mapping):
+            raise DataError(f"{shard} holds {type(part).__name__}, expected a dict of tensors", "save model.state_dict()")
+        found |= part
     return found
 
 
@@ -201,7 +228,7 @@ def _harmless() -> list[Callable[..., Any] | tuple[Any, str]]:
     named = [(scalar, f"numpy.{place}.multiarray.scalar") for place in ("core", "_core")]
     named += [(reconstruct, f"numpy.{place}.multiarray._reconstruct") for place in ("core", "_core")]
     dtypes = [type(np.dtype(kind)) for kind in "efdbhilqBHILQ?US"]
-    paths = [(pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")]
+    paths = [(pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath", "_local.PosixPath")]
     return [
         np.ndarray,
         np.dtype,
@@ -218,13 +245,11 @@ def _harmless() -> list[Callable[..., Any] | tuple[Any, str]]:
     ]
 
 
-def _fill_tied(tensors: dict[str, Tensor], model: nn.Module) -> None:
+def _fill_tied(tensors: dict[str, Any], model: nn.Module) -> None:
     """Give a tied name that the file leaves out the tensor of its twin."""
-    by_place: dict[int, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name in tensors:
-            by_place.setdefault(id(value), name)
-    for name, value in model.state_dict(keep_vars=True).items():
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    by_place = {id(value): name for name, value in reversed(own.items()) if name in tensors}
+    for name, value in own.items():
         if name not in tensors and id(value) in by_place:
             tensors[name] = tensors[by_place[id(value)]]
 

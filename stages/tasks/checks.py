@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from stages.foundation.errors import ComputeError, TaskError
+from stages.foundation.errors import ComputeError, OcdError, TaskError
 from stages.foundation.trees import Tree, batch_size, leaves, take, to_device, tree_map
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.independence import FEW, check_independent
@@ -88,6 +88,15 @@ def _check_all_labels(split: Split, output: Tree) -> None:
             check_labels(y, logits.shape[1])
 
 
+def _takes(task: Task, output: Tree, split: Split) -> bool:
+    """Whether the loss of the user's own takes what the model returns in train mode."""
+    try:
+        losses(task, output, to_device(split.labels(range(batch_size(output))), next(iter(leaves(output).values())).device))
+    except OcdError:
+        return False
+    return True
+
+
 def check_training_output(task: Task, model: nn.Module, split: Split) -> None:
     """The model must return in train mode what it returns in eval mode, for the default trainer.
 
@@ -104,7 +113,7 @@ def check_training_output(task: Task, model: nn.Module, split: Split) -> None:
         with user_code(f"{mode}()"), torch.no_grad():
             model.train(mode == "train")
             found[mode] = forward(task, model, to_device(split.inputs(range(min(FEW, len(split)))), device_of(model)))
-    if leaves(found["eval"]).keys() != leaves(found["train"]).keys():
+    if leaves(found["eval"]).keys() != leaves(found["train"]).keys() and not _takes(task, found["train"], split):
         raise TaskError(
             f"the model returns {kind_of(found['train'])} in train mode, and {kind_of(found['eval'])} in eval mode: "
             "the default trainer cannot tell which part the loss is for",

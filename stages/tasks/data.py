@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from stages.foundation.errors import DataError, TaskError
-from stages.foundation.seeds import generator, global_seed
+from stages.foundation.seeds import generator, shared_generators
 from stages.foundation.trees import Tree, as_tree, leaves
 from stages.tasks.user_code import user_code
 
@@ -59,14 +59,14 @@ class Split:
         rows = self.rows[torch.as_tensor(positions)]
         if isinstance(self.dataset, ArrayDataset):
             return self.dataset.x[rows]
-        return self._stack([self.item(int(row))[0] for row in rows], rows)
+        return self._stack([item[0] for item in self._items(rows)], rows)
 
     def labels(self, positions: Tensor | Sequence[int]) -> Tree | None:
         """y of some rows, (B, …), or None where arrays have none."""
         rows = self.rows[torch.as_tensor(positions)]
         if isinstance(self.dataset, ArrayDataset):
             return None if self.dataset.y is None else self.dataset.y[rows]
-        return self._stack([self.item(int(row))[1] for row in rows], rows)
+        return self._stack([item[1] for item in self._items(rows)], rows)
 
     def batch(self, positions: Tensor | Sequence[int], *seed: str | int) -> tuple[Tree, Tree]:
         """x and y of some rows, each (B, …).
@@ -82,7 +82,7 @@ class Split:
         if isinstance(self.dataset, ArrayDataset):
             return self.inputs(positions), self.labels(positions)
         rows = self.rows[torch.as_tensor(positions)]
-        items = [self.item(int(row), *seed) for row in rows]
+        items = self._items(rows, *seed)
         return self._stack([item[0] for item in items], rows), self._stack([item[1] for item in items], rows)
 
     def _stack(self, parts: list[Tree], rows: Tensor) -> Tree:
@@ -96,14 +96,23 @@ class Split:
             ) from error
 
     def item(self, row: int, *seed: str | int) -> tuple[Tree, Tree]:
-        """One item (x, y) of the dataset by its row there; torch's generators are seeded by the row and `seed` meanwhile."""
-        with user_code(f"{self.name}[{row}]"), global_seed("item", row, *seed):
-            item = self.dataset[row]
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise DataError(
-                f"{self.name}[{row}] is {type(item).__name__}, expected a pair (x, y)", "let __getitem__ return x, y"
-            )
-        return item[0], item[1]
+        """One item (x, y) of the dataset by its row there; shared generators are seeded by the row and `seed` meanwhile."""
+        return self._items(torch.tensor([row]), *seed)[0]
+
+    def _items(self, rows: Tensor, *seed: str | int) -> list[tuple[Tree, Tree]]:
+        """Some items, each as if it were the only one."""
+        found = []
+        with shared_generators() as reseed:
+            for row in rows.tolist():
+                reseed("item", row, *seed)
+                with user_code(f"{self.name}[{row}]"):
+                    item = self.dataset[row]
+                if not isinstance(item, (tuple, list)) or len(item) != 2:
+                    raise DataError(
+                        f"{self.name}[{row}] is {type(item).__name__}, expected a pair (x, y)", "let __getitem__ return x, y"
+                    )
+                found.append((item[0], item[1]))
+        return found
 
 
 def _length(dataset: Any, name: str) -> int:

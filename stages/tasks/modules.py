@@ -29,11 +29,13 @@ class _Loaded:
 
     Attributes:
         module: as imported.
+        root: of its project.
         mtime_ns: of its file.
         defaults: of torch, as the import left them.
     """
 
     module: ModuleType
+    root: Path
     mtime_ns: int
     defaults: Defaults
 
@@ -71,13 +73,14 @@ def _load_file(root: Path, path: Path, module_name: str) -> ModuleType:
     mtime = path.stat().st_mtime_ns
     found = _loaded.get(path)
     if found is None or found.mtime_ns != mtime:
-        if found is not None or not all(other.is_relative_to(root) for other in _loaded):
+        if found is not None or any(other.root != root for other in _loaded.values()):
+            # One project at a time has its modules under their names.
             _forget()
         for library in LIBRARIES:
             importlib.import_module(library)
         with _importing(root, path), user_code(f"importing {path}"):
             module = _import(path, module_name)
-            found = _Loaded(module, mtime, left_by_import())
+            found = _Loaded(module, root, mtime, left_by_import())
         _loaded[path] = found
     if found.defaults != USUAL:
         set_theirs(found.defaults)
@@ -85,8 +88,13 @@ def _load_file(root: Path, path: Path, module_name: str) -> ModuleType:
 
 
 def _import(path: Path, module_name: str) -> ModuleType:
+    known = sys.modules.get(module_name)
+    if known is not None and Path(getattr(known, "__file__", None) or ".").resolve() == path.resolve():
+        # Whoever calls the library has imported it.
+        return known
     top = sys.modules.get(module_name.partition(".")[0])
-    if top is None or module_name.partition(".")[0] in _brought:
+    ours = top is not None and any(Path(place).resolve() in path.resolve().parents for place in getattr(top, "__path__", []))
+    if top is None or ours or module_name.partition(".")[0] in _brought:
         return importlib.import_module(module_name)
     # A library has its name already.
     key = f"ocd_user_{seed_of(str(path)):016x}"
@@ -112,7 +120,8 @@ def _importing(root: Path, path: Path) -> Iterator[None]:
         raise
     finally:
         sys.argv = argv
-        sys.path.remove(place)
+        with contextlib.suppress(ValueError):
+            sys.path.remove(place)
         if place not in sys.path:
             sys.path.append(place)
             _places.append(place)

@@ -77,6 +77,8 @@ TAKEN = {
         {"key": "ema_state_dict", "prefix": "module.", "ignored": ["n_averaged"]},
     ),
     "a figure beside": ({"net": STATE, "acc": np.float32(91.2), "seen": collections.defaultdict(int)}, {"key": "net"}),
+    "names beside": ({"model": STATE, "classes": np.array(["a", "b"])}, {"key": "model"}),
+    "a pair": ((STATE, 3), {"key": "0"}),
     "numpy": ({name: value.numpy() for name, value in STATE.items()}, {}),
     "a text inside": (collections.OrderedDict([*STATE.items(), ("meta", "v1")]), {}),
     "half": ({name: value.half() if value.is_floating_point() else value for name, value in STATE.items()}, {}),
@@ -115,6 +117,53 @@ def test_another_prefix_by_its_name(tmp_path):
     model = Net()
     assert import_weights(tmp_path / "weights.pt", model, "model_ema").prefix == "model_ema."
     check(model, EMA)
+
+
+class Versioned(nn.Module):
+    """Reads files of its first version in another way."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") is None:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] + 100
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_versions_of_modules_are_kept(tmp_path, prefix):
+    whole = nn.Module()
+    whole.a = Versioned()
+    wrapped = whole
+    if prefix:
+        wrapped = nn.Module()
+        wrapped.add_module(prefix[:-1], whole)
+    torch.save(wrapped.state_dict(), tmp_path / "weights.pt")
+    model = nn.Module()
+    model.a = Versioned()
+    import_weights(tmp_path / "weights.pt", model)
+    assert model.a.weight.tolist() == [0, 0]
+
+
+class Choosy(Net):
+    def load_state_dict(self, state, strict=True):
+        raise ValueError("needs version 3")
+
+
+def test_what_the_models_own_loading_says_is_told(tmp_path):
+    torch.save(STATE, tmp_path / "weights.pt")
+    with pytest.raises(DataError, match="needs version 3"):
+        import_weights(tmp_path / "weights.pt", Choosy())
+
+
+def test_of_equal_prefixes_the_first_is_taken(tmp_path):
+    torch.save(under("teacher.", EMA) | under("student."), tmp_path / "weights.pt")
+    found = import_weights(tmp_path / "weights.pt", Net())
+    assert (found.prefix, found.others) == ("teacher.", ["student"])
 
 
 def test_the_models_own_loading_decides(tmp_path):

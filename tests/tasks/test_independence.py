@@ -13,7 +13,7 @@ from torch import nn
 
 from stages.foundation.errors import TaskError
 from stages.overfitting.dense import DenseDescent
-from stages.overfitting.descent import LabelledBatch
+from stages.overfitting.descent import LabelledBatch, own_gradients
 from stages.overfitting.overfitter import Overfitter
 from stages.overfitting.recipe import Recipe
 from stages.per_sample.layer import find_layer
@@ -133,6 +133,57 @@ def test_the_twins_are_overfitted_as_by_the_loop(kind, layer):
     wanted = overfit_loop(copy.deepcopy(model), layer, loss, X, Y, "adam", 0.01, 3)
     telling = (wanted.largest_gradient > 1e-4).nonzero().flatten()
     torch.testing.assert_close(found.delta[telling], wanted.delta[telling], rtol=1e-3, atol=1e-6)
+
+
+def scaled(output, share):
+    """Outputs of which one column is mixed, as a share of the batch's mean that has no gradient."""
+    return output + share * output.mean(0).detach()
+
+
+# Beside a mixed column of the usual size: columns that are masked, huge, or not a number for one sample alone; tiny outputs.
+BESIDE = {
+    "masked": lambda h: torch.cat([scaled(h, 0.5), torch.full_like(h, -1e9)], 1),
+    "minus infinity": lambda h: torch.cat([scaled(h, 0.5), torch.full_like(h, -torch.inf)], 1),
+    "another scale": lambda h: torch.cat([scaled(h, 0.5), 1e5 * h], 1),
+    "tiny": lambda h: 1e-5 * scaled(h, 0.5),
+    "a spread of one": lambda h: (h - h.mean(0)) / h.std(0),
+    "imaginary": lambda h: torch.complex(h, scaled(h, 0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_mixing_is_not_hidden_by_other_numbers(kind):
+    class Beside(Net):
+        def forward(self, x):
+            return BESIDE[kind](super().forward(x))
+
+    class Own(Task):
+        def loss(self, output, y):
+            return output.abs().nan_to_num(0, 0, 0)[:, :3].square().mean(1)
+
+    torch.manual_seed(0)
+    with pytest.raises(TaskError, match="the model mixes samples in eval mode: an output of"):
+        check_independent(Own(), Beside().eval().requires_grad_(False), split_of())
+
+
+def test_tiny_losses_are_looked_at():
+    with pytest.raises(TaskError, match="the loss looks across the batch"):
+        check_independent(Asked(lambda losses: 1e-4 * losses * losses / losses.sum()), drawn(0), split_of())
+
+
+def test_a_random_loss_is_called_random():
+    with pytest.raises(TaskError, match="the loss is random"):
+        check_independent(Asked(lambda losses: losses * torch.rand(len(losses))), drawn(0), split_of())
+
+
+def test_small_gradients_of_half_precision_are_healthy():
+    """They are rounded as no larger ones are."""
+    torch.manual_seed(0)
+    weights = torch.randn(8, 32, 4).requires_grad_()
+    hidden = torch.bmm(weights, X[:8].unsqueeze(2)).squeeze(2).half().relu()
+    output = nn.Linear(32, 512).half()(hidden).float()
+    gradient = own_gradients(1e-3 * output.square().mean(1), weights, check=True)
+    assert 0 < gradient.abs().max() < 1e-3
 
 
 def test_rows_that_differ_in_length_are_looked_at():

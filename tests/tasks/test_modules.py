@@ -54,6 +54,19 @@ def test_projects_do_not_meet(write):
     assert [load(root, "first:value") for root in (one, two, one)] == [1, 2, 1]
 
 
+def test_a_project_inside_another_is_another(write):
+    outer, inner = write("one", first="value = 1"), write("one/inner", first="value = 2")
+    assert [load(root, "first:value") for root in (inner, outer, inner)] == [2, 1, 2]
+
+
+def test_what_the_caller_has_imported_is_taken(write, monkeypatch):
+    root = write("called", package_of_the_caller="value = [3]")
+    monkeypatch.syspath_prepend(root)
+    module = __import__("package_of_the_caller")
+    assert load(root, "package_of_the_caller:value") is module.value
+    del sys.modules["package_of_the_caller"]
+
+
 def test_a_folder_is_first_while_importing_and_last_afterwards(write):
     """The first wins inside, and takes nobody else's place later."""
     root = write(

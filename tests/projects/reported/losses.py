@@ -18,6 +18,10 @@ def broadcast(output, y):
     return ((output - y) ** 2).mean(1)
 
 
+def first_token(output, y):
+    return F.cross_entropy(output[:, :, 0], y, reduction="none")
+
+
 def squared(output, y):
     return (output - y) ** 2
 
