@@ -112,10 +112,14 @@ def train_base(
     shared: Shared,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Import these weights (.safetensors, .pt, an index, a folder) instead of training.", metavar="FILE"),
+        typer.Option(
+            help="Import these weights (.safetensors, .pt, .index.json, a folder) instead of training.",
+            metavar="FILE",
+        ),
     ] = None,
     weights_key: Annotated[
-        str | None, typer.Option(help="Take this entry of the file, such as state_dict_ema.", metavar="NAME")
+        str | None,
+        typer.Option(help="Take this entry of --weights, such as state_dict_ema.", metavar="NAME"),
     ] = None,
 ) -> None:
     """Train the base model, or import its weights; prints its metrics on the test split."""

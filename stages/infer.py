@@ -1,7 +1,6 @@
 """infer: sample deltas from the inputs alone, apply them, predict (Alg. 2); and the Python entry point, `open_run`."""
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -126,10 +125,10 @@ class Infer(Stage):
         for record in (self.folder.begun(), self.folder.manifest()):
             known = record.execution.get("input") if record else None
             if mine and known not in (None, mine) and record.identity.inputs["query"] != self.query.content:
-                command = f"ocd infer{self.context.project.flags} --input {shlex.quote(mine)} --force"
                 return ArtifactError(
-                    f"{self.folder.name} is the answer for {known}, and would be the answer for {mine}: the stem names it",
-                    f"rename one of the files to keep both answers, or replace the old one with: {command}",
+                    f"{self.folder.name} holds the predictions for {known}, and would hold those for {mine}: "
+                    "they are named after the file, without its folder",
+                    "rename one of the files to keep both, or replace the old ones: the same command with --force",
                 )
         return None
 

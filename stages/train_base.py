@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.foundation.errors import SettingsError
 from stages.foundation.files import sha256_file
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
@@ -59,6 +60,11 @@ class TrainBase(Stage):
         context = self.context
         for split in (context.splits["train"], context.splits["validation"], context.test_split):
             check_task(context.task, self._initial, split)
+        if self._weights is None and context.project.settings.task.weights_key:
+            raise SettingsError(
+                f"task.weights_key = {context.project.settings.task.weights_key!r}, and no weights are named to take it from",
+                "name them, too: ocd train-base --weights FILE --weights-key NAME",
+            )
         if self._trains:
             check_training_output(context.task, context.new_model().to(context.device), context.splits["train"])
         layer = context.project.settings.select_layer.layer

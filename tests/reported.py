@@ -87,7 +87,7 @@ LOSSES = {
         [ACROSS, "(4, 1)", "(4, 4)", "squeeze(-1)"],
         data=numbers,
     ),
-    "regression": Report("the same with one shape", loss("squared", "Flat"), data=numbers),
+    "regression": Report("both of one shape, `(B,)`", loss("squared", "Flat"), data=numbers),
     "batch_standardised_target": Report(
         "targets standardised by the batch", loss("standardised", "Flat"), [ACROSS, "alone", "in a batch of 4"], data=numbers
     ),
@@ -97,12 +97,13 @@ LOSSES = {
     "hardest": Report("mining of the hardest samples", loss("hardest"), [ACROSS]),
     "cox_loss": Report("Cox's partial likelihood", loss("cox", "Flat"), [ACROSS], data=numbers),
     "inbatch_contrastive": Report("a contrastive loss inside the batch", loss("contrastive", "Normalised"), [ACROSS]),
+    "one_value": Report("one value for the whole batch", loss("one_value"), ["the loss returned () for a batch of 4"]),
     "loss_class": Report(
-        "a loss class",
+        "a class such as `torch.nn.CrossEntropyLoss`, not an instance",
         model("Net") | {"loss": "torch.nn:CrossEntropyLoss"},
         ["is a class, expected a function", 'reduction="none"'],
     ),
-    "quantiles": Report("quantiles", loss("pinball"), data=numbers),
+    "a pinball loss of several quantiles": Report("quantiles", loss("pinball"), data=numbers),
     "quantiles_scored": Report(
         'quantiles with `kind = "regression"`',
         loss("pinball") | {"kind": "regression"},
@@ -150,18 +151,18 @@ MODELS = {
     ),
     "sparse_buffer": Report("a sparse buffer", model("SparseBuffer")),
     "lazy": Report("lazy modules", model("Lazy")),
-    "max_norm_embedding": Report("an embedding with a largest norm", model("MaxNorm"), layer="emb.weight", data=codes),
+    "max_norm_embedding": Report("an embedding with `max_norm`", model("MaxNorm"), layer="emb.weight", data=codes),
     "sparse_gradients": Report("an embedding with sparse gradients", model("SparseGradients"), layer="emb.weight", data=codes),
     "quiet_train": Report("a `train()` that returns nothing", model("QuietTrain")),
-    "time_first": Report("time on the first axis", model("TimeFirst"), layer="head.weight", data=pictures),
+    "time_first": Report("time on the first axis, a layer after it", model("TimeFirst"), layer="head.weight", data=pictures),
     "tagger": Report("padding that attention is told of", loss("first_token", "Tagger"), layer="head.weight", data=padded),
-    "experts": Report("experts that see some rows", model("Experts")),
-    "forces": Report("a gradient in the forward pass", model("Forces")),
+    "experts": Report("a mixture of experts", model("Experts")),
+    "forces": Report("`autograd.grad` in the forward pass", model("Forces")),
     "broken_backward": Report(
         "a backward pass that raises", model("BrokenBackward"), ["training the model raised RuntimeError: no gradient of this"]
     ),
     "time_first_layer": Report(
-        "a layer that sees time on the first axis",
+        "a layer whose own input has time on the first axis",
         model("TimeFirst"),
         ["the sample is not on its first axis", "select-layer --layer"],
         data=pictures,
@@ -175,7 +176,9 @@ MODELS = {
         "dropout in eval mode", model("Dropping"), ["the model is random in eval mode", "self.training"]
     ),
     "counting": Report(
-        "a state that passes change", model("Counting"), ["the model keeps a state between passes in eval mode"]
+        "a state that eval passes change",
+        model("Counting"),
+        ["the model keeps a state between passes in eval mode"],
     ),
     "trimming": Report("padding that is trimmed to the batch", model("Trimming"), [MIXES, "alone"], data=padded),
 }
@@ -197,10 +200,10 @@ DATA = {
     ),
 }
 CODE = {
-    "argparse_at_import": Report("options read while importing", {"model": "options:Net"}),
+    "argparse_at_import": Report("`argparse` while importing", {"model": "options:Net"}),
     "relative_package": Report("a package with relative imports", {"model": "net.model:Net"}, layer="head.weight"),
     "sibling_named_stages": Report(
-        "a module named as our library",
+        "a file named like a package of ocd (`stages`, `ocd_cli`)",
         {"model": "needs_stages:Net"},
         ["has the name of a package of ocd's own"],
         data=beside_stages,

@@ -215,16 +215,15 @@ def redo_command(state: StageState, project: Project) -> str:
     """The command that redoes a stale stage as it would be made now: run and task, changed settings, further ones of the stage
     that were given beside them, and imported weights are repeated."""
     changed = {change.setting: change.now for change in state.changes if change.is_setting}
+    key = changed.pop("task.weights_key", None) or (state.identity and state.identity.settings.get("task.weights_key"))
     flags = "".join(f" --set {name}={str(now).lower() if isinstance(now, bool) else now}" for name, now in changed.items())
     given = [
         text for text in project.overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed
     ]
     flags += "".join(f" --set {shlex.quote(text)}" for text in given)
     if "weights" in state.sources:
-        flags += f" --weights {state.sources['weights'].path}"
-        key = state.identity and state.identity.settings.get("task.weights_key")
-        if key and "task.weights_key" not in changed:
-            flags += f" --weights-key {key}"
+        flags += f" --weights {shlex.quote(state.sources['weights'].path)}"
+        flags += f" --weights-key {shlex.quote(key)}" if key else ""
     return f"ocd {state.name}{project.flags}{flags} --force"
 
 

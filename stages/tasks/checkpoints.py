@@ -55,11 +55,11 @@ class Imported:
 
     def sentence(self) -> str:
         """The same for people; "" where the file is a plain state dict of the model."""
-        parts = [f"its entry {self.key}"] if self.key else []
-        parts += [f"without the prefix {self.prefix}"] if self.prefix else []
-        parts += [f"ignoring {_few(self.ignored)}"] if self.ignored else []
-        parts += [f"not {_few(self.others)}, which fits, too (--weights-key names another)"] if self.others else []
-        return f"of {self.file} is taken: {'; '.join(parts)}" if parts else ""
+        parts = [f"its entry {self.key!r} is taken"] if self.key else []
+        parts += [f"the prefix {self.prefix!r} of its keys is dropped"] if self.prefix else []
+        parts += [f"{_few(self.ignored)} is ignored"] if self.ignored else []
+        parts += [f"{_few(self.others)} fits as well (to take it: --weights-key {self.others[0]})"] if self.others else []
+        return f"{self.file}: {'; '.join(parts)}" if parts else ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Impo
             others = [other for other in found if other is not candidate and other.matching == candidate.matching]
             beside = [name for name in candidate.beside if not any(name.startswith(f"{other.prefix}") for other in others)]
             ignored = sorted({*beside, *unexpected})
-            return Imported(path.name, candidate.key, candidate.prefix, ignored, [other.place for other in others])
+            return Imported(path.name, candidate.key, candidate.prefix, ignored, [_named(other, candidate) for other in others])
     problems = mismatches(found[0].tensors if found else entries[0][1], model.state_dict()) or reasons[:1]
     raise DataError(f"{path} does not fit the model:\n{joined_lines(problems)}", "check task.model and task.model_args")
 
@@ -139,6 +139,11 @@ def _candidates(name: str, tensors: dict[str, Any], wanted: set[str]) -> Iterato
         matching = len(wanted & cut.keys())
         if matching:
             yield _Candidate(name, prefix, cut, [key for key in plain if not key.startswith(prefix)], matching)
+
+
+def _named(other: _Candidate, taken: _Candidate) -> str:
+    """How to ask for another candidate: by its entry, where that tells it from what was taken."""
+    return other.key if other.key and other.key != taken.key else other.place
 
 
 def _with_versions(tensors: dict[str, Any], versions: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

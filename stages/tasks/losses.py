@@ -45,8 +45,8 @@ def require_one_tensor(output: Tree, wanted_by: str) -> None:
     entry = f"output[{key!r}]" if isinstance(output, (tuple, list, Mapping)) else f"output.{key}"
     raise TaskError(
         f"{wanted_by} needs one tensor, and the model returns {kind_of(output)}",
-        f"write a loss of your own that takes the entry, such as {entry}: def my_loss(output, y), and set "
-        'task.loss = "mymodel:my_loss"; or a Task class whose forward() returns it',
+        f'write a loss of your own, def my_loss(output, y): return F.cross_entropy({entry}, y, reduction="none"), '
+        'and set task.loss = "mymodel:my_loss"',
     )
 
 

@@ -19,8 +19,9 @@ def refused(ocd, folder, first, second, *args):
     before = folder.files()
     result = ocd(folder, "infer", "--quiet", "--input", second, *args, code=3)
     assert result.stderr == (
-        f"error: infer/new is the answer for {first}, and would be the answer for {second}: the stem names it\n"
-        f"  rename one of the files to keep both answers, or replace the old one with: ocd infer --input {second} --force\n"
+        f"error: infer/new holds the predictions for {first}, and would hold those for {second}: "
+        "they are named after the file, without its folder\n"
+        "  rename one of the files to keep both, or replace the old ones: the same command with --force\n"
     )
     assert folder.files() == before
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+from folders import states, status
 from processes import before, interrupt, stopped_at
 
 from stages.run_directory import folders
@@ -35,9 +36,9 @@ def is_whole(ocd, folder, link, target):
     ocd(folder, "verify")
 
 
-def test_redone_it_lies_where_it_lay(linked, ocd, states):
+def test_redone_it_lies_where_it_lay(linked, ocd):
     folder, stage, link, target = linked
-    assert set(states(folder).values()) == {"done"}
+    assert set(states(ocd, folder).values()) == {"done"}
     inode, first = target.stat().st_ino, made(target)
     ocd(folder, stage, "--force")
     assert target.stat().st_ino != inode
@@ -45,24 +46,24 @@ def test_redone_it_lies_where_it_lay(linked, ocd, states):
     is_whole(ocd, folder, link, target)
 
 
-def test_a_kill_between_the_two_renames(linked, ocd, states):
+def test_a_kill_between_the_two_renames(linked, ocd):
     folder, stage, link, target = linked
     target.rename(target.with_name(f"{target.name}.old"))
-    assert states(folder)[stage] == "done"
+    assert states(ocd, folder)[stage] == "done"
     ocd(folder, stage, "--force")
     is_whole(ocd, folder, link, target)
 
 
-def test_unfinished_it_lies_beside_the_target(collected, ocd, states, tmp_path, collected_run):
+def test_unfinished_it_lies_beside_the_target(collected, ocd, tmp_path, collected_run):
     link, target = collected.run / "collect", tmp_path / "big" / "collect"
     target.mkdir(parents=True)
     shutil.rmtree(link)
     link.symlink_to(target)
     # Empty, as a user makes it beforehand, it is missing.
-    assert states(collected)["collect"] == "missing"
+    assert states(ocd, collected)["collect"] == "missing"
     with stopped_at(4):
         ocd(collected, "collect", code=4)
-    assert (states(collected)["collect"], link.is_symlink()) == ("partial", True)
+    assert (states(ocd, collected)["collect"], link.is_symlink()) == ("partial", True)
     assert len(list((tmp_path / "big" / "collect.wip" / "blocks").iterdir())) == 4
     with before(folders.StageFolder, "exchange", interrupt):
         ocd(collected, "collect", code=4)
@@ -85,14 +86,14 @@ def test_a_run_directory_elsewhere(finished, ocd, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--force"]], ids=["plain", "forced"])
-def test_a_stage_that_leads_nowhere(linked, ocd, status, words):
+def test_a_stage_that_leads_nowhere(linked, ocd, words):
     """Perhaps its disk is not mounted: nothing is made in its place."""
     folder, stage, link, target = linked
     shutil.rmtree(target)
     says = f"{link} is a link to {target}, which does not exist"
     result = ocd(folder, stage, "--quiet", *words, code=3)
     assert result.stderr.startswith(f"error: {says}\n  mount its disk, or make the folder: mkdir -p '{target}'\n")
-    assert status(folder)[stage]["detail"] == says
+    assert status(ocd, folder)[stage]["detail"] == says
     assert not list(target.parent.iterdir())
 
 

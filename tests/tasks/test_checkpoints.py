@@ -245,9 +245,16 @@ def test_the_command_says_what_it_took_and_remembers_the_entry(ocd, project):
     state = torch.nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).state_dict()
     torch.save({"net": under("module.", state), "net_ema": under("module.", state)}, folder.root / "w.pt")
     result = ocd(folder, "train-base", "--force", "--weights", folder.root / "w.pt")
-    assert "of w.pt is taken: its entry net; without the prefix module.; not net_ema.module, which fits, too" in result.stderr
-    assert folder.summary("train-base")["others"] == ["net_ema.module"]
+    taken = "w.pt: its entry 'net' is taken; the prefix 'module.' of its keys is dropped; net_ema fits as well"
+    assert taken in result.stderr
+    assert folder.summary("train-base")["others"] == ["net_ema"]
     ocd(folder, "train-base", "--force", "--weights", folder.root / "w.pt", "--weights-key", "net_ema")
     assert folder.summary("train-base")["key"] == "net_ema"
     assert ocd.json(folder, "status")["stages"]["train-base"]["state"] == "done"
     ocd(folder, "train-base", "--weights", folder.root / "w.pt", "--weights-key", "net", code=3)
+
+
+def test_an_entry_of_no_file_is_refused(ocd, project):
+    message = ocd(project(), "train-base", "--weights-key", "ema", code=2).stderr
+    assert "task.weights_key = 'ema', and no weights are named to take it from" in message
+    assert "--weights FILE --weights-key NAME" in message
