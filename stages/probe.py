@@ -22,6 +22,7 @@ from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
 from stages.foundation.errors import DataError, OcdError
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of
+from stages.foundation.threads import set_threads, threads_restored
 from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import to_device
 from stages.lifecycle.context import RunContext
@@ -85,8 +86,11 @@ def probe(
     check_run(project)
     context = RunContext(project)
     require_done(States(project, context.hash_dataset), ("train-base",), "probing")
-    found = Probe(context, layers, samples or SAMPLES, report or Silent())
-    return {"what": found.plan()} if dry_run else found.run()
+    with threads_restored():
+        if project.settings.run.threads != AUTO:
+            set_threads(project.settings.run.threads)
+        found = Probe(context, layers, samples or SAMPLES, report or Silent())
+        return {"what": found.plan()} if dry_run else found.run()
 
 
 class Probe:
