@@ -30,7 +30,8 @@ def counts():
 def asking(project):
     # Tuned, train-diffusion runs the user's code, too.
     settings = {"run": {"threads": 1}, "train-diffusion": {"tune_after": 20, "tune_samples": 8}}
-    folder = project({"task": {"loss": "mymodel:asking", "kind": "classification"}, **settings})
+    task = {"loss": "mymodel:asking", "kind": "classification", "validation_fraction": 0.3}
+    folder = project({"task": task, **settings})
     path = folder.root / "mymodel.py"
     path.write_text(path.read_text() + ASKING)
     return folder
