@@ -136,7 +136,7 @@ def mismatches(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     """Keys missing, keys too many, and shapes that differ, one line each."""
 
     def shape(value: Any) -> tuple[int, ...] | str:
-        return tuple(value.shape) if isinstance(value, Tensor) else "of no tensor"
+        return tuple(value.shape) if isinstance(value, Tensor) else "(no tensor)"
 
     found = [f"missing: {name} {shape(wanted[name])}" for name in wanted if name not in tensors]
     found += [f"unexpected: {name} {shape(tensors[name])}" for name in tensors if name not in wanted]

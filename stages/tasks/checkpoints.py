@@ -116,8 +116,9 @@ def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Impo
             reasons.append(unexpected)
         else:
             others = [other for other in found if other is not candidate and other.matching == candidate.matching]
-            beside = [name for name in candidate.beside if not any(name.startswith(f"{other.prefix}") for other in others)]
-            ignored = sorted({*beside, *unexpected})
+            # Keys of this entry that another candidate is made of are named as that.
+            named = tuple(other.prefix for other in others if other.key == candidate.key)
+            ignored = sorted({name for name in candidate.beside if not name.startswith(named)} | set(unexpected))
             return Imported(path.name, candidate.key, candidate.prefix, ignored, [_named(other, candidate) for other in others])
     problems = mismatches(found[0].tensors if found else entries[0][1], model.state_dict()) or reasons[:1]
     raise DataError(f"{path} does not fit the model:\n{joined_lines(problems)}", "check task.model and task.model_args")
@@ -149,7 +150,7 @@ def _named(other: _Candidate, taken: _Candidate) -> str:
 def _with_versions(tensors: dict[str, Any], versions: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A state dict with the versions of its modules, names cut as its keys are."""
     found = collections.OrderedDict(tensors)
-    names = {f"{WRAPPERS.sub('', f'{name}.')}": version for name, version in versions.items()}
+    names = {WRAPPERS.sub("", f"{name}."): version for name, version in versions.items()}
     if versions:
         found._metadata = {name.removeprefix(prefix).rstrip("."): v for name, v in names.items() if name.startswith(prefix)}
     return found

@@ -72,6 +72,10 @@ TAKEN = {
     ),
     "averaged first": ({"params_ema": EMA, "params": STATE}, {"key": "params", "others": ["params_ema"]}),
     "averaged by a prefix": (under("model_ema.", EMA) | under("model."), {"prefix": "model.", "others": ["model_ema"]}),
+    "averaged without the prefix": (
+        {"state_dict": under("net.") | {"criterion.weight": torch.ones(3)}, "ema": EMA},
+        {"key": "state_dict", "prefix": "net.", "ignored": ["criterion.weight"], "others": ["ema"]},
+    ),
     "averaged alone": (
         {"ema_state_dict": under("module.", STATE) | {"n_averaged": torch.tensor(4)}},
         {"key": "ema_state_dict", "prefix": "module.", "ignored": ["n_averaged"]},
