@@ -186,6 +186,19 @@ def test_small_gradients_of_half_precision_are_healthy():
     assert 0 < gradient.abs().max() < 1e-3
 
 
+def test_a_row_of_rounding_hides_none_that_mixes():
+    """The worst row has a backward pass of its own kind, and no gradient of the others'."""
+    torch.manual_seed(0)
+    weights = torch.randn(8, 5, 4).requires_grad_()
+    hidden = list(torch.bmm(weights, X[:8].unsqueeze(2)).squeeze(2).unbind())
+    hidden[1].register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    losses = torch.stack([row.square().sum() for row in hidden])
+    assert own_gradients(losses, weights, check=True).isfinite().all()
+    mixed = losses + 0.05 * torch.eye(8)[3] * losses[4]
+    with pytest.raises(TaskError, match="samples get into each other's rows"):
+        own_gradients(mixed, weights, check=True)
+
+
 def test_rows_that_differ_in_length_are_looked_at():
     """Rows are ordered by how many numbers they are filled with: the emptiest and the fullest come first."""
     lengths = torch.full((ROWS,), 3)
