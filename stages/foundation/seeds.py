@@ -32,7 +32,8 @@ def global_seed(*parts: str | int) -> Iterator[None]:
 @contextlib.contextmanager
 def shared_generators() -> Iterator[Callable[..., None]]:
     """A function that seeds those generators by its parts, as often as it is called; they are restored afterwards."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    # All of them: the one that this run computes on need not be the current one, which each thread has for itself.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     of_python, of_numpy = random.getstate(), np.random.get_state()
 
@@ -42,7 +43,7 @@ def shared_generators() -> Iterator[Callable[..., None]]:
         # that are not in use.
         torch.default_generator.manual_seed(number)
         if devices:
-            torch.cuda.manual_seed(number)
+            torch.cuda.manual_seed_all(number)
         if of_mps is not None:
             torch.mps.manual_seed(number)
         random.seed(number)

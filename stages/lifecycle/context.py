@@ -8,7 +8,7 @@ from torch import nn
 
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.no_doubles import MPS
-from stages.foundation.processes import local_rank, under_torchrun
+from stages.foundation.processes import local_count, local_rank, under_torchrun
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_model
@@ -45,7 +45,7 @@ class RunContext:
         """The device of `[run] device`.
 
         Raises:
-            SettingsError: cuda or mps asked for and absent.
+            SettingsError: cuda or mps asked for and absent; more processes than CUDA devices.
         """
         name = self.project.settings.run.device
         if name == "cuda" and not torch.cuda.is_available():
@@ -64,8 +64,13 @@ class RunContext:
             return torch.device("cpu")
         # Convolutions in TF32 are off by about what the self-checks allow, and some of cuDNN's are not repeatable.
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-        # By number under torchrun: in other threads than this one plain "cuda" is the first.
-        return torch.device("cuda", local_rank()) if under_torchrun() else torch.device("cuda")
+        if local_rank() >= (gpus := torch.cuda.device_count()):
+            raise SettingsError(
+                f"torchrun started {local_count()} processes on this machine, which has {gpus} CUDA device{'s' * (gpus > 1)}",
+                f"use torchrun --nproc-per-node={gpus}, or --device cpu",
+            )
+        # By number: in other threads than this one plain "cuda" is the first.
+        return torch.device("cuda", local_rank())
 
     def wait(self) -> None:
         """Until the device has done what it was told to: before a clock is looked at."""

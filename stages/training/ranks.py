@@ -91,7 +91,7 @@ class Ranks:
         """Whether rank 0 wants to stop: asked at every step, so it costs as little as may be."""
         if self.count == 1:
             return stop
-        flag = torch.tensor([int(stop)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        flag = torch.tensor([int(stop)], device=f"cuda:{local_rank()}" if dist.get_backend() == "nccl" else "cpu")
         self._talk(lambda: dist.broadcast(flag, src=0))
         return bool(flag.item())
 
