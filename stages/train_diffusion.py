@@ -25,8 +25,10 @@ from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
 from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
 from stages.training.memory import training_bytes
+from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
-from stages.training.run import Plan, Trained, TrainingRun, take_up_training
+from stages.training.repeatable import repeatable
+from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import threads_for
 from stages.training.tuning import Tuning
 
@@ -167,7 +169,7 @@ class TrainDiffusion(Stage):
                 self.unfinished.change_execution(micro_batch_size=left)
 
         tuning = self._tuning(settings.schedule, reader) if self.settings.tune_after else None
-        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, tuning)
+        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, self.report, tuning)
 
     def _tuning(self, schedule: NoiseSchedule, reader: StoreReader) -> Tuning:
         context, rows = self.context, self.context.splits["train"]
@@ -190,16 +192,10 @@ class TrainDiffusion(Stage):
         table, trainer = self.settings, training.trainer
         # Of what tuning will do nothing is known before.
         plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=table.tune_after)
-        return TrainingRun(
-            folder,
-            fingerprint,
-            trainer,
-            self._evaluation(settings, training),
-            plan,
-            self.report,
-            training.blame,
-            self.ranks,
-        ).run()
+        evaluate = self._evaluation(settings, training)
+        with repeatable(self.context.device):
+            run = TrainingRun(folder, fingerprint, trainer, evaluate, plan, self.report, training.blame, self.ranks)
+            return run.run()
 
     def _evaluation(self, settings: DenoiserSettings, training: Training) -> Callable[[], dict[str, float]]:
         """Figures of the held-out deltas; where they are tuned, what they do to the task's loss decides."""
@@ -207,10 +203,12 @@ class TrainDiffusion(Stage):
         averaged, steps, seed = training.trainer.averaged, training.steps, self.context.seed
 
         def figures() -> dict[str, float]:
-            found = held_out_figures(averaged, schedule, held_out, seed, steps.micro_batch)
+            with steps.precision():
+                found = steps.halving(lambda size: held_out_figures(averaged, schedule, held_out, seed, size))
             if steps.tuning is None:
                 return found
-            score = steps.tuning.held_out_loss(averaged, training.batches.held_out)
+            own = training.batches.held_out
+            score = steps.halving(lambda size: steps.tuning.held_out_loss(averaged, own, size, steps.precision))
             return {**found, "score": score, "denoising_loss": found["score"]}
 
         return figures
