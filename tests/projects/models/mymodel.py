@@ -109,7 +109,7 @@ class Attending(nn.Module):
         self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
 
     def forward(self, x):
-        x = x.unsqueeze(1) * F.one_hot(torch.arange(3), 4).float()
+        x = x.unsqueeze(1) * F.one_hot(torch.arange(3, device=x.device), 4).float()
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
