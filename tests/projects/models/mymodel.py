@@ -133,3 +133,17 @@ class Reader(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(self.words(x))[0][:, -1])
+
+
+class Counting(nn.Module):
+    """Its layer is a plain parameter, and it goes round as often as the inputs say, which no vmap can."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h, rounds = (x @ self.w).tanh(), 1 + (x[:, 0] > 0).long()
+        for number in range(int(rounds.max())):
+            h = torch.where((number < rounds).unsqueeze(1), h.sin(), h)
+        return self.head(h)
