@@ -55,6 +55,10 @@ class TrainDiffusion(Stage):
     """Trains the denoiser on the store; under torchrun with other processes, of which the first leads."""
 
     name = "train-diffusion"
+    takes_less_memory = (
+        "take fewer deltas at once with --set {name}.micro_batch_size=N, a smaller network with --set {name}.width=N or "
+        "--set {name}.preset=mlp, or free memory"
+    )
 
     def execute(self, *, force: bool = False, dry_run: bool = False) -> CommandResult:
         """As `Stage.execute`, in the first process; the others train with it, once it has begun."""
@@ -103,7 +107,9 @@ class TrainDiffusion(Stage):
         return threads_for(self._planned.operations, self._planned.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        planned = self._planned
+        # What goes on keeps what it was begun with.
+        found = self._state(force=False).identity
+        planned = self.decided(self._own(found.settings)) if found else self._planned
         memory = training_bytes(planned.sketch, self.micro_batch(planned), planned.half)
         what = f"train {planned.parameters:,} parameters on {self._store.samples:,} deltas, "
         what += f"at most {self.settings.max_steps:,} steps, in about {memory / 2**30:.1f} GiB of memory beside the store"
@@ -145,7 +151,11 @@ class TrainDiffusion(Stage):
 
     def _begun_settings(self) -> dict[str, Any]:
         """What the settings were when the work was begun, every `auto` decided."""
-        prefix, settings = f"{self.name}.", self.unfinished.begun.identity.settings
+        return self._own(self.unfinished.begun.identity.settings)
+
+    def _own(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of this stage, of settings by dotted name."""
+        prefix = f"{self.name}."
         return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
     def work(self, folder: Path) -> WorkResult:

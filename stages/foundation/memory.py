@@ -1,11 +1,12 @@
 """Work on a GPU that is done a few rows at a time, and fewer where its memory runs out."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 
-from stages.foundation.errors import OcdError
+from stages.foundation.errors import ComputeError, OcdError
 
 T = TypeVar("T")
 
@@ -13,6 +14,22 @@ T = TypeVar("T")
 def ran_out(error: BaseException | None) -> bool:
     """Whether it tells of a GPU's memory that ran out, also where it was raised from such an error."""
     return error is not None and (isinstance(error, torch.OutOfMemoryError) or ran_out(error.__cause__))
+
+
+@contextlib.contextmanager
+def taking_less_memory(hint: str) -> Iterator[None]:
+    """Some work for which memory may run out; `hint` is what to type then.
+
+    Raises:
+        ComputeError: it ran out.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, ComputeError) as error:
+        if not any(isinstance(one, MemoryError) or ran_out(one) for one in (error, error.__cause__)):
+            raise
+        message = error.message if isinstance(error, ComputeError) else f"out of memory: {error}"
+        raise ComputeError(message, hint) from error
 
 
 class AtOnce:

@@ -12,6 +12,7 @@ from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import denoising_errors
 from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.errors import OcdError
+from stages.foundation.memory import ran_out
 from stages.foundation.seeds import global_seed
 from stages.training.ranks import Ranks
 from stages.training.trainer import Stream
@@ -89,7 +90,7 @@ class DenoisingSteps:
 
     def recovers(self, error: Exception) -> bool:
         """Whether a step may be tried again: with half the micro-batch where memory ran out, or without compiling."""
-        if isinstance(error, torch.OutOfMemoryError):
+        if ran_out(error):
             return self.halve()
         if not self._untried or isinstance(error, OcdError):
             return False
@@ -111,10 +112,10 @@ class DenoisingSteps:
         while True:
             try:
                 return work(self.micro_batch)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, OcdError) as error:
                 # Its frames may not keep what the next try needs.
                 lost = error.with_traceback(None)
-            if not self.halve():
+            if not ran_out(lost) or not self.halve():
                 raise lost
 
     def precision(self) -> torch.autocast:
