@@ -165,9 +165,16 @@ class TrainDiffusion(Stage):
         training = self.training(settings, micro)
         if warning := schedule_warning(self.settings.schedule, len(training.batches.held_out.deltas[0].flatten())):
             self.report.message(warning)
-        self.report.message(f"{settings.preset}, {settings.parameters:,} parameters; the store is {training.batches.place}")
+        self.report.message(
+            f"{settings.preset}{self._why(settings)}, {settings.parameters:,} parameters; the store is {training.batches.place}"
+        )
         trained = self._run(folder, self.unfinished.fingerprint, settings, training)
         return self._result(folder, trained, settings, training.batches.count)
+
+    def _why(self, settings: DenoiserSettings) -> str:
+        """What decided the preset, where that was not the user."""
+        size = "×".join(map(str, settings.shape))
+        return f" (auto, for {self._store.samples:,} deltas of {size})" if self.settings.preset == AUTO else ""
 
     def training(self, settings: DenoiserSettings, micro: int) -> Training:
         """What takes part in the training, `micro` deltas at once."""

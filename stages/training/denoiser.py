@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.denoisers import MLP, PAPER, UNETS, resolve
+from stages.diffusion.denoisers import UNETS, auto_preset, resolve
 from stages.diffusion.denoising import step_draws
 from stages.diffusion.schedule import NoiseSchedule, make_schedule
 from stages.foundation.background import made_ahead, read_ahead
@@ -37,8 +37,6 @@ from stages.training.tuning import Tuning
 
 STAGE = "train-diffusion"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
-# The `paper` preset is taken where it fits with as many deltas at once.
-WORTH_A_GPU = 16
 # On a CPU a U-Net gains nothing from more at once.
 MOST_ON_CPU = 16
 # Of the free memory, what a training is planned to take: the estimate does not know the libraries' own workspaces, and on a GPU
@@ -123,13 +121,7 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
         make = partial(build_denoiser, project, description)
         return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
 
-    if settings["preset"] != AUTO:
-        return made(settings["preset"])
-    if device.type == "cuda":
-        found = made(PAPER)
-        if training_bytes(found.sketch, WORTH_A_GPU, half) <= free_memory(device):
-            return found
-    return made(MLP)
+    return made(auto_preset(shape, store.samples) if settings["preset"] == AUTO else settings["preset"])
 
 
 def free_memory(device: torch.device) -> int:
