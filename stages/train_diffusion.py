@@ -174,7 +174,7 @@ class TrainDiffusion(Stage):
     def _why(self, settings: DenoiserSettings) -> str:
         """What decided the preset, where that was not the user."""
         size = "×".join(map(str, settings.shape))
-        return f" (auto, for {self._store.samples:,} deltas of {size})" if self.settings.preset == AUTO else ""
+        return f" (auto, for deltas of {size})" if self.settings.preset == AUTO else ""
 
     def training(self, settings: DenoiserSettings, micro: int) -> Training:
         """What takes part in the training, `micro` deltas at once."""

@@ -132,7 +132,7 @@ class CollectTable(Table):
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
     preset: Literal["auto", "mlp", "factored", "paper", "authors", "small"] = identity(
-        "auto", "denoiser; auto: mlp for small or few deltas, else factored; see Choosing a preset"
+        "auto", "denoiser; auto: mlp for deltas of up to 4,096 numbers, else factored; see Choosing a preset"
     )
     width: Annotated[int, Field(ge=8, multiple_of=2)] | Auto = identity(
         "auto", "hidden width, even (U-Nets: channels); auto: about 4·sqrt(out·in), 128 (paper, authors), 32 (small)"

@@ -121,7 +121,7 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
         make = partial(build_denoiser, project, description)
         return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
 
-    return made(auto_preset(shape, store.samples) if settings["preset"] == AUTO else settings["preset"])
+    return made(auto_preset(shape) if settings["preset"] == AUTO else settings["preset"])
 
 
 def free_memory(device: torch.device) -> int:

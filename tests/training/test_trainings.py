@@ -79,12 +79,9 @@ def test_the_automatic_preset_is_the_same_on_every_device(finished):
     assert on_cpu == on_gpu
 
 
-@pytest.mark.parametrize(
-    ("shape", "samples", "preset"),
-    [((10, 32), 60_000, "mlp"), ((64, 64), 60_000, "mlp"), ((84, 120), 60_000, "factored"), ((84, 120), 300, "mlp")],
-)
-def test_small_or_few_deltas_get_the_mlp(shape, samples, preset):
-    assert auto_preset(shape, samples) == preset
+@pytest.mark.parametrize(("shape", "preset"), [((10, 32), "mlp"), ((64, 64), "mlp"), ((84, 120), "factored")])
+def test_small_deltas_get_the_mlp(shape, preset):
+    assert auto_preset(shape) == preset
 
 
 @pytest.mark.slow  # compiling takes half a minute
