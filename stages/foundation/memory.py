@@ -1,4 +1,4 @@
-"""Work on a GPU that is done a few rows at a time, and fewer where its memory runs out."""
+"""A GPU's memory: what of it is free, and work on a few rows at a time, fewer where it runs out."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -8,6 +8,12 @@ import torch
 from stages.foundation.errors import OcdError
 
 T = TypeVar("T")
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can be taken, what torch holds for later use included."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def ran_out(error: BaseException | None) -> bool:
