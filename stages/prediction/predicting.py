@@ -14,7 +14,7 @@ import torch
 from stages.diffusion.sampler import DrawnNoise
 from stages.foundation.background import read_ahead
 from stages.foundation.files import available_memory
-from stages.foundation.memory import AtOnce
+from stages.foundation.memory import AtOnce, free_on_gpu
 from stages.foundation.torch_state import theirs_are_usual
 from stages.foundation.trees import Tree, as_tree, leaves, take, to_device, tree_map
 from stages.per_sample.pass_size import CACHE_BYTES, largest_output, recorded_bytes
@@ -26,7 +26,6 @@ from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
-from stages.training.batches import free_on_gpu
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
 DELTAS = "deltas"
