@@ -1,4 +1,4 @@
-"""A GPU's memory: what of it is free, and work on a few rows at a time, fewer where it runs out."""
+"""A GPU's memory: what of it is free, work on a few rows at a time, fewer where it runs out, and copies to the host."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 
 from stages.foundation.errors import OcdError
+from stages.foundation.trees import Tree, tree_map
 
 T = TypeVar("T")
 
@@ -14,6 +15,23 @@ def free_on_gpu(device: torch.device) -> int:
     """Bytes of a GPU's memory that can be taken, what torch holds for later use included."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
+
+
+def on_its_way(tree: Tree, device: torch.device) -> Callable[[], Tree]:
+    """Begin to copy a tree from a device to host memory; what is given back waits for it. A GPU goes on meanwhile, and so does
+    the host."""
+    if device.type != "cuda":
+        here = tree_map(lambda leaf: leaf.cpu(), tree)
+        return lambda: here
+    # Page-locked: torch makes it so where it need not wait.
+    copied, event = tree_map(lambda leaf: leaf.to("cpu", non_blocking=True), tree), torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+
+    def arrived() -> Tree:
+        event.synchronize()
+        return copied
+
+    return arrived
 
 
 def ran_out(error: BaseException | None) -> bool:
