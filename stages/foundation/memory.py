@@ -51,28 +51,31 @@ class AtOnce:
     def __init__(self, rows: int, least: int = 1, tell: Callable[[int], None] = lambda rows: None) -> None:
         self.rows, self._least, self._tell = max(rows, least), least, tell
 
-    def whole(self, work: Callable[[int], T]) -> T:
-        """What `work` gives with so many rows at once; from its beginning with half as many, where memory runs out.
+    def whole(self, work: Callable[[int], T], there_are: int | None = None) -> T:
+        """What `work` gives with so many rows at once; from its beginning with half as many (half of those that there are, if
+        they are fewer), where memory runs out.
 
         Raises:
             torch.OutOfMemoryError, OcdError: of the work; it runs out with the least, too.
         """
         while True:
+            taken = self.rows if there_are is None else min(self.rows, there_are)
             try:
-                return work(self.rows)
+                return work(taken)
             except (torch.OutOfMemoryError, OcdError) as error:
-                if self.rows <= self._least or not ran_out(error):
+                if taken <= self._least or not ran_out(error):
                     raise
             # The error is gone, and its frames with what they held.
             torch.cuda.empty_cache()
-            self.rows = max(self._least, -(-self.rows // 2))
+            self.rows = max(self._least, -(-taken // 2))
             self._tell(self.rows)
 
     def each(self, rows: range, work: Callable[[range], T]) -> Iterator[T]:
         """What `work` gives for one part of the rows after another."""
         start = rows.start
         while start < rows.stop:
-            part, found = self.whole(lambda most, start=start: _done(range(start, min(rows.stop, start + most)), work))
+            left = rows.stop - start
+            part, found = self.whole(lambda most, start=start: _done(range(start, start + most), work), left)
             yield found
             start = part.stop
 
