@@ -22,6 +22,7 @@ from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.evaluation.verdict import as_json, compared_with, verdict
 from stages.foundation.files import digest, read_json, write_json
+from stages.foundation.memory import AtOnce
 from stages.foundation.progress import Report
 from stages.foundation.seeds import seed_of
 from stages.foundation.tensors import save_arrays
@@ -102,7 +103,7 @@ class Evaluate(Stage):
             "comparisons": as_json(comparisons),
             **self._facts(temperature),
             "memorisation": self._memorisation(),
-            "cost": cost(self.context, self.subject.ensemble, self._size),
+            "cost": self._at_once.whole(lambda size: cost(self.context, self.subject.ensemble, size)),
         }
         if others:
             results["seeds"] = over_seeds({self.context.seed: results, **others})
@@ -142,8 +143,11 @@ class Evaluate(Stage):
         return from_run.class_means(self.subject, self.training, Batch(self.subject, self._test, self._test.order[:2]))
 
     @cached_property
-    def _size(self) -> int:
-        return self.unfinished.keep_execution(batch_size=from_run.samples_at_once(self.context, self.subject))["batch_size"]
+    def _at_once(self) -> AtOnce:
+        """Samples of a batch; where memory runs out, what was under way begins anew with half as many."""
+        size = self.unfinished.keep_execution(batch_size=from_run.samples_at_once(self.context, self.subject))["batch_size"]
+        tell = self.report.message
+        return AtOnce(size, from_run.FEWEST, lambda left: tell(f"memory ran out: from here on {left} samples at once"))
 
     @cached_property
     def _test(self) -> EvaluatedSamples:
@@ -185,7 +189,9 @@ class Evaluate(Stage):
         """The samples with their nearest training samples; and what these cannot be found in, with the reason."""
         training, whole, k = self.training, self.context.splits["all"], self.settings.neighbours
         on_progress = self._progress("neighbours", len(training))
-        found, missing = from_run.find_neighbours(self.subject, training, evaluated, whole, k, self._size, on_progress)
+        found, missing = self._at_once.whole(
+            lambda size: from_run.find_neighbours(self.subject, training, evaluated, whole, k, size, on_progress)
+        )
         return dataclasses.replace(evaluated, neighbours=found), missing
 
     def _fit(self, rows: list[Row]) -> tuple[list[Row], dict[str, Fitted], float | None, LeftOut]:
@@ -196,12 +202,12 @@ class Evaluate(Stage):
             left_out[row.VALIDATED] = NO_VALIDATION
             left_out.setdefault(row.TEMPERATURE, NO_VALIDATION)
             return [one for one in rows if one.name != row.VALIDATED], {}, None, left_out
-        strengths, size, wanting = self.settings.strengths, self._size, [one for one in rows if one.validated]
+        strengths, wanting, whole = self.settings.strengths, [one for one in rows if one.validated], self._at_once.whole
         on_progress = self._progress("validation samples × rows", len(validation.order) * len(wanting))
-        fitted = fit_strengths(self.subject, validation, wanting, strengths, size, on_progress)
+        fitted = whole(lambda size: fit_strengths(self.subject, validation, wanting, strengths, size, on_progress))
         if not classification:
             return rows, fitted, None, left_out
-        if (found := fit_temperature(self.subject, validation, size)) is None:
+        if (found := whole(lambda size: fit_temperature(self.subject, validation, size))) is None:
             reason = "outputs and labels are not logits and class numbers"
             return rows, fitted, None, left_out | {row.TEMPERATURE: reason}
         temperature, normalised = found
@@ -223,12 +229,12 @@ class Evaluate(Stage):
 
     def _compare(self, rows: list[Row], strengths: dict[str, float]) -> dict[str, Gathered]:
         """Every row on the test samples."""
-        subject, size, variances = self.subject, self._size, {}
-        if self._validation is not None:
-            on_progress = self._progress("validation samples × rows", len(self._validation.order) * len(rows))
-            variances = fit_variances(subject, self._validation, rows, strengths, size, on_progress)
+        subject, whole, variances = self.subject, self._at_once.whole, {}
+        if (validation := self._validation) is not None:
+            noted = self._progress("validation samples × rows", len(validation.order) * len(rows))
+            variances = whole(lambda size: fit_variances(subject, validation, rows, strengths, size, noted))
         on_progress = self._progress("test samples × rows", len(self._test.order) * len(rows))
-        return compare(subject, self._test, rows, strengths, variances, size, on_progress)
+        return whole(lambda size: compare(subject, self._test, rows, strengths, variances, size, on_progress))
 
     def _progress(self, unit: str, total: int) -> Callable[[int], None]:
         return lambda done: self.report.progress(done, total, unit)
@@ -250,4 +256,4 @@ class Evaluate(Stage):
     def _memorisation(self) -> dict[str, Any]:
         count, means = self.settings.memorisation_samples, self._class_means
         class_means = None if isinstance(means, str) else means
-        return memorisation(self.subject, self.training, self._test, self._size, count, class_means)
+        return self._at_once.whole(lambda size: memorisation(self.subject, self.training, self._test, size, count, class_means))

@@ -247,7 +247,8 @@ class Infer(Stage):
         return prediction_rows(len(self.inputs), batch, self._row_bytes)
 
     def _check_part(self) -> None:
-        if self.part:
+        # Work that is under way has its blocks, whatever today's settings would make: `begin` looks at those.
+        if self.part and self.folder.begun() is None:
             rows = self._block_rows(self._batch_size())
             Part.check(self.part, -(-len(self.inputs) // rows), SMALLER_BLOCKS)
 

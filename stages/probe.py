@@ -1,6 +1,7 @@
 """probe: before anything costly, is there something to gain? Tries layers and settings on a few held-out samples."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
 from stages.foundation.errors import DataError, OcdError
+from stages.foundation.memory import AtOnce, free_on_gpu
 from stages.foundation.progress import Report, Silent
 from stages.foundation.seeds import seed_of
 from stages.foundation.threads import set_threads, threads_restored
@@ -52,10 +54,10 @@ SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 20_000, 256
 NEIGHBOURS, STRENGTHS = 5, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 RESAMPLES = 1000
 BATCH_BYTES, LARGEST_BATCH = 128 << 20, 64
-# Chunks compress to about two thirds at best; what is said is what they take uncompressed.
-FLOAT_BYTES = 4
-# A step of more multiplications takes too long to try.
-MOST_OPERATIONS = 1 << 36
+GPU_SHARE, LARGEST_ON_GPU = 0.1, 512
+# Chunks compress to about two thirds at best; what is said is what they take uncompressed. Steps of more multiplications are
+# too slow to try.
+FLOAT_BYTES, MOST_OPERATIONS = 4, 1 << 36
 
 
 @usual_torch()
@@ -112,6 +114,7 @@ class Probe:
         self._began = time.monotonic()
         self._in_x: Neighbours | None = None
         self._seen: dict[str, Neighbours] = {}
+        self._sizes: dict[str, AtOnce] = {}
 
     def plan(self) -> str:
         names = ", ".join(layer.name for layer in self._layers)
@@ -130,7 +133,7 @@ class Probe:
                 left_out.append({"name": name, "reason": "the time was over; try it alone with --layer, or --set collect.…"})
                 continue
             try:
-                tried.append(self._try(layer, settings))
+                tried.append(self._at_once(layer).whole(functools.partial(self._try, layer, settings)))
             except (OcdError, RuntimeError) as error:
                 # Whatever it is that torch or this layer cannot do: another one may do.
                 refused.add(layer.name)
@@ -158,27 +161,38 @@ class Probe:
 
     def _rows_to_search(self) -> Tensor:
         train, context = self._context.splits["train"], self._context
-        few = train.inputs(range(min(32, len(train))))
-        start = time.perf_counter()
-        with torch.no_grad():
-            context.forward(context.base, to_device(few, context.device))
-        context.wait()
+        few = to_device(train.inputs(range(min(32, len(train)))), context.device)
+        # The first pass on a GPU also loads kernels.
+        for _ in range(1 if context.device.type == "cpu" else 2):
+            context.wait()
+            start = time.perf_counter()
+            with torch.no_grad():
+                context.forward(context.base, few)
+            context.wait()
         each = (time.perf_counter() - start) / min(32, len(train))
         count = max(FEWEST_SEARCHED, min(MOST_SEARCHED, int(SEARCH_S / max(each, 1e-9))))
         return seeded_order(len(train), context.seed, "probe searched", count)
 
-    def _try(self, layer: Layer, settings: dict[str, Any]) -> tuple[Trial, dict[str, Any]]:
-        """One layer with one recipe: every row on the held-out samples, and what a full run would cost."""
+    def _at_once(self, layer: Layer) -> AtOnce:
+        """Samples of a batch: half as many where memory runs out, and the trial begins anew."""
+        if layer.name not in self._sizes:
+            device, room, most = self._context.device, BATCH_BYTES, LARGEST_BATCH
+            if device.type == "cuda":
+                room, most = int(GPU_SHARE * free_on_gpu(device)), LARGEST_ON_GPU
+            size, say = min(most, room // (4 * 5 * layer.numel)), self._report.message
+            self._sizes[layer.name] = AtOnce(size, tell=lambda left: say(f"memory ran out: {left} samples at once"))
+        return self._sizes[layer.name]
+
+    def _try(self, layer: Layer, settings: dict[str, Any], size: int) -> tuple[Trial, dict[str, Any]]:
+        """One layer with one recipe: every row on the held-out samples, `size` at once, and what a full run would cost."""
         subject = make_subject(self._context, layer, **settings)
         check_condition(subject.task, subject.base, layer, to_device(probe_of(self._context)[0], subject.device))
-        subject = dataclasses.replace(
-            subject, training=OverfittedOnDemand(subject, self._context.splits["train"], self._searched)
-        )
+        searched = OverfittedOnDemand(subject, self._context.splits["train"], self._searched)
+        subject = dataclasses.replace(subject, training=searched)
         evaluated = EvaluatedSamples(self._evaluated.split, self._evaluated.order, self._neighbours(subject))
-        size = max(1, min(LARGEST_BATCH, BATCH_BYTES // (4 * 5 * layer.numel)))
         start = time.perf_counter()
-        mean = self._mean_delta(subject, size)
-        each = (time.perf_counter() - start) / min(len(self._evaluated.order), len(self._searched))
+        mean, counted = self._mean_delta(subject, size), min(len(self._evaluated.order), len(self._searched))
+        each = (time.perf_counter() - start) / counted
         gathered, strengths = cross_fitted(subject, evaluated, self._rows(mean, evaluated), STRENGTHS, size)
         rng = np.random.default_rng(seed_of(self._context.seed, "probe"))
         found, metric = estimate_all(gathered, RESAMPLES, rng, lambda done: None)
@@ -223,10 +237,10 @@ class Probe:
         total, count = torch.zeros(subject.layer.matrix_shape, device=subject.device), 0
         for part in positions.split(size):
             deltas, degenerate = subject.overfit(train, part, train.batch(part))
-            self._context.wait()
-            total += deltas[~degenerate].sum(0)
-            count += int((~degenerate).sum())
-        return total / max(1, count)
+            total += torch.where(degenerate.view(-1, 1, 1), 0, deltas).sum(0)
+            count += (~degenerate).sum()
+        self._context.wait()
+        return total / max(1, int(count))
 
     def _rows(self, mean: Tensor, evaluated: EvaluatedSamples) -> list[Row]:
         missing = {kind: "" for kind in (row.IN_X, row.IN_LAYER_INPUT) if kind not in evaluated.neighbours}
@@ -264,10 +278,17 @@ class Probe:
         with torch.device("meta"):
             if operations(make_denoiser(description)) * description["batch_size"] > MOST_OPERATIONS:
                 return None
-        device, batch = self._context.device, description["batch_size"]
+        try:
+            return self._timed_step(description, fields)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _timed_step(self, description: dict[str, Any], fields: dict[str, int]) -> float:
+        """Of the second step, in seconds."""
+        device, batch, shape = self._context.device, description["batch_size"], description["shape"]
         denoiser = make_denoiser(description).to(device)
         given = {name: torch.zeros(batch, count, device=device) for name, count in fields.items()}
-        noisy, t = torch.zeros(batch, *layer.matrix_shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+        noisy, t = torch.zeros(batch, *shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
         for _ in range(2):
             start = time.perf_counter()
             denoiser(noisy, t, denoiser.encode(given)).square().mean().backward()

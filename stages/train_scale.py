@@ -53,12 +53,14 @@ def scale_figures(network: ScaleNetwork, rows: DeltaBatch, loss: str) -> dict[st
     predicted, true = network(rows.fields).double(), rows.rho.double().log()
     centred = predicted - predicted.mean(), true - true.mean()
     norms = centred[0].norm() * centred[1].norm()
-    return {
-        "score": float(scale_loss(predicted, rows.rho.double(), loss).mean()),
-        "correlation": float((centred[0] * centred[1]).sum() / norms) if norms > 1e-12 else 0.0,
-        "error": float((predicted - true).square().mean().sqrt()),
-        "constant_error": float((float(network.mean_log_rho) - true).square().mean().sqrt()),
+    figures = {
+        "score": scale_loss(predicted, rows.rho.double(), loss).mean(),
+        "correlation": torch.where(norms > 1e-12, (centred[0] * centred[1]).sum() / norms, 0.0),
+        "error": (predicted - true).square().mean().sqrt(),
+        "constant_error": (network.mean_log_rho.double() - true).square().mean().sqrt(),
     }
+    # All at once: a GPU is waited for once.
+    return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
 
 class TrainScale(Stage):
@@ -97,7 +99,7 @@ class TrainScale(Stage):
         batches = self._batches()
         held_out, loss = batches.held_out.to(context.device), settings.loss
         network = self._network(batches)
-        stream = Stream(lambda step: read_ahead(batches.batches(step)))
+        stream = Stream(lambda step: read_ahead(self._ready(batches, step)))
 
         def step_losses(step: int) -> Iterator[Tensor]:
             batch = stream.at(step).to(context.device)
@@ -118,6 +120,16 @@ class TrainScale(Stage):
             lambda step: self._blame(batches, network, stream.at(step - 1)),
         ).run()
         return self._result(folder, trained, batches.count)
+
+    def _ready(self, batches: TrainingBatches, step: int) -> Iterator[DeltaBatch]:
+        """The batches from a step on, made in a thread of its own; for a GPU in page-locked memory."""
+        device = self.context.device
+        if device.type != "cuda":
+            yield from batches.batches(step)
+            return
+        # Each thread has a current device of its own.
+        torch.cuda.set_device(device)
+        yield from (batch.pinned() for batch in batches.batches(step))
 
     def _network(self, batches: TrainingBatches) -> ScaleNetwork:
         """New, with the statistics of what it learns from."""

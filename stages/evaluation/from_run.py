@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.delta_batch import usable_split
+from stages.diffusion.generate import DeltaGenerator
 from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
@@ -16,13 +17,14 @@ from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.errors import TaskError
 from stages.foundation.files import available_memory
+from stages.foundation.memory import free_on_gpu
 from stages.foundation.seeds import generator, global_seed
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.lifecycle.context import RunContext
 from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.collector import Collector, make_overfitter
 from stages.per_sample.layer import Layer
-from stages.prediction.predictor import load_generator
+from stages.prediction.predictor import HALF_ROWS, in_half, load_generator
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
@@ -32,7 +34,7 @@ from stages.tasks.views import any_views
 PROBE = 4
 # Deltas of a batch, all members of it, with what is computed from them.
 BATCH_BYTES = 192 << 20
-FEWEST, LARGEST = 2, 256
+FEWEST, LARGEST, LARGEST_ON_GPU = 2, 256, 1024
 MEMORY_SHARE = 0.25
 QUERY_NUMBERS = 1 << 27
 # Numbers that the classes' mean deltas may have, in float64.
@@ -67,7 +69,15 @@ def make_subject(context: RunContext, layer: Layer, **settings: Any) -> Subject:
 
 def with_denoiser(subject: Subject, context: RunContext, training: StoredDeltas | None, members: int) -> Subject:
     """The same model with the denoiser and the scale network of a finished run."""
-    generate = load_generator(context, strength=1.0)
+    rows = context.splits["all"]
+    few = EvaluatedSamples(rows, torch.arange(min(HALF_ROWS, len(rows))))
+
+    @torch.no_grad()
+    def outputs(generate: DeltaGenerator) -> Tree:
+        batch = Batch(dataclasses.replace(subject, generate=generate, ensemble=1), few, few.order)
+        return batch.along(batch.generated[0])(1.0)
+
+    generate = in_half(load_generator(context, strength=1.0), outputs)
     return dataclasses.replace(subject, generate=generate, ensemble=members, training=training)
 
 
@@ -80,6 +90,8 @@ def samples_at_once(context: RunContext, subject: Subject) -> int:
     probe = probe_of(context)
     x, of_step = (to_device(given[0], subject.device) for given in (probe, any_views(subject.task, *probe)))
     each = members + sample_bytes(subject.overfitter, x, of_step, factored=False)
+    if context.device.type == "cuda":
+        return max(FEWEST, min(LARGEST_ON_GPU, int(MEMORY_SHARE * free_on_gpu(context.device)) // each))
     return max(FEWEST, min(LARGEST, BATCH_BYTES // members, int(MEMORY_SHARE * (available_memory() or BATCH_BYTES)) // each))
 
 

@@ -113,6 +113,7 @@ def whole_network_row(context: RunContext, samples: int) -> Row | str:
     for position in range(min(TRIED, len(split))):
         x, y = split.batch([position])
         one(to_device(x, context.device), to_device(y, context.device))
+    context.wait()
     seconds = (time.perf_counter() - start) / min(TRIED, len(split)) * samples
     if seconds > LONGEST_S and row.ORACLE_ALL not in context.project.settings.evaluate.rows:
         return f"sample by sample it would take about {seconds / 60:.0f} minutes; ask with --add '{row.ORACLE_ALL}'"

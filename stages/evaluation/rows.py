@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.diffusion.sampler import Noise
 from stages.evaluation.subject import Batch, Subject
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import Tree, tree_map
@@ -101,11 +102,8 @@ def random_direction_row(rho_of: Callable[[Batch], Tensor]) -> Row:
 
     def directions(batch: Batch) -> Tensor:
         subject, shape = batch.subject, batch.subject.layer.matrix_shape
-        draws = [
-            torch.randn(subject.ensemble, *shape, generator=generator(subject.seed, "evaluate", RANDOM_DIRECTION, row))
-            for row in batch.rows
-        ]
-        deltas = torch.stack(draws).to(subject.device)
+        generators = [generator(subject.seed, "evaluate", RANDOM_DIRECTION, row) for row in batch.rows]
+        deltas = Noise(generators, (subject.ensemble, *shape), subject.device).draw()
         return deltas * (rho_of(batch).view(-1, 1) / deltas.flatten(2).norm(dim=2)).view(len(batch), -1, 1, 1)
 
     return delta_row(RANDOM_DIRECTION, directions, validated=True)

@@ -1,4 +1,4 @@
-"""Work on a GPU that is done a few rows at a time, and fewer where its memory runs out."""
+"""A GPU's memory: what of it is free, work on a few rows at a time, fewer where it runs out, and copies to the host."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,8 +7,32 @@ from typing import TypeVar
 import torch
 
 from stages.foundation.errors import ComputeError, OcdError
+from stages.foundation.trees import Tree, tree_map
 
 T = TypeVar("T")
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can be taken, what torch holds for later use included."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def on_its_way(tree: Tree, device: torch.device) -> Callable[[], Tree]:
+    """Begin to copy a tree from a device to host memory; what is given back waits for it. A GPU goes on meanwhile, and so does
+    the host."""
+    if device.type != "cuda":
+        here = tree_map(lambda leaf: leaf.cpu(), tree)
+        return lambda: here
+    # Page-locked: torch makes it so where it need not wait.
+    copied, event = tree_map(lambda leaf: leaf.to("cpu", non_blocking=True), tree), torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+
+    def arrived() -> Tree:
+        event.synchronize()
+        return copied
+
+    return arrived
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -44,28 +68,31 @@ class AtOnce:
     def __init__(self, rows: int, least: int = 1, tell: Callable[[int], None] = lambda rows: None) -> None:
         self.rows, self._least, self._tell = max(rows, least), least, tell
 
-    def whole(self, work: Callable[[int], T]) -> T:
-        """What `work` gives with so many rows at once; from its beginning with half as many, where memory runs out.
+    def whole(self, work: Callable[[int], T], there_are: int | None = None) -> T:
+        """What `work` gives with so many rows at once; from its beginning with half as many (half of those that there are, if
+        they are fewer), where memory runs out.
 
         Raises:
             torch.OutOfMemoryError, OcdError: of the work; it runs out with the least, too.
         """
         while True:
+            taken = self.rows if there_are is None else min(self.rows, there_are)
             try:
-                return work(self.rows)
+                return work(taken)
             except (torch.OutOfMemoryError, OcdError) as error:
-                if self.rows <= self._least or not ran_out(error):
+                if taken <= self._least or not ran_out(error):
                     raise
             # The error is gone, and its frames with what they held.
             torch.cuda.empty_cache()
-            self.rows = max(self._least, -(-self.rows // 2))
+            self.rows = max(self._least, -(-taken // 2))
             self._tell(self.rows)
 
     def each(self, rows: range, work: Callable[[range], T]) -> Iterator[T]:
         """What `work` gives for one part of the rows after another."""
         start = rows.start
         while start < rows.stop:
-            part, found = self.whole(lambda most, start=start: _done(range(start, min(rows.stop, start + most)), work))
+            left = rows.stop - start
+            part, found = self.whole(lambda most, start=start: _done(range(start, start + most), work), left)
             yield found
             start = part.stop
 

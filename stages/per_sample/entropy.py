@@ -1,11 +1,15 @@
 """Layer selection (Eq. 6): the entropy of a sample's loss when only one layer is perturbed."""
 
+import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stages.foundation.background import read_ahead
+from stages.foundation.memory import on_its_way
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, repeat_batch
 from stages.per_sample.layer import Layer
@@ -86,20 +90,30 @@ def perturbed_losses(
     Yields:
         (draws in this pass, S), float64.
     """
-    samples = batch_size(x)
+    samples, on_gpu = batch_size(x), weight.device.type == "cuda"
     scale = sigma * weight.std() if weight.numel() > 1 else torch.zeros_like(weight)
-    for start in range(0, draws, at_once):
-        numbers = range(start, min(draws, start + at_once))
-        weights = weight + scale * _noise(layer, numbers, seed).to(weight.device, weight.dtype)
-        tiled = [repeat_batch(tree, len(numbers)) for tree in (x, y)]
-        with torch.no_grad():
-            values = loss(run(tiled[0], weights), tiled[1])
-        yield values.reshape(len(numbers), samples).double().cpu().numpy()
+    all_noise = (_noise(layer, range(start, min(draws, start + at_once)), seed, on_gpu) for start in range(0, draws, at_once))
+    under_way: deque[Callable[[], Tensor]] = deque()
+    # A GPU computes while the noise of the next passes is drawn, and the losses of the last one come.
+    with contextlib.closing(read_ahead(all_noise) if on_gpu else all_noise) as drawn:
+        for noise in drawn:
+            weights = weight + scale * noise.to(weight.device, non_blocking=True).to(weight.dtype)
+            tiled = [repeat_batch(tree, len(noise)) for tree in (x, y)]
+            with torch.no_grad():
+                values = loss(run(tiled[0], weights), tiled[1])
+            under_way.append(on_its_way(values.reshape(len(noise), samples).double(), weight.device))
+            if len(under_way) > on_gpu:
+                yield under_way.popleft()().numpy()
+    yield from (arrived().numpy() for arrived in under_way)
 
 
-def _noise(layer: Layer, numbers: range, seed: int) -> Tensor:
-    """Standard normal draws by number, (draws, *layer.shape)."""
-    return torch.stack([torch.randn(layer.shape, generator=generator(seed, "select-layer", layer.name, j)) for j in numbers])
+def _noise(layer: Layer, numbers: range, seed: int, pinned: bool) -> Tensor:
+    """Standard normal draws by number, (draws, *layer.shape), in single precision whatever torch's default is now; page-locked
+    for a GPU."""
+    made = torch.empty(len(numbers), *layer.shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
+    for row, j in zip(made, numbers, strict=True):
+        row.normal_(generator=generator(seed, "select-layer", layer.name, j))
+    return made
 
 
 def rank_stability(entropies: np.ndarray, rng: np.random.Generator, resamples: int = 200) -> np.ndarray:

@@ -14,9 +14,9 @@ import torch
 from stages.diffusion.sampler import DrawnNoise
 from stages.foundation.background import read_ahead
 from stages.foundation.files import available_memory
-from stages.foundation.memory import AtOnce
+from stages.foundation.memory import AtOnce, free_on_gpu, on_its_way
 from stages.foundation.torch_state import theirs_are_usual
-from stages.foundation.trees import Tree, as_tree, leaves, take, to_device, tree_map
+from stages.foundation.trees import Tree, as_tree, leaves, take, tree_map
 from stages.per_sample.pass_size import CACHE_BYTES, largest_output, recorded_bytes
 from stages.per_sample.runner import Runner
 from stages.prediction.personalised import PersonalisedModel
@@ -26,11 +26,9 @@ from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
-from stages.training.batches import free_on_gpu
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
 DELTAS = "deltas"
-CPU = torch.device("cpu")
 LARGEST_PREDICTED = 1024
 # Deltas of a batch, all members of it: the sampler goes over them several times a step, which wants them in the cache; the
 # denoiser's products want many, and a GPU has more to do with them while the noise of the next ones is drawn.
@@ -101,8 +99,7 @@ class _UnderWay:
     """What a batch gave, on its way to host memory."""
 
     ready: _Ready
-    trees: dict[str, Tree]
-    arrived: Callable[[], None]
+    arrived: Callable[[], dict[str, Tree]]
 
 
 class _Writing:
@@ -155,9 +152,8 @@ class BlockPredictor:
         """
         writing, done = _Writing(predictions, batch), 0
         for found in self._found(predictions, blocks, batch):
-            found.arrived()
-            block, rows = found.ready.block, found.ready.rows
-            writing.add(block, rows, self._arrays(found), found.trees[DELTAS].numpy() if DELTAS in found.trees else None)
+            block, rows, trees = found.ready.block, found.ready.rows, found.arrived()
+            writing.add(block, rows, self._arrays(rows, trees), trees[DELTAS].numpy() if DELTAS in trees else None)
             done += len(rows)
             on_progress(done)
             writing.finish(block, rows)
@@ -214,22 +210,16 @@ class BlockPredictor:
         trees = {MEMBERS: found.members, OUTPUT: found.output, BASE: found.base_output, RHO: found.rho}
         if with_deltas:
             trees[DELTAS] = found.deltas
-        if self._device.type != "cuda":
-            return _UnderWay(ready, to_device(trees, CPU), lambda: None)
-        # Page-locked, too: torch makes it so where it need not wait.
-        trees = tree_map(lambda leaf: leaf.to(CPU, non_blocking=True), trees)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return _UnderWay(ready, trees, event.synchronize)
+        return _UnderWay(ready, on_its_way(trees, self._device))
 
-    def _arrays(self, found: _UnderWay) -> dict[str, np.ndarray]:
+    def _arrays(self, rows: range, trees: dict[str, Tree]) -> dict[str, np.ndarray]:
         """What is kept of a batch, by name, one row an input."""
-        rows, members, output = found.ready.rows, found.trees[MEMBERS], found.trees[OUTPUT]
+        members, output = trees[MEMBERS], trees[OUTPUT]
         if self.smaller.members:
             members = tree_map(lambda old, new: torch.cat([old, new]), self.smaller.take(rows), members)
             output = self.personalised.combine(members)
-        arrays = {RHO: found.trees[RHO], INDEX: self.inputs.rows[rows.start : rows.stop]}
-        for name, tree in ((BASE, found.trees[BASE]), (OUTPUT, output)):
+        arrays = {RHO: trees[RHO], INDEX: self.inputs.rows[rows.start : rows.stop]}
+        for name, tree in ((BASE, trees[BASE]), (OUTPUT, output)):
             arrays |= {array_name(name, path): leaf for path, leaf in leaves(tree).items()}
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
         return {name: value.contiguous().numpy() for name, value in arrays.items()}

@@ -12,7 +12,7 @@ from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
 from stages.diffusion.unet import UNetDenoiser
 from stages.foundation.errors import ArtifactError
-from stages.foundation.memory import AtOnce
+from stages.foundation.memory import AtOnce, free_on_gpu
 from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, concatenate, leaves, to_device, tree_map
 from stages.lifecycle.context import RunContext
@@ -25,7 +25,6 @@ from stages.run_directory.project import Project
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
-from stages.training.batches import free_on_gpu
 from stages.training.encoders import build_denoiser
 from stages.training.memory import activation_bytes
 

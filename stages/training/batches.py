@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stages.diffusion.delta_batch import DeltaBatch, usable_split
 from stages.foundation.files import available_memory
+from stages.foundation.memory import free_on_gpu
 from stages.foundation.processes import local_count
 from stages.run_directory.pipeline import AUTO
 from stages.store.delta_store import DELTA
@@ -140,9 +141,3 @@ class TrainingBatches:
             left, right = (tensors.pop(name) for name in self._factors)
             deltas = left[:, :, None] * right[:, None, :]
         return DeltaBatch(tensors, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))
-
-
-def free_on_gpu(device: torch.device) -> int:
-    """Bytes of a GPU's memory that can be taken, what torch holds for later use included."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held

@@ -20,6 +20,7 @@ from stages.foundation.background import made_ahead, read_ahead
 from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import available_memory
+from stages.foundation.memory import free_on_gpu
 from stages.foundation.processes import cores, local_count
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
@@ -27,7 +28,7 @@ from stages.run_directory.format import DenoiserDescription, StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
-from stages.training.batches import TrainingBatches, free_on_gpu
+from stages.training.batches import TrainingBatches
 from stages.training.denoising_steps import DenoisingSteps, Ready
 from stages.training.encoders import build_denoiser, described_encoders
 from stages.training.memory import operations, parameters, training_bytes

@@ -1,5 +1,6 @@
 """A machine with two pretended GPUs: commands that run there, and what a test asks of them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from folders import Folder
 
 HERE = Path(__file__).parent
@@ -92,8 +94,11 @@ class Gpus:
 
     def ask(self, request: dict[str, Any]) -> Any:
         """One question, one answer."""
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        if not (answer := self._process.stdout.readline()):
+            pytest.fail(f"the process that runs commands is gone, exit code {self._process.wait()}")
+        return json.loads(answer)
 
     def start(
         self,
@@ -117,6 +122,7 @@ class Gpus:
 
     def close(self) -> None:
         """End it."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._texts.cleanup()

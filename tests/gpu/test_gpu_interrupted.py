@@ -83,3 +83,14 @@ def test_begun_on_a_gpu_and_continued_on_the_cpu(gpus, ocd, in_blocks, tmp_path,
     gpus(folder, stage, kill_at=whole.seen["allocations"] * 5 // 6, code=-9)
     assert "continues" in ocd(folder, stage, "--device", "cpu").stderr
     assert_same(folder, in_blocks, stage)
+
+
+@pytest.mark.parametrize("stage", ["infer", "evaluate"])
+def test_half_as_many_are_taken_where_memory_runs_out(gpus, on_cpu, tmp_path, stage):
+    """Where there are batches to be halved: in the later half of the work."""
+    wanted = on_cpu({"infer": {"save_deltas": True, "batch_size": 4}, "evaluate": {"batch_size": 8}}, "run", "evaluate")
+    whole = gpus(about_to(wanted, tmp_path / "whole", stage), stage).seen["allocations"]
+    folder = about_to(wanted, tmp_path / "gpu", stage)
+    done = gpus(folder, stage, oom_at=(whole * 70 // 100, whole * 90 // 100))
+    assert done.stderr.count("memory ran out: from here on ") == 2, done.shown
+    assert_same(folder, wanted, stage)

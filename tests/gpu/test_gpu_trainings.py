@@ -119,3 +119,15 @@ def test_probe(gpus, ocd, trained_on_cpu, tmp_path):
     done = gpus(found, *asked)
     wanted = ocd(trained_on_cpu, *asked, "--device", "cpu")
     assert_alike(done.stdout, wanted.stdout)
+
+
+def test_a_unet_predicts_in_half_precision_where_that_does_not_show(gpus, ocd, pair):
+    found, wanted = pair
+    settings = words(QUICK | ALL["small"])
+    for folder in pair:
+        ocd(folder, "train-diffusion", *settings, "--quiet", "--device", "cpu")
+    ocd(wanted, "infer", *settings, "--quiet", "--device", "cpu")
+    gpus(found, "infer", *settings)
+    assert found.summary("infer/test")["precision"] == "bfloat16"
+    assert "precision" not in wanted.summary("infer/test")
+    assert_same(found, wanted, "infer", tolerance=1e-3)
