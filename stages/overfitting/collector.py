@@ -220,7 +220,8 @@ class Collector:
         if self._device.type != "cuda":
             return lambda: None
         event = torch.cuda.Event()
-        event.record()
+        # By name: whoever uses a collector may have another device as the current one.
+        event.record(torch.cuda.current_stream(self._device))
         return event.synchronize
 
 
