@@ -7,7 +7,8 @@ from torch import Tensor
 # An attribute of the tensor, so that it goes when the tensor does.
 _NAME = "_ocd_bounds"
 # Labels are few; of pictures and the like nobody asks.
-MOST_INTEGERS, MOST_FLOATS = 1 << 22, 1 << 16
+INTEGERS, FLOATS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64), (torch.float32, torch.float64)
+MOST = dict.fromkeys(INTEGERS, 1 << 22) | dict.fromkeys(FLOATS, 1 << 16)
 
 
 def note_bounds(tensor: Tensor, source: Tensor) -> Tensor:
@@ -20,8 +21,7 @@ def note_bounds(tensor: Tensor, source: Tensor) -> Tensor:
     Returns:
         the tensor.
     """
-    most = MOST_FLOATS if source.is_floating_point() else MOST_INTEGERS
-    if 0 < source.numel() <= most and source.dtype != torch.bool and not source.is_complex():
+    if 0 < source.numel() <= MOST.get(source.dtype, 0):
         least, largest = source.aminmax()
         keep_bounds(tensor, least.item(), largest.item())
     return tensor

@@ -109,7 +109,8 @@ def _moved(leaf: Tensor, device: torch.device) -> Tensor:
     tensor given may be changed at once."""
     if device.type != "cuda" or leaf.device.type != "cpu" or leaf.layout != torch.strided:
         return leaf.to(device)
-    if leaf.nbytes > MOST_PAGE_LOCKED or leaf.is_pinned():
+    # What is broadcast has no memory of its own to be locked.
+    if not 0 < leaf.nbytes <= MOST_PAGE_LOCKED or 0 in leaf.stride() or leaf.is_pinned():
         return note_bounds(leaf.to(device), leaf)
     with on(device):
         return note_bounds(leaf.pin_memory().to(device, non_blocking=True), leaf)
