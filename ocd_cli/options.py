@@ -88,7 +88,7 @@ def _fail(error: BaseException) -> NoReturn:
         error = TryAgainError("interrupted", "to continue, run the same command again")
     if not isinstance(error, OcdError):
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        advice = f"out of memory: {error}", "use smaller batches: --set <stage>.batch_size=N"
+        advice = f"out of memory: {error}", "use smaller batches, or free memory"
         error = OcdError(*advice if out_of_memory else _keep_traceback(error))
     raise typer.Exit(tell(error))
 

@@ -194,7 +194,8 @@ class Infer(Stage):
         # Those of a smaller ensemble come without their deltas; where nothing is left to do, the folder may be gone.
         known = folder / SMALLER if share.pending and not self._delta else None
         smaller = Smaller(known, self._like, len(self.inputs))
-        predictor = BlockPredictor(personalised, self.inputs, self.settings.ensemble, self._like, smaller)
+        tell, members = self.report.message, self.settings.ensemble
+        predictor = BlockPredictor(personalised, self.inputs, members, self._like, smaller, tell)
         predictor.work(
             predictions,
             share.pending,
@@ -236,8 +237,10 @@ class Infer(Stage):
     def _batch_size(self) -> int:
         wanted, context = self.settings.batch_size, self.context
         if wanted == AUTO:
-            sample = prediction_bytes(self._personalised[0].runner, to_device(self.inputs.inputs([0]), context.device))
-            wanted = prediction_batch(sample, context.layer.numel, self.settings.ensemble, context.device)
+            personalised = self._personalised[0]
+            sample = prediction_bytes(personalised.runner, to_device(self.inputs.inputs([0]), context.device))
+            numel, members, draws = context.layer.numel, self.settings.ensemble, personalised.generate.draws
+            wanted = prediction_batch(sample, numel, members, context.device, draws)
         return min(wanted, len(self.inputs))
 
     def _block_rows(self, batch: int) -> int:
@@ -262,6 +265,7 @@ class Infer(Stage):
             "inputs": len(self.inputs),
             "ensemble": members,
             "strength": strength_of(context),
+            **({"precision": "bfloat16"} if self._personalised[0].generate.half else {}),
             **figures,
             "predictions": PREDICTIONS,
             **write_pictures(context, self.inputs, predictions, self._like, self.settings.pictures, self.report),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.diffusion.denoisers import MLP, make_denoiser, resolve
+from stages.diffusion.denoisers import auto_preset, make_denoiser, resolve
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.from_run import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
@@ -247,7 +247,7 @@ class Probe:
         specs = result_specs(layer.matrix_shape)
         fields = {name: value[0].numel() for name, value in few.fields.items()}
         size = samples * (sum(spec.row_bytes for spec in specs.values()) + FLOAT_BYTES * sum(fields.values()))
-        step = self._training_step(layer, fields)
+        step = self._training_step(layer, fields, samples)
         return {
             "samples": samples,
             "collect_seconds": each * samples,
@@ -255,10 +255,10 @@ class Probe:
             "train_diffusion_seconds": None if step is None else step * settings.train_diffusion.max_steps,
         }
 
-    def _training_step(self, layer: Layer, fields: dict[str, int]) -> float | None:
+    def _training_step(self, layer: Layer, fields: dict[str, int], samples: int) -> float | None:
         """Seconds of one step of the denoiser's training; None where it is too large to try."""
         table = self._context.project.settings.train_diffusion
-        auto = {"preset": MLP} if table.preset == AUTO else {}
+        auto = {"preset": auto_preset(layer.matrix_shape, samples)} if table.preset == AUTO else {}
         description = resolve(table.model_dump() | auto, layer.matrix_shape)
         description |= {"shape": layer.matrix_shape, "fields": fields}
         with torch.device("meta"):

@@ -42,6 +42,7 @@ class SelectLayer(Stage):
     """Scores every candidate and chooses the layer."""
 
     name = "select-layer"
+    takes_less_memory = "name a layer with --layer NAME, compute on --device cpu, or free memory"
 
     def plan(self) -> dict[str, Any]:
         """Draws, samples and candidates."""

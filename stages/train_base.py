@@ -30,7 +30,8 @@ from stages.tasks.loader import losses, naming_rows
 from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import finite, mean_metrics
 from stages.tasks.user_code import user_code, user_faults
-from stages.training.run import Plan, TrainingRun, take_up_training
+from stages.training.plan import Plan
+from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import Trainer, batch_rows
 
 

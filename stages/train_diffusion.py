@@ -25,8 +25,10 @@ from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
 from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
 from stages.training.memory import training_bytes
+from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
-from stages.training.run import Plan, Trained, TrainingRun, take_up_training
+from stages.training.repeatable import repeatable
+from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import threads_for
 from stages.training.tuning import Tuning
 
@@ -53,6 +55,10 @@ class TrainDiffusion(Stage):
     """Trains the denoiser on the store; under torchrun with other processes, of which the first leads."""
 
     name = "train-diffusion"
+    takes_less_memory = (
+        "take fewer deltas at once with --set {name}.micro_batch_size=N, a smaller network with --set {name}.width=N or "
+        "--set {name}.preset=mlp, or free memory"
+    )
 
     def execute(self, *, force: bool = False, dry_run: bool = False) -> CommandResult:
         """As `Stage.execute`, in the first process; the others train with it, once it has begun."""
@@ -101,7 +107,9 @@ class TrainDiffusion(Stage):
         return threads_for(self._planned.operations, self._planned.batch_size)
 
     def plan(self) -> dict[str, Any]:
-        planned = self._planned
+        # What goes on keeps what it was begun with.
+        found = self._state(force=False).identity
+        planned = self.decided(self._own(found.settings)) if found else self._planned
         memory = training_bytes(planned.sketch, self.micro_batch(planned), planned.half)
         what = f"train {planned.parameters:,} parameters on {self._store.samples:,} deltas, "
         what += f"at most {self.settings.max_steps:,} steps, in about {memory / 2**30:.1f} GiB of memory beside the store"
@@ -143,7 +151,11 @@ class TrainDiffusion(Stage):
 
     def _begun_settings(self) -> dict[str, Any]:
         """What the settings were when the work was begun, every `auto` decided."""
-        prefix, settings = f"{self.name}.", self.unfinished.begun.identity.settings
+        return self._own(self.unfinished.begun.identity.settings)
+
+    def _own(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of this stage, of settings by dotted name."""
+        prefix = f"{self.name}."
         return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
     def work(self, folder: Path) -> WorkResult:
@@ -153,9 +165,16 @@ class TrainDiffusion(Stage):
         training = self.training(settings, micro)
         if warning := schedule_warning(self.settings.schedule, len(training.batches.held_out.deltas[0].flatten())):
             self.report.message(warning)
-        self.report.message(f"{settings.preset}, {settings.parameters:,} parameters; the store is {training.batches.place}")
+        self.report.message(
+            f"{settings.preset}{self._why(settings)}, {settings.parameters:,} parameters; the store is {training.batches.place}"
+        )
         trained = self._run(folder, self.unfinished.fingerprint, settings, training)
         return self._result(folder, trained, settings, training.batches.count)
+
+    def _why(self, settings: DenoiserSettings) -> str:
+        """What decided the preset, where that was not the user."""
+        size = "×".join(map(str, settings.shape))
+        return f" (auto, for {self._store.samples:,} deltas of {size})" if self.settings.preset == AUTO else ""
 
     def training(self, settings: DenoiserSettings, micro: int) -> Training:
         """What takes part in the training, `micro` deltas at once."""
@@ -167,7 +186,7 @@ class TrainDiffusion(Stage):
                 self.unfinished.change_execution(micro_batch_size=left)
 
         tuning = self._tuning(settings.schedule, reader) if self.settings.tune_after else None
-        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, tuning)
+        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, self.report, tuning)
 
     def _tuning(self, schedule: NoiseSchedule, reader: StoreReader) -> Tuning:
         context, rows = self.context, self.context.splits["train"]
@@ -190,16 +209,10 @@ class TrainDiffusion(Stage):
         table, trainer = self.settings, training.trainer
         # Of what tuning will do nothing is known before.
         plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=table.tune_after)
-        return TrainingRun(
-            folder,
-            fingerprint,
-            trainer,
-            self._evaluation(settings, training),
-            plan,
-            self.report,
-            training.blame,
-            self.ranks,
-        ).run()
+        evaluate = self._evaluation(settings, training)
+        with repeatable(self.context.device):
+            run = TrainingRun(folder, fingerprint, trainer, evaluate, plan, self.report, training.blame, self.ranks)
+            return run.run()
 
     def _evaluation(self, settings: DenoiserSettings, training: Training) -> Callable[[], dict[str, float]]:
         """Figures of the held-out deltas; where they are tuned, what they do to the task's loss decides."""
@@ -207,10 +220,12 @@ class TrainDiffusion(Stage):
         averaged, steps, seed = training.trainer.averaged, training.steps, self.context.seed
 
         def figures() -> dict[str, float]:
-            found = held_out_figures(averaged, schedule, held_out, seed, steps.micro_batch)
+            with steps.precision():
+                found = steps.halving(lambda size: held_out_figures(averaged, schedule, held_out, seed, size))
             if steps.tuning is None:
                 return found
-            score = steps.tuning.held_out_loss(averaged, training.batches.held_out)
+            own = training.batches.held_out
+            score = steps.halving(lambda size: steps.tuning.held_out_loss(averaged, own, size, steps.precision))
             return {**found, "score": score, "denoising_loss": found["score"]}
 
         return figures

@@ -23,7 +23,8 @@ from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
 from stages.training.batches import TrainingBatches
-from stages.training.run import Plan, Trained, TrainingRun, take_up_training
+from stages.training.plan import Plan, Trained
+from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import Stream, Trainer, threads_for
 
 SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"
@@ -114,7 +115,7 @@ class TrainScale(Stage):
             lambda: scale_figures(trainer.averaged, held_out, loss),
             Plan.of(settings, self.name, largest, settings.lr),
             self.report,
-            lambda: self._blame(batches, network, stream.last),
+            lambda step: self._blame(batches, network, stream.at(step - 1)),
         ).run()
         return self._result(folder, trained, batches.count)
 

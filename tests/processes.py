@@ -166,7 +166,7 @@ def stopped_at(block: int, error: BaseException | None = None, kind: type[DeltaS
 def stopped_training(after: int) -> Any:
     """An interruption of any training after so many steps."""
     steps = itertools.count()
-    return before(Trainer, "advance", lambda _: next(steps) < after or interrupt())
+    return before(Trainer, "start", lambda _: next(steps) < after or interrupt())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from folders import put_all, reader_of
 
 from stages.foundation.progress import Silent
 from stages.training.batches import TrainingBatches
-from stages.training.run import Plan, TrainingRun
+from stages.training.plan import Plan
+from stages.training.run import TrainingRun
 
 # Small, and with checkpoints and evaluations that do not fall together.
 QUICK = {"max_steps": 40, "evaluate_steps": 16, "checkpoint_steps": 7, "batch_size": 9}
@@ -47,13 +48,13 @@ class Counter:
     """
 
     def __init__(self, losses=None, delay=0.0):
-        self.step, self._losses, self._delay = 0, losses or {}, delay
+        self.step, self._losses, self._delay, self.runs_ahead = 0, losses or {}, delay, False
 
-    def advance(self):
+    def start(self):
         time.sleep(self._delay)
         loss = self._losses.get(self.step + 1, 1.0)
         self.step += bool(np.isfinite(loss))
-        return loss
+        return lambda: loss
 
     def state(self):
         return {"step": torch.tensor(self.step)}

@@ -29,6 +29,17 @@ UNETS: dict[str, dict[str, Any]] = {
 UNET_LR, LR = 1e-4, {MLP: 7e-4, FACTORED: 1.4e-3}
 UNET_BATCH, DENSE_BATCH = 128, 256
 DENSE_BLOCKS = 3
+# Numbers of a delta, and deltas, up to which the MLP has the smaller held-out loss (measured on LeNet5's layers).
+SMALL_DELTA, FEW_SAMPLES = 4096, 500
+
+
+def auto_preset(shape: tuple[int, int], samples: int) -> str:
+    """The preset that `auto` stands for, by deltas (out, in) and their number alone: the same on every device.
+
+    The MLP where deltas are small or few, else the factored one, which grows with out + in instead of out·in. Never a U-Net: one
+    takes hours on a GPU, and weeks on a CPU.
+    """
+    return MLP if shape[0] * shape[1] <= SMALL_DELTA or samples < FEW_SAMPLES else FACTORED
 
 
 def resolve(settings: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """From conditioning to deltas: sample a unit delta for each input and member, and give it the predicted length."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
 from stages.diffusion.denoiser import Denoiser, unit
-from stages.diffusion.sampler import Noise, sample
+from stages.diffusion.sampler import DDPM, Noise, sample
 from stages.diffusion.scale import ScaleNetwork
-from stages.diffusion.schedule import NoiseSchedule
+from stages.diffusion.schedule import MEAN, NoiseSchedule
+from stages.foundation.memory import AtOnce
 from stages.foundation.seeds import generator
 
 
@@ -22,7 +24,8 @@ class DeltaGenerator:
         seed: the run's; the noise of input i and member m depends on seed, i and m alone.
         sampler: "ddim" or "ddpm".
         strength: factor on the predicted ρ.
-        most_rows: members that the denoiser is given at once.
+        at_once: members that the denoiser is given at once.
+        half: the denoiser computes in bfloat16 autocast.
     """
 
     denoiser: Denoiser
@@ -32,29 +35,51 @@ class DeltaGenerator:
     sampler: str
     sample_steps: int
     strength: float
-    most_rows: int = 1 << 30
+    at_once: AtOnce = field(default_factory=lambda: AtOnce(1 << 30))
+    half: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def draws(self) -> int:
+        """How often a sample draws noise."""
+        if self.sampler != DDPM or self.denoiser.prediction == MEAN:
+            return 1
+        return len(self.schedule.visited(self.sample_steps))
+
+    def noise(self, rows: Sequence[int], members: range) -> Noise:
+        """Of inputs and members, (B·E, out, in)."""
+        generators = [generator(self.seed, "infer", row, member) for row in rows for member in members]
+        return Noise(generators, self.denoiser.shape, self.device)
 
     @torch.no_grad()
-    def __call__(self, fields: Fields, rows: list[int], members: range) -> tuple[Tensor, Tensor]:
-        """Deltas for B inputs with conditioning (B, …) and E members, all in one batch; the conditioning is encoded once.
+    def __call__(
+        self, fields: Fields, rows: Sequence[int], members: range, noise: Noise | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Deltas for B inputs with conditioning (B, …) and E members, all in one batch; the conditioning is encoded once. Their
+        noise may have been drawn before.
 
         Returns:
             deltas (B, E, out, in), each of norm strength · ρ̂ (the sample is renormalised: Eq. 3), and ρ̂ (B,).
         """
-        device = next(self.denoiser.parameters()).device
         count, shape = len(members), self.denoiser.shape
-        noise = Noise([generator(self.seed, "infer", row, member) for row in rows for member in members], shape, device)
         encoded = self.denoiser.encode(fields).repeat_interleave(count, dim=0)
 
         def denoise(noisy: Tensor, t: Tensor) -> Tensor:
-            parts = zip(*(value.split(self.most_rows) for value in (noisy, t, encoded)), strict=True)
-            found = [self.denoiser(*part) for part in parts]
+            def some(part: range) -> Tensor:
+                given = (value[part.start : part.stop] for value in (noisy, t, encoded))
+                with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.half):
+                    return self.denoiser(*given).float()
+
+            found = list(self.at_once.each(range(len(noisy)), some))
             return found[0] if len(found) == 1 else torch.cat(found)
 
         sampled = sample(
             denoise,
             self.schedule,
-            noise,
+            self.noise(rows, members) if noise is None else noise,
             prediction=self.denoiser.prediction,
             sampler=self.sampler,
             sample_steps=self.sample_steps,

@@ -43,9 +43,43 @@ class Noise:
     def __init__(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> None:
         self._generators, self._shape, self._device = generators, shape, device
 
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._generators)
+
     def draw(self) -> Tensor:
         """The next draw of every row: (B, *shape)."""
-        return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]).to(self._device)
+        return self._next().to(self._device, non_blocking=True)
+
+    def drawn(self, count: int) -> "DrawnNoise":
+        """The next draws, made now, as by a thread that has nothing else to do."""
+        return DrawnNoise([self._next() for _ in range(count)], self._device)
+
+    def _next(self) -> Tensor:
+        """In host memory, page-locked for a GPU; in single precision, whatever the user's code has made torch's default."""
+        pinned = self._device.type == "cuda"
+        made = torch.empty(len(self._generators), *self._shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
+        for row, source in zip(made, self._generators, strict=True):
+            row.normal_(generator=source)
+        return made
+
+
+class DrawnNoise(Noise):
+    """Draws that are made already, (B, …) each, in host memory; page-locked they are copied while a GPU computes."""
+
+    def __init__(self, draws: Sequence[Tensor], device: torch.device) -> None:
+        self._draws, self._device, self._drawn = draws, device, 0
+
+    def __len__(self) -> int:
+        return len(self._draws[0])
+
+    def take(self, rows: slice) -> "DrawnNoise":
+        """Those of some rows, from the first draw on."""
+        return DrawnNoise([draw[rows] for draw in self._draws], self._device)
+
+    def _next(self) -> Tensor:
+        self._drawn += 1
+        return self._draws[self._drawn - 1]
 
 
 def estimates(

@@ -1,6 +1,8 @@
 """Noise schedules, and the conversions between clean, noisy and noise."""
 
+import functools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ TRAILING, LEADING = "trailing", "leading"
 LARGEST_UNSCALED = 24_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """A noise schedule.
 
@@ -26,7 +28,7 @@ class NoiseSchedule:
     betas: Tensor
     spacing: str = TRAILING
 
-    @property
+    @cached_property
     def alpha_bar(self) -> Tensor:
         """Cumulative product of 1 − β, ᾱ_t = Π_{k≤t} (1 − β_k), (T,) float64 (Alg. 1, line 8)."""
         return torch.cumprod(1 - self.betas, dim=0)
@@ -99,9 +101,15 @@ def schedule_warning(name: str, numel: int) -> str:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def _placed(values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept: a copy to a GPU in every step would be waited for in every step.
+    return values.to(dtype).to(device)
+
+
 def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """`values` at steps t (B,), shaped to multiply `like` (B, …)."""
-    return values.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.dim() - 1))
+    return _placed(values, like.dtype, like.device)[t].view(-1, *[1] * (like.dim() - 1))
 
 
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:

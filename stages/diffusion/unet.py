@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from stages.diffusion.conditioning import ConditioningEncoder, positional_encoding
 from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.norm_silu import GroupNorm
 
 GROUPS, NORM_EPS = 32, 1e-6
+# Positions up to which attention may keep a matrix of all by all.
+MOST_SCORES = 1024
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,14 @@ class UNetDenoiser(Denoiser):
                 hidden = attention(block(torch.cat([hidden, skips.pop()], dim=1), e))
             if level.resample is not None:
                 hidden = level.resample(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
-        return self.leave(hidden)[:, 0, :rows, :columns]
+        norm, _, last = self.leave
+        return last(norm.silu(hidden))[:, 0, :rows, :columns]
+
+    def fuse(self, fused: bool) -> None:
+        """Have norms fused with what follows them, or not."""
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.fused = fused
 
 
 class _Level(nn.Module):
@@ -163,8 +173,13 @@ class _Residual(nn.Module):
         self.shortcut = nn.Conv2d(given, width, 1) if given != width else nn.Identity()
 
     def forward(self, hidden: Tensor, e: Tensor) -> Tensor:
-        inner = self.conv1(F.silu(self.norm1(hidden))) + self.of_e(F.silu(e))[:, :, None, None]
-        return self.shortcut(hidden) + self.conv2(self.dropout(F.silu(self.norm2(inner))))
+        inner, more = self.norm1.silu(hidden), self.of_e(F.silu(e))
+        if self.norm2.fused:
+            # The bias, too, is added on the way.
+            inner, more = F.conv2d(inner, self.conv1.weight, padding=1), more + self.conv1.bias
+        else:
+            inner = self.conv1(inner)
+        return self.shortcut(hidden) + self.conv2(self.dropout(self.norm2.silu(inner, more)))
 
 
 class _Attention(nn.Module):
@@ -177,10 +192,15 @@ class _Attention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         tokens = self.norm(hidden).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).chunk(3, dim=2)
-        mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        if q.dtype == torch.bfloat16 and q.shape[1] <= MOST_SCORES:
+            # As fast as the fused kernels, whose heads are narrower, and its gradient is the same each time.
+            scores = torch.bmm(q, k.transpose(1, 2)) / q.shape[2] ** 0.5
+            mixed = torch.bmm(torch.softmax(scores.float(), dim=2).to(v.dtype), v)
+        else:
+            mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
         return hidden + self.leave(mixed).transpose(1, 2).reshape(hidden.shape)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int) -> GroupNorm:
     # At least two channels to a group: one by itself would lose its mean, and with it what e adds to it.
-    return nn.GroupNorm(math.gcd(GROUPS, channels // 2), channels, eps=NORM_EPS)
+    return GroupNorm(math.gcd(GROUPS, channels // 2), channels, eps=NORM_EPS)

@@ -1,7 +1,9 @@
 """Work that goes on beside the caller's: reading ahead, and a bounded pool of workers that finish things."""
 
+import itertools
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -44,6 +46,19 @@ def read_ahead(items: Iterator[T], ahead: int = 2) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
+
+
+def made_ahead(make: Callable[[int], T], first: int, threads: int) -> Iterator[T]:
+    """make(first), make(first + 1), … in order and without end, so many made at once, each from its number alone."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ocd")
+    try:
+        made = deque(pool.submit(make, number) for number in range(first, first + threads))
+        for number in itertools.count(first + threads):
+            found = made.popleft().result()
+            made.append(pool.submit(make, number))
+            yield found
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Workers(Generic[T]):

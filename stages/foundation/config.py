@@ -134,7 +134,7 @@ class CollectTable(Table):
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
     preset: Literal["auto", "mlp", "factored", "paper", "authors", "small"] = identity(
-        "auto", "denoiser; auto: paper on a GPU with room for it, else mlp; see Choosing a preset"
+        "auto", "denoiser; auto: mlp for small or few deltas, else factored; see Choosing a preset"
     )
     width: Annotated[int, Field(ge=8, multiple_of=2)] | Auto = identity(
         "auto", "hidden width, even (U-Nets: channels); auto: about 4·sqrt(out·in), 128 (paper, authors), 32 (small)"
@@ -189,7 +189,9 @@ class TrainDiffusionTable(Table):
     store_memory: Annotated[float, Field(ge=0)] | Auto = execution(
         "auto", "GiB of memory the store may be kept in, else it is read while training; auto: half of what is free"
     )
-    compile: bool = execution(False, "torch.compile the denoiser: a minute at the start, faster afterwards")
+    compile: bool | Auto = execution(
+        "auto", "torch.compile the denoiser: minutes at the start, faster afterwards; auto: a U-Net's norms alone, on cuda"
+    )
     checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
     checkpoint_minutes: float = execution(5.0, "minutes after which there is a checkpoint in any case", gt=0)
 

@@ -1,5 +1,6 @@
 """What a run's stages work with: its task, data splits, base, layer, device and seed, each loaded when first asked for."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -69,6 +70,8 @@ class RunContext:
                 f"torchrun started {local_count()} processes on this machine, which has {gpus} CUDA device{'s' * (gpus > 1)}",
                 f"use torchrun --nproc-per-node={gpus}, or --device cpu",
             )
+        # For deterministic products (torch's notes on reproducibility); read when the first one is computed.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # By number: in other threads than this one plain "cuda" is the first.
         return torch.device("cuda", local_rank())
 

@@ -12,6 +12,7 @@ from stages.foundation.config import EXECUTION
 from stages.foundation.current_device import on
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
+from stages.foundation.memory import taking_less_memory
 from stages.foundation.no_doubles import doubles_for
 from stages.foundation.progress import Logged, Report
 from stages.foundation.threads import set_threads, threads_restored
@@ -40,6 +41,8 @@ class Stage(ABC):
     name: ClassVar[str]
     # What lies in the unfinished folder for the work alone, and goes when the manifest is there.
     scratch: ClassVar[tuple[str, ...]] = ()
+    # What to type where memory runs out.
+    takes_less_memory: ClassVar[str] = "use smaller batches: --set {name}.batch_size=N"
 
     def __init__(self, context: RunContext, part: str | None = None) -> None:
         self.context = context
@@ -117,7 +120,8 @@ class Stage(ABC):
         self.folder.check_links()
         device = self.context.device  # one that is absent is refused before anything else
         states.require_done(self._states, self._spec.reads, self.name)
-        with doubles_for(device), on(device):
+        less = taking_less_memory(self.takes_less_memory.format(name=self.name))
+        with doubles_for(device), on(device), less:
             return self._execute(force, dry_run)
 
     def _execute(self, force: bool, dry_run: bool) -> CommandResult:

@@ -1,16 +1,16 @@
 """Personalised prediction: a delta for each input and member, applied to the layer, and the members' combination."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from stages.diffusion.generate import DeltaGenerator
+from stages.diffusion.sampler import Noise
 from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree, batch_size
 from stages.per_sample.runner import Runner
 
-# conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) and predicted rho (B,)
-SampleDeltas = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]
 # x (B, …), the base's output, the captured fields -> conditioning {name: (B, …)}
 Condition = Callable[[Tree, Tree, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -40,7 +40,7 @@ class PersonalisedModel:
     Args:
         runner: runs the base with a weight for each sample, and what comes before the layer once.
         condition: the conditioning of the base's own pass.
-        sample_deltas: conditioning to deltas.
+        generate: conditioning to deltas.
         combine: outputs (E, B, …) to (B, …).
         prepare: checks and moves inputs that come from outside.
         ensemble: members unless asked otherwise.
@@ -50,17 +50,27 @@ class PersonalisedModel:
         self,
         runner: Runner,
         condition: Condition,
-        sample_deltas: SampleDeltas,
+        generate: DeltaGenerator,
         combine: Callable[[Tree], Tree],
         prepare: Callable[[Tree], Tree],
         ensemble: int,
     ) -> None:
         self.model, self.layer, self.runner, self.ensemble = runner.model, runner.layer, runner, ensemble
-        self._condition, self._sample_deltas, self.combine, self._prepare = condition, sample_deltas, combine, prepare
+        self._condition, self.generate, self.combine, self._prepare = condition, generate, combine, prepare
+
+    def with_deltas_of(self, generate: DeltaGenerator) -> "PersonalisedModel":
+        """The same with another generator."""
+        return PersonalisedModel(self.runner, self._condition, generate, self.combine, self._prepare, self.ensemble)
 
     @usual_torch()
     def predict(
-        self, x: Tree, ensemble: int | None = None, *, rows: list[int] | None = None, first_member: int = 0
+        self,
+        x: Tree,
+        ensemble: int | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        first_member: int = 0,
+        noise: Noise | None = None,
     ) -> Prediction:
         """Predict with `ensemble` sampled deltas for each input.
 
@@ -69,6 +79,7 @@ class PersonalisedModel:
             ensemble: members E; by default the run's setting.
             rows: the numbers that seed each input's noise, by default 0 … B − 1.
             first_member: number of the first member.
+            noise: of these rows and members, where it has been drawn before.
 
         Raises:
             DataError: x differs in shape or dtype from the training set's.
@@ -77,6 +88,6 @@ class PersonalisedModel:
         x = self._prepare(x)
         first = self.runner.first_pass(x)
         conditioning = self._condition(x, first.output, first.captured)
-        deltas, rho = self._sample_deltas(conditioning, rows if rows is not None else list(range(batch_size(x))), members)
+        deltas, rho = self.generate(conditioning, range(batch_size(x)) if rows is None else rows, members, noise)
         outputs = self.runner.members_along(first, x, deltas)(1.0)
         return Prediction(self.combine(outputs), outputs, first.output, rho, deltas)

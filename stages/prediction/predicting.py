@@ -1,8 +1,9 @@
 """The work of inferring: predictions for the rows of a split, block by block, how many at once, and what they score."""
 
+import contextlib
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.diffusion.sampler import DrawnNoise
+from stages.foundation.background import read_ahead
+from stages.foundation.files import available_memory
+from stages.foundation.memory import AtOnce
+from stages.foundation.torch_state import theirs_are_usual
 from stages.foundation.trees import Tree, as_tree, leaves, take, to_device, tree_map
 from stages.per_sample.pass_size import CACHE_BYTES, largest_output, recorded_bytes
 from stages.per_sample.runner import Runner
-from stages.prediction.personalised import PersonalisedModel, Prediction
+from stages.prediction.personalised import PersonalisedModel
+from stages.run_directory.format import ChunkRecord
 from stages.store.predictions import PredictionBlocks
 from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
+from stages.training.batches import free_on_gpu
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
+DELTAS = "deltas"
 CPU = torch.device("cpu")
 LARGEST_PREDICTED = 1024
 # Deltas of a batch, all members of it: the sampler goes over them several times a step, which wants them in the cache; the
-# denoiser's products want many.
-PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 256 << 20
+# denoiser's products want many, and a GPU has more to do with them while the noise of the next ones is drawn.
+PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 1 << 30
+# Of a GPU's free memory, what a batch may take; of a delta there are so many copies under way. Of the machine's free memory,
+# what page-locked draws of one batch may.
+GPU_SHARE, COPIES, DRAWS_SHARE = 0.25, 8, 1 / 16
+# Batches that a GPU works on before the results of the first one are waited for.
+UNDER_WAY = 1
 
 
 def array_name(name: str, path: str) -> str:
@@ -66,15 +80,72 @@ class Smaller:
 
 
 @dataclass(frozen=True)
+class _Ready:
+    """Some rows of a block that are about to be predicted: their x, and on a GPU their noise."""
+
+    block: int
+    rows: range
+    x: Tree
+    noise: DrawnNoise | None
+
+    def take(self, part: range) -> "_Ready":
+        """Some of them, counted from the first one."""
+        rows, span = self.rows[part.start : part.stop], slice(part.start, part.stop)
+        members = len(self.noise) // len(self.rows) if self.noise else 0
+        noise = self.noise.take(slice(part.start * members, part.stop * members)) if self.noise else None
+        return _Ready(self.block, rows, take(self.x, span), noise)
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """What a batch gave, on its way to host memory."""
+
+    ready: _Ready
+    trees: dict[str, Tree]
+    arrived: Callable[[], None]
+
+
+class _Writing:
+    """Gathers predictions until a block is whole, and deltas until a batch is, and writes them."""
+
+    def __init__(self, predictions: PredictionBlocks, batch: int) -> None:
+        self._predictions, self._batch = predictions, batch
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._deltas: list[np.ndarray] = []
+        self._chunks: dict[str, ChunkRecord] = {}
+
+    def add(self, block: int, rows: range, arrays: dict[str, np.ndarray], deltas: np.ndarray | None) -> None:
+        """What was predicted of some rows, which follow those before."""
+        self._parts.append(arrays)
+        if deltas is None:
+            return
+        self._deltas.append(deltas)
+        gathered = sum(map(len, self._deltas))
+        # Chunks are parts of whole batches, also where those are predicted in several goes.
+        if gathered == self._batch or rows.stop == self._predictions.block_range(block).stop:
+            whole = self._deltas[0] if len(self._deltas) == 1 else np.concatenate(self._deltas)
+            self._chunks |= self._predictions.write_deltas(range(rows.stop - gathered, rows.stop), whole)
+            self._deltas = []
+
+    def finish(self, block: int, rows: range) -> None:
+        """Write the block, if these were its last rows."""
+        if rows.stop == self._predictions.block_range(block).stop:
+            arrays = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+            self._predictions.write_block(block, arrays, self._chunks)
+            self._parts, self._chunks = [], {}
+
+
+@dataclass(frozen=True)
 class BlockPredictor:
     """Predicts for the rows of a split, members that are known already aside, and writes them into the blocks of an answer;
-    `like` is an output (1, …)."""
+    `like` is an output (1, …), and `tell` hears of smaller batches where memory runs out."""
 
     personalised: PersonalisedModel
     inputs: Split
     ensemble: int
     like: Tree
     smaller: Smaller
+    tell: Callable[[str], None] = lambda text: None
 
     def work(self, predictions: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
         """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
@@ -82,29 +153,83 @@ class BlockPredictor:
         Raises:
             OcdError: faults of the data and the task. Blocks finished before are written.
         """
-        done, known = 0, self.smaller.members
+        writing, done = _Writing(predictions, batch), 0
+        for found in self._found(predictions, blocks, batch):
+            found.arrived()
+            block, rows = found.ready.block, found.ready.rows
+            writing.add(block, rows, self._arrays(found), found.trees[DELTAS].numpy() if DELTAS in found.trees else None)
+            done += len(rows)
+            on_progress(done)
+            writing.finish(block, rows)
+
+    def _found(self, predictions: PredictionBlocks, blocks: list[int], batch: int) -> Iterator[_UnderWay]:
+        """Batches in order; a GPU computes the next one meanwhile."""
+        on_gpu, under_way = self._device.type == "cuda", deque()
+        at_once = AtOnce(batch, tell=lambda left: self.tell(f"memory ran out: from here on {left} inputs at once"))
+        all_ready = self._ready(predictions, blocks, batch)
+        if on_gpu and theirs_are_usual():
+            all_ready = read_ahead(all_ready)
+        with contextlib.closing(all_ready):
+            for ready in all_ready:
+
+                def start(part: range, ready: _Ready = ready) -> _UnderWay:
+                    return self._start(ready.take(part), predictions.keeps_deltas)
+
+                for found in at_once.each(range(len(ready.rows)), start):
+                    under_way.append(found)
+                    if len(under_way) > (UNDER_WAY if on_gpu else 0):
+                        yield under_way.popleft()
+            yield from under_way
+
+    @property
+    def _device(self) -> torch.device:
+        return self.personalised.generate.device
+
+    @property
+    def _members(self) -> range:
+        """Those that are not known."""
+        return range(self.smaller.members, self.ensemble)
+
+    def _ready(self, predictions: PredictionBlocks, blocks: list[int], batch: int) -> Iterator[_Ready]:
+        """For a GPU everything lies in page-locked memory, and noise is drawn, which takes the CPU long."""
+        generate, on_gpu = self.personalised.generate, self._device.type == "cuda"
+        if on_gpu:
+            # Each thread has a current device of its own.
+            torch.cuda.set_device(self._device)
         for block in blocks:
-            span, chunks, parts = predictions.block_range(block), {}, []
+            span = predictions.block_range(block)
             for start in range(span.start, span.stop, batch):
                 rows = range(start, min(span.stop, start + batch))
-                x, more = self.inputs.inputs(rows), self.ensemble - known
-                found = self.personalised.predict(x, more, rows=list(rows), first_member=known)
-                if predictions.keeps_deltas:
-                    chunks |= predictions.write_deltas(rows, found.deltas.cpu().numpy())
-                parts.append(self._arrays(rows, found))
-                done += len(rows)
-                on_progress(done)
-            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            predictions.write_block(block, arrays, chunks)
+                x, noise = self.inputs.inputs(rows), None
+                if on_gpu:
+                    x = tree_map(lambda leaf: leaf.pin_memory(), x)
+                    noise = generate.noise(rows, self._members).drawn(generate.draws)
+                yield _Ready(block, rows, x, noise)
 
-    def _arrays(self, rows: range, found: Prediction) -> dict[str, np.ndarray]:
+    def _start(self, ready: _Ready, with_deltas: bool) -> _UnderWay:
+        """Predict, and let the results come."""
+        found = self.personalised.predict(
+            ready.x, len(self._members), rows=ready.rows, first_member=self._members.start, noise=ready.noise
+        )
+        trees = {MEMBERS: found.members, OUTPUT: found.output, BASE: found.base_output, RHO: found.rho}
+        if with_deltas:
+            trees[DELTAS] = found.deltas
+        if self._device.type != "cuda":
+            return _UnderWay(ready, to_device(trees, CPU), lambda: None)
+        # Page-locked, too: torch makes it so where it need not wait.
+        trees = tree_map(lambda leaf: leaf.to(CPU, non_blocking=True), trees)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return _UnderWay(ready, trees, event.synchronize)
+
+    def _arrays(self, found: _UnderWay) -> dict[str, np.ndarray]:
         """What is kept of a batch, by name, one row an input."""
-        members, output, base_output = (to_device(tree, CPU) for tree in (found.members, found.output, found.base_output))
+        rows, members, output = found.ready.rows, found.trees[MEMBERS], found.trees[OUTPUT]
         if self.smaller.members:
             members = tree_map(lambda old, new: torch.cat([old, new]), self.smaller.take(rows), members)
             output = self.personalised.combine(members)
-        arrays = {RHO: found.rho.cpu(), INDEX: self.inputs.rows[rows.start : rows.stop]}
-        for name, tree in ((BASE, base_output), (OUTPUT, output)):
+        arrays = {RHO: found.trees[RHO], INDEX: self.inputs.rows[rows.start : rows.stop]}
+        for name, tree in ((BASE, found.trees[BASE]), (OUTPUT, output)):
             arrays |= {array_name(name, path): leaf for path, leaf in leaves(tree).items()}
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
         return {name: value.contiguous().numpy() for name, value in arrays.items()}
@@ -151,9 +276,15 @@ def prediction_bytes(runner: Runner, x: Tree) -> int:
     return recorded_bytes(runner.first_pass(x).record, x) + 2 * largest_output(runner.model, runner.forward, x)
 
 
-def prediction_batch(sample: int, numel: int, members: int, device: torch.device) -> int:
-    """Samples (of so many bytes, as `prediction_bytes`) to predict at once, with all members of each; `numel` is a delta's."""
-    deltas = (PREDICTED_ON_GPU if device.type == "cuda" else PREDICTED_BYTES) // (4 * numel * members)
-    most = max(1, min(LARGEST_PREDICTED, deltas, CACHE_BYTES // sample if sample else LARGEST_PREDICTED))
+def prediction_batch(sample: int, numel: int, members: int, device: torch.device, draws: int = 1) -> int:
+    """Samples (of so many bytes, as `prediction_bytes`) to predict at once, with all members of each; `numel` is a delta's, for
+    which noise is drawn so often."""
+    deltas = 4 * numel * members
+    if device.type == "cuda":
+        drawn = min(PREDICTED_ON_GPU, int(DRAWS_SHARE * (available_memory() or PREDICTED_ON_GPU / DRAWS_SHARE)))
+        wanted = min(drawn // (draws * deltas), int(GPU_SHARE * free_on_gpu(device)) // (sample + COPIES * deltas))
+    else:
+        wanted = min(PREDICTED_BYTES // deltas, CACHE_BYTES // sample if sample else LARGEST_PREDICTED)
+    most = max(1, min(LARGEST_PREDICTED, wanted))
     # Parts of it are chunks of sampled deltas.
     return most // 16 * 16 if most >= 16 else 1 << (most.bit_length() - 1)

@@ -1,5 +1,7 @@
 """From a finished run to a model with input-dependent weights."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,23 +10,31 @@ from torch import Tensor, nn
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
+from stages.diffusion.unet import UNetDenoiser
 from stages.foundation.errors import ArtifactError
+from stages.foundation.memory import AtOnce
 from stages.foundation.tensors import load_tensors
-from stages.foundation.trees import Tree, concatenate, to_device, tree_map
+from stages.foundation.trees import Tree, concatenate, leaves, to_device, tree_map
 from stages.lifecycle.context import RunContext
 from stages.per_sample.runner import Runner
+from stages.per_sample.self_check import equal
 from stages.prediction.personalised import PersonalisedModel
 from stages.run_directory.format import DenoiserDescription, ScaleDescription, Strength
 from stages.run_directory.pipeline import AUTO
+from stages.run_directory.project import Project
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
+from stages.training.batches import free_on_gpu
 from stages.training.encoders import build_denoiser
 from stages.training.memory import activation_bytes
 
 STRENGTH_FILE = "strength.json"
-# Memory that the denoiser's activations may take; more at once is no faster.
-DENOISING_BYTES = 2 << 30
+# Memory that the denoiser's activations may take: on a CPU more at once is no faster; on a GPU a share of what is free, since
+# batches lie beside it, and the estimate is of a training's pass, which keeps more.
+DENOISING_BYTES, DENOISING_SHARE = 2 << 30, 0.6
+# How far the predictions of a few inputs may be changed by half precision, of their size.
+HALF_TOLERANCE, HALF_ROWS = 1e-3, 4
 
 
 def load_personalised(context: RunContext, strength: float | None = None) -> tuple[PersonalisedModel, str]:
@@ -45,15 +55,17 @@ def load_personalised(context: RunContext, strength: float | None = None) -> tup
     def prepared(x: Tree) -> Tree:
         x = tree_map(as_float32, x)
         check_like(x, sample, "x")
-        return to_device(x, device)
+        # Page-locked inputs are copied while the host goes on.
+        return tree_map(lambda leaf: leaf.to(device, non_blocking=True), x)
 
     def combined(outputs: Tree) -> Tree:
         with user_code("combine()"):
             return task.combine(outputs)
 
     ensemble = context.project.settings.infer.ensemble
-    generate = load_generator(context, strength)
-    personalised = PersonalisedModel(runner, conditioned, generate, combined, prepared, ensemble)
+    personalised = PersonalisedModel(runner, conditioned, load_generator(context, strength), combined, prepared, ensemble)
+    few = context.splits["all"].inputs(range(min(HALF_ROWS, len(context.splits["all"]))))
+    personalised.generate = in_half(personalised.generate, lambda one: personalised.with_deltas_of(one).predict(few, 1).members)
     return personalised, f"deltas are applied by {runner.method.name}: {runner.reason}" if runner.reason else ""
 
 
@@ -83,8 +95,7 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
     project, device = context.project, context.device
     description = DenoiserDescription.read(context.file_of("train-diffusion", "denoiser.json"))
     denoiser = build_denoiser(project, description)
-    with torch.device("meta"):
-        each = activation_bytes(build_denoiser(project, description))
+    rows = _denoised_at_once(project, description, device)
     _load(denoiser, context.file_of("train-diffusion", "denoiser.safetensors"))
     shape = ScaleDescription.read(context.file_of("train-scale", "scale.json"))
     scale = ScaleNetwork(shape.fields, shape.width)
@@ -95,16 +106,36 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
             "run: ocd train-diffusion --force",
         )
     settings = project.settings.infer
+    is_picture = isinstance(denoiser, UNetDenoiser) and device.type == "cuda"
+    denoiser = denoiser.to(device, memory_format=torch.channels_last) if is_picture else denoiser.to(device)
     return DeltaGenerator(
-        denoiser.to(device).eval().requires_grad_(False),
+        denoiser.eval().requires_grad_(False),
         make_schedule(description.schedule, context.layer.numel, description.prediction),
         scale.to(device).eval().requires_grad_(False),
         project.seed,
         settings.sampler,
         settings.sample_steps,
         strength_of(context) if strength is None else strength,
-        max(1, DENOISING_BYTES // each),
+        AtOnce(rows, tell=lambda left: context.report.message(f"memory ran out: from here on {left} deltas at once")),
     )
+
+
+def in_half(generate: DeltaGenerator, outputs: Callable[[DeltaGenerator], Tree]) -> DeltaGenerator:
+    """A generator whose U-Net computes in bfloat16 on a GPU, many times as fast there, unless that shows in the `outputs` of a
+    few inputs; others as they are."""
+    if generate.device.type != "cuda" or not isinstance(generate.denoiser, UNetDenoiser):
+        return generate
+    half = dataclasses.replace(generate, half=True)
+    wanted, found = (tuple(leaf.float() for leaf in leaves(outputs(one)).values()) for one in (generate, half))
+    return half if equal(found, wanted, HALF_TOLERANCE) else generate
+
+
+def _denoised_at_once(project: Project, description: DenoiserDescription, device: torch.device) -> int:
+    """Members that the denoiser is given at once."""
+    with torch.device("meta"):
+        each = activation_bytes(build_denoiser(project, description))
+    room = int(DENOISING_SHARE * free_on_gpu(device)) if device.type == "cuda" else DENOISING_BYTES
+    return room // max(1, each)
 
 
 def _load(network: nn.Module, path: Any) -> None:

@@ -37,7 +37,7 @@ def user_faults(what: str) -> Iterator[None]:
     except (OcdError, KeyboardInterrupt):
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ComputeError(f"{what}: out of memory: {error}", "use smaller batches: --set <stage>.batch_size=N") from error
+        raise ComputeError(f"{what}: out of memory: {error}", "use smaller batches, or free memory") from error
     except (Exception, SystemExit) as error:
         raise TaskError(
             f"{what} raised {type(error).__name__}: {error}{_frames(error)}", "mend it, then run the same command again"

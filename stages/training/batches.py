@@ -128,7 +128,8 @@ class TrainingBatches:
             found = self._reader.take(self._names, rows)
             return self._batch(found.pop("row"), found)
         if isinstance(next(iter(self._resident.values())), Tensor):
-            at = torch.from_numpy(rows).to(self._device)
+            # Page-locked, for a copy that would otherwise wait for all that the GPU has before it.
+            at = torch.from_numpy(rows).pin_memory().to(self._device, non_blocking=True)
             return self._batch(rows, {name: value[at] for name, value in self._resident.items()})
         return self._batch(rows, {name: value[rows] for name, value in self._resident.items()})
 

@@ -1,22 +1,27 @@
 """Which denoiser a run trains, whether it fits memory, and everything that takes part in training it."""
 
+import contextlib
+import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.denoisers import MLP, PAPER, UNETS, resolve
+from stages.diffusion.denoisers import UNETS, auto_preset, resolve
 from stages.diffusion.denoising import step_draws
 from stages.diffusion.schedule import NoiseSchedule, make_schedule
-from stages.foundation.background import read_ahead
+from stages.foundation.background import made_ahead, read_ahead
 from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import TryAgainError
 from stages.foundation.files import available_memory
-from stages.foundation.processes import local_count
+from stages.foundation.processes import cores, local_count
+from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
 from stages.run_directory.format import DenoiserDescription, StoreDescription
 from stages.run_directory.pipeline import AUTO
@@ -32,13 +37,13 @@ from stages.training.tuning import Tuning
 
 STAGE = "train-diffusion"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
-# The `paper` preset is taken where it fits with as many deltas at once.
-WORTH_A_GPU = 16
 # On a CPU a U-Net gains nothing from more at once.
 MOST_ON_CPU = 16
 # Of the free memory, what a training is planned to take: the estimate does not know the libraries' own workspaces, and on a GPU
 # the store may lie beside it.
 MEMORY_SHARE, GPU_MEMORY_SHARE = 0.85, 0.6
+# Threads that draw noise for a GPU, and what of it may lie ready.
+MOST_DRAWING, DRAWN_BYTES = 8, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,7 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
         make = partial(build_denoiser, project, description)
         return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
 
-    if settings["preset"] != AUTO:
-        return made(settings["preset"])
-    if device.type == "cuda":
-        found = made(PAPER)
-        if training_bytes(found.sketch, WORTH_A_GPU, half) <= free_memory(device):
-            return found
-    return made(MLP)
+    return made(auto_preset(shape, store.samples) if settings["preset"] == AUTO else settings["preset"])
 
 
 def free_memory(device: torch.device) -> int:
@@ -166,9 +165,10 @@ class Training:
         device: torch.device,
         ranks: Ranks,
         smaller: Callable[[int], None],
+        report: Report,
         tuning: Tuning | None = None,
     ) -> None:
-        self._settings, self._device, self._ranks = settings, device, ranks
+        self._settings, self._device, self._ranks, self._report = settings, device, ranks, report
         table = settings.table
         wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
         self.batches = TrainingBatches(reader, deltas=True, seed=settings.seed, device=device, **wanted)
@@ -183,6 +183,8 @@ class Training:
             ranks=ranks,
             seed=settings.seed,
             smaller=smaller,
+            compiled=self._fuses or table.compile is True,
+            plain=self._plain,
             tuning=tuning,
             tune_after=table.tune_after,
         )
@@ -203,10 +205,23 @@ class Training:
         optimizer = torch.optim.AdamW(trained, lr=self._settings.lr, weight_decay=0.0, fused=True)
         cosine = table.max_steps if table.lr_schedule == "cosine" else None
         trainer = Trainer(self.denoiser, optimizer, self.steps, cosine_steps=cosine, ranks=self._ranks)
-        if table.compile:
-            # After the trainer has made its copy, which is evaluated as it is.
-            self.denoiser.compile()
+        # After the trainer has made its copy, which is evaluated as it is.
+        if self._fuses:
+            self.denoiser.fuse(True)
+        elif table.compile is True:
+            self.denoiser.compile(dynamic=False)
         return trainer
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether a compiler, where torch has one, fuses the norms of a U-Net on a GPU."""
+        on_gpu = self._device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return on_gpu and self._settings.table.compile == AUTO and self._settings.preset in UNETS
+
+    def _plain(self, reason: str) -> None:
+        self._report.message(f"torch.compile failed, training goes on without it: {reason}")
+        if self._fuses:
+            self.denoiser.fuse(False)
 
     def _ready(self, step: int) -> Iterator[Ready]:
         """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
@@ -217,16 +232,29 @@ class Training:
 
     def _shares(self, share: slice, step: int) -> Iterator[Ready]:
         """A part of each batch from a step on, with its draws, those of the whole batch."""
-        settings, pinned = self._settings, self._device.type == "cuda"
-        if pinned:
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(self._device)
-        for batch in self.batches.batches(step, share):
-            size, steps = self.batches.batch_size, settings.schedule.steps
-            t, noise = step_draws(size, settings.shape, steps, settings.seed, STAGE, step)
-            t, noise = t[share], noise[share]
-            yield (batch.pinned(), t.pin_memory(), noise.pin_memory()) if pinned else (batch, t, noise)
-            step += 1
+        with contextlib.closing(made_ahead(partial(self._drawn, share), step, self._drawing_threads())) as draws:
+            for batch, drawn in zip(self.batches.batches(step, share), draws, strict=True):
+                yield (batch.pinned() if on_gpu else batch, *drawn)
 
-    def blame(self) -> str:
-        """The samples whose loss is worst in the last batch, for a message."""
-        return self.batches.blame(*self.steps.errors())
+    def _drawn(self, share: slice, step: int) -> tuple[Tensor, Tensor]:
+        """t and the noise of a part of a step's batch."""
+        settings = self._settings
+        found = step_draws(self.batches.batch_size, settings.shape, settings.schedule.steps, settings.seed, STAGE, step)
+        if self._device.type != "cuda":
+            return tuple(value[share] for value in found)
+        torch.cuda.set_device(self._device)
+        return tuple(value[share].pin_memory() for value in found)
+
+    def _drawing_threads(self) -> int:
+        """Threads that draw noise: a GPU takes less time for a small network's step than one core for its noise."""
+        if self._device.type != "cuda":
+            return 1
+        each = 4 * self.batches.batch_size * math.prod(self._settings.shape)
+        return max(1, min(MOST_DRAWING, cores() - 2, DRAWN_BYTES // each))
+
+    def blame(self, step: int) -> str:
+        """The samples whose loss is worst in the batch of a step, counted from 1, for a message."""
+        return self.batches.blame(*self.steps.errors(step - 1))

@@ -1,6 +1,8 @@
 """The losses of a denoiser's training steps: batches made ready while the last one is computed, micro-batches, precision."""
 
+import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import denoising_errors
 from stages.diffusion.schedule import NoiseSchedule
+from stages.foundation.errors import OcdError
+from stages.foundation.memory import ran_out
 from stages.foundation.seeds import global_seed
 from stages.training.ranks import Ranks
 from stages.training.trainer import Stream
@@ -16,6 +20,7 @@ from stages.training.tuning import Tuning
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[DeltaBatch, Tensor, Tensor]
+T = TypeVar("T")
 
 
 class DenoisingSteps:
@@ -27,6 +32,7 @@ class DenoisingSteps:
         micro_batch: rows whose activations are in memory at a time.
         half: bfloat16 autocast.
         smaller: hears of a micro-batch that had to be halved.
+        compiled: the denoiser is; where that fails, `plain` hears why, and it goes on as it is.
         tuning: from the step `tune_after` on the whole loss, of batches of its own size.
     """
 
@@ -42,6 +48,8 @@ class DenoisingSteps:
         ranks: Ranks,
         seed: int,
         smaller: Callable[[int], None] = lambda rows: None,
+        compiled: bool = False,
+        plain: Callable[[str], None] = lambda reason: None,
         tuning: Tuning | None = None,
         tune_after: int = 0,
     ) -> None:
@@ -54,37 +62,65 @@ class DenoisingSteps:
             isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in denoiser.modules()
         )
         self._stream, self._step = Stream(batches), 0
+        # Nothing is known of a compiled denoiser until it has taken a step.
+        self._untried, self._plain, self._eager = compiled, plain, False
 
     def __call__(self, step: int) -> Iterator[Tensor]:
         """The losses of a step's micro-batches, each weighted by its share of the whole batch."""
+        if step > self._step:
+            self._untried = False
         self._step = step
         rows, t, noise = self._stream.at(step)
-        if self._tunes:
-            if len(rows):
-                with global_seed(self._seed, "train-diffusion", "tune", step, self._ranks.rank):
-                    yield self.tuning(self._denoiser, rows, step).sum() / min(self.tuning.samples, self.batch_size)
-            return
+        whole = min(self.tuning.samples, self.batch_size) if self._tunes else self.batch_size
         for number, start in enumerate(range(0, len(rows), self.micro_batch)):
             part = slice(start, start + self.micro_batch)
-            yield self._errors(rows.take(part), t[part], noise[part], step, number).sum() / self.batch_size
+            if self._tunes:
+                yield self._tuned(rows.take(part), step, number).sum() / whole
+            else:
+                yield self._errors(rows.take(part), t[part], noise[part], step, number).sum() / whole
 
-    def errors(self) -> tuple[Tensor, Tensor]:
-        """The last batch's rows in the store and each one's loss now, (B,) each."""
-        rows, t, noise = self._stream.last
+    def errors(self, step: int) -> tuple[Tensor, Tensor]:
+        """The rows in the store of a step's batch and each one's loss now, (B,) each."""
+        rows, t, noise = self._stream.at(step)
         self._denoiser.eval()
         parts = [slice(start, start + self.micro_batch) for start in range(0, len(rows), self.micro_batch)]
         with torch.no_grad():
-            found = [self._errors(rows.take(part), t[part], noise[part], self._step, 0).cpu() for part in parts]
+            found = [self._errors(rows.take(part), t[part], noise[part], step, 0).cpu() for part in parts]
         return rows.numbers.cpu(), torch.cat([torch.empty(0), *found])
 
+    def recovers(self, error: Exception) -> bool:
+        """Whether a step may be tried again: with half the micro-batch where memory ran out, or without compiling."""
+        if ran_out(error):
+            return self.halve()
+        if not self._untried or isinstance(error, OcdError):
+            return False
+        self._untried, self._eager = False, True
+        self._plain(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        return True
+
     def halve(self) -> bool:
-        """Take half the micro-batch, where memory ran out; False where there is no half, or a step is not divided."""
-        if self.micro_batch == 1 or self._tunes:
+        """Take half the micro-batch, where memory ran out; False where there is no half."""
+        if self.micro_batch == 1:
             return False
         self.micro_batch = -(-min(self.micro_batch, self.batch_size) // 2)
         torch.cuda.empty_cache()
         self._smaller(self.micro_batch)
         return True
+
+    def halving(self, work: Callable[[int], T]) -> T:
+        """Some work on so many rows at once, again with half of them where memory runs out."""
+        while True:
+            try:
+                return work(self.micro_batch)
+            except (torch.OutOfMemoryError, OcdError) as error:
+                # Its frames may not keep what the next try needs.
+                lost = error.with_traceback(None)
+            if not ran_out(lost) or not self.halve():
+                raise lost
+
+    def precision(self) -> torch.autocast:
+        """What the denoiser's passes run under."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._half)
 
     @property
     def _tunes(self) -> bool:
@@ -93,11 +129,18 @@ class DenoisingSteps:
     def _errors(self, rows: DeltaBatch, t: Tensor, noise: Tensor, step: int, number: int) -> Tensor:
         on = rows.to(self._device)
         noise, t = noise.to(self._device, non_blocking=True), t.to(self._device, non_blocking=True)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+        eager = torch.compiler.set_stance("force_eager") if self._eager else contextlib.nullcontext()
+        with self.precision(), eager:
             if not self._draws:
                 return denoising_errors(self._denoiser, self._schedule, on, t, noise)
             with global_seed(self._seed, "train-diffusion", "dropout", step, self._ranks.rank, number):
                 return denoising_errors(self._denoiser, self._schedule, on, t, noise)
+
+    def _tuned(self, rows: DeltaBatch, step: int, number: int) -> Tensor:
+        # The seed of a batch that is not divided is as it was before one could be.
+        more = [number] if number else []
+        with global_seed(self._seed, "train-diffusion", "tune", step, self._ranks.rank, *more):
+            return self.tuning(self._denoiser, rows, step, self.precision)
 
     @property
     def waited_seconds(self) -> float:

@@ -1,5 +1,6 @@
 """How much memory training a denoiser takes, found without taking it."""
 
+import copy
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.unet import UNetDenoiser
 
-# Weights, gradients, two moments and the average, in float32.
-BYTES_PER_PARAMETER = 20
+# Weights, gradients, two moments and the average, in float32; autocast keeps the weights in bfloat16, too.
+BYTES_PER_PARAMETER, OF_HALF = 20, 2
 
 
 def parameters(denoiser: Denoiser) -> int:
@@ -27,8 +29,11 @@ def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
 
     Args:
         denoiser: on the meta device.
-        half: under bfloat16 autocast, where about two thirds are kept: norms work in float32.
+        half: under bfloat16 autocast. A U-Net computes in it throughout; the other denoisers' norms work in float32.
     """
+    wholly = half and isinstance(denoiser, UNetDenoiser)
+    if wholly:
+        denoiser = copy.deepcopy(denoiser).bfloat16()
     own = {p.untyped_storage()._cdata for p in denoiser.parameters()}
     kept: dict[int, Tensor] = {}
     largest = 0
@@ -43,15 +48,18 @@ def activation_bytes(denoiser: Denoiser, half: bool = False) -> int:
 
     rows = 2
     with torch.enable_grad(), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = _pass(denoiser, rows)
+        output = _pass(denoiser, rows, torch.bfloat16 if wholly else torch.float32).float()
     own_bytes = output.untyped_storage().nbytes()
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return (total + 3 * max(largest, own_bytes) + 4 * own_bytes) * (2 if half else 3) // (3 * rows)
+    whole = (total + 3 * max(largest, own_bytes) + 4 * own_bytes) // rows
+    # As measured of the dense ones.
+    return whole * 9 // 10 if half and not wholly else whole
 
 
 def training_bytes(denoiser: Denoiser, micro_batch: int, half: bool = False) -> int:
     """Bytes that training takes: everything kept for each parameter, and a micro-batch's activations."""
-    return BYTES_PER_PARAMETER * parameters(denoiser) + micro_batch * activation_bytes(denoiser, half)
+    each = BYTES_PER_PARAMETER + (OF_HALF if half else 0)
+    return each * parameters(denoiser) + micro_batch * activation_bytes(denoiser, half)
 
 
 def operations(denoiser: Denoiser) -> int:
@@ -61,10 +69,10 @@ def operations(denoiser: Denoiser) -> int:
     return counter.get_total_flops() // 2
 
 
-def _pass(denoiser: Denoiser, rows: int) -> Tensor:
+def _pass(denoiser: Denoiser, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.device("meta"):
-        fields = {name: torch.empty(rows, width) for name, width in denoiser.encoder.normalise.widths.items()}
-        noisy, t = torch.empty(rows, *denoiser.shape), torch.zeros(rows, dtype=torch.long)
+        fields = {name: torch.empty(rows, width, dtype=dtype) for name, width in denoiser.encoder.normalise.widths.items()}
+        noisy, t = torch.empty(rows, *denoiser.shape, dtype=dtype), torch.zeros(rows, dtype=torch.long)
         return denoiser(noisy, t, denoiser.encode(fields))
 
 

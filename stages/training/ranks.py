@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from stages.foundation.errors import TryAgainError
 from stages.foundation.processes import local_rank, world_size
@@ -41,6 +41,8 @@ class Ranks:
         if not dist.is_initialized():
             if device_type == "cuda":
                 torch.cuda.set_device(local_rank())
+                # Otherwise NCCL's watchdog ends the process where another is gone, before there is a word of it.
+                os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
             timeout = datetime.timedelta(seconds=float(os.environ.get("OCD_RANKS_TIMEOUT") or TIMEOUT_S))
             try:
                 dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
@@ -55,8 +57,8 @@ class Ranks:
     def share(self, size: int) -> slice:
         return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
 
-    def reduce(self, network: nn.Module, loss: float) -> float:
-        """Sum the gradients of all ranks' shares, in place, and the losses.
+    def reduce(self, network: nn.Module, loss: Tensor) -> Tensor:
+        """Sum the gradients of all ranks' shares, in place, and the losses, ().
 
         Raises:
             TryAgainError: another rank is gone.
@@ -67,13 +69,13 @@ class Ranks:
         for p in wanted:
             # A share may be empty, where there are more ranks than samples.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = torch.cat([p.grad.flatten() for p in wanted] + [wanted[0].new_tensor([loss])])
-        self._talk(lambda: (dist.all_reduce(flat), flat[-1].item()))
+        flat = torch.cat([*(p.grad.flatten() for p in wanted), loss.to(wanted[0].dtype).view(1)])
+        self._talk(lambda: dist.all_reduce(flat))
         start = 0
         for p in wanted:
             p.grad.copy_(flat[start : start + p.numel()].view_as(p))
             start += p.numel()
-        return float(flat[-1])
+        return flat[-1].double()
 
     def agree(self, value: Any = None) -> Any:
         """What rank 0 says.

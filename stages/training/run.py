@@ -4,67 +4,24 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from stages.foundation.errors import ArtifactError, ComputeError
 from stages.foundation.files import disk_errors, link_or_copy, remove, sha256_file, sweep, write_bytes
 from stages.foundation.interruption import deferred
 from stages.foundation.progress import Report
 from stages.foundation.tensors import load_tensors, save_tensors
-from stages.run_directory.format import CheckpointRecord, Extent
+from stages.run_directory.format import CheckpointRecord
+from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
-from stages.training.trainer import Trainer
+from stages.training.trainer import Reading, Trainer
 
 # Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a training is driven.
-
-    Attributes:
-        evaluate_steps, checkpoint_steps: steps between evaluations, and between checkpoints.
-        checkpoint_minutes: time after which there is one in any case.
-        patience: evaluations without a better score before stopping; 0: never.
-        largest_loss: a loss above it has exploded.
-        advice: what to try where the loss is lost.
-        patient_until: steps before which patience does not wait yet.
-    """
-
-    max_steps: int
-    evaluate_steps: int
-    checkpoint_steps: int
-    patience: int
-    checkpoint_minutes: float = math.inf
-    largest_loss: float = math.inf
-    advice: str = "try a smaller lr with --force"
-    patient_until: int = 0
-
-    @classmethod
-    def of(cls, table: Any, stage: str, largest_loss: float, lr: float, patient_until: int = 0) -> Self:
-        """As the settings of `[train-diffusion]` and `[train-scale]` have it."""
-        names = ("max_steps", "evaluate_steps", "checkpoint_steps", "patience", "checkpoint_minutes")
-        settings = {name: getattr(table, name) for name in names}
-        advice = f"try a smaller learning rate: --set {stage}.lr={lr / 4:g} --force"
-        return cls(**settings, largest_loss=largest_loss, advice=advice, patient_until=patient_until)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """How a training ended: steps taken, whether patience ended it, the best evaluation and the snapshot made then."""
-
-    steps: int
-    stopped_early: bool
-    best: dict[str, Any]
-    snapshot: Path
-
-    def extent(self, asked: int) -> Extent:
-        return Extent(value=asked, reached=self.steps, exhausted=self.stopped_early)
 
 
 class TrainingRun:
@@ -77,7 +34,7 @@ class TrainingRun:
         folder: the unfinished folder.
         fingerprint: of the stage; a checkpoint of another is not continued.
         evaluate: figures of the averaged network, the one called "score" to be minimised.
-        blame: which samples the last step's loss was lost on, in words.
+        blame: which samples the loss of a step, counted from 1, was lost on, in words.
         ranks: the processes that share each batch: all of them take the steps, the first evaluates and writes.
     """
 
@@ -89,7 +46,7 @@ class TrainingRun:
         evaluate: Callable[[], dict[str, float]],
         plan: Plan,
         report: Report,
-        blame: Callable[[], str] = lambda: "",
+        blame: Callable[[int], str] = lambda step: "",
         ranks: Ranks | None = None,
     ) -> None:
         self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
@@ -100,6 +57,8 @@ class TrainingRun:
         self._mark: float | None = None
         self._waited = 0
         self._losses: list[float] = []
+        self._loss: float | None = None
+        self._under_way: deque[tuple[int, Reading]] = deque()
         self._best_hash = ""
         self._written = time.monotonic()
 
@@ -113,10 +72,8 @@ class TrainingRun:
         with disk_errors(self._folder), deferred() as asked:
             self._take_up()
             while not self._ranks.agree_to_stop(asked() or self._is_over()):
-                loss = self._trainer.advance()
-                self._require_sane(loss)
-                if self._ranks.leads:
-                    self._note(loss)
+                self._take_step()
+            self._hear(0)
             if self._ranks.leads:
                 self._end()
         return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
@@ -154,19 +111,37 @@ class TrainingRun:
     def _exhausted(self) -> bool:
         return 0 < self._plan.patience <= self._waited
 
-    def _note(self, loss: float) -> None:
-        """What the first rank does after a step: evaluate, tell, leave a checkpoint."""
-        plan, step = self._plan, self._trainer.step
-        self._losses.append(loss)
-        if step % plan.evaluate_steps == 0:
+    def _take_step(self) -> None:
+        """One step; the first rank evaluates after it, tells, and leaves a checkpoint, where it is time."""
+        plan, trainer = self._plan, self._trainer
+        self._under_way.append((trainer.step + 1, trainer.start()))
+        step, overdue = trainer.step, time.monotonic() - self._written > 60 * plan.checkpoint_minutes
+        evaluates, writes = step % plan.evaluate_steps == 0, step % plan.checkpoint_steps == 0 or overdue
+        # A GPU may have one step before it while the next is prepared; what is looked at or kept is known to be sound.
+        self._hear(1 if trainer.runs_ahead and not (evaluates or writes) else 0)
+        if not self._ranks.leads:
+            return
+        if evaluates:
             self._note_evaluation(step)
-        figures = {"loss": loss, **({"held-out loss": self._best["score"]} if self._best else {})}
+        figures = {} if self._loss is None else {"loss": self._loss}
+        figures |= {"held-out loss": self._best["score"]} if self._best else {}
         self._report.progress(step, plan.max_steps, "steps", **figures)
-        overdue = time.monotonic() - self._written > 60 * plan.checkpoint_minutes
-        if step % plan.checkpoint_steps == 0 or overdue:
+        if writes:
             self._checkpoint()
 
-    def _require_sane(self, loss: float) -> None:
+    def _hear(self, keep: int) -> None:
+        """The losses of the steps under way but the last `keep`.
+
+        Raises:
+            ComputeError: one is lost.
+        """
+        while len(self._under_way) > keep:
+            step, wait = self._under_way.popleft()
+            self._loss = wait()
+            self._require_sane(step, self._loss)
+            self._losses.append(self._loss)
+
+    def _require_sane(self, step: int, loss: float) -> None:
         """Refuse to go on from a loss that is lost.
 
         Raises:
@@ -174,13 +149,11 @@ class TrainingRun:
         """
         if math.isfinite(loss) and loss <= self._plan.largest_loss:
             return
-        # A step whose loss is not finite was not taken.
-        step = self._trainer.step + (not math.isfinite(loss))
         kept = max((int(path.stem) for path in (self._folder / CHECKPOINTS).glob("*.json")), default=0)
         checkpoint = f"; the checkpoint of step {kept:,} is kept" if kept else ""
         what = f"the loss of step {step:,} is {loss:.4g}"
         what += "" if not math.isfinite(loss) else f", more than {self._plan.largest_loss:.4g}: it has exploded"
-        raise ComputeError(f"{what}{self._blame()}{checkpoint}", self._plan.advice)
+        raise ComputeError(f"{what}{self._blame(step)}{checkpoint}", self._plan.advice)
 
     def _note_evaluation(self, step: int) -> None:
         figures = self._evaluate()

@@ -23,6 +23,8 @@ WARM_UP_STEPS = 100
 # Below this many products a step, several threads wait for each other longer than they compute.
 SMALL_STEP = 300_000_000
 
+# Waits for a number that is on its way from the device.
+Reading = Callable[[], float]
 # step -> scalars with gradient whose sum is the loss of that step's batch, one for each micro-batch
 StepLosses = Callable[[int], Iterator[Tensor]]
 
@@ -30,6 +32,22 @@ StepLosses = Callable[[int], Iterator[Tensor]]
 def threads_for(operations: int, batch_size: int) -> int:
     """CPU threads for steps of a network that takes so many multiplications a sample: one where the steps are small."""
     return 1 if operations * batch_size < SMALL_STEP else torch.get_num_threads()
+
+
+def reading(value: Tensor) -> Reading:
+    """A number (), read from a GPU while other work goes on there."""
+    if value.device.type != "cuda":
+        found = float(value)
+        return lambda: found
+    arrived, here = torch.cuda.Event(), torch.empty((), dtype=value.dtype, pin_memory=True)
+    here.copy_(value, non_blocking=True)
+    arrived.record(torch.cuda.current_stream(value.device))
+
+    def wait() -> float:
+        arrived.synchronize()
+        return float(here)
+
+    return wait
 
 
 def ema_decay(step: int) -> float:
@@ -100,43 +118,69 @@ class Trainer:
         self.averaged = copy.deepcopy(network).requires_grad_(False) if average else network
 
     def advance(self) -> float:
-        """Take one step.
+        """Take one step and wait for it.
 
         Returns:
             the loss before it; where that or the gradient is not finite, the step is not taken.
         """
+        return self.start()()
+
+    def start(self) -> Reading:
+        """Take one step; a GPU has it before it when this returns.
+
+        Returns:
+            waits for the loss before the step: NaN where the gradient alone is not finite. Weights and moments stay as they are
+            then, but only where nothing had to be waited for the step is counted.
+        """
         self.network.train()
+        while True:
+            try:
+                loss, taken = self._stepped()
+                break
+            except Exception as error:
+                # The error's frames may not keep the graph while the step is tried again.
+                lost = error.with_traceback(None)
+            recovers = getattr(self._step_losses, "recovers", None)
+            if recovers is None or not recovers(lost):
+                raise lost
+        if taken:
+            self._average()
+            self.step += 1
+        return reading(loss)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps are begun before their loss is known: the optimizer finds out on the GPU whether to take them."""
+        return bool(self.optimizer.defaults.get("fused")) and next(self.network.parameters()).device.type == "cuda"
+
+    def _stepped(self) -> tuple[Tensor, bool]:
+        """The loss, (), and whether the step was taken as far as the host knows."""
         loss = self.ranks.reduce(self.network, self._gradients())
         # Gradients that are not finite would end in every weight; clipping would turn some of them into zeros.
         norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
-        if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
+        loss = torch.where(torch.isfinite(norm) | ~torch.isfinite(loss), loss, math.nan)
+        lost = ~torch.isfinite(loss)
+        if self.runs_ahead:
+            # As torch.amp.GradScaler tells fused optimizers which steps to leave out.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, lost.float()
+        elif bool(lost):
             self.optimizer.zero_grad(set_to_none=True)
-            return loss if not math.isfinite(loss) else math.nan
+            return loss, False
         if self._clip:
             nn.utils.clip_grads_with_norm_(self.network.parameters(), CLIP_NORM, norm)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._rate_factor()
         self.optimizer.step()
-        self._average()
-        self.step += 1
-        return loss
+        return loss, True
 
-    def _gradients(self) -> float:
-        """Leave the gradients of a step's micro-batches, summed, in the network; the sum of their losses."""
-        while True:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss, part = 0.0, None
-            try:
-                for part in self._step_losses(self.step):
-                    loss += float(part.detach())
-                    part.backward()
-                return loss
-            except torch.OutOfMemoryError as error:
-                # Neither the loss nor the error's frames may keep the graph while the step is tried again.
-                part, lost = None, error.with_traceback(None)
-            halve = getattr(self._step_losses, "halve", None)
-            if halve is None or not halve():
-                raise lost
+    def _gradients(self) -> Tensor:
+        """Leave the gradients of a step's micro-batches, summed, in the network; the sum of their losses, () float64."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=torch.float64, device=next(self.network.parameters()).device)
+        for part in self._step_losses(self.step):
+            loss += part.detach()
+            part.backward()
+        return loss
 
     def _rate_factor(self) -> float:
         warm = min(1.0, (self.step + 1) / WARM_UP_STEPS) if self._clip else 1.0

@@ -1,6 +1,9 @@
 """Tuning a denoiser by what its deltas do to the task's loss: beyond the paper."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,8 @@ from stages.tasks.protocol import Task
 from stages.tasks.views import glances_of
 
 STAGE = "train-diffusion"
+# Makes the context that the denoiser's passes run in.
+Precision = Callable[[], AbstractContextManager[Any]]
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
 SAMPLE_STEPS = 10
 # Held-out rows that its loss is computed on.
@@ -48,31 +53,35 @@ class Tuning:
     seed: int
     samples: int
 
-    def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int) -> Tensor:
-        """The losses of a step, (B,), after as many passes of the sampler as the step draws."""
+    def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int, precision: Precision) -> Tensor:
+        """The losses of a step, (B,), after as many passes of the sampler as the step draws; the denoiser's run in `precision`,
+        the model's as it is."""
         passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
-        return self._losses(denoiser, rows, passes, (STAGE, "tune", step))
+        return self._losses(denoiser, rows, passes, (STAGE, "tune", step), precision)
 
     @torch.no_grad()
-    def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch) -> float:
-        """The loss on held-out rows, the same draws every time."""
+    def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision) -> float:
+        """The loss on held-out rows, `size` at once, the same draws every time."""
         denoiser.eval()
         rows = torch.arange(len(held_out))
         rows = rows[torch.linspace(0, len(rows) - 1, min(HELD_OUT_ROWS, len(rows))).long()]
         found = [
-            self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge tuning"))
-            for part in rows.split(self.samples)
+            self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge tuning"), precision)
+            for part in rows.split(min(size, self.samples))
         ]
         return float(torch.cat(found).mean())
 
-    def _losses(self, denoiser: Denoiser, rows: DeltaBatch, passes: int, seed: tuple[str | int, ...]) -> Tensor:
+    def _losses(
+        self, denoiser: Denoiser, rows: DeltaBatch, passes: int, seed: tuple[str | int, ...], precision: Precision
+    ) -> Tensor:
         """(B,)."""
         device, shape = next(denoiser.parameters()).device, denoiser.shape
         numbers = rows.numbers.tolist()
         seeds = [(self.seed, *seed, number) for number in numbers]
         noise = Noise([generator(*one) for one in seeds], shape, device).draw()
         on = rows.to(device)
-        drawn = drawn_with_gradient(denoiser, self.schedule, on.fields, noise, passes, SAMPLE_STEPS)
+        with precision():
+            drawn = drawn_with_gradient(denoiser, self.schedule, on.fields, noise, passes, SAMPLE_STEPS)
         length = on.rho / (shape[0] * shape[1]) ** 0.5
         weight = self.overfitter.layer.weight(self.overfitter.model)
         deltas = (drawn * length.view(-1, 1, 1)).reshape(len(rows), *self.overfitter.layer.shape)

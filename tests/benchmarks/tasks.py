@@ -19,7 +19,7 @@ class Classification(Task):
     """Cross-entropy over classes, on arrays that a subclass makes."""
 
     kind = CLASSIFICATION
-    samples = 60_000
+    samples = int(os.environ.get("OCD_BENCHMARK_SAMPLES", 60_000))
 
     def loss(self, output, y):
         return cross_entropy(output, y)
@@ -133,3 +133,34 @@ class Tiny(Classification):
     def arrays(self):
         draw = torch.Generator().manual_seed(0)
         return torch.randn(self.samples, 4, generator=draw), torch.randint(3, (self.samples,), generator=draw)
+
+
+class Product(nn.Module):
+    """LeNet5's convolutions, then a weight that belongs to no layer; `branching`: which way a sample goes depends on it."""
+
+    def __init__(self, branching):
+        super().__init__()
+        self.net, self.branching = LeNet5(), branching
+        self.weight = nn.Parameter(torch.randn(84, 120) / 120**0.5)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.net.conv1(x).relu(), 2)
+        x = F.max_pool2d(self.net.conv2(x).relu(), 2)
+        hidden = F.linear(self.net.conv3(x).relu().flatten(1), self.weight)
+        if self.branching and float(hidden.detach().abs().mean()) < 0:
+            return hidden
+        return self.net.fc2(hidden.relu())
+
+
+class Functional(Mnist):
+    """A weight that no module applies."""
+
+    def model(self):
+        return Product(branching=False)
+
+
+class Branching(Mnist):
+    """The same where numbers decide the way."""
+
+    def model(self):
+        return Product(branching=True)

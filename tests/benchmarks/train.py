@@ -203,17 +203,18 @@ def paper_training(folder: Path, device: str) -> dict[str, Any]:
     return entry(achieved / best, 0.4, at_least=True, **figures)
 
 
-def peak_flops(device: str) -> float:
+def peak_flops(device: str, size: int = 8192) -> float:
     """Operations a second of a large product in bfloat16, measured."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(5):
         a @ b
-    torch.cuda.synchronize()
+    wait()
     start = time.perf_counter()
     for _ in range(30):
         a @ b
-    torch.cuda.synchronize()
-    return 30 * 2 * 8192**3 / (time.perf_counter() - start)
+    wait()
+    return 30 * 2 * size**3 / (time.perf_counter() - start)
 
 
 def paper_sampling(folder: Path, device: str) -> dict[str, Any]:

@@ -192,9 +192,9 @@ def drawn(monkeypatch):
     """Which members were sampled, a batch each."""
     predict, found = PersonalisedModel.predict, []
 
-    def counted(self, x, ensemble=None, *, rows=None, first_member=0):
+    def counted(self, x, ensemble=None, *, first_member=0, **named):
         found.append(range(first_member, first_member + ensemble))
-        return predict(self, x, ensemble, rows=rows, first_member=first_member)
+        return predict(self, x, ensemble, first_member=first_member, **named)
 
     monkeypatch.setattr(PersonalisedModel, "predict", counted)
     return found

@@ -19,9 +19,9 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     kept = []
 
     class Watched(Counter):
-        def advance(self):
+        def start(self):
             kept.append(sorted(path.stem for path in (tmp_path / "checkpoints").glob("*.json")))
-            return super().advance()
+            return super().start()
 
     run_of(tmp_path, Watched()).run()
     assert kept[-1] == ["00000012", "00000018"]
@@ -46,7 +46,7 @@ def test_there_is_a_checkpoint_every_few_minutes(tmp_path):
     ],
 )
 def test_a_lost_loss_stops(tmp_path, loss, says):
-    run = run_of(tmp_path, Counter({9: loss}), lambda: " (blamed)", largest_loss=100.0, advice="try this")
+    run = run_of(tmp_path, Counter({9: loss}), lambda step: " (blamed)", largest_loss=100.0, advice="try this")
     assert refusal(ComputeError, run.run) == (says, "try this")
     assert [path.stem for path in (tmp_path / "checkpoints").glob("*.json")] == ["00000006"]
     assert run_of(tmp_path, Counter()).run().steps == 20

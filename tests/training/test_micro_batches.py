@@ -14,6 +14,7 @@ from stages.diffusion.denoising import step_draws
 from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
 from stages.foundation.config import TrainDiffusionTable
+from stages.foundation.errors import ComputeError
 from stages.run_directory.format import DenoiserDescription
 from stages.training import denoiser as denoiser_training
 from stages.training.denoiser import MEMORY_SHARE, MOST_ON_CPU, DenoiserSettings, micro_batch
@@ -75,10 +76,10 @@ class Full(MlpDenoiser):
         return super().forward(noisy, t, encoded)
 
 
-def training(micro, on_progress=None):
+def training(micro, on_progress=None, kind=Full, **more):
     """A trainer of a few steps, its steps, and its denoiser."""
     torch.manual_seed(0)
-    denoiser = Full(SHAPE, make_denoiser(describe(MLP, SHAPE, FIELDS, width=16)).encoder, 16, 2, X0)
+    denoiser = kind(SHAPE, make_denoiser(describe(MLP, SHAPE, FIELDS, width=16)).encoder, 16, 2, X0)
 
     def batches(step):
         while True:
@@ -89,7 +90,7 @@ def training(micro, on_progress=None):
 
     smaller = (lambda rows: None) if on_progress is None else on_progress.append
     options = {"batch_size": BATCH, "micro_batch": micro, "half": False, "ranks": Ranks(), "seed": 0}
-    steps = DenoisingSteps(denoiser, SCHEDULE, batches, smaller=smaller, **options)
+    steps = DenoisingSteps(denoiser, SCHEDULE, batches, smaller=smaller, **options, **more)
     return Trainer(denoiser, torch.optim.AdamW(denoiser.parameters(), lr=1e-2), steps), steps, denoiser
 
 
@@ -110,16 +111,77 @@ def test_micro_batches_train_as_whole_batches_do(micro):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
 
 
-def test_a_step_of_tuning_is_not_divided():
-    def tuning(*given):
-        raise torch.OutOfMemoryError
+class Tuning:
+    """A loss by the conditioning alone; out of memory with more than so many rows, as the user's own model says it."""
 
-    on_progress = []
-    trainer, steps, _ = training(BATCH, on_progress)
-    steps.tuning = tuning
-    with pytest.raises(torch.OutOfMemoryError):
+    def __init__(self, samples, most):
+        self.samples, self._most = samples, most
+
+    def __call__(self, denoiser, rows, step, precision):
+        try:
+            if len(rows) > self._most:
+                raise torch.OutOfMemoryError("simulated")
+        except torch.OutOfMemoryError as error:
+            raise ComputeError("the model's forward pass: out of memory") from error
+        with precision():
+            return denoiser.encode(rows.fields).square().mean(1)
+
+
+def test_a_step_of_tuning_is_divided_where_memory_runs_out():
+    whole, parts = [], []
+    for found, most in ((whole, BATCH), (parts, 3)):
+        on_progress = []
+        trainer, steps, _ = training(BATCH, on_progress)
+        steps.tuning = Tuning(BATCH, most)
+        found += [trainer.advance() for _ in range(4)]
+        assert on_progress == ([] if most == BATCH else [8, 4, 2])
+    assert parts == pytest.approx(whole, rel=1e-5)
+    trainer, steps, _ = training(BATCH)
+    steps.tuning = Tuning(BATCH, 0)
+    with pytest.raises(ComputeError, match="out of memory"):
         trainer.advance()
-    assert on_progress == []
+
+
+def test_what_is_judged_is_halved_too():
+    _, steps, _ = training(BATCH)
+    tried = []
+
+    def judge(size):
+        tried.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("simulated")
+        return "judged"
+
+    assert steps.halving(judge) == "judged"
+    assert tried == [16, 8, 4, 2]
+
+
+class Uncompiled(Full):
+    """Fails as a compiler does, until it is told to leave it."""
+
+    broken = True
+
+    def forward(self, *given):
+        if self.broken:
+            raise RuntimeError("no compiler here\nand a long story")
+        return super().forward(*given)
+
+
+def test_a_training_that_cannot_be_compiled_goes_on_without():
+    plain, _ = losses(BATCH)
+    said = []
+
+    def leave(reason):
+        said.append(reason)
+        denoiser.broken = False
+
+    trainer, _, denoiser = training(BATCH, kind=Uncompiled, compiled=True, plain=leave)
+    assert [trainer.advance() for _ in range(10)] == plain
+    assert said == ["no compiler here"]
+    # What fails later on is no fault of the compiler's.
+    denoiser.broken = True
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        trainer.advance()
 
 
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on():

@@ -9,6 +9,7 @@ import torch
 from folders import reader_of
 from trainings import PRESETS, QUICK, losses_of, words
 
+from stages.diffusion.denoisers import auto_preset
 from stages.run_directory.project import load_project
 from stages.training.batches import TrainingBatches
 from stages.training.denoiser import decide
@@ -71,20 +72,19 @@ def test_the_samples_are_named(ocd, untrained, monkeypatch, stage, smaller):
     assert not (untrained.run / f"{stage}.wip").exists()
 
 
-def test_automatic_presets(finished, monkeypatch):
-    """`paper` on a GPU that has room for it, `mlp` on another and on a CPU."""
-    project = load_project(finished.config)
-    store = reader_of(finished).description
+def test_the_automatic_preset_is_the_same_on_every_device(finished):
+    project, store = load_project(finished.config), reader_of(finished).description
+    on_cpu, on_gpu = (decide(project, store, {}, torch.device(device)).decided for device in ("cpu", "cuda"))
+    assert (on_cpu.pop("precision"), on_gpu.pop("precision")) == ("float32", "bfloat16")
+    assert on_cpu == on_gpu
 
-    def preset(device):
-        auto = {"preset": "auto", "width": "auto", "blocks": "auto", "batch_size": "auto"}
-        return decide(project, store, auto, torch.device(device)).decided
 
-    assert (preset("cpu")["preset"], preset("cpu")["precision"]) == ("mlp", "float32")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (140 << 30, 140 << 30))
-    assert (preset("cuda")["preset"], preset("cuda")["precision"]) == ("paper", "bfloat16")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2 << 30, 2 << 30))
-    assert preset("cuda")["preset"] == "mlp"
+@pytest.mark.parametrize(
+    ("shape", "samples", "preset"),
+    [((10, 32), 60_000, "mlp"), ((64, 64), 60_000, "mlp"), ((84, 120), 60_000, "factored"), ((84, 120), 300, "mlp")],
+)
+def test_small_or_few_deltas_get_the_mlp(shape, samples, preset):
+    assert auto_preset(shape, samples) == preset
 
 
 @pytest.mark.slow  # compiling takes half a minute

@@ -149,7 +149,7 @@ class Seen(Base):
 
     def conditioning(self, x, output, captured):
         side = torch.cat([x, -x], dim=1)
-        picture = side[:, None, :, None] * side[:, None, None, :] * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+        picture = side[:, None, :, None] * side[:, None, None, :] * torch.arange(1.0, 4, device=x.device).view(3, 1, 1)
         return {"picture": picture, "given": output, "seen": captured["layer_input"]}
 
 

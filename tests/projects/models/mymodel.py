@@ -109,7 +109,7 @@ class Attending(nn.Module):
         self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
 
     def forward(self, x):
-        x = x.unsqueeze(1) * F.one_hot(torch.arange(3), 4).float()
+        x = x.unsqueeze(1) * F.one_hot(torch.arange(3, device=x.device), 4).float()
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
@@ -133,3 +133,17 @@ class Reader(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(self.words(x))[0][:, -1])
+
+
+class Counting(nn.Module):
+    """Its layer is a plain parameter, and it goes round as often as the inputs say, which no vmap can."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h, rounds = (x @ self.w).tanh(), 1 + (x[:, 0] > 0).long()
+        for number in range(int(rounds.max())):
+            h = torch.where((number < rounds).unsqueeze(1), h.sin(), h)
+        return self.head(h)

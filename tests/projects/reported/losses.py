@@ -35,7 +35,7 @@ def standardised(output, y):
 
 
 def weighted(output, y):
-    weight = torch.tensor([1.0, 3.0, 9.0])[y]
+    weight = torch.tensor([1.0, 3.0, 9.0], device=y.device)[y]
     return F.cross_entropy(output, y, reduction="none") * weight / weight.sum()
 
 
@@ -50,12 +50,12 @@ def cox(output, y):
 
 
 def contrastive(output, y):
-    alike = output @ output.T / 0.2 - 1e4 * torch.eye(len(output))
-    same = (y[:, None] == y[None]).float() - torch.eye(len(output))
+    alike = output @ output.T / 0.2 - 1e4 * torch.eye(len(output), device=y.device)
+    same = (y[:, None] == y[None]).float() - torch.eye(len(output), device=y.device)
     return -(F.log_softmax(alike, 1) * same).sum(1) / same.sum(1).clamp(min=1)
 
 
 def pinball(output, y):
-    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    quantiles = torch.tensor([0.1, 0.5, 0.9], device=y.device)
     error = y[:, None] - output
     return torch.maximum(quantiles * error, (quantiles - 1) * error).mean(1)

@@ -17,7 +17,7 @@ from stages.tasks.protocol import Task
 
 class Wide(nn.Module):
     def forward(self, x):
-        return x[:, None, :3].expand(-1, 2000, -1) * torch.arange(2000).view(1, -1, 1)
+        return x[:, None, :3].expand(-1, 2000, -1) * torch.arange(2000, device=x.device).view(1, -1, 1)
 
 
 class Net(nn.Module):
@@ -29,7 +29,7 @@ class Net(nn.Module):
         self.head, self.never = nn.Linear(6, 2), nn.Linear(4, 6)
 
     def forward(self, x):
-        small = x / torch.tensor([1.0, 1.0, 1.0, 1000.0])
+        small = x / torch.tensor([1.0, 1.0, 1.0, 1000.0], device=x.device)
         gate = torch.sigmoid(self.early["gate"](small)).mean(1, keepdim=True)
         wide = self.early["wide"](small).mean((1, 2)).unsqueeze(1) / 1000
         return self.head(torch.tanh(self.get_submodule(self.layer)(small)) * gate) + wide
