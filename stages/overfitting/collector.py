@@ -1,6 +1,7 @@
 """The work of collecting: samples are read ahead, overfitted batch by batch, and compressed and written meanwhile."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.config import CollectTable
 from stages.foundation.current_device import on
-from stages.foundation.device_memory import give_back, ran_out
-from stages.foundation.errors import ComputeError
+from stages.foundation.memory import AtOnce
 from stages.foundation.processes import cores, local_count
 from stages.foundation.seeds import seed_of
 from stages.foundation.torch_state import theirs_are_usual
@@ -179,7 +179,7 @@ class Collector:
 
         Raises:
             OcdError: faults of the data and the task; numbers that are not finite, unless `skip_bad`; memory that does not do
-                for one sample. Blocks finished before are written.
+                for one sample, as does torch.OutOfMemoryError. Blocks finished before are written.
         """
         done, figures = 0, {}
 
@@ -192,44 +192,22 @@ class Collector:
             read = read_ahead(read)
         with on(self._device), Workers(writers, 1, written) as workers, contextlib.closing(read):
             filling = Filling(store, self._device, workers, writers + 2, skip_bad)
+            at_once = AtOnce(batch, tell=on_smaller)
             for positions, given in read:
-                at = positions.start
-                while at < positions.stop:
-                    part = range(at, min(positions.stop, at + batch))
-                    its = take(given, slice(at - positions.start, part.stop - positions.start))
-                    # What a model does with its samples it does in every block.
-                    if self._fill(filling, part, its, check=at % store.rows == 0):
-                        at, done = part.stop, done + len(part)
-                        on_progress(done, figures)
-                    else:
-                        batch = self._halved(len(part))
-                        on_smaller(batch)
+                overfit = functools.partial(self._overfitted, filling, store.rows, positions.start, given)
+                for part, found, room in at_once.each(positions, overfit):
+                    filling.put(part, found, room)
+                    done += len(part)
+                    on_progress(done, figures)
 
-    def _fill(self, filling: Filling, positions: range, given: tuple[Tree, Tree], check: bool) -> bool:
-        """Overfit a batch and put it where it belongs; False where the GPU's memory ran out, of which nothing is left then."""
-        room = filling.room(positions)
-        try:
-            found = filling.cast(self.overfit_batch(positions, given, room, check))
-        except (torch.OutOfMemoryError, ComputeError) as error:
-            if not ran_out(error):
-                raise
-            return False
-        filling.put(positions, found, room)
-        return True
-
-    def _halved(self, batch: int) -> int:
-        """Half a batch.
-
-        Raises:
-            ComputeError: it is of one sample.
-        """
-        if batch == 1:
-            raise ComputeError(
-                "out of memory: the GPU does not hold what overfitting one sample takes",
-                "end other programs on it, use --device cpu, or choose a smaller layer with: ocd select-layer --layer NAME",
-            )
-        give_back()
-        return -(-batch // 2)
+    def _overfitted(
+        self, filling: Filling, block_rows: int, start: int, given: tuple[Tree, Tree], positions: range
+    ) -> tuple[range, Buffers, Tensor | None]:
+        """Some of the rows from `start` on that were given, overfitted; and the room their deltas were left in, if any."""
+        its, room = take(given, slice(positions.start - start, positions.stop - start)), filling.room(positions)
+        # What a model does with its samples it does in every block.
+        check = positions.start % block_rows == 0
+        return positions, filling.cast(self.overfit_batch(positions, its, room, check)), room
 
     def _read(self, store: DeltaStore, blocks: list[int], batch: int) -> Iterator[tuple[range, tuple[Tree, Tree]]]:
         """Batches to overfit: parts of a block, or on a GPU, which small ones keep waiting, several blocks that follow one

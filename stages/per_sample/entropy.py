@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.foundation.device_memory import give_back, ran_out
-from stages.foundation.errors import OcdError
+from stages.foundation.memory import AtOnce
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, repeat_batch
 from stages.per_sample.layer import Layer
@@ -88,30 +87,17 @@ def perturbed_losses(
     Yields:
         (draws in this pass, S), float64.
     """
-    samples, start = batch_size(x), 0
+    samples = batch_size(x)
     scale = sigma * weight.std() if weight.numel() > 1 else torch.zeros_like(weight)
 
-    def part(numbers: range) -> np.ndarray | None:
-        """None where a GPU's memory ran out and fewer draws may do."""
-        try:
-            weights = weight + scale * _noise(layer, numbers, seed).to(weight.device, weight.dtype)
-            tiled = [repeat_batch(tree, len(numbers)) for tree in (x, y)]
-            with torch.no_grad():
-                values = loss(run(tiled[0], weights), tiled[1])
-            return values.reshape(len(numbers), samples).double().cpu().numpy()
-        except (torch.OutOfMemoryError, OcdError) as error:
-            if len(numbers) == 1 or not ran_out(error):
-                raise
-            return None
+    def drawn(numbers: range) -> np.ndarray:
+        weights = weight + scale * _noise(layer, numbers, seed).to(weight.device, weight.dtype)
+        tiled = [repeat_batch(tree, len(numbers)) for tree in (x, y)]
+        with torch.no_grad():
+            values = loss(run(tiled[0], weights), tiled[1])
+        return values.reshape(len(numbers), samples).double().cpu().numpy()
 
-    while start < draws:
-        found = part(range(start, min(draws, start + at_once)))
-        if found is None:
-            give_back()
-            at_once = -(-min(at_once, draws - start) // 2)
-        else:
-            yield found
-            start += len(found)
+    yield from AtOnce(at_once).each(range(draws), drawn)
 
 
 def _noise(layer: Layer, numbers: range, seed: int) -> Tensor:
