@@ -17,16 +17,9 @@ from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.sharing import BlockShare
 from stages.lifecycle.stage import Stage
-from stages.overfitting.batch_size import auto_batch_size, auto_threads, rows_worth_keeping, sample_bytes
-from stages.overfitting.collector import (
-    Collector,
-    bad_rows,
-    is_finite,
-    make_overfitter,
-    not_finite,
-    summary_of,
-    writers,
-)
+from stages.overfitting.batch_size import auto_batch_size, auto_threads, blocks_together, rows_worth_keeping, sample_bytes
+from stages.overfitting.collector import Collector, is_finite, make_overfitter, summary_of, writers
+from stages.overfitting.filling import bad_rows, not_finite
 from stages.overfitting.overfitter import Overfitter
 from stages.overfitting.recipe import check_recipe
 from stages.per_sample.pass_size import forward_operations
@@ -144,11 +137,19 @@ class Collect(Stage):
                 store,
                 share.pending,
                 execution["batch_size"],
-                writers(self.settings.writers),
+                writers(self.settings.writers, self.context.device.type),
                 self.settings.skip_bad,
                 lambda done, figures: self.report.progress(before + done, before + left, "samples", **figures),
+                self._go_on_smaller,
             )
         return self._result(store) if share.is_whole() else None
+
+    def _go_on_smaller(self, batch: int) -> None:
+        """Memory ran out: tell of it, and begin with batches of that size after a kill, unless other parts have GPUs of their
+        own."""
+        self.report.message(f"the GPU's memory ran out: it goes on in batches of {batch:,}")
+        if self.part is None:
+            self.unfinished.change_execution(batch_size=batch)
 
     @cached_property
     def rows(self) -> Split:
@@ -209,8 +210,9 @@ class Collect(Stage):
         """Samples overfitted at once, of blocks of so many rows."""
         if self.settings.batch_size != "auto" and self.overfitter.name != "loop":
             return self.settings.batch_size
-        rows = min(rows, len(self.rows))
-        return auto_batch_size(self.overfitter, self._sample_bytes, rows, available_memory(), self.context.device)
+        rows, device = min(rows, len(self.rows)), self.context.device
+        blocks = blocks_together(-(-len(self.rows) // rows), rows, self._probe[0])
+        return auto_batch_size(self.overfitter, self._sample_bytes, rows, available_memory(), device, blocks)
 
     def _tell_method(self, samples: int) -> None:
         """Say which slow method is taken, why, and what it costs."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from stages.foundation.current_device import as_here
+
 T = TypeVar("T")
 _END = object()
 
@@ -16,10 +18,11 @@ def read_ahead(items: Iterator[T], ahead: int = 2) -> Iterator[T]:
     """The items in order, made in a thread, at most `ahead` of them before they are asked for; what it raises is raised in its
     turn."""
     made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
-    room, stop = threading.Semaphore(ahead), threading.Event()
+    room, stop, settle = threading.Semaphore(ahead), threading.Event(), as_here()
 
     def work() -> None:
         try:
+            settle()
             while not stop.is_set():
                 if room.acquire(timeout=0.1):
                     item = next(items, _END)
@@ -68,7 +71,7 @@ class Workers(Generic[T]):
     """
 
     def __init__(self, count: int, waiting: int, done: Callable[[T], None]) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="ocd")
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="ocd", initializer=as_here())
         self._most, self._done = count + waiting, done
         self._under_way: list[Future[T]] = []
 

@@ -126,7 +126,9 @@ class CollectTable(Table):
     skip_bad: bool = identity(False, "leave samples out whose numbers are not finite, instead of stopping")
     batch_size: Count | Auto = execution("auto", "samples overfitted at once; auto: by cache and memory")
     block_samples: Count | Auto = execution("auto", "samples a block: the unit of writing and of resuming")
-    writers: Count | Auto = execution("auto", "threads that compress and write; auto: one, or two on four cores and more")
+    writers: Count | Auto = execution(
+        "auto", "threads that compress and write; auto: one, two on four cores and more, up to eight beside a GPU"
+    )
 
 
 class TrainDiffusionTable(Table):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from stages.foundation.float32 import exact_float32, restore_wanted
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -52,8 +54,8 @@ def theirs_are_usual() -> bool:
 
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
-    """Compute with float32 on the CPU by default, gradients on, and neither anomaly nor deterministic mode; what the caller had
-    set is put back."""
+    """Compute with float32 on the CPU by default, exactly, gradients on, and neither anomaly nor deterministic mode; what the
+    caller had set is put back."""
     global _inside
     if _inside:
         yield
@@ -65,7 +67,7 @@ def usual_torch() -> Iterator[None]:
         set_theirs(before)
     _inside = True
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False), exact_float32():
             _no_checks()
             USUAL.set()
             yield
@@ -96,6 +98,7 @@ class their_torch(contextlib.AbstractContextManager[None]):
             torch.set_grad_enabled(self._grad)
         if _inside:
             _no_checks()
+            restore_wanted()
 
 
 def left_by_import() -> Defaults:
@@ -104,6 +107,7 @@ def left_by_import() -> Defaults:
     USUAL.set()
     torch.set_grad_enabled(True)
     _no_checks()
+    restore_wanted()
     return left
 
 

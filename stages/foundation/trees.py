@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.foundation.bounds import note_bounds
+from stages.foundation.current_device import on
 from stages.foundation.errors import TaskError
 
 # A Tensor; or a tuple, list, dict or dataclass of trees, of whatever class, which is kept. An entry may be None.
 Tree = Any
+# Page-locked memory takes time to get, and is not given back before the process ends.
+MOST_PAGE_LOCKED = 64 << 20
 
 
 def parts_of(tree: Tree) -> dict[Any, Tree] | None:
@@ -96,8 +100,20 @@ def concatenate(trees: Sequence[Tree]) -> Tree:
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
-    """Move every tensor to a device."""
-    return tree_map(lambda leaf: leaf.to(device), tree)
+    """Move every tensor to a device; nobody waits for a GPU, which copies when it comes to it."""
+    return tree_map(lambda leaf: _moved(leaf, device), tree)
+
+
+def _moved(leaf: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. A GPU copies by itself out of page-locked memory of our own, which is not used again before: the
+    tensor given may be changed at once."""
+    if device.type != "cuda" or leaf.device.type != "cpu" or leaf.layout != torch.strided:
+        return leaf.to(device)
+    # What is broadcast has no memory of its own to be locked.
+    if not 0 < leaf.nbytes <= MOST_PAGE_LOCKED or 0 in leaf.stride() or leaf.is_pinned():
+        return note_bounds(leaf.to(device), leaf)
+    with on(device):
+        return note_bounds(leaf.pin_memory().to(device, non_blocking=True), leaf)
 
 
 def repeat_batch(tree: Tree, times: int) -> Tree:

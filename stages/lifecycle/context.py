@@ -63,8 +63,8 @@ class RunContext:
             return torch.device(MPS)
         if name == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        # Convolutions in TF32 are off by about what the self-checks allow, and some of cuDNN's are not repeatable.
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+        # Some of cuDNN's convolutions are not repeatable.
+        torch.backends.cudnn.deterministic = True
         if local_rank() >= (gpus := torch.cuda.device_count()):
             raise SettingsError(
                 f"torchrun started {local_count()} processes on this machine, which has {gpus} CUDA device{'s' * (gpus > 1)}",

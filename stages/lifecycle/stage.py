@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from stages.foundation.config import EXECUTION
+from stages.foundation.current_device import on
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
 from stages.foundation.memory import taking_less_memory
@@ -117,9 +118,10 @@ class Stage(ABC):
         """
         check_run(self.context.project)
         self.folder.check_links()
-        self.context.device  # noqa: B018 (one that is absent is refused before anything else)
+        device = self.context.device  # one that is absent is refused before anything else
         states.require_done(self._states, self._spec.reads, self.name)
-        with doubles_for(self.context.device), taking_less_memory(self.takes_less_memory.format(name=self.name)):
+        less = taking_less_memory(self.takes_less_memory.format(name=self.name))
+        with doubles_for(device), on(device), less:
             return self._execute(force, dry_run)
 
     def _execute(self, force: bool, dry_run: bool) -> CommandResult:

@@ -2,13 +2,15 @@
 
 import torch
 
-from stages.foundation.trees import Tree
+from stages.foundation.trees import Tree, batch_size, leaves
 from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.pass_size import CACHE_BYTES, activation_bytes, largest_output, recorded_bytes
 from stages.per_sample.weights import Loop
 
 SMALLEST, LARGEST = 32, 512
 LARGEST_ON_GPU = 4096
+# As many blocks as there may be in memory.
+MOST_TOGETHER, INPUT_BYTES = 10, 64 << 20
 # Of the memory that is free, what a batch may take.
 MEMORY_SHARE = 0.25
 # Fewer are not worth the name of a batch, however little memory is said to be free.
@@ -38,8 +40,10 @@ def sample_bytes(overfitter: Overfitter, x: Tree, of_step: Tree, *, factored: bo
     return max(1, 4 * copies * layer.numel + 2 * kept + recorded + 2 * largest_output(model, forward, x))
 
 
-def auto_batch_size(overfitter: Overfitter, sample: int, rows: int, available: int | None, device: torch.device) -> int:
-    """Samples at once, so that equal batches fill a block of `rows`.
+def auto_batch_size(
+    overfitter: Overfitter, sample: int, rows: int, available: int | None, device: torch.device, blocks: int = 1
+) -> int:
+    """Samples at once, so that equal batches fill a block of `rows`, or on a GPU several blocks: small batches keep it waiting.
 
     Args:
         overfitter: how they are overfitted; the loop takes one at a time.
@@ -47,17 +51,33 @@ def auto_batch_size(overfitter: Overfitter, sample: int, rows: int, available: i
         rows: samples to a block.
         available: bytes of memory that are free, None where that is not known.
         device: where.
+        blocks: that may be overfitted in one batch, as `blocks_together`.
     """
     if isinstance(overfitter.method, Loop):
         return 1
     if device.type == "cuda":
         wanted = min(LARGEST_ON_GPU, int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) // sample)
+        if wanted > rows:
+            return min(wanted // rows, blocks) * rows
     else:
         wanted = min(LARGEST, max(SMALLEST, CACHE_BYTES // sample))
         if available is not None:
             wanted = min(wanted, max(min(LEAST, LEAST_BYTES // sample), int(MEMORY_SHARE * available) // sample))
     wanted = max(1, min(rows, wanted))
     return -(-rows // -(-rows // wanted))
+
+
+def blocks_together(blocks: int, rows: int, x: Tree) -> int:
+    """Blocks that a GPU may overfit in one batch: few, because a kill costs all of them, and not so many that their inputs fill
+    the host's memory, of which several batches are read ahead.
+
+    Args:
+        blocks: of the store.
+        rows: samples to a block.
+        x: a few inputs.
+    """
+    sample = sum(leaf.nbytes for leaf in leaves(x).values()) // batch_size(x)
+    return max(1, min(blocks, MOST_TOGETHER, INPUT_BYTES // max(1, rows * sample)))
 
 
 def rows_worth_keeping(overfitter: Overfitter, operations: int) -> int:

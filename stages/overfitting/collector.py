@@ -1,22 +1,23 @@
 """The work of collecting: samples are read ahead, overfitted batch by batch, and compressed and written meanwhile."""
 
 import contextlib
-import queue
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stages.foundation.background import Workers, read_ahead
 from stages.foundation.config import CollectTable
-from stages.foundation.errors import ComputeError
-from stages.foundation.processes import cores
+from stages.foundation.current_device import on
+from stages.foundation.memory import AtOnce
+from stages.foundation.processes import cores, local_count
 from stages.foundation.seeds import seed_of
 from stages.foundation.torch_state import theirs_are_usual
-from stages.foundation.trees import Tree, leaves, to_device
+from stages.foundation.trees import Tree, leaves, take, to_device
+from stages.overfitting.filling import SUMMED, Buffers, Filling, bad_rows
 from stages.overfitting.overfitter import Overfitter
 from stages.overfitting.recipe import Views, recipe_of
 from stages.per_sample.layer import Layer
@@ -31,8 +32,7 @@ from stages.tasks.views import any_views, has_views, views_of
 
 # Samples overfitted so far, and the mean losses of the last block written.
 OnProgress = Callable[[int, dict[str, float]], None]
-Buffers = dict[str, Tensor]
-SUMMED = ("rho", "degenerate", "base_loss", "overfit_loss", "steps")
+MOST_WRITERS = 8
 
 
 def make_overfitter(task: Task, model: nn.Module, layer: Layer, settings: CollectTable, given: tuple[Tree, Tree]) -> Overfitter:
@@ -51,9 +51,14 @@ def make_overfitter(task: Task, model: nn.Module, layer: Layer, settings: Collec
     )
 
 
-def writers(setting: int | str) -> int:
-    """Threads that compress and write: a second one is in the way of computing where there are two cores."""
-    return setting if isinstance(setting, int) else min(2, max(1, cores() // 2))
+def writers(setting: int | str, device: str = "cpu") -> int:
+    """Threads that compress and write. Beside a GPU they are what takes time, and share the cores with those that read and
+    compute, one each; without, a second one is in the way of computing where there are two cores."""
+    if isinstance(setting, int):
+        return setting
+    if device == "cuda":
+        return min(MOST_WRITERS, max(1, cores() // local_count() - 2))
+    return min(2, max(1, cores() // 2))
 
 
 def summary_of(layer: Layer, store: DeltaStore, totals: Totals, overfitter: Overfitter, repeats: int) -> dict[str, Any]:
@@ -160,17 +165,23 @@ class Collector:
         return at
 
     def work(
-        self, store: DeltaStore, blocks: list[int], batch: int, writers: int, skip_bad: bool, on_progress: OnProgress
+        self,
+        store: DeltaStore,
+        blocks: list[int],
+        batch: int,
+        writers: int,
+        skip_bad: bool,
+        on_progress: OnProgress,
+        on_smaller: Callable[[int], None] = lambda batch: None,
     ) -> None:
         """Overfit and write some blocks of the store. Reading, computing, and compressing and writing overlap; at most
-        `writers` + 2 blocks are in memory.
+        `writers` + 2 blocks are in memory. Where a GPU's memory runs out, batches are halved, of which `on_smaller` hears.
 
         Raises:
-            OcdError: faults of the data and the task; numbers that are not finite, unless `skip_bad`. Blocks finished before
-                are written.
+            OcdError: faults of the data and the task; numbers that are not finite, unless `skip_bad`; memory that does not do
+                for one sample, as does torch.OutOfMemoryError. Blocks finished before are written.
         """
-        free: queue.Queue[Buffers] = queue.Queue()
-        made, done, figures = 0, 0, {}
+        done, figures = 0, {}
 
         def written(means: dict[str, float]) -> None:
             figures.update(means)
@@ -179,110 +190,49 @@ class Collector:
         if not isinstance(self._rows.dataset, ArrayDataset) and theirs_are_usual():
             # Arrays are read faster than a thread can hand them over, and torch's threads would be waited for twice.
             read = read_ahead(read)
-        with Workers(writers, 1, written) as workers, contextlib.closing(read):
-            for block, positions, given in read:
-                span = store.block_range(block)
-                if positions.start == span.start:
-                    if free.empty() and made < writers + 2:
-                        made += 1
-                        free.put(self._buffers(store))
-                    workers.collect_until(lambda: not free.empty())
-                    buffers = free.get_nowait()
-                rows = slice(positions.start - span.start, positions.stop - span.start)
-                deltas = buffers[DELTA][rows] if DELTA in buffers and self._device.type == "cpu" else None
-                # What a model does with its samples it does in every block.
-                check = positions.start == span.start
-                for name, value in self.overfit_batch(positions, given, deltas, check).items():
-                    if value is not deltas:
-                        buffers[name][rows].copy_(value, non_blocking=self._device.type == "cuda")
-                done += len(positions)
-                on_progress(done, figures)
-                if positions.stop == span.stop:
-                    workers.submit(_Writing(store, block, buffers, free, self._arrival(), skip_bad))
+        with on(self._device), Workers(writers, 1, written) as workers, contextlib.closing(read):
+            filling = Filling(store, self._device, workers, writers + 2, skip_bad)
+            at_once = AtOnce(batch, tell=on_smaller)
+            for positions, given in read:
+                overfit = functools.partial(self._overfitted, filling, store.rows, positions.start, given)
+                for part, found, room in at_once.each(positions, overfit):
+                    filling.put(part, found, room)
+                    done += len(part)
+                    on_progress(done, figures)
 
-    def _read(self, store: DeltaStore, blocks: list[int], batch: int) -> Iterator[tuple[int, range, tuple[Tree, Tree]]]:
-        for block in blocks:
-            span = store.block_range(block)
-            for start in range(span.start, span.stop, batch):
-                positions = range(start, min(span.stop, start + batch))
-                yield block, positions, self._rows.batch(positions)
+    def _overfitted(
+        self, filling: Filling, block_rows: int, start: int, given: tuple[Tree, Tree], positions: range
+    ) -> tuple[range, Buffers, Tensor | None]:
+        """Some of the rows from `start` on that were given, overfitted; and the room their deltas were left in, if any."""
+        its, room = take(given, slice(positions.start - start, positions.stop - start)), filling.room(positions)
+        # What a model does with its samples it does in every block.
+        check = positions.start % block_rows == 0
+        return positions, filling.cast(self.overfit_batch(positions, its, room, check)), room
 
-    def _buffers(self, store: DeltaStore) -> Buffers:
-        """Host memory for a block, page-locked where a GPU writes to it."""
-        rows, pinned = min(store.rows, store.samples), self._device.type == "cuda"
-        return {
-            name: torch.empty(rows, *spec.row_shape, dtype=getattr(torch, spec.dtype), pin_memory=pinned)
-            for name, spec in store.specs.items()
-        }
-
-    def _arrival(self) -> Callable[[], None]:
-        """Waits until everything that was copied so far has arrived in host memory."""
-        if self._device.type != "cuda":
-            return lambda: None
-        event = torch.cuda.Event()
-        event.record()
-        return event.synchronize
+    def _read(self, store: DeltaStore, blocks: list[int], batch: int) -> Iterator[tuple[range, tuple[Tree, Tree]]]:
+        """Batches to overfit: parts of a block, or on a GPU, which small ones keep waiting, several blocks that follow one
+        another."""
+        most = max(1, batch // store.rows) if self._device.type == "cuda" else 1
+        for group in _runs(blocks, most):
+            first, last = store.block_range(group[0]), store.block_range(group[-1])
+            size = last.stop - first.start if most > 1 else batch
+            for start in range(first.start, last.stop, size):
+                positions = range(start, min(last.stop, start + size))
+                yield positions, self._rows.batch(positions)
 
 
-class _Writing:
-    """One block on its way to the disk, finished by a writer thread."""
-
-    def __init__(
-        self,
-        store: DeltaStore,
-        block: int,
-        buffers: Buffers,
-        free: "queue.Queue[Buffers]",
-        arrive: Callable[[], None],
-        skip_bad: bool,
-    ) -> None:
-        self._store, self._block, self._buffers, self._free = store, block, buffers, free
-        self._arrive, self._skip_bad = arrive, skip_bad
-
-    def __call__(self) -> dict[str, float]:
-        """Check, write, give the memory back; mean losses before and after."""
-        try:
-            self._arrive()
-            count = len(self._store.block_range(self._block))
-            arrays = {name: value[:count].numpy() for name, value in self._buffers.items()}
-            bad = bad_rows(arrays)
-            if bad.any() and not self._skip_bad:
-                raise not_finite(int(arrays["sample_index"][bad.argmax()]))
-            skipped = arrays["sample_index"][bad].tolist()
-            sums: dict[str, Any] = {name: float(arrays[name][~bad].sum(dtype=np.float64)) for name in SUMMED}
-            _blank(arrays, bad)
-            self._store.write_block(self._block, arrays, sums=sums, skipped=skipped)
-            good = max(1, count - len(skipped))
-            return {name: sums[name] / good for name in ("base_loss", "overfit_loss")}
-        finally:
-            self._free.put(self._buffers)
-
-
-def bad_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The rows with a number that is not finite, (B,) bool; the delta's show in its norm."""
-    bad = np.zeros(len(arrays["rho"]), bool)
-    for name, value in arrays.items():
-        if name not in (DELTA, *FACTORS) and value.dtype.kind == "f":
-            bad |= ~np.isfinite(value).reshape(len(value), -1).all(1)
-    return bad
+def _runs(numbers: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers that follow one another, at most so many together."""
+    run: list[int] = []
+    for number in numbers:
+        if run and (len(run) == most or number != run[-1] + 1):
+            yield run
+            run = []
+        run.append(number)
+    if run:
+        yield run
 
 
 def is_finite(x: Tree) -> bool:
     """Whether every number of some inputs is finite."""
     return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(x).values())
-
-
-def not_finite(row: int) -> ComputeError:
-    """What is said of a sample whose numbers are not finite."""
-    return ComputeError(
-        f"overfitting sample {row} gave numbers that are not finite",
-        "try a smaller collect.lr, remove that sample, or leave such samples out with --set collect.skip_bad=true",
-    )
-
-
-def _blank(arrays: dict[str, np.ndarray], bad: np.ndarray) -> None:
-    """Samples left out keep their row: a zero delta, degenerate, so that no training draws it."""
-    if bad.any():
-        for name, value in arrays.items():
-            if name != "sample_index":
-                value[bad] = name == "degenerate"

@@ -163,9 +163,12 @@ def _check_own(values: Tensor, leaf: Tensor, gradient: Tensor) -> None:
     scaled.div_(factors.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))).sub_(gradient)
     # Rounding is far below the first term, except where a gradient is itself next to nothing.
     wrong = scaled.flatten(1).norm(dim=1).nan_to_num(0) / (1e-2 * norms + 1e-6 * norms.max() + torch.finfo(norms.dtype).tiny)
-    for row in wrong.topk(min(MOST_SUSPECTS, len(wrong))).indices.tolist():
-        if wrong[row] <= 1:
+    worst = wrong.topk(min(MOST_SUSPECTS, len(wrong)))
+    # Both at once: a GPU is waited for each time it is asked.
+    for share, row in torch.stack([part.float() for part in worst], 1).tolist():
+        if share <= 1:
             return
+        row = int(row)
         others = torch.ones_like(values)
         others[row] = 0
         with user_faults(BACKWARD):

@@ -1,6 +1,5 @@
 """Layer selection (Eq. 6): the entropy of a sample's loss when only one layer is perturbed."""
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -8,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.foundation.background import read_ahead
-from stages.foundation.memory import on_its_way
+from stages.foundation.memory import AtOnce, on_its_way
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, repeat_batch
 from stages.per_sample.layer import Layer
@@ -85,26 +83,29 @@ def perturbed_losses(
         draws: number of draws.
         sigma: noise in standard deviations of the weight's own entries.
         seed: the run's seed; draw j depends on it, the layer's name and j alone.
-        at_once: draws in one forward pass.
+        at_once: draws in one forward pass; fewer where a GPU's memory does not do for them.
 
     Yields:
         (draws in this pass, S), float64.
     """
     samples, on_gpu = batch_size(x), weight.device.type == "cuda"
     scale = sigma * weight.std() if weight.numel() > 1 else torch.zeros_like(weight)
-    all_noise = (_noise(layer, range(start, min(draws, start + at_once)), seed, on_gpu) for start in range(0, draws, at_once))
+
+    def drawn(numbers: range) -> Callable[[], Tensor]:
+        noise = _noise(layer, numbers, seed, on_gpu).to(weight.device, non_blocking=True)
+        weights = weight + scale * noise.to(weight.dtype)
+        tiled = [repeat_batch(tree, len(numbers)) for tree in (x, y)]
+        with torch.no_grad():
+            values = loss(run(tiled[0], weights), tiled[1])
+        return on_its_way(values.reshape(len(numbers), samples).double(), weight.device)
+
     under_way: deque[Callable[[], Tensor]] = deque()
-    # A GPU computes while the noise of the next passes is drawn, and the losses of the last one come.
-    with contextlib.closing(read_ahead(all_noise) if on_gpu else all_noise) as drawn:
-        for noise in drawn:
-            weights = weight + scale * noise.to(weight.device, non_blocking=True).to(weight.dtype)
-            tiled = [repeat_batch(tree, len(noise)) for tree in (x, y)]
-            with torch.no_grad():
-                values = loss(run(tiled[0], weights), tiled[1])
-            under_way.append(on_its_way(values.reshape(len(noise), samples).double(), weight.device))
-            if len(under_way) > on_gpu:
-                yield under_way.popleft()().numpy()
-    yield from (arrived().numpy() for arrived in under_way)
+    # A GPU computes while the noise of the next pass is drawn, before the losses are waited for.
+    for arriving in AtOnce(at_once).each(range(draws), drawn):
+        under_way.append(arriving)
+        if len(under_way) > on_gpu:
+            yield under_way.popleft()().numpy()
+    yield from (arriving().numpy() for arriving in under_way)
 
 
 def _noise(layer: Layer, numbers: range, seed: int, pinned: bool) -> Tensor:

@@ -99,7 +99,7 @@ class Record:
         with _watched([*(module for module, _ in self.calls), *self.holders], call):
             try:
                 yield
-            except OcdError:
+            except (OcdError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise PrefixChanged(f"the pass failed: {error}") from error
@@ -169,7 +169,8 @@ class Prefix:
             is_right: whether passes that replay a record come to the same results.
         """
         for module in self._modules:
-            with suppress(PrefixChanged):
+            # Some kinds of tensors cannot be stood in for: then everything is kept.
+            with suppress(PrefixChanged, RuntimeError, TypeError):
                 if is_right(record.without(self._unread | {module})):
                     self._unread.add(module)
 

@@ -39,7 +39,12 @@ def encode(rows: np.ndarray, count: int) -> tuple[bytes, bytes]:
 
 
 def write(path: Path, pieces: tuple[bytes, ...]) -> ChunkRecord:
-    """Write a chunk whole and make it durable; its size and hash, as the ledger has them."""
+    """Write a chunk whole and make it durable; its size and hash, as the ledger has them.
+
+    One fsync for each chunk, before the block's record is there: with several writers they share the file system's commits, and
+    neither one for all of a block's chunks nor syncfs, which waits for other programs' files, was faster beyond the disk's own
+    noise. To leave it to the end would let a part that lost its machine look whole to the others.
+    """
     write_pieces(path, *pieces)
     found = hashlib.sha256()
     for piece in pieces:

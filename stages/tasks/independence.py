@@ -87,8 +87,21 @@ def check_row(
     Raises:
         TaskError: its output or its loss is another in the batch.
     """
-    _compare_output(run, tolerance, take(x, slice(row, row + 1)), output, row, name)
-    _compare_loss(task, output, y, values, row, name)
+    place, whole = slice(row, row + 1), leaves(output)
+    alone = _output_alone(run, take(x, place), output, name)
+    apart = {path: _apart(leaf[0], whole[path][row], whole[path], tolerance) for path, leaf in alone.items()}
+    try:
+        loss = losses(task, take(output, place), take(y, place))
+    except TaskError as error:
+        _refuse_output(apart, alone, output, row, name)
+        what = f"it takes a batch of {len(values)}, but not a sample alone"
+        raise _looks_across(output, y, what, f": {error.message}") from error
+    loss_apart = _apart(loss, values[place], values, LOSS_TOLERANCE, LOSS_FLOOR)
+    # All at once: a GPU is waited for each time it is asked.
+    if torch.stack([part.any().to(values.device) for part in (*apart.values(), loss_apart)]).any():
+        _refuse_output(apart, alone, output, row, name)
+        what = f"of {name} it is {float(loss):.6g} alone, and {float(values[row]):.6g} in a batch of {len(values)}"
+        raise _looks_across(output, y, what)
 
 
 def telling_rows(split: Split) -> list[int]:
@@ -147,11 +160,11 @@ def _apart(one: Tensor, other: Tensor, batch: Tensor, tolerance: float, floor: f
     return ~same & (~both | ((one - other).abs() > allowed))
 
 
-def _compare_output(run: Callable[[Tree], Tree], tolerance: float, x: Tree, output: Tree, row: int, name: str) -> None:
-    """One sample, alone as x (1, …), against its row of a batch's output; batched and single products differ by rounding."""
-    count = batch_size(output)
+def _output_alone(run: Callable[[Tree], Tree], x: Tree, output: Tree, name: str) -> dict[str, Tensor]:
+    """What the model gives for one sample alone, x (1, …), of the shapes that it has in a batch."""
+    count, found = batch_size(output), leaves(output)
     try:
-        single = run(x)
+        alone = leaves(run(x))
     except TaskError as error:
         if error.__cause__ is None:
             # Nothing was raised: what it returned is the fault.
@@ -159,8 +172,7 @@ def _compare_output(run: Callable[[Tree], Tree], tolerance: float, x: Tree, outp
         raise TaskError(
             f"the model mixes samples in eval mode: it takes a batch of {count}, but not a sample alone: {error.message}", MIXES
         ) from error
-    found = leaves(output)
-    for path, leaf in leaves(single).items():
+    for path, leaf in alone.items():
         whole = found.get(path)
         if whole is None or whole.shape[1:] != leaf.shape[1:]:
             batched = "none" if whole is None else tuple(whole.shape[1:])
@@ -169,35 +181,28 @@ def _compare_output(run: Callable[[Tree], Tree], tolerance: float, x: Tree, outp
                 f"in a batch of {count} {batched}: it trims or pads to the longest of a batch",
                 "pad to one length for all samples",
             )
-        apart = _apart(leaf[0], whole[row], whole, tolerance)
-        if apart.any():
-            place = int(apart.flatten().int().argmax())
-            alone, batched = (value.flatten()[place].item() for value in (leaf[0], whole[row]))
+    return alone
+
+
+def _refuse_output(apart: dict[str, Tensor], alone: dict[str, Tensor], output: Tree, row: int, name: str) -> None:
+    """Name the number that one sample alone has otherwise than in its row of a batch, if there is one."""
+    found = leaves(output)
+    for path, differs in apart.items():
+        if differs.any():
+            place = int(differs.flatten().int().argmax())
+            single, batched = (value.flatten()[place].item() for value in (alone[path][0], found[path][row]))
             raise TaskError(
-                f"the model mixes samples in eval mode: an output of {name} is {alone:.6g} alone, "
-                f"and {batched:.6g} in a batch of {count}",
+                f"the model mixes samples in eval mode: an output of {name} is {single:.6g} alone, "
+                f"and {batched:.6g} in a batch of {batch_size(output)}",
                 MIXES,
             )
 
 
-def _compare_loss(task: Task, output: Tree, y: Tree, values: Tensor, row: int, name: str) -> None:
-    """The loss of one sample's output alone, against its entry of the batch's; the output is the same."""
-    count, place = len(values), slice(row, row + 1)
+def _looks_across(output: Tree, y: Tree, what: str, more: str = "") -> TaskError:
+    """What is said of a loss that is another for the same output alone, with the cause where the shapes show it."""
     broadcast = _broadcast(output, y)
     cause, hint = (f"; {broadcast[0]}", broadcast[1]) if broadcast else ("", LOOKS_ACROSS)
-    try:
-        alone = losses(task, take(output, place), take(y, place))
-    except TaskError as error:
-        raise TaskError(
-            f"the loss looks across the batch: it takes a batch of {count}, but not a sample alone{cause}: {error.message}",
-            hint,
-        ) from error
-    if _apart(alone, values[place], values, LOSS_TOLERANCE, LOSS_FLOOR).any():
-        raise TaskError(
-            f"the loss looks across the batch: of {name} it is {float(alone):.6g} alone, "
-            f"and {float(values[row]):.6g} in a batch of {count}{cause}",
-            hint,
-        )
+    return TaskError(f"the loss looks across the batch: {what}{cause}{more}", hint)
 
 
 def _broadcast(output: Tree, y: Tree) -> tuple[str, str] | None:

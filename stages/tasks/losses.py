@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.foundation.bounds import are_within, keep_bounds
 from stages.foundation.errors import DataError, TaskError
 from stages.foundation.trees import Tree, leaves, parts_of
 
@@ -83,6 +84,8 @@ def check_labels(y: Tensor, classes: int) -> None:
     Raises:
         DataError: there is one.
     """
+    if are_within(y, 0, classes - 1):
+        return
     wrong = (y < 0) | (y >= classes)
     if wrong.any():
         label = int(y.flatten()[int(wrong.flatten().nonzero()[0])])
@@ -91,6 +94,7 @@ def check_labels(y: Tensor, classes: int) -> None:
             f"label {label} is out of range: the model has {classes} outputs, so labels are 0 … {classes - 1}",
             "mend the labels, or give the model one output per class",
         )
+    keep_bounds(y, 0, classes - 1)
 
 
 def _same_shape(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,14 +134,17 @@ def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     Raises:
         DataError: a label lies outside [0, 1].
     """
+    given = y
     output, y = _same_shape("binary_cross_entropy", output, y)
-    wrong = (y < 0) | (y > 1)
-    if wrong.any():
-        raise LabelError(
-            _first_row(wrong),
-            f"label {float(y[wrong][0]):g} is out of range: binary_cross_entropy needs labels in [0, 1]",
-            "mend the labels",
-        )
+    if not are_within(given, 0, 1):
+        wrong = (y < 0) | (y > 1)
+        if wrong.any():
+            raise LabelError(
+                _first_row(wrong),
+                f"label {float(y[wrong][0]):g} is out of range: binary_cross_entropy needs labels in [0, 1]",
+                "mend the labels",
+            )
+        keep_bounds(given, 0, 1)
     return _per_sample(F.binary_cross_entropy_with_logits(output, y, reduction="none"))
 
 
