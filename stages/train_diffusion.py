@@ -12,6 +12,7 @@ from stages.diffusion.denoising import held_out_figures
 from stages.diffusion.schedule import NoiseSchedule, schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
+from stages.foundation.float32 import fast_float32
 from stages.foundation.progress import Report
 from stages.foundation.threads import set_threads
 from stages.lifecycle.context import RunContext
@@ -210,7 +211,8 @@ class TrainDiffusion(Stage):
         # Of what tuning will do nothing is known before.
         plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=table.tune_after)
         evaluate = self._evaluation(settings, training)
-        with repeatable(self.context.device):
+        exactness = fast_float32() if settings.half else contextlib.nullcontext()
+        with repeatable(self.context.device), exactness:
             run = TrainingRun(folder, fingerprint, trainer, evaluate, plan, self.report, training.blame, self.ranks)
             return run.run()
 

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stages.foundation.memory import on_its_way
 from stages.foundation.seeds import generator
 from stages.foundation.tensors import load_state, state_tensors
 from stages.training.ranks import Ranks
@@ -32,22 +33,6 @@ StepLosses = Callable[[int], Iterator[Tensor]]
 def threads_for(operations: int, batch_size: int) -> int:
     """CPU threads for steps of a network that takes so many multiplications a sample: one where the steps are small."""
     return 1 if operations * batch_size < SMALL_STEP else torch.get_num_threads()
-
-
-def reading(value: Tensor) -> Reading:
-    """A number (), read from a GPU while other work goes on there."""
-    if value.device.type != "cuda":
-        found = float(value)
-        return lambda: found
-    arrived, here = torch.cuda.Event(), torch.empty((), dtype=value.dtype, pin_memory=True)
-    here.copy_(value, non_blocking=True)
-    arrived.record(torch.cuda.current_stream(value.device))
-
-    def wait() -> float:
-        arrived.synchronize()
-        return float(here)
-
-    return wait
 
 
 def ema_decay(step: int) -> float:
@@ -146,7 +131,8 @@ class Trainer:
         if taken:
             self._average()
             self.step += 1
-        return reading(loss)
+        arriving = on_its_way(loss, loss.device)
+        return lambda: float(arriving())
 
     @property
     def runs_ahead(self) -> bool:
