@@ -70,7 +70,8 @@ class Stream(Generic[T]):
         if step != self._step:
             if self._step is None or step != self._step + 1:
                 self._items = self._open(step)
-            start = time.perf_counter()
+            # An iterator that has raised gives nothing any more: whoever tries the step again has it opened anew.
+            start, self._step = time.perf_counter(), None
             self.last, self._step = next(self._items), step
             self.waited_seconds += time.perf_counter() - start
         return self.last

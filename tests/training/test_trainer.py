@@ -203,3 +203,22 @@ def test_a_stream_is_opened_once_and_anew_where_steps_do_not_follow():
     stream = Stream(items)
     assert [stream.at(step) for step in (3, 4, 4, 5, 9, 10)] == [3, 4, 4, 5, 9, 10]
     assert opened == [3, 9]
+
+
+def test_a_stream_that_broke_is_opened_anew():
+    """Memory may run out while a batch is made ready; the same step is asked for again with half as much."""
+    fails = [4]
+
+    def items(step):
+        while True:
+            if step in fails:
+                raise torch.OutOfMemoryError("no room")
+            yield step
+            step += 1
+
+    stream = Stream(items)
+    assert stream.at(3) == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        stream.at(4)
+    fails.clear()
+    assert [stream.at(4), stream.at(4), stream.at(5)] == [4, 4, 5]
