@@ -66,7 +66,7 @@ class Counter:
         self.step = step
 
 
-def run_of(folder, counter, blame=lambda: "", score=lambda: 1.0, **plan):
+def run_of(folder, counter, blame=lambda step: "", score=lambda: 1.0, **plan):
     """A short run of such a training, to be continued in the same folder."""
     plan = Plan(**({"max_steps": 20, "evaluate_steps": 5, "checkpoint_steps": 6, "patience": 0} | plan))
     return TrainingRun(folder, "print", counter, lambda: {"score": score()}, plan, Silent(), blame)

@@ -1,7 +1,7 @@
 """Tuning a denoiser by what its deltas do to the task's loss: beyond the paper."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +53,14 @@ class Tuning:
     seed: int
     samples: int
 
-    def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int, precision: Precision) -> Tensor:
+    def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int, precision: Precision = nullcontext) -> Tensor:
         """The losses of a step, (B,), after as many passes of the sampler as the step draws; the denoiser's run in `precision`,
         the model's as it is."""
         passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
         return self._losses(denoiser, rows, passes, (STAGE, "tune", step), precision)
 
     @torch.no_grad()
-    def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision) -> float:
+    def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision = nullcontext) -> float:
         """The loss on held-out rows, `size` at once, the same draws every time."""
         denoiser.eval()
         rows = torch.arange(len(held_out))

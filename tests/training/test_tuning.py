@@ -133,8 +133,8 @@ def test_it_is_computed_after_every_number_of_passes():
 
 def test_judging_repeats_itself():
     (found, _), denoiser, held_out = tuning(), made(), some_rows([5, 0, 3])
-    value = found.held_out_loss(denoiser, held_out)
-    assert value == found.held_out_loss(denoiser, held_out)
+    value = found.held_out_loss(denoiser, held_out, 16)
+    assert value == found.held_out_loss(denoiser, held_out, 16)
 
 
 def test_noise_on_the_conditioning_is_for_training_alone():
