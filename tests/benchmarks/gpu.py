@@ -158,7 +158,7 @@ def infer_paper(bench: Bench) -> dict[str, Any]:
     found = _with(found, tables)
     train_diffusion(found)
     train_scale(found)
-    count = 8 if bench.small else 320
+    count = 2 if bench.small else 320
     stage, took = inferred(found, inputs(bench.folder, count))
     loop = member_seconds(RunContext(found), 1 if bench.small else 2) * MEMBERS
     more = {"inputs": count, "members": MEMBERS, "batch_size": stage.folder.manifest().execution["batch_size"]}
