@@ -1,6 +1,7 @@
 """A GPU's memory: what of it is free, work on a few rows at a time, fewer where it runs out, and copies to the host."""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -33,6 +34,17 @@ def on_its_way(tree: Tree, device: torch.device) -> Callable[[], Tree]:
         return copied
 
     return arrived
+
+
+def one_behind(arriving: Iterator[Callable[[], T]], device: torch.device) -> Iterator[T]:
+    """What arrives, in order; of a GPU each is waited for when the next one has been begun, so that it need not wait for the
+    host."""
+    under_way: deque[Callable[[], T]] = deque()
+    for one in arriving:
+        under_way.append(one)
+        if len(under_way) > (device.type == "cuda"):
+            yield under_way.popleft()()
+    yield from (one() for one in under_way)
 
 
 def ran_out(error: BaseException | None) -> bool:

@@ -1,13 +1,12 @@
 """Layer selection (Eq. 6): the entropy of a sample's loss when only one layer is perturbed."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.foundation.memory import AtOnce, on_its_way
+from stages.foundation.memory import AtOnce, on_its_way, one_behind
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, repeat_batch
 from stages.per_sample.layer import Layer
@@ -99,13 +98,8 @@ def perturbed_losses(
             values = loss(run(tiled[0], weights), tiled[1])
         return on_its_way(values.reshape(len(numbers), samples).double(), weight.device)
 
-    under_way: deque[Callable[[], Tensor]] = deque()
-    # A GPU computes while the noise of the next pass is drawn, before the losses are waited for.
-    for arriving in AtOnce(at_once).each(range(draws), drawn):
-        under_way.append(arriving)
-        if len(under_way) > on_gpu:
-            yield under_way.popleft()().numpy()
-    yield from (arriving().numpy() for arriving in under_way)
+    for values in one_behind(AtOnce(at_once).each(range(draws), drawn), weight.device):
+        yield values.numpy()
 
 
 def _noise(layer: Layer, numbers: range, seed: int, pinned: bool) -> Tensor:

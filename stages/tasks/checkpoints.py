@@ -85,8 +85,7 @@ def import_weights(path: Path, model: nn.Module, key: str | None = None) -> Impo
     """Load a user's trained weights, reading no code: safetensors, a `.pt`, shards by their index, a Hugging Face folder.
 
     The state dict may be nested, and its keys may have any prefix: the entry and prefix whose keys give every one of the
-    model's are taken. The model's own `load_state_dict` decides what it needs. Averaged weights are taken only where they are
-    named or alone.
+    model's are taken. The model's own `load_state_dict` decides what it needs. Averaged weights have to be named or alone.
 
     Args:
         path: the file or folder.
