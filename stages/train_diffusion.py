@@ -13,8 +13,10 @@ from stages.diffusion.schedule import NoiseSchedule, schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
 from stages.foundation.float32 import fast_float32
+from stages.foundation.memory import ran_out
 from stages.foundation.progress import Report
 from stages.foundation.threads import set_threads
+from stages.foundation.torch_state import repeatable, usual_torch
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
@@ -28,7 +30,6 @@ from stages.training.denoiser import DenoiserSettings, Training, decide, micro_b
 from stages.training.memory import training_bytes
 from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
-from stages.training.repeatable import repeatable
 from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import threads_for
 from stages.training.tuning import Tuning
@@ -61,6 +62,7 @@ class TrainDiffusion(Stage):
         "--set {name}.preset=mlp, or free memory"
     )
 
+    @usual_torch()
     def execute(self, *, force: bool = False, dry_run: bool = False) -> CommandResult:
         """As `Stage.execute`, in the first process; the others train with it, once it has begun."""
         ranks = self.ranks
@@ -74,9 +76,12 @@ class TrainDiffusion(Stage):
         if (begun := self.ranks.begun()) is not None:
             set_threads(begun["threads"])
             settings = self.decided(begun["settings"])
-            # What is wrong is said once, by the process that leads.
-            with contextlib.suppress(ComputeError):
+            try:
                 self._run(self.folder.wip, "", settings, self.training(settings, begun["micro_batch"]))
+            except ComputeError as error:
+                # What is wrong is said once, by the process that leads; of this one's memory that knows nothing.
+                if ran_out(error):
+                    raise
         return CommandResult(self.name, {"stage": self.name}, follows=True)
 
     @cached_property
@@ -214,7 +219,10 @@ class TrainDiffusion(Stage):
         exactness = fast_float32() if settings.half else contextlib.nullcontext()
         with repeatable(self.context.device), exactness:
             run = TrainingRun(folder, fingerprint, trainer, evaluate, plan, self.report, training.blame, self.ranks)
-            return run.run()
+            try:
+                return run.run()
+            finally:
+                training.steps.close()
 
     def _evaluation(self, settings: DenoiserSettings, training: Training) -> Callable[[], dict[str, float]]:
         """Figures of the held-out deltas; where they are tuned, what they do to the task's loss decides."""

@@ -1,5 +1,6 @@
 """train-scale: train the network that predicts ρ, the norm of the delta (Eq. 10)."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ class TrainScale(Stage):
         constant = float(scale_loss(network.mean_log_rho.cpu().expand_as(batches.rho), batches.rho, loss).mean())
         # The paper's loss is in decibels, whose growth is no explosion yet.
         largest = LARGEST_LOSS * max(1.0, constant) if loss == LOG else math.inf
-        trained = TrainingRun(
+        run = TrainingRun(
             folder,
             self.unfinished.fingerprint,
             trainer,
@@ -118,8 +119,9 @@ class TrainScale(Stage):
             Plan.of(settings, self.name, largest, settings.lr),
             self.report,
             lambda step: self._blame(batches, network, stream.at(step - 1)),
-        ).run()
-        return self._result(folder, trained, batches.count)
+        )
+        with contextlib.closing(stream):
+            return self._result(folder, run.run(), batches.count)
 
     def _ready(self, batches: TrainingBatches, step: int) -> Iterator[DeltaBatch]:
         """The batches from a step on, made in a thread of its own; for a GPU in page-locked memory."""

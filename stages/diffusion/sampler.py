@@ -49,7 +49,7 @@ class Noise:
 
     def draw(self) -> Tensor:
         """The next draw of every row: (B, *shape)."""
-        return self._next().to(self._device, non_blocking=True)
+        return self._next().to(self._device, non_blocking=self._device.type == "cuda")
 
     def drawn(self, count: int) -> "DrawnNoise":
         """The next draws, made now, as by a thread that has nothing else to do."""

@@ -50,7 +50,7 @@ class Precision:
     def set(self) -> None:
         """Put it in force."""
         with _older_interface():
-            # What the older interface had not answered contradicted the newer one.
+            # Where the older interface had not answered, it was set to the opposite of the newer one, and is again.
             torch.set_float32_matmul_precision(self.matmul or ("highest" if self.values[0] == TF32 else "high"))
             torch.backends.cudnn.allow_tf32 = self.values[1] != TF32 if self.cudnn is None else self.cudnn
         for place, value in zip(_PLACES, self.values, strict=True):
@@ -61,12 +61,8 @@ class Precision:
                 place.fp32_precision = value
 
     def holds(self) -> bool:
-        """Whether it is in force, as far as what is in use goes: asked for every batch."""
-        if not _PLACES:
-            return Precision.now() == self
-        if torch.cuda.is_initialized():
-            return _values(_PLACES) == self.values
-        return _values(_ON_CPU) == self.values[len(_ON_GPU) :]
+        """Whether it is in force."""
+        return _values(_PLACES) == self.values if _PLACES else Precision.now() == self
 
 
 def _older_interface() -> contextlib.AbstractContextManager[object]:

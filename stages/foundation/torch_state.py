@@ -111,9 +111,34 @@ def left_by_import() -> Defaults:
     return left
 
 
+# Whether deterministic algorithms are wanted, by `repeatable`.
+_repeatable = False
+
+
 def _no_checks() -> None:
-    """Neither anomaly nor deterministic mode: both slow our own passes, and the second refuses some of them."""
+    """No anomaly mode, which slows our own passes, and deterministic algorithms only where they are wanted: strictly, as a user
+    may have it, they refuse some of what we do."""
     if torch.is_anomaly_enabled():
         torch.autograd.set_detect_anomaly(False)
-    if torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(False)
+    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if now != (_repeatable, _repeatable):
+        torch.use_deterministic_algorithms(_repeatable, warn_only=_repeatable)
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Take torch's deterministic algorithms on a GPU, where some kernels add up in the order in which their parts are ready.
+    What has no such algorithm runs as it is, and torch warns of it."""
+    global _repeatable
+    if device.type != "cuda":
+        yield
+        return
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    # Filling costs time and shows what reads memory that nobody wrote, which is no purpose of ours.
+    _repeatable, torch.utils.deterministic.fill_uninitialized_memory = True, False
+    try:
+        _no_checks()
+        yield
+    finally:
+        _repeatable, torch.utils.deterministic.fill_uninitialized_memory = False, fills
+        _no_checks()

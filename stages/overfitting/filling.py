@@ -45,8 +45,8 @@ class Filling:
         return self._buffers[DELTA][rows.start - first : rows.stop - first]
 
     def cast(self, arrays: Buffers) -> Buffers:
-        """Arrays in the store's dtypes, where they are: nothing more is asked of a GPU's memory afterwards."""
-        return {name: value.to(getattr(torch, self._store.specs[name].dtype)) for name, value in arrays.items()}
+        """Arrays in the store's dtypes and layout, where they are: nothing more is asked of a GPU's memory afterwards."""
+        return {name: value.to(getattr(torch, self._store.specs[name].dtype)).contiguous() for name, value in arrays.items()}
 
     def put(self, rows: range, arrays: Buffers, left: Tensor | None = None) -> None:
         """Copy some rows, which may go over several blocks, and hand over the blocks whose last row is among them; `left` are

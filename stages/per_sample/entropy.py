@@ -91,7 +91,7 @@ def perturbed_losses(
     scale = sigma * weight.std() if weight.numel() > 1 else torch.zeros_like(weight)
 
     def drawn(numbers: range) -> Callable[[], Tensor]:
-        noise = _noise(layer, numbers, seed, on_gpu).to(weight.device, non_blocking=True)
+        noise = _noise(layer, numbers, seed, on_gpu).to(weight.device, non_blocking=on_gpu)
         weights = weight + scale * noise.to(weight.dtype)
         tiled = [repeat_batch(tree, len(numbers)) for tree in (x, y)]
         with torch.no_grad():

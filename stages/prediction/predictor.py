@@ -55,7 +55,7 @@ def load_personalised(context: RunContext, strength: float | None = None) -> tup
         x = tree_map(as_float32, x)
         check_like(x, sample, "x")
         # Page-locked inputs are copied while the host goes on.
-        return tree_map(lambda leaf: leaf.to(device, non_blocking=True), x)
+        return tree_map(lambda leaf: leaf.to(device, non_blocking=device.type == "cuda"), x)
 
     def combined(outputs: Tree) -> Tree:
         with user_code("combine()"):

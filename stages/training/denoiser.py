@@ -236,7 +236,9 @@ class Training:
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self._device)
-        with contextlib.closing(made_ahead(partial(self._drawn, share), step, self._drawing_threads())) as draws:
+        draw = partial(self._drawn, share)
+        made = made_ahead(draw, step, self._drawing_threads()) if on_gpu else (draw(number) for number in itertools.count(step))
+        with contextlib.closing(made) as draws:
             for batch, drawn in zip(self.batches.batches(step, share), draws, strict=True):
                 yield (batch.pinned() if on_gpu else batch, *drawn)
 
@@ -251,10 +253,8 @@ class Training:
 
     def _drawing_threads(self) -> int:
         """Threads that draw noise: a GPU takes less time for a small network's step than one core for its noise."""
-        if self._device.type != "cuda":
-            return 1
         each = 4 * self.batches.batch_size * math.prod(self._settings.shape)
-        return max(1, min(MOST_DRAWING, cores() - 2, DRAWN_BYTES // each))
+        return max(1, min(MOST_DRAWING, cores() // local_count() - 2, DRAWN_BYTES // each))
 
     def blame(self, step: int) -> str:
         """The samples whose loss is worst in the batch of a step, counted from 1, for a message."""

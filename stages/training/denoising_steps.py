@@ -1,7 +1,9 @@
 """The losses of a denoiser's training steps: batches made ready while the last one is computed, micro-batches, precision."""
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,8 @@ from stages.training.tuning import Tuning
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[DeltaBatch, Tensor, Tensor]
 T = TypeVar("T")
+# The packages of torch's compiler.
+COMPILERS = {"_dynamo", "_inductor", "triton"}
 
 
 class DenoisingSteps:
@@ -32,7 +36,7 @@ class DenoisingSteps:
         micro_batch: rows whose activations are in memory at a time.
         half: bfloat16 autocast.
         smaller: hears of a micro-batch that had to be halved.
-        compiled: the denoiser is; where that fails, `plain` hears why, and it goes on as it is.
+        compiled: whether the denoiser, or a part of it, is; where that fails, `plain` hears why, and training goes on without.
         tuning: from the step `tune_after` on the whole loss, of batches of its own size.
     """
 
@@ -61,16 +65,18 @@ class DenoisingSteps:
         self._draws = denoiser.encoder.noise > 0 or any(
             isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in denoiser.modules()
         )
-        self._stream, self._step = Stream(batches), 0
+        self._stream, self._rows = Stream(batches), batch_size
+        self._step: int | None = None
         # Nothing is known of a compiled denoiser until it has taken a step.
         self._untried, self._plain, self._eager = compiled, plain, False
 
     def __call__(self, step: int) -> Iterator[Tensor]:
         """The losses of a step's micro-batches, each weighted by its share of the whole batch."""
-        if step > self._step:
+        if self._step is not None and step > self._step:
             self._untried = False
         self._step = step
         rows, t, noise = self._stream.at(step)
+        self._rows = len(rows)
         whole = min(self.tuning.samples, self.batch_size) if self._tunes else self.batch_size
         for number, start in enumerate(range(0, len(rows), self.micro_batch)):
             part = slice(start, start + self.micro_batch)
@@ -89,21 +95,22 @@ class DenoisingSteps:
         return rows.numbers.cpu(), torch.cat([torch.empty(0), *found])
 
     def recovers(self, error: Exception) -> bool:
-        """Whether a step may be tried again: with half the micro-batch where memory ran out, or without compiling."""
+        """Whether a step may be tried again: with half the micro-batch where memory ran out, uncompiled where that failed."""
         if ran_out(error):
-            return self.halve()
-        if not self._untried or isinstance(error, OcdError):
+            return self._halve()
+        if not self._untried or not _of_compiler(error):
             return False
         self._untried, self._eager = False, True
-        self._plain(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        # torch says where, and in the next line what.
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        self._plain(" ".join(said[:2]) or type(error).__name__)
         return True
 
-    def halve(self) -> bool:
+    def _halve(self) -> bool:
         """Take half the micro-batch, where memory ran out; False where there is no half."""
         if self.micro_batch == 1:
             return False
-        self.micro_batch = -(-min(self.micro_batch, self.batch_size) // 2)
-        torch.cuda.empty_cache()
+        self.micro_batch = max(1, -(-min(self.micro_batch, self._rows) // 2))
         self._smaller(self.micro_batch)
         return True
 
@@ -113,14 +120,21 @@ class DenoisingSteps:
             try:
                 return work(self.micro_batch)
             except (torch.OutOfMemoryError, OcdError) as error:
-                # Its frames may not keep what the next try needs.
-                lost = error.with_traceback(None)
-            if not ran_out(lost) or not self.halve():
-                raise lost
+                if not ran_out(error) or not self._halve():
+                    raise
+            # The failure and what it held are gone.
+            torch.cuda.empty_cache()
 
-    def precision(self) -> torch.autocast:
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
         """What the denoiser's passes run under."""
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._half)
+        eager = torch.compiler.set_stance("force_eager") if self._eager else contextlib.nullcontext()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half), eager:
+            yield
+
+    def close(self) -> None:
+        """End the threads that make batches ready."""
+        self._stream.close()
 
     @property
     def _tunes(self) -> bool:
@@ -129,15 +143,14 @@ class DenoisingSteps:
     def _errors(self, rows: DeltaBatch, t: Tensor, noise: Tensor, step: int, number: int) -> Tensor:
         on = rows.to(self._device)
         noise, t = noise.to(self._device, non_blocking=True), t.to(self._device, non_blocking=True)
-        eager = torch.compiler.set_stance("force_eager") if self._eager else contextlib.nullcontext()
-        with self.precision(), eager:
+        with self.precision():
             if not self._draws:
                 return denoising_errors(self._denoiser, self._schedule, on, t, noise)
             with global_seed(self._seed, "train-diffusion", "dropout", step, self._ranks.rank, number):
                 return denoising_errors(self._denoiser, self._schedule, on, t, noise)
 
     def _tuned(self, rows: DeltaBatch, step: int, number: int) -> Tensor:
-        # The seed of a batch that is not divided is as it was before one could be.
+        # What is not divided keeps the seed it had when nothing was.
         more = [number] if number else []
         with global_seed(self._seed, "train-diffusion", "tune", step, self._ranks.rank, *more):
             return self.tuning(self._denoiser, rows, step, self.precision)
@@ -145,3 +158,11 @@ class DenoisingSteps:
     @property
     def waited_seconds(self) -> float:
         return self._stream.waited_seconds
+
+
+def _of_compiler(error: BaseException | None) -> bool:
+    """Whether it was raised inside torch's compiler or by the code that this has made."""
+    if error is None:
+        return False
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(COMPILERS & {*Path(name).parts} for name in files) or _of_compiler(error.__cause__)

@@ -17,7 +17,7 @@ from stages.foundation.tensors import load_tensors, save_tensors
 from stages.run_directory.format import CheckpointRecord
 from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
-from stages.training.trainer import Reading, Trainer
+from stages.training.trainer import LossUnderWay, Trainer
 
 # Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01
@@ -58,7 +58,7 @@ class TrainingRun:
         self._waited = 0
         self._losses: list[float] = []
         self._loss: float | None = None
-        self._under_way: deque[tuple[int, Reading]] = deque()
+        self._under_way: deque[tuple[int, LossUnderWay]] = deque()
         self._best_hash = ""
         self._written = time.monotonic()
 
@@ -115,7 +115,9 @@ class TrainingRun:
         """One step; the first rank evaluates after it, tells, and leaves a checkpoint, where it is time."""
         plan, trainer = self._plan, self._trainer
         self._under_way.append((trainer.step + 1, trainer.start()))
-        step, overdue = trainer.step, time.monotonic() - self._written > 60 * plan.checkpoint_minutes
+        step, late = trainer.step, time.monotonic() - self._written > 60 * plan.checkpoint_minutes
+        # The others write nothing, and would be late for ever.
+        overdue = late and self._ranks.leads
         evaluates, writes = step % plan.evaluate_steps == 0, step % plan.checkpoint_steps == 0 or overdue
         # A GPU may have one step before it while the next is prepared; what is looked at or kept is known to be sound.
         self._hear(1 if trainer.runs_ahead and not (evaluates or writes) else 0)

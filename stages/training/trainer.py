@@ -4,13 +4,14 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stages.foundation.memory import on_its_way
+from stages.foundation.no_doubles import MPS
 from stages.foundation.seeds import generator
 from stages.foundation.tensors import load_state, state_tensors
 from stages.training.ranks import Ranks
@@ -24,8 +25,8 @@ WARM_UP_STEPS = 100
 # Below this many products a step, several threads wait for each other longer than they compute.
 SMALL_STEP = 300_000_000
 
-# Waits for a number that is on its way from the device.
-Reading = Callable[[], float]
+# Waits for a step's loss, which is on its way from the device.
+LossUnderWay = Callable[[], float]
 # step -> scalars with gradient whose sum is the loss of that step's batch, one for each micro-batch
 StepLosses = Callable[[int], Iterator[Tensor]]
 
@@ -76,6 +77,12 @@ class Stream(Generic[T]):
             self.waited_seconds += time.perf_counter() - start
         return self.last
 
+    def close(self) -> None:
+        """End what makes things ready; the next step opens it anew."""
+        if isinstance(self._items, Generator):
+            self._items.close()
+        self._step = None
+
 
 class Trainer:
     """A network in training, whose whole state is its step, its tensors and its optimizer's.
@@ -101,6 +108,8 @@ class Trainer:
         self._step_losses, self._cosine_steps, self._clip = step_losses, cosine_steps, clip
         self.ranks = ranks or Ranks()
         self._rates = [group["lr"] for group in optimizer.param_groups]
+        # An optimizer's first step makes its moments; where memory runs out meanwhile, some parameters have half of them.
+        self._has_moments = False
         self.averaged = copy.deepcopy(network).requires_grad_(False) if average else network
 
     def advance(self) -> float:
@@ -111,38 +120,48 @@ class Trainer:
         """
         return self.start()()
 
-    def start(self) -> Reading:
+    def start(self) -> LossUnderWay:
         """Take one step; a GPU has it before it when this returns.
 
         Returns:
-            waits for the loss before the step: NaN where the gradient alone is not finite. Weights and moments stay as they are
-            then, but only where nothing had to be waited for the step is counted.
+            waits for the loss before the step: NaN where the gradient alone is not finite. Such a step changes no weight and no
+            moment; on a CPU it is not counted, on a GPU it is, because its loss is not known yet.
         """
         self.network.train()
-        while True:
-            try:
-                loss, taken = self._stepped()
-                break
-            except Exception as error:
-                # The error's frames may not keep the graph while the step is tried again.
-                lost = error.with_traceback(None)
-            recovers = getattr(self._step_losses, "recovers", None)
-            if recovers is None or not recovers(lost):
-                raise lost
+        while (found := self._tried()) is None:
+            # The failure and what it held are gone.
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+        loss, taken = found
         if taken:
             self._average()
             self.step += 1
         arriving = on_its_way(loss, loss.device)
         return lambda: float(arriving())
 
+    def _tried(self) -> tuple[Tensor, bool] | None:
+        """A step's loss, (), and whether it was taken as far as the host knows; None where it may be tried again."""
+        told = False
+        try:
+            loss = self._gradients()
+            # What the others have heard of cannot be done again by one.
+            told = self.ranks.count > 1
+            return self._stepped(self.ranks.reduce(self.network, loss))
+        except Exception as error:
+            recovers = getattr(self._step_losses, "recovers", None)
+            if told or recovers is None or not recovers(error):
+                raise
+        if not self._has_moments:
+            self.optimizer.state.clear()
+        return None
+
     @property
     def runs_ahead(self) -> bool:
         """Whether steps are begun before their loss is known: the optimizer finds out on the GPU whether to take them."""
         return bool(self.optimizer.defaults.get("fused")) and next(self.network.parameters()).device.type == "cuda"
 
-    def _stepped(self) -> tuple[Tensor, bool]:
-        """The loss, (), and whether the step was taken as far as the host knows."""
-        loss = self.ranks.reduce(self.network, self._gradients())
+    def _stepped(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """Step by the gradients that there are, of this loss."""
         # Gradients that are not finite would end in every weight; clipping would turn some of them into zeros.
         norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         loss = torch.where(torch.isfinite(norm) | ~torch.isfinite(loss), loss, math.nan)
@@ -158,12 +177,15 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._rate_factor()
         self.optimizer.step()
+        self._has_moments = True
         return loss, True
 
     def _gradients(self) -> Tensor:
-        """Leave the gradients of a step's micro-batches, summed, in the network; the sum of their losses, () float64."""
+        """Leave the gradients of a step's micro-batches, summed, in the network; the sum of their losses, () float64 (mps has
+        none)."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=torch.float64, device=next(self.network.parameters()).device)
+        device = next(self.network.parameters()).device
+        loss = torch.zeros((), dtype=torch.float32 if device.type == MPS else torch.float64, device=device)
         for part in self._step_losses(self.step):
             loss += part.detach()
             part.backward()
@@ -215,6 +237,7 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self._has_moments = bool(entries)
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
                 if value.shape == parameter.shape:

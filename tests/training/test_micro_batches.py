@@ -1,6 +1,7 @@
 """Parts of a batch that memory has room for: how large they are, that they add up, and what happens where none fits."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -156,32 +157,81 @@ def test_what_is_judged_is_halved_too():
     assert tried == [16, 8, 4, 2]
 
 
-class Uncompiled(Full):
-    """Fails as a compiler does, until it is told to leave it."""
-
-    broken = True
-
-    def forward(self, *given):
-        if self.broken:
-            raise RuntimeError("no compiler here\nand a long story")
-        return super().forward(*given)
+def broken_compiler(graph, inputs):
+    raise RuntimeError("no compiler here\nand a long story")
 
 
-def test_a_training_that_cannot_be_compiled_goes_on_without():
-    plain, _ = losses(BATCH)
-    said = []
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_training_that_cannot_be_compiled_goes_on_without(first):
+    """From its first step in this process, which need not be the training's."""
+    found = []
+    for breaks in (False, True):
+        said = []
+        trainer, steps, denoiser = training(BATCH, compiled=breaks, plain=said.append)
+        trainer.step = first
+        if breaks:
+            denoiser.compile(backend=broken_compiler)
+        found.append([trainer.advance() for _ in range(3)])
+        assert len(said) == breaks
+    assert found[0] == found[1]
+    assert "no compiler here" in said[0]
+    assert "\n" not in said[0]
+    # Tuning runs the same denoiser.
+    steps.tuning = Tuning(BATCH, BATCH)
+    assert trainer.advance() > 0
 
-    def leave(reason):
-        said.append(reason)
-        denoiser.broken = False
 
-    trainer, _, denoiser = training(BATCH, kind=Uncompiled, compiled=True, plain=leave)
-    assert [trainer.advance() for _ in range(10)] == plain
-    assert said == ["no compiler here"]
-    # What fails later on is no fault of the compiler's.
-    denoiser.broken = True
-    with pytest.raises(RuntimeError, match="no compiler here"):
+def test_what_fails_beside_a_compiler_is_no_fault_of_its():
+    trainer, _, denoiser = training(BATCH, compiled=True, plain=lambda reason: pytest.fail(reason))
+    with pytest.raises(ValueError, match="of another kind") as caught:
+        denoiser.embed.register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("of another kind")))
         trainer.advance()
+    # Where it was raised is known.
+    assert any(entry.name == "forward" for entry in caught.traceback)
+
+
+def test_memory_that_runs_out_while_moments_are_made(monkeypatch):
+    """Some parameters have half of theirs then; the step is tried again from the beginning."""
+    whole, _ = losses(BATCH)
+    trainer, _, _ = training(BATCH, said := [])
+    zeros_like, calls = torch.zeros_like, []
+
+    def fails_once(*args, **named):
+        calls.append(args)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("simulated")
+        return zeros_like(*args, **named)
+
+    monkeypatch.setattr(torch, "zeros_like", fails_once)
+    found = [trainer.advance() for _ in range(10)]
+    assert said == [8]
+    assert found == pytest.approx(whole, rel=1e-5)
+
+
+def test_what_other_ranks_have_heard_of_is_not_done_again_by_one(monkeypatch):
+    trainer, _, _ = training(BATCH)
+    trainer.ranks = Ranks(0, 2)
+    monkeypatch.setattr(Ranks, "reduce", lambda self, network, loss: loss)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("simulated")))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.advance()
+
+
+def test_a_failed_try_is_forgotten_before_the_next():
+    """What it held is free when half as much is tried, though the user's code has wrapped the error."""
+    trainer, steps, _ = training(BATCH)
+    kept = []
+
+    class Holding(Tuning):
+        def __call__(self, denoiser, rows, step, precision):
+            large = torch.zeros(1000)
+            assert all(one() is None for one in kept), "the failed try is still there"
+            kept.append(weakref.ref(large))
+            return super().__call__(denoiser, rows, step, precision) + 0 * large.sum()
+
+    steps.tuning = Holding(BATCH, BATCH // 2)
+    trainer.advance()
+    assert len(kept) == 3
 
 
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on():
