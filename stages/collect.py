@@ -145,8 +145,7 @@ class Collect(Stage):
         return self._result(store) if share.is_whole() else None
 
     def _go_on_smaller(self, batch: int) -> None:
-        """Memory ran out: tell of it, and begin with batches of that size after a kill, unless other parts have GPUs of their
-        own."""
+        """Memory ran out: say so, and keep the size for whoever continues; not of a part, for others may have larger GPUs."""
         self.report.message(f"the GPU's memory ran out: it goes on in batches of {batch:,}")
         if self.part is None:
             self.unfinished.change_execution(batch_size=batch)

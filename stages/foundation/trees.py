@@ -105,8 +105,8 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
 
 
 def _moved(leaf: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device. A GPU copies by itself out of page-locked memory of our own, which is not used again before: the
-    tensor given may be changed at once."""
+    """A tensor on a device. For a GPU it is first copied to page-locked memory of our own, from which the GPU reads while the
+    host goes on: the tensor given may be changed at once."""
     if device.type != "cuda" or leaf.device.type != "cpu" or leaf.layout != torch.strided:
         return leaf.to(device)
     # What is broadcast has no memory of its own to be locked.

@@ -11,13 +11,13 @@ from gpus import FAST, Gpus, find_pretence
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever asks for the GPUs is marked."""
     for item in items:
-        if "gpus" in item.fixturenames:
+        if {"gpus", "pretended"} & {*item.fixturenames}:
             item.add_marker(pytest.mark.pretended_gpu)
 
 
 @pytest.fixture(scope="session")
 def gpus():
-    """Runs commands where torch sees two GPUs, see `Gpus`; without what pretends them, tests are skipped."""
+    """Runs commands where torch sees two GPUs, see `Gpus`; without pretend_cuda.py tests are skipped."""
     if not find_pretence().is_file():
         pytest.skip(f"{find_pretence()} is not there to pretend GPUs; name pretend_cuda.py with OCD_PRETEND_CUDA")
     found = Gpus()

@@ -46,7 +46,7 @@ class Seen:
 @pytest.fixture
 def pretended(tmp_path):
     """Runs a command where torch sees two GPUs: `pretended(folder, "collect", code=0)`; allocations `oom_at`, of `oom_bytes` at
-    least, fail. Without what pretends them, the test is skipped."""
+    least, fail. Without pretend_cuda.py the test is skipped."""
     program = Path(os.environ.get("OCD_PRETEND_CUDA") or ROOT.parent / "shared" / "pretend_cuda" / "pretend_cuda.py")
     if not program.is_file():
         pytest.skip(f"{program} is not there to pretend GPUs; name pretend_cuda.py with OCD_PRETEND_CUDA")
