@@ -190,8 +190,7 @@ class TrainDiffusionTable(Table):
         "auto", "GiB of memory the store may be kept in, else it is read while training; auto: half of what is free"
     )
     compile: bool | Auto = execution(
-        "auto",
-        "torch.compile the denoiser: minutes at the start, faster afterwards; auto: a U-Net's norms alone, on cuda, in half a minute",
+        "auto", "torch.compile the denoiser, which takes minutes first; auto: on cuda a U-Net's norms alone, half a minute"
     )
     checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
     checkpoint_minutes: float = execution(5.0, "minutes after which there is a checkpoint in any case", gt=0)
