@@ -134,9 +134,10 @@ def test_a_batch_goes_over_those_blocks_alone_that_are_not_done(ready, pretended
 BATCH_BYTES = 36 * 3 * 6 * 4
 
 
+# Half of the 36 that there are.
 def test_memory_that_runs_out_once_halves_the_batch(ready, pretended, whole):
     seen = pretended(ready, "collect", oom_at=[1], oom_bytes=BATCH_BYTES)
-    assert "the GPU's memory ran out: it goes on in batches of 20" in seen.stderr
+    assert "the GPU's memory ran out: it goes on in batches of 18" in seen.stderr
     assert ready.manifest("collect")["execution"]["batch_size"] == 20
     whole(ready)
 
