@@ -138,7 +138,7 @@ BATCH_BYTES = 36 * 3 * 6 * 4
 def test_memory_that_runs_out_once_halves_the_batch(ready, pretended, whole):
     seen = pretended(ready, "collect", oom_at=[1], oom_bytes=BATCH_BYTES)
     assert "the GPU's memory ran out: it goes on in batches of 18" in seen.stderr
-    assert ready.manifest("collect")["execution"]["batch_size"] == 20
+    assert ready.manifest("collect")["execution"]["batch_size"] == 18
     whole(ready)
 
 
