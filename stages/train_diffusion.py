@@ -231,11 +231,11 @@ class TrainDiffusion(Stage):
 
         def figures() -> dict[str, float]:
             with steps.precision():
-                found = steps.halving(lambda size: held_out_figures(averaged, schedule, held_out, seed, size))
+                found = steps.at_once.whole(lambda size: held_out_figures(averaged, schedule, held_out, seed, size))
             if steps.tuning is None:
                 return found
             own = training.batches.held_out
-            score = steps.halving(lambda size: steps.tuning.held_out_loss(averaged, own, size, steps.precision))
+            score = steps.at_once.whole(lambda size: steps.tuning.held_out_loss(averaged, own, size, steps.precision))
             return {**found, "score": score, "denoising_loss": found["score"]}
 
         return figures

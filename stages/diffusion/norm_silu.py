@@ -74,7 +74,7 @@ def _affine(
 ) -> tuple[Tensor, Tensor]:
     """scale and shift, (B, C) each, from each channel's mean and variance, (B, C): a group's mean is that of its channels'
     means, its variance the mean of their variances plus the variance of their means."""
-    means, variances = ((value).unflatten(1, (groups, -1)) for value in (mean + more, variance))
+    means, variances = (value.unflatten(1, (groups, -1)) for value in (mean + more, variance))
     centre = means.mean(2, keepdim=True)
     spread = variances.mean(2, keepdim=True) + (means - centre).square().mean(2, keepdim=True)
     scale = (spread + eps).rsqrt().expand_as(means).flatten(1) * weight

@@ -92,12 +92,22 @@ class AtOnce:
             try:
                 return work(taken)
             except (torch.OutOfMemoryError, OcdError) as error:
-                if taken <= self._least or not ran_out(error):
+                if not self._has_half(taken) or not ran_out(error):
                     raise
             # The error is gone, and its frames with what they held.
             torch.cuda.empty_cache()
-            self.rows = max(self._least, -(-taken // 2))
-            self._tell(self.rows)
+            self.halve(taken)
+
+    def halve(self, taken: int) -> bool:
+        """Take half of what was taken, from now on; False where there is no half."""
+        if not self._has_half(taken):
+            return False
+        self.rows = max(self._least, -(-taken // 2))
+        self._tell(self.rows)
+        return True
+
+    def _has_half(self, taken: int) -> bool:
+        return taken > self._least
 
     def each(self, rows: range, work: Callable[[range], T]) -> Iterator[T]:
         """What `work` gives for one part of the rows after another."""

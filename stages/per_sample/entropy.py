@@ -93,13 +93,11 @@ def perturbed_losses(
     def drawn(numbers: range) -> Callable[[], Tensor]:
         noise = _noise(layer, numbers, seed, on_gpu).to(weight.device, non_blocking=on_gpu)
         weights = weight + scale * noise.to(weight.dtype)
-        tiled = [repeat_batch(tree, len(numbers)) for tree in (x, y)]
         with torch.no_grad():
-            values = loss(run(tiled[0], weights), tiled[1])
+            values = loss(run(repeat_batch(x, len(numbers)), weights), repeat_batch(y, len(numbers)))
         return on_its_way(values.reshape(len(numbers), samples).double(), weight.device)
 
-    for values in one_behind(AtOnce(at_once).each(range(draws), drawn), weight.device):
-        yield values.numpy()
+    yield from (values.numpy() for values in one_behind(AtOnce(at_once).each(range(draws), drawn), weight.device))
 
 
 def _noise(layer: Layer, numbers: range, seed: int, pinned: bool) -> Tensor:

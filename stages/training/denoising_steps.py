@@ -4,7 +4,6 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import denoising_errors
 from stages.diffusion.schedule import NoiseSchedule
-from stages.foundation.errors import OcdError
-from stages.foundation.memory import ran_out
+from stages.foundation.memory import AtOnce, ran_out
 from stages.foundation.seeds import global_seed
 from stages.training.ranks import Ranks
 from stages.training.trainer import Stream
@@ -22,7 +20,6 @@ from stages.training.tuning import Tuning
 
 # A batch's rows, its steps t (B,) and its noise (B, out, in).
 Ready = tuple[DeltaBatch, Tensor, Tensor]
-T = TypeVar("T")
 # The packages of torch's compiler.
 COMPILERS = {"_dynamo", "_inductor", "triton"}
 
@@ -58,8 +55,8 @@ class DenoisingSteps:
         tune_after: int = 0,
     ) -> None:
         self._denoiser, self._schedule = denoiser, schedule
-        self.batch_size, self.micro_batch, self._half = batch_size, micro_batch, half
-        self._ranks, self._seed, self._smaller = ranks, seed, smaller
+        self.batch_size, self._half, self._ranks, self._seed = batch_size, half, ranks, seed
+        self.at_once = AtOnce(micro_batch, tell=smaller)
         self.tuning, self._tune_after = tuning, tune_after
         self._device = next(denoiser.parameters()).device
         self._draws = denoiser.encoder.noise > 0 or any(
@@ -69,6 +66,11 @@ class DenoisingSteps:
         self._step: int | None = None
         # Nothing is known of a compiled denoiser until it has taken a step.
         self._untried, self._plain, self._eager = compiled, plain, False
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows whose activations are in memory at a time; halved where memory runs out."""
+        return self.at_once.rows
 
     def __call__(self, step: int) -> Iterator[Tensor]:
         """The losses of a step's micro-batches, each weighted by its share of the whole batch."""
@@ -97,7 +99,7 @@ class DenoisingSteps:
     def recovers(self, error: Exception) -> bool:
         """Whether a step may be tried again: with half the micro-batch where memory ran out, uncompiled where that failed."""
         if ran_out(error):
-            return self._halve()
+            return self.at_once.halve(min(self.micro_batch, self._rows))
         if not self._untried or not _of_compiler(error):
             return False
         self._untried, self._eager = False, True
@@ -105,25 +107,6 @@ class DenoisingSteps:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         self._plain(" ".join(said[:2]) or type(error).__name__)
         return True
-
-    def _halve(self) -> bool:
-        """Take half the micro-batch, where memory ran out; False where there is no half."""
-        if self.micro_batch == 1:
-            return False
-        self.micro_batch = max(1, -(-min(self.micro_batch, self._rows) // 2))
-        self._smaller(self.micro_batch)
-        return True
-
-    def halving(self, work: Callable[[int], T]) -> T:
-        """Some work on so many rows at once, again with half of them where memory runs out."""
-        while True:
-            try:
-                return work(self.micro_batch)
-            except (torch.OutOfMemoryError, OcdError) as error:
-                if not ran_out(error) or not self._halve():
-                    raise
-            # The failure and what it held are gone.
-            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:

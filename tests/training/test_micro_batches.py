@@ -153,7 +153,7 @@ def test_what_is_judged_is_halved_too():
             raise torch.OutOfMemoryError("simulated")
         return "judged"
 
-    assert steps.halving(judge) == "judged"
+    assert steps.at_once.whole(judge) == "judged"
     assert tried == [16, 8, 4, 2]
 
 
