@@ -125,13 +125,8 @@ class TrainScale(Stage):
 
     def _ready(self, batches: TrainingBatches, step: int) -> Iterator[DeltaBatch]:
         """The batches from a step on, made in a thread of its own; for a GPU in page-locked memory."""
-        device = self.context.device
-        if device.type != "cuda":
-            yield from batches.batches(step)
-            return
-        # Each thread has a current device of its own.
-        torch.cuda.set_device(device)
-        yield from (batch.pinned() for batch in batches.batches(step))
+        on_gpu = self.context.device.type == "cuda"
+        yield from (batch.pinned() if on_gpu else batch for batch in batches.batches(step))
 
     def _network(self, batches: TrainingBatches) -> ScaleNetwork:
         """New, with the statistics of what it learns from."""

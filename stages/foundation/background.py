@@ -51,7 +51,7 @@ def read_ahead(items: Iterator[T], ahead: int = 2) -> Iterator[T]:
 def made_ahead(make: Callable[[int], T], first: int, threads: int) -> Iterator[T]:
     """make(first), make(first + 1), … in order and without end; each depends on its number alone, so that as many threads make
     the next ones at the same time."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ocd")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ocd", initializer=as_here())
     try:
         made = deque(pool.submit(make, number) for number in range(first, first + threads))
         for number in itertools.count(first + threads):

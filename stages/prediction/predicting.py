@@ -2,7 +2,7 @@
 
 import contextlib
 import zipfile
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from stages.diffusion.sampler import DrawnNoise
 from stages.foundation.background import read_ahead
 from stages.foundation.files import available_memory
-from stages.foundation.memory import AtOnce, free_on_gpu, on_its_way
+from stages.foundation.memory import AtOnce, free_on_gpu, on_its_way, one_behind
 from stages.foundation.torch_state import theirs_are_usual
 from stages.foundation.trees import Tree, as_tree, leaves, take, tree_map
 from stages.per_sample.pass_size import CACHE_BYTES, largest_output, recorded_bytes
@@ -36,8 +36,6 @@ PREDICTED_BYTES, PREDICTED_ON_GPU = 10 << 20, 1 << 30
 # Of a GPU's free memory, what a batch may take; of a delta there are so many copies under way. Of the machine's free memory,
 # what page-locked draws of one batch may.
 GPU_SHARE, COPIES, DRAWS_SHARE = 0.25, 8, 1 / 16
-# Batches that a GPU works on before the results of the first one are waited for.
-UNDER_WAY = 1
 
 
 def array_name(name: str, path: str) -> str:
@@ -94,12 +92,8 @@ class _Ready:
         return _Ready(self.block, rows, take(self.x, span), noise)
 
 
-@dataclass(frozen=True)
-class _UnderWay:
-    """What a batch gave, on its way to host memory."""
-
-    ready: _Ready
-    arrived: Callable[[], dict[str, Tree]]
+# What a batch gave, on its way to host memory: waits for it, and says of which rows it is.
+_UnderWay = Callable[[], tuple[_Ready, dict[str, Tree]]]
 
 
 class _Writing:
@@ -151,19 +145,18 @@ class BlockPredictor:
             OcdError: faults of the data and the task. Blocks finished before are written.
         """
         writing, done = _Writing(predictions, batch), 0
-        for found in self._found(predictions, blocks, batch):
-            block, rows, trees = found.ready.block, found.ready.rows, found.arrived()
+        for ready, trees in one_behind(self._found(predictions, blocks, batch), self._device):
+            block, rows = ready.block, ready.rows
             writing.add(block, rows, self._arrays(rows, trees), trees[DELTAS].numpy() if DELTAS in trees else None)
             done += len(rows)
             on_progress(done)
             writing.finish(block, rows)
 
     def _found(self, predictions: PredictionBlocks, blocks: list[int], batch: int) -> Iterator[_UnderWay]:
-        """Batches in order; a GPU computes the next one meanwhile."""
-        on_gpu, under_way = self._device.type == "cuda", deque()
+        """Batches in order, each begun when it is asked for."""
         at_once = AtOnce(batch, tell=lambda left: self.tell(f"memory ran out: from here on {left} inputs at once"))
         all_ready = self._ready(predictions, blocks, batch)
-        if on_gpu and theirs_are_usual():
+        if self._device.type == "cuda" and theirs_are_usual():
             all_ready = read_ahead(all_ready)
         with contextlib.closing(all_ready):
             for ready in all_ready:
@@ -171,11 +164,7 @@ class BlockPredictor:
                 def start(part: range, ready: _Ready = ready) -> _UnderWay:
                     return self._start(ready.take(part), predictions.keeps_deltas)
 
-                for found in at_once.each(range(len(ready.rows)), start):
-                    under_way.append(found)
-                    if len(under_way) > (UNDER_WAY if on_gpu else 0):
-                        yield under_way.popleft()
-            yield from under_way
+                yield from at_once.each(range(len(ready.rows)), start)
 
     @property
     def _device(self) -> torch.device:
@@ -189,9 +178,6 @@ class BlockPredictor:
     def _ready(self, predictions: PredictionBlocks, blocks: list[int], batch: int) -> Iterator[_Ready]:
         """For a GPU everything lies in page-locked memory, and noise is drawn, which takes the CPU long."""
         generate, on_gpu = self.personalised.generate, self._device.type == "cuda"
-        if on_gpu:
-            # Each thread has a current device of its own.
-            torch.cuda.set_device(self._device)
         for block in blocks:
             span = predictions.block_range(block)
             for start in range(span.start, span.stop, batch):
@@ -210,7 +196,8 @@ class BlockPredictor:
         trees = {MEMBERS: found.members, OUTPUT: found.output, BASE: found.base_output, RHO: found.rho}
         if with_deltas:
             trees[DELTAS] = found.deltas
-        return _UnderWay(ready, on_its_way(trees, self._device))
+        arriving = on_its_way(trees, self._device)
+        return lambda: (ready, arriving())
 
     def _arrays(self, rows: range, trees: dict[str, Tree]) -> dict[str, np.ndarray]:
         """What is kept of a batch, by name, one row an input."""

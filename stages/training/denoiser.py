@@ -234,8 +234,6 @@ class Training:
     def _shares(self, share: slice, step: int) -> Iterator[Ready]:
         """A part of each batch from a step on, with its draws, those of the whole batch."""
         on_gpu = self._device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(self._device)
         draw = partial(self._drawn, share)
         made = made_ahead(draw, step, self._drawing_threads()) if on_gpu else (draw(number) for number in itertools.count(step))
         with contextlib.closing(made) as draws:
@@ -248,7 +246,6 @@ class Training:
         found = step_draws(self.batches.batch_size, settings.shape, settings.schedule.steps, settings.seed, STAGE, step)
         if self._device.type != "cuda":
             return tuple(value[share] for value in found)
-        torch.cuda.set_device(self._device)
         return tuple(value[share].pin_memory() for value in found)
 
     def _drawing_threads(self) -> int:
