@@ -26,6 +26,12 @@ from stages.tasks.model import make_model, put_in_eval_mode, settle_embeddings
 from stages.tasks.protocol import Task
 
 BASE_FILE = "base.safetensors"
+# Said by every command that looks at such samples.
+PROBABLY_SEEN = (
+    "the base's weights were imported and no validation set is given, so the held-out samples are rows of train, which these "
+    "weights were probably trained on"
+)
+GIVE_VALIDATION = "name samples that the weights were not trained on with task.validation, or in the Task's validation()"
 
 
 class RunContext:
@@ -96,6 +102,11 @@ class RunContext:
     def validation_is_given(self) -> bool:
         """Whether the validation set is the task's own, not rows held out of train."""
         return self.splits["validation"].dataset is not self.splits["all"].dataset
+
+    @property
+    def validation_is_seen(self) -> bool:
+        """Whether the base may have been trained on the validation samples: imported weights, and rows held out of train."""
+        return "weights" in self.manifest_of("train-base").sources and not self.validation_is_given
 
     @cached_property
     def test_split(self) -> Split:

@@ -26,9 +26,12 @@ NARROW, WIDE = 0.01, 0.3
 CLEAR = {BASE: 0.5, TEMPERATURE: 0.48, RANDOM_TRAINING: 0.49, SHUFFLED: 0.495}
 
 
-def estimate(value, width=0.0):
+SAMPLES = 10**6
+
+
+def estimate(value, width=0.0, samples=SAMPLES):
     """Draws around a value, of which the middle 95 % are ± `width` wide."""
-    return Estimate(value, width / 2, value + width * np.linspace(-1, 1, 4001) / 0.95)
+    return Estimate(value, width / 2, value + width * np.linspace(-1, 1, 4001) / 0.95, samples)
 
 
 def said(ensemble, others, width=NARROW, **options):
@@ -43,7 +46,7 @@ def said(ensemble, others, width=NARROW, **options):
 
 def test_a_comparison_is_the_paired_difference():
     shared = np.random.default_rng(0).normal(size=2000)
-    base, ensemble = Estimate(0.5, 1.0, shared), Estimate(0.4, 1.0, shared - 0.1)
+    base, ensemble = Estimate(0.5, 1.0, shared, SAMPLES), Estimate(0.4, 1.0, shared - 0.1, SAMPLES)
     found = compared_with({BASE: base, ENSEMBLE: ensemble})[BASE]
     assert (found.difference, *found.interval) == pytest.approx((-0.1, -0.1, -0.1))
     assert (found.favours, found.against) == (True, False)
