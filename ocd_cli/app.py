@@ -180,6 +180,13 @@ def infer(
         str | None,
         typer.Option(help="Factor on the predicted length; 0 is the base, auto what evaluate fitted.", metavar="NUMBER"),
     ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict as this row of evaluate does, such as 'nearest k blended'; auto: the best on validation samples.",
+            metavar="NAME",
+        ),
+    ] = None,
     save_deltas: Annotated[bool, typer.Option("--save-deltas", help="Also write every sampled delta.")] = False,
     part: PartOfBlocks = None,
 ) -> None:
@@ -190,6 +197,7 @@ def infer(
         "infer.sample_steps": sample_steps,
         "infer.sampler": sampler,
         "infer.strength": _number_or_word(strength),
+        "infer.row": row,
         "infer.save_deltas": save_deltas or None,
     }
     _stage(shared, "infer", given, split=split, input_file=input_file, part=part)

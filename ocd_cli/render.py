@@ -11,6 +11,7 @@ from rich.text import Text
 from ocd_cli.tables import figures_table, show_evaluation
 from ocd_cli.text import bytes_text, figure
 from stages.lifecycle.results import CommandResult
+from stages.run_directory.pipeline import OWN_ROW
 
 BAR_WIDTH = 30
 _COLOURS = {"done": "green", "partial": "yellow", "stale": "red", "missing": "dim"}
@@ -151,8 +152,10 @@ def _scale(out: Console, summary: dict[str, Any]) -> None:
 
 
 def _infer(out: Console, summary: dict[str, Any]) -> None:
-    strength = f", strength {summary['strength']:g}" if summary.get("strength", 1.0) != 1.0 else ""
-    out.print(f"{summary['query']}: {summary['inputs']:,} inputs × {summary['ensemble']} members{strength}")
+    strength = f", strength {summary['strength']:g}" if summary["strength"] not in (None, 1.0) else ""
+    row = summary.get("row", OWN_ROW)
+    how = f"{summary['ensemble']} members" if row == OWN_ROW else row
+    out.print(f"{summary['query']}: {summary['inputs']:,} inputs × {how}{strength}")
     if summary["metrics"] is None:
         out.print("no labels, so no metrics")
     else:

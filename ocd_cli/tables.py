@@ -51,6 +51,7 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
         out.print(f"warning: {text}")
     of_seed = f"seed {found['seed']}: " if "seeds" in found else ""
     out.print(of_seed + found["verdict"])
+    out.print(f"next: {found['next']}")
 
 
 def _mean(entry: dict[str, Any] | None) -> str:

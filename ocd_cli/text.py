@@ -1,13 +1,8 @@
 """Numbers as people read them."""
 
-from typing import Any
+from stages.foundation.numbers import figure
 
-
-def figure(value: Any) -> str:
-    """A number as people read it: four significant digits, thousands apart."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+__all__ = ["bytes_text", "duration", "figure"]
 
 
 def bytes_text(count: int) -> str:

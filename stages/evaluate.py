@@ -1,7 +1,7 @@
 """evaluate: OCD beside the base and what a sceptic would try, on labelled test samples, with intervals and a verdict."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,40 +11,39 @@ from torch import Tensor
 
 from stages.evaluation import from_run
 from stages.evaluation import rows as row
-from stages.evaluation.comparison import Fitted, compare, fit_strengths, fit_temperature, fit_variances, scaled, seeded_order
+from stages.evaluation.comparison import compare, fit_variances, seeded_order
+from stages.evaluation.fitting import OnValidation, fit_rows
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.requested_rows import LeftOut, requested_rows, seed_branches, whole_network_row
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.run_cost import cost
+from stages.evaluation.statistics import Estimate
 from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
-from stages.evaluation.verdict import as_json, compared_with, verdict
+from stages.evaluation.verdict import advice, as_json, compared_with, verdict
 from stages.foundation.files import digest, read_json, write_json
 from stages.foundation.memory import AtOnce
 from stages.foundation.progress import Report
 from stages.foundation.seeds import seed_of
 from stages.foundation.tensors import save_arrays
-from stages.lifecycle.context import RunContext
+from stages.lifecycle.context import GIVE_VALIDATION, PROBABLY_SEEN, RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
 from stages.prediction.predictor import STRENGTH_FILE
 from stages.run_directory.folders import folder_of
-from stages.run_directory.format import Strength
-from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
 from stages.tasks.checks import check_task
 from stages.tasks.losses import CLASSIFICATION
-from stages.tasks.scoring import finite
 from stages.training.trainer import threads_for
 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.npz"
 # With fewer validation samples a strength would be noise.
 FEWEST_VALIDATION = 5
 NO_VALIDATION = f"there are not {FEWEST_VALIDATION} validation samples that neither base nor denoiser was trained on"
-IMPORTED = "the base's weights were imported: nobody can know whether it was trained on the validation samples"
+SEEN = "the base was probably trained on the validation samples"
 
 
 def evaluate(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
@@ -86,22 +85,19 @@ class Evaluate(Stage):
             seed: read_json(folder_of(branch, self.name).path / RESULTS_FILE) for seed, branch in seed_branches(self.context)
         }
         rows, left_out = self._rows()
-        rows, fitted, temperature, more = self._fit(rows)
+        rows, on_validation, more = self._fit(rows)
         left_out |= more
-        strengths = self._strengths(rows, fitted)
+        strengths = on_validation.strengths(rows)
         gathered = self._compare(rows, strengths)
         rng = np.random.default_rng(seed_of(self.context.seed, "evaluate", "bootstrap"))
         on_progress = self._progress("resamples", self.settings.resamples)
         found, primary = estimate_all(gathered, self.settings.resamples, rng, on_progress)
-        losses = {name: metrics[primary] for name, metrics in found.items()}
-        comparisons = compared_with(losses)
         results = {
-            "verdict": verdict(comparisons, losses, primary, classes=self.context.task.kind == CLASSIFICATION),
+            **self._verdict({name: metrics[primary] for name, metrics in found.items()}, primary, on_validation.best(rows)),
             "metric": primary,
-            "rows": row_records(gathered, found, fitted, strengths),
+            "rows": row_records(gathered, found, on_validation, strengths),
             "left_out": [{"name": name, "reason": reason} for name, reason in left_out.items()],
-            "comparisons": as_json(comparisons),
-            **self._facts(temperature),
+            **self._facts(on_validation),
             "memorisation": self._memorisation(),
             "cost": self._at_once.whole(lambda size: cost(self.context, self.subject.ensemble, size)),
         }
@@ -111,19 +107,24 @@ class Evaluate(Stage):
         of_samples = np.stack([one.values(LOSS) for one in gathered.values()])
         numbers = self.context.test_split.rows[self._test.order].numpy()
         save_arrays(folder / SAMPLES_FILE, {"sample_index": numbers, "row": np.array(list(gathered)), "loss": of_samples})
-        return self._result(folder, results, fitted)
-
-    def _result(self, folder: Path, results: dict[str, Any], fitted: dict[str, Fitted]) -> WorkResult:
         write_json(folder / RESULTS_FILE, {"stage": self.name, **results})
-        ours = fitted.get(row.VALIDATED)
-        strength = Strength(
-            strength=ours.strength if ours else None,
-            losses={str(key): finite(value) for key, value in ours.losses.items()} if ours else {},
-            ensemble=self.subject.ensemble,
-            samples=len(self._validation.order) if self._validation else 0,
-        )
+        strength = on_validation.record(rows, self.subject.ensemble)
         strength.write(folder / STRENGTH_FILE)
         return WorkResult(results, digest(strength.as_json()))
+
+    def _verdict(self, losses: dict[str, Estimate], metric: str, best: str | None) -> dict[str, Any]:
+        """What is said of OCD, from which comparisons, and what to do next; `best` is the row of the lowest validation loss."""
+        comparisons = compared_with(losses)
+        found = verdict(comparisons, losses, metric, classes=self.context.task.kind == CLASSIFICATION)
+        return {
+            "verdict": found.sentence,
+            "outcome": found.outcome,
+            "rival": found.rival,
+            "samples_to_decide": found.samples,
+            "next": advice(found, best),
+            "best": best,
+            "comparisons": as_json(comparisons),
+        }
 
     # What is compared.
 
@@ -158,6 +159,8 @@ class Evaluate(Stage):
     @cached_property
     def _validation(self) -> EvaluatedSamples | None:
         """Validation samples that neither the base nor the denoiser has learned from; None where they are too few."""
+        if self.context.validation_is_seen:
+            return None
         split = self.context.splits["validation"]
         order = seeded_order(len(split), self.context.seed, "validation")
         order = order[from_run.unseen(self.context, self.training)[order]][: self.settings.validation_samples]
@@ -194,38 +197,20 @@ class Evaluate(Stage):
         )
         return dataclasses.replace(evaluated, neighbours=found), missing
 
-    def _fit(self, rows: list[Row]) -> tuple[list[Row], dict[str, Fitted], float | None, LeftOut]:
+    def _fit(self, rows: list[Row]) -> tuple[list[Row], OnValidation, LeftOut]:
         """Fit strengths and a temperature on validation samples: rows that need them come or go."""
         classification, validation = self.context.task.kind == CLASSIFICATION, self._validation
+        asked = self.context.project.settings.infer.strength
         left_out = {} if classification else {row.TEMPERATURE: "the task has no classes"}
         if validation is None:
-            left_out[row.VALIDATED] = NO_VALIDATION
-            left_out.setdefault(row.TEMPERATURE, NO_VALIDATION)
-            return [one for one in rows if one.name != row.VALIDATED], {}, None, left_out
-        strengths, wanting, whole = self.settings.strengths, [one for one in rows if one.validated], self._at_once.whole
-        on_progress = self._progress("validation samples × rows", len(validation.order) * len(wanting))
-        fitted = whole(lambda size: fit_strengths(self.subject, validation, wanting, strengths, size, on_progress))
-        if not classification:
-            return rows, fitted, None, left_out
-        if (found := whole(lambda size: fit_temperature(self.subject, validation, size))) is None:
-            reason = "outputs and labels are not logits and class numbers"
-            return rows, fitted, None, left_out | {row.TEMPERATURE: reason}
-        temperature, normalised = found
-
-        def predict(batch: Batch) -> Tensor:
-            return scaled(batch.first.output, temperature, normalised=normalised)
-
-        return row.in_order([*rows, row.output_row(row.TEMPERATURE, predict)]), fitted, temperature, left_out
-
-    def _strengths(self, rows: list[Row], fitted: Mapping[str, Fitted]) -> dict[str, float]:
-        """Every row's strength: as fitted; of OCD's own rows, and where nothing could be fitted, as `[infer]` has it."""
-        found = {name: one.strength for name, one in fitted.items()}
-        configured = self.context.project.settings.infer.strength
-        if configured == AUTO:
-            configured = found.get(row.VALIDATED, 1.0)
-        found |= dict.fromkeys((row.ONE_DRAW, row.ENSEMBLE, row.NO_SCALING, row.MEAN_NETWORK), configured)
-        found |= {one.name: configured for one in rows if one.validated and one.name not in found}
-        return found | {row.NEAREST: 1.0, row.ORACLE: 1.0}
+            reason = SEEN if self.context.validation_is_seen else NO_VALIDATION
+            left_out = {row.VALIDATED: reason, row.TEMPERATURE: reason} | left_out
+            return [one for one in rows if one.name != row.VALIDATED], OnValidation(asked), left_out
+        kind = {"classification": classification, "at_once": self._at_once, "progress": self._progress}
+        found, on_validation = fit_rows(self.subject, validation, rows, self.settings.strengths, asked, **kind)
+        if classification and on_validation.temperature is None:
+            left_out[row.TEMPERATURE] = "outputs and labels are not logits and class numbers"
+        return found, on_validation, left_out
 
     def _compare(self, rows: list[Row], strengths: dict[str, float]) -> dict[str, Gathered]:
         """Every row on the test samples."""
@@ -241,16 +226,24 @@ class Evaluate(Stage):
 
     # What is told beside the rows.
 
-    def _facts(self, temperature: float | None) -> dict[str, Any]:
-        """What the figures were made with."""
-        imported = "weights" in self.context.manifest_of("train-base").sources
+    def _facts(self, on_validation: OnValidation) -> dict[str, Any]:
+        """What the figures were made with, and what to mind about them."""
+        warnings = []
+        if self.context.validation_is_seen:
+            warnings.append(f"{PROBABLY_SEEN}: no strength and no temperature is fitted; {GIVE_VALIDATION}")
+        if at_the_edge := on_validation.at_the_edge():
+            largest = f"{max(self.settings.strengths):g}"
+            warnings.append(
+                f"the largest strength tried, {largest}, is the best for {', '.join(at_the_edge)}; a larger one may be better: "
+                "name more with evaluate.strengths"
+            )
         return {
             "samples": len(self._test.order),
-            "validation_samples": len(self._validation.order) if self._validation else 0,
+            "validation_samples": on_validation.samples,
             "ensemble": self.subject.ensemble,
-            "temperature": temperature,
+            "temperature": on_validation.temperature,
             "seed": self.context.seed,
-            "warnings": [IMPORTED] if imported else [],
+            "warnings": warnings,
         }
 
     def _memorisation(self) -> dict[str, Any]:

@@ -1,38 +1,49 @@
 """infer: sample deltas from the inputs alone, apply them, predict (Alg. 2); and the Python entry point, `open_run`."""
 
 import re
-from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stages.evaluation.from_run import samples_at_once
 from stages.evaluation.pictures import check_pictures, write_pictures
+from stages.evaluation.row_model import RowModel, chosen_row, make_row_model
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.files import digest, remove, require_space, sha256_file, sweep
 from stages.foundation.progress import Report
-from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree, leaves, to_device
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.sharing import BlockShare
 from stages.lifecycle.stage import Stage
+from stages.prediction.open_run import open_run
 from stages.prediction.personalised import PersonalisedModel
-from stages.prediction.predicting import BlockPredictor, Smaller, extract_members, prediction_batch, prediction_bytes
+from stages.prediction.predicting import (
+    BASE,
+    MEMBERS,
+    OUTPUT,
+    BlockPredictor,
+    Smaller,
+    extract_members,
+    prediction_batch,
+    prediction_bytes,
+)
 from stages.prediction.predictor import load_personalised, strength_of
-from stages.run_directory.folders import check_run
 from stages.run_directory.format import Extent
 from stages.run_directory.locks import Part
-from stages.run_directory.pipeline import AUTO, Query, spec_of
-from stages.run_directory.project import Project, load_project
-from stages.run_directory.states import States, require_done
+from stages.run_directory.pipeline import AUTO, OWN_ROW, Query
+from stages.run_directory.project import Project
 from stages.store.delta_store import STORE, ArraySpec
 from stages.store.ledger import LEDGER
 from stages.store.predictions import PredictionBlocks, prediction_rows
 from stages.tasks.checks import check_task
+from stages.tasks.classes import logits_of
 from stages.tasks.data import Split, check_like, load_npz
+from stages.tasks.losses import CLASSIFICATION
 
+__all__ = ["Infer", "infer", "open_run"]
 PREDICTIONS, SMALLER = "predictions.npz", "smaller"
 SPLITS = ("test", "validation", "train")
 SMALLER_BLOCKS = "smaller batches, of which blocks are made, with --set infer.batch_size=N"
@@ -58,32 +69,6 @@ def infer(
     """
     stage = Infer(RunContext(project, report), part, split=split, input_file=input_file)
     return stage.execute(force=force, dry_run=dry_run)
-
-
-@usual_torch()
-def open_run(
-    config: Path | str | None = None,
-    *,
-    run: Path | str | None = None,
-    overrides: Sequence[str] = (),
-    values: Mapping[str, Any] | None = None,
-) -> PersonalisedModel:
-    """Open a finished run for predicting from Python: `open_run("ocd.toml").predict(x, ensemble=5).output`.
-
-    Args:
-        config: `ocd.toml` or its folder; by default found from the working directory upward.
-        run: another run directory.
-        overrides: "table.key=value" texts, as `--set` takes them.
-        values: "table.key" to value.
-
-    Raises:
-        OcdError: settings with faults, stages that are not done, damaged artifacts.
-    """
-    project = load_project(config, run=run, overrides=overrides, values=values)
-    check_run(project)
-    context = RunContext(project)
-    require_done(States(project, context.hash_dataset), spec_of(project, "infer").reads, "predicting")
-    return load_personalised(context)[0]
 
 
 class Infer(Stage):
@@ -116,7 +101,12 @@ class Infer(Stage):
         return Query(split, split if has_file else "train", content)
 
     def resolved(self) -> dict[str, Any]:
-        return {"infer.strength": strength_of(self.context)}
+        return {"infer.strength": strength_of(self.context)} if self._row is None else {"infer.row": self._row}
+
+    @cached_property
+    def _row(self) -> str | None:
+        """The row of `evaluate` that is asked for in place of OCD's own."""
+        return None if self.settings.row == OWN_ROW else chosen_row(self.context)
 
     def in_the_way(self) -> ArtifactError | None:
         """An answer, whole or not, gives way to one about the same file, or of the same content, but not to one about another
@@ -152,14 +142,19 @@ class Infer(Stage):
             check_task(context.task, context.base, inputs)
         if self.settings.pictures:
             check_pictures(context.task, inputs, self._like)
-        self._personalised  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
+        if self.settings.save_deltas and self._row is not None:
+            raise SettingsError(
+                f"infer.save_deltas keeps the deltas that are sampled, and the row {self._row!r} is asked for",
+                "leave one of them out: --save-deltas, or --row",
+            )
+        self._predictor  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
         self._check_part()
 
     def begin(self, finished: Path | None) -> None:
         """Settle what all parts share, and lay out the ledger; the members of a smaller ensemble are kept until the larger one
         is written."""
         work, members = self.unfinished, self.settings.ensemble
-        if finished is not None:
+        if finished is not None and self._row is None:
             record = self.folder.manifest().files.get(PREDICTIONS)
             if record and sha256_file(finished / PREDICTIONS) == record.sha256:
                 extract_members(finished / PREDICTIONS, work.path / SMALLER)
@@ -188,25 +183,31 @@ class Infer(Stage):
         """Every block (of the part) that is not done, then what makes the answer whole; None while others have some to do."""
         predictions, share = self._predictions(folder), self._share
         before, left = share.look_again(self.report, "inputs"), share.rows_left
-        personalised, reason = self._personalised
+        model, reason = self._predictor
         if reason:
             self.report.message(reason)
+        batch = self.unfinished.execution["batch_size"]
+        if isinstance(model, RowModel):
+            model = model.with_neighbours(self.context, torch.tensor(predictions.rows_of(share.pending)), batch)
         # Those of a smaller ensemble come without their deltas; where nothing is left to do, the folder may be gone.
         known = folder / SMALLER if share.pending and not self._delta else None
         smaller = Smaller(known, self._like, len(self.inputs))
         tell, members = self.report.message, self.settings.ensemble
-        predictor = BlockPredictor(personalised, self.inputs, members, self._like, smaller, tell)
+        predictor = BlockPredictor(model, self.inputs, members, self._like, smaller, tell, self._form)
         predictor.work(
             predictions,
             share.pending,
-            self.unfinished.execution["batch_size"],
+            batch,
             lambda done: self.report.progress(before + done, before + left, "inputs"),
         )
         return self._result(predictions, predictor) if share.is_whole() else None
 
     @cached_property
-    def _personalised(self) -> tuple[PersonalisedModel, str]:
-        return load_personalised(self.context)
+    def _predictor(self) -> tuple[PersonalisedModel | RowModel, str]:
+        """What predicts, and by which slower way it has to run ("" if it does not)."""
+        if self._row is None:
+            return load_personalised(self.context)
+        return make_row_model(self.context, self._row, self.inputs), ""
 
     @cached_property
     def inputs(self) -> Split:
@@ -220,6 +221,13 @@ class Infer(Stage):
         context, x = self.context, self.inputs.inputs([0])
         with torch.no_grad():
             return to_device(context.forward(context.base, to_device(x, context.device)), torch.device("cpu"))
+
+    @property
+    def _form(self) -> str | None:
+        """What of a classifier's outputs are the logits of, by a training sample's label."""
+        if self.context.task.kind != CLASSIFICATION:
+            return None
+        return logits_of(self._like, self.context.splits["all"].labels([0]))
 
     @property
     def _row_bytes(self) -> int:
@@ -236,10 +244,12 @@ class Infer(Stage):
 
     def _batch_size(self) -> int:
         wanted, context = self.settings.batch_size, self.context
-        if wanted == AUTO:
-            personalised = self._personalised[0]
-            sample = prediction_bytes(personalised.runner, to_device(self.inputs.inputs([0]), context.device))
-            numel, members, draws = context.layer.numel, self.settings.ensemble, personalised.generate.draws
+        model = self._predictor[0] if wanted == AUTO else None
+        if isinstance(model, RowModel):
+            wanted = samples_at_once(context, model.subject)
+        elif model is not None:
+            sample = prediction_bytes(model.runner, to_device(self.inputs.inputs([0]), context.device))
+            numel, members, draws = context.layer.numel, self.settings.ensemble, model.generate.draws
             wanted = prediction_batch(sample, numel, members, context.device, draws)
         return min(wanted, len(self.inputs))
 
@@ -260,16 +270,21 @@ class Infer(Stage):
     def _result(self, predictions: PredictionBlocks, predictor: BlockPredictor) -> WorkResult:
         path, context, members = predictions.folder / PREDICTIONS, self.context, self.settings.ensemble
         predictions.put_together(path)
-        content, figures = sha256_file(path), predictor.figures(predictions, context.task)
+        model, name = self._predictor[0], self._row or OWN_ROW
+        of_row = isinstance(model, RowModel)
+        scored = {"base": BASE, name: OUTPUT} if of_row else {"base": BASE, "ocd one draw": MEMBERS, name: OUTPUT}
+        content, figures = sha256_file(path), predictor.figures(predictions, context.task, scored)
+        drawn = self.inputs, predictions, self._like, self.settings.pictures
         summary = {
             "query": self.query.name,
+            "row": name,
             "inputs": len(self.inputs),
             "ensemble": members,
-            "strength": strength_of(context),
-            **({"precision": "bfloat16"} if self._personalised[0].generate.half else {}),
+            "strength": model.strength if of_row else strength_of(context),
+            **({} if of_row or not model.generate.half else {"precision": "bfloat16"}),
             **figures,
             "predictions": PREDICTIONS,
-            **write_pictures(context, self.inputs, predictions, self._like, self.settings.pictures, self.report),
+            **write_pictures(context, *drawn, self.report, name if of_row else "OCD"),
         }
         extent = Extent(value=members, reached=members, exhausted=False)
         return WorkResult(summary, digest(content), {"infer.ensemble": extent}, {PREDICTIONS: content})

@@ -6,7 +6,7 @@ from typing import Any
 from stages.foundation.errors import ArtifactError, OcdError
 from stages.foundation.progress import Report, Silent
 from stages.lifecycle.branches import BRANCHES
-from stages.run_directory.folders import StageFolder, check_run, damaged_files, folder_of
+from stages.run_directory.folders import StageFolder, check_run, damaged_files
 from stages.run_directory.format import BlockRecord, Manifest
 from stages.run_directory.pipeline import ORDER
 from stages.run_directory.project import Project
@@ -34,7 +34,8 @@ def verify(project: Project, *, report: Report | None = None) -> dict[str, Any]:
         found[name] = _check(folder)
         report.progress(number + 1, len(folders), "folders")
     unfinished = sorted({path.name.removesuffix(".wip") for path in (project.run_path / "infer").glob("*")})
-    for folder in (folder_of(project, "collect"), *(folder_of(project, "infer", name) for name in unfinished)):
+    for name in ("collect", *(f"infer/{name}" for name in unfinished)):
+        folder = StageFolder(project.run_path, name)
         found[f"{folder.name}.wip"] = _check_unfinished(folder)
     found = {name: entry for name, entry in found.items() if entry is not None}
     return {"stages": found, "whole": not any(entry["problems"] for entry in found.values())}

@@ -1,7 +1,7 @@
 """Comparing rows: strengths fitted on validation samples, then every row's metrics on the test samples."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,12 @@ class Fitted:
     of every strength tried."""
 
     strength: float
-    losses: dict[float, float]
+    losses: Mapping[float, float]
+
+    @classmethod
+    def of(cls, losses: Mapping[float, float]) -> "Fitted":
+        """By the mean loss at each strength, in ascending order."""
+        return cls(min(losses, key=losses.get), losses)
 
 
 def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> Tensor:
@@ -38,26 +43,23 @@ def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> T
 
 
 @torch.no_grad()
-def fit_strengths(
+def validation_losses(
     subject: Subject,
     evaluated: EvaluatedSamples,
     rows: Sequence[Row],
-    grid: Sequence[float],
+    grids: Mapping[str, Sequence[float]],
     size: int,
     on_progress: OnProgress,
-) -> dict[str, Fitted]:
-    """The strength of `grid` with the lowest mean loss on validation samples for each row, by name; 0 is the base."""
-    sums = {row.name: dict.fromkeys(sorted(grid), 0.0) for row in rows}
+) -> dict[str, dict[float, float]]:
+    """The mean loss of each row on labelled samples at each strength of its grid, by name; 0 is the base."""
+    sums = {row.name: dict.fromkeys(sorted(grids[row.name]), 0.0) for row in rows}
     for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
         for strength in sums[name]:
-            values = losses(subject.task, _combined(subject, members(strength)), batch.y).double()
+            values = losses(subject.task, combined(subject, members(strength)), batch.y).double()
             # Weights thrown far enough give no numbers: no strength to choose.
             sums[name][strength] += float(torch.nan_to_num(values, nan=torch.inf).sum())
-    found = {}
-    for name, by_strength in sums.items():
-        means = {strength: total / len(evaluated.order) for strength, total in by_strength.items()}
-        found[name] = Fitted(min(means, key=means.get), means)
-    return found
+    count = len(evaluated.order)
+    return {name: {strength: total / count for strength, total in tried.items()} for name, tried in sums.items()}
 
 
 def scaled(output: Tensor, temperature: float, *, normalised: bool) -> Tensor:
@@ -107,7 +109,7 @@ def fit_variances(
     found = {row.name: Residuals() for row in rows}
     for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
         outputs = members(strengths.get(name, 1.0))
-        found[name].add(outputs, _combined(subject, outputs), batch.y)
+        found[name].add(outputs, combined(subject, outputs), batch.y)
     return {name: residuals.variance() for name, residuals in found.items()}
 
 
@@ -131,7 +133,7 @@ def compare(
     for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
         outputs = members(strengths.get(name, 1.0))
         with naming_rows(evaluated.split, batch.positions):
-            gathered[name].add(outputs, _combined(subject, outputs), batch.y)
+            gathered[name].add(outputs, combined(subject, outputs), batch.y)
     return gathered
 
 
@@ -152,7 +154,7 @@ def cross_fitted(
         for batch, name, members in _every(subject, half, rows, size):
             for strength, gathered in tried[name][number].items():
                 outputs = members(strength)
-                gathered.add(outputs, _combined(subject, outputs), batch.y)
+                gathered.add(outputs, combined(subject, outputs), batch.y)
     found, strengths = {}, {}
     for name, (first, second) in tried.items():
         best = [min(one, key=lambda strength, one=one: _mean_loss(one[strength])) for one in (second, first)]
@@ -179,6 +181,6 @@ def _mean_loss(gathered: Gathered) -> float:
     return float(np.nan_to_num(gathered.values(LOSS).mean(), nan=np.inf))
 
 
-def _combined(subject: Subject, members: Tree) -> Tree:
+def combined(subject: Subject, members: Tree) -> Tree:
     """The members' combination; a lone member's own output, as the base's is."""
     return take(members, 0) if batch_size(members) == 1 else subject.combine(members)

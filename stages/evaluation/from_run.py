@@ -1,7 +1,7 @@
 """From a run to what its rows are compared on: the subject, the samples, the neighbours, the rows themselves."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -109,22 +109,26 @@ def find_neighbours(
     k: int,
     size: int,
     on_progress: OnProgress,
+    kinds: Collection[str] = (row.IN_X, row.IN_LAYER_INPUT),
 ) -> tuple[dict[str, Neighbours], dict[str, str]]:
-    """The k nearest training samples of the evaluated samples, counted as the store's samples; `split` holds them all.
+    """The k nearest training samples of the evaluated samples, counted as the store's samples, by distances of the `kinds`;
+    `split` holds them all.
 
     Returns:
         the neighbours, by what the distance is taken in, x and what the layer sees; and what they could not be found in, with
         the reason.
     """
-    found, missing, known = {}, {}, training.field(LAYER_INPUT)
+    found, missing = {}, {}
     asked, numbers = evaluated.order.sort().values, training.sample_index[training.first_rows]
     count, own = len(evaluated.split), own_rows(evaluated.split, split, asked, numbers)
-    if places_of(subject.task, evaluated.split.inputs(asked[:1])) is None:
+    if row.IN_X in kinds and places_of(subject.task, evaluated.split.inputs(asked[:1])) is None:
         missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
-    else:
+    elif row.IN_X in kinds:
         in_x = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
         found[row.IN_X] = in_x.spread(asked, count)
-    if known is None:
+    if row.IN_LAYER_INPUT not in kinds:
+        return found, missing
+    if (known := training.field(LAYER_INPUT)) is None:
         return found, missing | {row.IN_LAYER_INPUT: "the store has no field layer_input"}
     known = known[training.first_rows]
     parts = [Batch(subject, evaluated, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
@@ -171,10 +175,14 @@ def training_rows(
     if isinstance(means, str):
         left_out[row.CLASS_MEAN] = means
     else:
-        found.append(row.delta_row(row.CLASS_MEAN, lambda batch: means[class_numbers(batch)].unsqueeze(1), validated=True))
-    kinds = {row.IN_X: (row.NEAREST, row.BLENDED), row.IN_LAYER_INPUT: (row.NEAREST_INPUT, row.BLENDED_INPUT)}
-    left_out |= {name: reason for kind, reason in missing.items() for name in kinds[kind]}
+        found.append(class_mean_row(means))
+    left_out |= {name: missing[kind] for name, kind in row.KINDS.items() if kind in missing}
     return [*found, *row.neighbour_rows(missing)], left_out
+
+
+def class_mean_row(means: Tensor) -> Row:
+    """The mean delta of the class that the base takes a sample for; means (classes, out, in)."""
+    return row.delta_row(row.CLASS_MEAN, lambda batch: means[class_numbers(batch)].unsqueeze(1), validated=True)
 
 
 def class_means(subject: Subject, training: StoredDeltas, example: Batch) -> Tensor | str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.evaluation.statistics import Auroc, CalibrationError, Mean, RootMean, Statistic, minimum
 from stages.foundation.no_doubles import where_doubles_are
 from stages.foundation.trees import Tree, batch_size, take
+from stages.tasks.classes import OF_CLASSES, class_probabilities, logits_of
 from stages.tasks.loader import losses
 from stages.tasks.losses import CLASSIFICATION, REGRESSION
 from stages.tasks.protocol import Task
@@ -38,18 +39,11 @@ def probabilities(output: Tree, y: Tree) -> tuple[Tensor, Tensor] | None:
     Returns:
         (B, C, P) and (B, P), P predictions a sample.
     """
-    if not isinstance(output, Tensor) or not isinstance(y, Tensor):
+    form = logits_of(output, y)
+    if form is None:
         return None
-    if not y.is_floating_point() and output.dim() == y.dim() + 1 and output.shape[1] > 1:
-        known = bool(((y >= 0) & (y < output.shape[1])).all())
-        return (
-            (F.softmax(output.double(), dim=1).reshape(*output.shape[:2], -1), y.reshape(len(y), -1).long()) if known else None
-        )
-    soft = y.is_floating_point() and y.dim() > 1 and y.shape[1] > 1 and bool(((y.sum(1) - 1).abs() < 1e-4).all())
-    if output.numel() == y.numel() and not soft:
-        positive = torch.sigmoid(output.double()).reshape(len(y), 1, -1)
-        return torch.cat([1 - positive, positive], dim=1), (y.reshape(len(y), -1) > 0.5).long()
-    return None
+    labels = y if form == OF_CLASSES else y > 0.5
+    return class_probabilities(output, form), labels.reshape(len(y), -1).long()
 
 
 def disagreement(members: Tensor) -> Tensor:

@@ -76,10 +76,10 @@ def _is_finite(tree: Tree) -> bool:
 
 
 def write_pictures(
-    context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, most: int, report: Report
+    context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, most: int, report: Report, caption: str
 ) -> dict[str, int]:
     """Write strips of the first inputs (`most` at most) of an answer that is whole to `pictures` in its folder, named after the
-    row in the user's data, one input in memory at a time; `like` is an output (1, …).
+    row in the user's data, one input in memory at a time; `like` is an output (1, …), `caption` stands below what is predicted.
 
     Returns:
         {"pictures": strips written}, or {} where the task does not draw.
@@ -95,7 +95,7 @@ def write_pictures(
     if total and find_spec("PIL") is None:
         report.message(NO_PILLOW)
         total = 0
-    for position, panes in enumerate(_panes(context, inputs, predictions, like, total)):
+    for position, panes in enumerate(_panes(context, inputs, predictions, like, total, caption)):
         if panes:
             folder.mkdir(exist_ok=True)
             write_bytes(folder / f"{int(inputs.rows[position]):06d}.png", strip(panes))
@@ -104,15 +104,17 @@ def write_pictures(
     return {"pictures": written}
 
 
-def _panes(context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, total: int) -> Iterator[list[Pane]]:
+def _panes(
+    context: RunContext, inputs: Split, predictions: PredictionBlocks, like: Tree, total: int, caption: str
+) -> Iterator[list[Pane]]:
     """Captions and pictures of one input after another."""
     labelled = total > 0 and inputs.labels([0]) is not None
     overfitted = _overfitted(context, inputs) if labelled else None
     for position, (base, ours) in enumerate(_answered(predictions, like, total)):
-        outputs = {"base": base, "OCD": ours}
+        outputs = {"base": base, caption: ours}
         if overfitted:
             x, y, best = overfitted(position)
-            outputs = {"base": base, "overfitted": best, "OCD": ours, "truth": y}
+            outputs = {"base": base, "overfitted": best, caption: ours, "truth": y}
         else:
             x = take(inputs.inputs([position]), 0)
         found = {name: (picture_of(context.task, x, output), output) for name, output in outputs.items()}

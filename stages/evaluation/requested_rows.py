@@ -7,6 +7,7 @@ from typing import Any
 from stages.evaluation import rows as row
 from stages.evaluation.from_run import make_subject, with_denoiser
 from stages.evaluation.rows import Row, elsewhere_row, output_row
+from stages.evaluation.run_cost import stage_seconds
 from stages.evaluation.subject import Batch, Subject
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
 from stages.foundation.trees import Tree, concatenate, take, to_device
@@ -23,21 +24,29 @@ from stages.tasks.loader import losses
 # Overfitting all layers goes sample by sample: what would take longer has to be asked for.
 LONGEST_S = 180.0
 TRIED = 3
+TRAINED = (row.ALTERNATIVE, row.REGRESSION_ROW, row.WITH_X, row.LONGER)
 
 LeftOut = dict[str, str]
 
 
 def requested_rows(context: RunContext, subject: Subject) -> tuple[list[Row], LeftOut]:
-    """The rows that `[evaluate] rows` asks for and that need a training, and those left out, with the reason.
+    """The rows that need a training, as `[evaluate] rows` asks for them, and the longer base where it costs less than OCD did;
+    and those left out, with the reason.
 
     Raises:
         ArtifactError, TryAgainError: a stage of a branch fails; it goes on where it was when asked for again.
     """
-    makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.WITH_X: _with_x, row.LONGER: _longer}
-    asked, found, left_out = context.project.settings.evaluate.rows, [], {}
-    for name, make in makers.items():
+    asked, found, left_out = set(context.project.settings.evaluate.rows), [], {}
+    too_long = _longer_takes_too_long(context)
+    asked |= {row.LONGER} if too_long is None else set()
+
+    def why_not(name: str) -> str:
+        why = too_long if name == row.LONGER else "not asked for: it takes a training"
+        return f"{why}; ask with --add '{name}'"
+
+    for name in TRAINED:
         try:
-            made = make(context, subject) if name in asked else f"not asked for: it takes a training; ask with --add '{name}'"
+            made = requested_row(context, subject, name) if name in asked else why_not(name)
         except (SettingsError, TaskError, ComputeError) as error:
             # That another layer or network will not do is no fault of the run.
             made = error.message.splitlines()[0]
@@ -46,6 +55,16 @@ def requested_rows(context: RunContext, subject: Subject) -> tuple[list[Row], Le
         else:
             found.append(made)
     return found, left_out
+
+
+def requested_row(context: RunContext, subject: Subject, name: str) -> Row | str:
+    """One of the rows in `TRAINED`, or why there is none.
+
+    Raises:
+        OcdError: as `requested_rows`; a layer or a network that will not do.
+    """
+    makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.WITH_X: _with_x, row.LONGER: _longer}
+    return makers[name](context, subject)
 
 
 def _branch(context: RunContext, name: str, values: dict[str, Any], stages: Iterable[str]) -> RunContext:
@@ -83,6 +102,17 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
     branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, LEARNED)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
     return elsewhere_row(row.WITH_X, other)
+
+
+def _longer_takes_too_long(context: RunContext) -> str | None:
+    """Why the base is not trained for as long again unless asked; None where it took less time than OCD's other stages."""
+    if context.project.settings.evaluate.longer_base is False:
+        return "evaluate.longer_base is false"
+    seconds = stage_seconds(context)
+    base, rest = seconds.pop("train-base"), sum(seconds.values())
+    if base < rest:
+        return None
+    return f"the base's training took {base:,.0f} s, OCD's stages {rest:,.0f} s"
 
 
 def _longer(context: RunContext, subject: Subject) -> Row | str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.evaluation.comparison import Fitted
+from stages.evaluation.fitting import OnValidation
 from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.rows import BASE
 from stages.evaluation.statistics import Estimate, estimates
@@ -44,20 +44,26 @@ def estimate_all(
 def row_records(
     gathered: Mapping[str, Gathered],
     found: Estimates,
-    fitted: Mapping[str, Fitted] = MappingProxyType({}),
+    on_validation: OnValidation | None = None,
     strengths: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """The rows of `results.json`; a metric without a value is null, with the reason."""
+    known = on_validation or OnValidation(1.0)
     return [
         {
             "name": row,
             "members": gathered[row].members,
             "strength": strengths.get(row),
-            "validated": row in fitted,
+            "validated": row in known.fitted,
+            "validation_loss": _finite(known.loss_of(row, strengths)),
             "metrics": _metrics(found, row, gathered[row].missing),
         }
         for row in found
     ]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None else finite(value)
 
 
 def _metrics(found: Estimates, row: str, missing: Mapping[str, str]) -> dict[str, dict[str, Any]]:

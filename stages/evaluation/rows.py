@@ -22,6 +22,8 @@ WITH_X = "ocd conditioned on x"
 RANDOM_DIRECTION, MEAN_DELTA, CLASS_MEAN = "random direction", "mean delta", "mean delta of class"
 NO_SCALING, MEAN_NETWORK = "no scaling", "mean network"
 IN_X, IN_LAYER_INPUT = "x", "layer_input"
+# What neighbours' rows take the distance in.
+KINDS = {NEAREST: IN_X, NEAREST_INPUT: IN_LAYER_INPUT, BLENDED: IN_X, BLENDED_INPUT: IN_LAYER_INPUT}
 
 # As the table shows them: the paper's rows, OCD's own, what a sceptic would try, and what else explains a gain.
 OF_THE_PAPER = (BASE, ORACLE, ORACLE_ALL, NEAREST, NO_SCALING, ALTERNATIVE)
@@ -29,6 +31,8 @@ OURS = (ONE_DRAW, ENSEMBLE, VALIDATED, MEAN_NETWORK, WITH_X)
 SCEPTICAL = (TEMPERATURE, RANDOM_DIRECTION, RANDOM_TRAINING, MEAN_DELTA, CLASS_MEAN)
 FURTHER = (NEAREST_INPUT, BLENDED, BLENDED_INPUT, SHUFFLED, REGRESSION_ROW, LONGER)
 TABLE = OF_THE_PAPER + OURS + SCEPTICAL + FURTHER
+# What nobody predicts with: these know the labels, and those show what chance does.
+OF_LABELS, CONTROLS = (ORACLE, ORACLE_ALL), (RANDOM_DIRECTION, RANDOM_TRAINING, SHUFFLED)
 # A strength to outputs (E, B, …).
 Members = Callable[[float], Tree]
 
@@ -45,6 +49,11 @@ class Row:
     name: str
     members: Callable[[Batch], Members]
     validated: bool = False
+
+
+def predicts(name: str) -> bool:
+    """Whether predictions can be made with a row: it needs no label, and is no control."""
+    return name not in OF_LABELS + CONTROLS
 
 
 def delta_row(name: str, deltas: Callable[[Batch], Tensor], *, validated: bool = False) -> Row:
@@ -66,14 +75,14 @@ def elsewhere_row(name: str, elsewhere: Subject) -> Row:
     """A row whose deltas belong to another layer or another denoiser."""
 
     def members(batch: Batch) -> Members:
-        other = Batch(elsewhere, batch.evaluated, batch.positions)
+        other = Batch(elsewhere, batch.evaluated, batch.positions, batch.given)
         return other.along(other.generated[0])
 
     return Row(name, members, validated=True)
 
 
 def base_and_oracle() -> list[Row]:
-    """The base itself, and the deltas of the samples' own labels: a bound that no prediction reaches fairly."""
+    """The base itself, and the deltas of the samples' own labels: a reference that no prediction reaches fairly."""
     oracle = delta_row(ORACLE, lambda batch: batch.overfitted.unsqueeze(1))
     return [output_row(BASE, lambda batch: batch.first.output), oracle]
 
@@ -135,16 +144,11 @@ def neighbour_rows(
 ) -> list[Row]:
     """The delta of the nearest training sample, and those of the k nearest blended: in x (the first is the paper's ablation),
     and in what the layer sees; not in what is `missing`. `validated` names the rows whose strength is fitted."""
-    sources = {
-        NEAREST: (IN_X, nearest_delta),
-        NEAREST_INPUT: (IN_LAYER_INPUT, nearest_delta),
-        BLENDED: (IN_X, blended_deltas),
-        BLENDED_INPUT: (IN_LAYER_INPUT, blended_deltas),
-    }
+    sources = {NEAREST: nearest_delta, NEAREST_INPUT: nearest_delta, BLENDED: blended_deltas, BLENDED_INPUT: blended_deltas}
     return [
-        delta_row(name, functools.partial(source, kind=kind), validated=name in validated)
-        for name, (kind, source) in sources.items()
-        if kind not in missing
+        delta_row(name, functools.partial(source, kind=KINDS[name]), validated=name in validated)
+        for name, source in sources.items()
+        if KINDS[name] not in missing
     ]
 
 

@@ -36,7 +36,6 @@ def cost(context: RunContext, members: int, samples: int) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         return 1e3 * min(times) / count
 
-    made, moment = {name: context.manifest_of(name).made for name in LEARNED}, datetime.fromisoformat
     generate = load_generator(context, strength=1.0)
     networks = {"base": context.base, "denoiser": generate.denoiser, "scale": generate.scale}
     return {
@@ -44,6 +43,11 @@ def cost(context: RunContext, members: int, samples: int) -> dict[str, Any]:
         "base_ms": milliseconds(base),
         "ocd_one_draw_ms": milliseconds(lambda: personalised.predict(x, 1)),
         "ocd_ensemble_ms": milliseconds(lambda: personalised.predict(x, members)),
-        # Of the process that finished the stage.
-        "stage_seconds": {name: (moment(its.ended) - moment(its.started)).total_seconds() for name, its in made.items()},
+        "stage_seconds": stage_seconds(context),
     }
+
+
+def stage_seconds(context: RunContext) -> dict[str, float]:
+    """How long each stage of a run took that predictions need: of the process that finished it."""
+    made, moment = {name: context.manifest_of(name).made for name in LEARNED}, datetime.fromisoformat
+    return {name: (moment(its.ended) - moment(its.started)).total_seconds() for name, its in made.items()}

@@ -92,12 +92,22 @@ class EvaluatedSamples:
 
 
 class Batch:
-    """Some samples, at positions (B,) in the split, and what of them is computed once, whoever asks for it."""
+    """Some samples, at positions (B,) in the split, and what of them is computed once, whoever asks for it.
 
-    def __init__(self, subject: Subject, evaluated: EvaluatedSamples, positions: Tensor) -> None:
+    Args:
+        given: their x and y, where they have been read; y is None where nothing asks for labels.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        evaluated: EvaluatedSamples,
+        positions: Tensor,
+        given: tuple[Tree, Tree | None] | None = None,
+    ) -> None:
         self.subject, self.evaluated, self.positions = subject, evaluated, positions
-        self.given = evaluated.split.batch(positions)
-        self.x, self.y = (to_device(tree, subject.device) for tree in self.given)
+        self.given = evaluated.split.batch(positions) if given is None else given
+        self.x, self.y = (None if tree is None else to_device(tree, subject.device) for tree in self.given)
         self._of_neighbours: dict[str, Tensor] = {}
 
     def __len__(self) -> int:

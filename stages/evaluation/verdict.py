@@ -1,16 +1,26 @@
 """The verdict: does OCD's ensemble help, and is the gain its own?"""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stages.evaluation import rows as row
 from stages.evaluation.statistics import Estimate
+from stages.foundation.numbers import figure, signed
 from stages.tasks.scoring import finite
 
-# What a gain has to be a gain over, beside the base.
-RIVALS = (row.TEMPERATURE, row.RANDOM_TRAINING, row.SHUFFLED)
+HELPS, DOES_NOT, HARMS, UNDECIDED = "helps", "does not help", "harms", "undecided"
+# What a gain has to be a gain over, beside the base. The longer base is asked where there is one.
+NEEDED = (row.TEMPERATURE, row.RANDOM_TRAINING, row.SHUFFLED)
+RIVALS = (*NEEDED, row.LONGER)
 NEIGHBOURS = (row.NEAREST, row.NEAREST_INPUT, row.BLENDED, row.BLENDED_INPUT)
+OURS = (*row.OURS, row.NO_SCALING)
+# The share of the base's loss below which a gain is none worth the trouble: to leave no room for more is to have no gain.
+SMALLEST_GAIN = 0.01
+# More samples than that nobody has.
+MOST_SAMPLES = 10**7
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,40 @@ class Comparison:
         """Whether the whole interval is on the other row's side."""
         return self.interval[0] > 0
 
+    def leaves_no_gain(self, smallest: float) -> bool:
+        """Whether the interval leaves no room for a gain of `smallest`."""
+        return not self.favours and self.interval[0] > -smallest
+
+    def samples_to_decide(self, samples: int, smallest: float) -> int | None:
+        """How many samples would make the interval favour the ensemble, or leave no gain, if the difference stays as it is and
+        the interval shrinks with 1/sqrt(N); None where no number would, or there is no interval."""
+        low, high = self.interval
+        if math.isnan(low):
+            return None
+        shares = [(self.difference - low) / (self.difference + smallest)] if self.difference > -smallest else []
+        shares += [(high - self.difference) / -self.difference] if self.difference < 0 else []
+        wanted = samples * min(shares, default=math.inf) ** 2
+        return math.ceil(wanted) if wanted <= MOST_SAMPLES else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of OCD.
+
+    Attributes:
+        outcome: one of `helps`, `does not help`, `harms`, `undecided`.
+        sentence: one sentence that contains the outcome, and no other one, with the figures it is said from.
+        rival: the row that has the gain, or that OCD cannot be told from; None where that is nothing but the base.
+        samples: about how many test samples would decide it; None where it is decided, or no number would.
+        absent: the rows that there are none of to compare with, where nothing else is in doubt.
+    """
+
+    outcome: str
+    sentence: str
+    rival: str | None = None
+    samples: int | None = None
+    absent: tuple[str, ...] = ()
+
 
 def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
@@ -42,36 +86,101 @@ def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
 
 def verdict(
     comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate], metric: str, *, classes: bool = True
-) -> str:
-    """One sentence: OCD `helps`, `does not help` or `harms`, with the figures it is said from.
+) -> Verdict:
+    """Whether OCD helps, from the paired 95 % intervals of the loss of its ensemble against base and rivals: temperature-scaled
+    base, random training deltas, shuffled conditioning and, where there is one, the base trained for as long again.
 
-    It helps only if the paired interval of the loss favours the ensemble over each of base, temperature-scaled base, random
-    training deltas and shuffled conditioning. The best of the neighbours and the best of the task's own
-    rows are named beside it, whoever wins. A task without classes has no temperature to scale by; `metric` is what the loss is
-    called, and `estimates` are of it.
+    - `harms`: the interval against the base is on the base's side.
+    - `does not help`: against the base or a rival no gain of 1 % of the base's loss is possible, or a rival has the gain.
+    - `helps`: the interval favours the ensemble against the base and each rival.
+    - `undecided`: anything else, for want of samples or of a rival to compare with.
+
+    The best of the neighbours and the best of the task's own rows are named beside it, whoever wins. A task without classes has
+    no temperature to scale by; `metric` is what the loss is called, and `estimates` are of it.
     """
-    needed = [name for name in RIVALS if classes or name != row.TEMPERATURE]
-    base, rivals = comparisons[row.BASE], [name for name in needed if name in comparisons]
-    absent = [name for name in needed if name not in comparisons]
-    equals = [name for name in rivals if not comparisons[name].favours]
-    figures = f"{metric} {estimates[row.BASE].value:.4f} → {estimates[row.ENSEMBLE].value:.4f}"
+    needed = [name for name in NEEDED if classes or name != row.TEMPERATURE]
+    asked = [name for name in (*needed, row.LONGER) if name in comparisons]
+    values = figure(estimates[row.BASE].value), figure(estimates[row.ENSEMBLE].value)
+    figures = f"{metric} {' → '.join(values)}, {_interval(comparisons[row.BASE])}"
+    found = _decided(comparisons, estimates, asked, [name for name in needed if name not in comparisons], figures)
+    beside = "".join(_beside(names, comparisons, estimates) for names in (NEIGHBOURS, _further(estimates)))
+    return dataclasses.replace(found, sentence=found.sentence + beside)
+
+
+def _decided(
+    comparisons: Mapping[str, Comparison],
+    estimates: Mapping[str, Estimate],
+    asked: Sequence[str],
+    absent: list[str],
+    figures: str,
+) -> Verdict:
+    """The verdict without what stands beside it."""
+    base, smallest = comparisons[row.BASE], SMALLEST_GAIN * abs(estimates[row.BASE].value)
     if base.against:
-        said = f"OCD harms: {figures}, {_interval(base)}"
-    elif not base.favours:
-        said = f"OCD does not help: {figures}, {_interval(base)}, is no difference"
-    elif equals:
+        return Verdict(HARMS, f"OCD {HARMS}: {figures}")
+    if base.leaves_no_gain(smallest):
+        return Verdict(DOES_NOT, f"OCD {DOES_NOT}: {figures}, leaves no room for a gain of {100 * SMALLEST_GAIN:g} %")
+    taken = [name for name in asked if _has_the_gain(name, comparisons, estimates, smallest)]
+    if taken:
         # The one that comes closest to OCD's own loss explains the most of it.
-        name = min(equals, key=lambda other: estimates[other].value)
-        does_as_well = estimates[name].value <= estimates[row.ENSEMBLE].value
-        gains = does_as_well or Comparison(*estimates[name].minus(estimates[row.BASE])).favours
-        why = f"the gain is that of {name}" if gains else f"too few samples to tell it from {name}"
-        said = f"OCD does not help: {why} ({estimates[name].value:.4f}); {figures}, {_interval(base)}"
-    elif absent:
-        why = f"there is no {_listed(absent)} to compare with"
-        said = f"OCD does not help beyond doubt: {why}; {figures}, {_interval(base)}"
-    else:
-        said = f"OCD helps: {figures}, {_interval(base)}; {_listed(rivals)} do less"
-    return said + "".join(_beside(names, comparisons, estimates) for names in (NEIGHBOURS, _further(estimates)))
+        name = min(taken, key=lambda other: estimates[other].value)
+        why = "the gain is that of" if base.favours else "it does no better than"
+        return Verdict(DOES_NOT, f"OCD {DOES_NOT}: {why} {name} ({figure(estimates[name].value)}); {figures}", name)
+    open_ones = [name for name in (row.BASE, *asked) if not comparisons[name].favours]
+    if open_ones:
+        return _undecided(comparisons, estimates, open_ones, smallest, figures)
+    if absent:
+        return Verdict(UNDECIDED, f"{UNDECIDED}: there is no {_listed(absent)} to compare with; {figures}", absent=(*absent,))
+    return Verdict(HELPS, f"OCD {HELPS}: {figures}; {_listed(list(asked))} do less")
+
+
+def _has_the_gain(name: str, comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate], smallest: float) -> bool:
+    """Whether a rival is better than the ensemble, or as good: no gain over it is possible, or its own over the base is beyond
+    doubt and, as far as one can see, no smaller."""
+    comparison, rival = comparisons[name], estimates[name]
+    if comparison.against or comparison.leaves_no_gain(smallest):
+        return True
+    gains = Comparison(*rival.minus(estimates[row.BASE])).favours
+    return not comparison.favours and gains and rival.value <= estimates[row.ENSEMBLE].value
+
+
+def _undecided(
+    comparisons: Mapping[str, Comparison],
+    estimates: Mapping[str, Estimate],
+    open_ones: Sequence[str],
+    smallest: float,
+    figures: str,
+) -> Verdict:
+    """Too few samples to tell the ensemble from the base, or from the best of the rivals that are open."""
+    samples = estimates[row.BASE].samples
+    wanted = [comparisons[name].samples_to_decide(samples, smallest) for name in open_ones]
+    needed = None if None in wanted else max(wanted)
+    name = row.BASE if row.BASE in open_ones else min(open_ones, key=lambda other: estimates[other].value)
+    than = "the base" if name == row.BASE else f"{name} ({figure(estimates[name].value)})"
+    how_many = "more than {MOST_SAMPLES:,} would" if needed is None else f"about {rounded(needed):,} would"
+    said = f"{UNDECIDED}: {samples:,} test samples do not tell the ensemble from {than}, {how_many}; {figures}"
+    return Verdict(UNDECIDED, said, None if name == row.BASE else name, needed)
+
+
+def advice(found: Verdict, best: str | None) -> str:
+    """What to do next; `best` is the row of the lowest validation loss, where that is known."""
+    if found.absent:
+        return "give validation samples with task.validation, and evaluate again"
+    if found.outcome == UNDECIDED:
+        return "evaluate on more test samples"
+    if found.rival == row.LONGER:
+        return "train the base longer first: raise train-base.epochs"
+    if best in (None, row.BASE) or (found.outcome != HELPS and best in OURS):
+        return "predict with: ocd infer" if found.outcome == HELPS else "use the base as it is"
+    if best == row.ENSEMBLE:
+        return "predict with: ocd infer"
+    return f"predict with the row of the lowest validation loss, {best}: ocd infer --row auto"
+
+
+def rounded(count: int) -> int:
+    """A number of two digits and zeros, no smaller."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
 
 
 def _further(estimates: Mapping[str, Estimate]) -> list[str]:
@@ -81,10 +190,10 @@ def _further(estimates: Mapping[str, Estimate]) -> list[str]:
 
 def _interval(comparison: Comparison) -> str:
     low, high = comparison.interval
-    return f"{comparison.difference:+.4f} with a 95 % interval of [{low:+.4f}, {high:+.4f}]"
+    return f"{signed(comparison.difference)} with a 95 % interval of [{signed(low)}, {signed(high)}]"
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -94,8 +203,8 @@ def _beside(names: Sequence[str], comparisons: Mapping[str, Comparison], estimat
         return ""
     name = min(known, key=lambda other: estimates[other].value)
     comparison = comparisons[name]
-    how = "is better" if comparison.against else "is worse" if comparison.favours else "does as well"
-    return f"; the {name} {how} ({estimates[name].value:.4f})"
+    how = "is better" if comparison.against else "is worse" if comparison.favours else "cannot be told from it"
+    return f"; the {name} {how} ({figure(estimates[name].value)})"
 
 
 def as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:

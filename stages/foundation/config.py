@@ -220,6 +220,10 @@ class InferTable(Table):
     strength: Annotated[float, Field(ge=0)] | Auto = identity(
         1.0, "factor on the predicted rho; 1 is the paper, 0 is the base; auto: the one that evaluate fitted"
     )
+    row: str = identity(
+        "ocd ensemble",
+        "row of evaluate to predict with, such as nearest k blended; auto: the one with the lowest validation loss",
+    )
     save_deltas: bool = identity(False, "also write every sampled delta")
     pictures: int = identity(20, "strips written of at most so many inputs, where the task has picture(); 0: none", ge=0)
     batch_size: Count | Auto = execution("auto", "inputs at once, each with all its members")
@@ -246,6 +250,7 @@ class EvaluateTable(Table):
     neighbours: int = identity(5, "k of the row nearest k blended", ge=1)
     memorisation_samples: int = identity(256, "test samples whose deltas are compared with all training deltas", ge=1)
     rows: list[RequestedRow] = identity([], "rows to add on request: each but the first takes a training")
+    longer_base: bool = identity(True, "train the base for as long again, where that took less time than the other stages")
     seeds: int = identity(1, "whole trainings, with seeds from run.seed on, for mean ± standard deviation", ge=1)
     batch_size: Count | Auto = execution("auto", "samples at once")
 

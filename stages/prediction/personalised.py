@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from stages.diffusion.generate import DeltaGenerator
-from stages.diffusion.sampler import Noise
+from stages.diffusion.sampler import DrawnNoise, Noise
 from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree, batch_size
 from stages.per_sample.runner import Runner
@@ -23,15 +25,36 @@ class Prediction:
         output: the members' combination (B, …).
         members: each member's output (E, B, …).
         base_output: the base's output (B, …).
-        rho: predicted norm of the delta, (B,), before the strength.
-        deltas: what was applied, (B, E, out, in).
+        rho: predicted norm of the delta, (B,), before the strength; None where none was predicted.
+        deltas: what was applied, (B, E, out, in); None where that is not said.
     """
 
     output: Tree
     members: Tree
     base_output: Tree
-    rho: Tensor
-    deltas: Tensor
+    rho: Tensor | None = None
+    deltas: Tensor | None = None
+
+
+class Predictor(Protocol):
+    """What predicts for the rows of a split.
+
+    Attributes:
+        device: where it computes.
+    """
+
+    device: torch.device
+
+    def drawn(self, rows: Sequence[int], members: range) -> DrawnNoise | None:
+        """The noise of these rows and members, drawn ahead; None where there is none."""
+
+    def combine(self, outputs: Tree) -> Tree:
+        """Members (E, B, …) to their combination (B, …)."""
+
+    def predict(
+        self, x: Tree, ensemble: int, *, rows: Sequence[int], first_member: int, noise: DrawnNoise | None
+    ) -> Prediction:
+        """Predict for inputs (B, …), which are the `rows` of the split, with some of the members."""
 
 
 class PersonalisedModel:
@@ -61,6 +84,14 @@ class PersonalisedModel:
     def with_deltas_of(self, generate: DeltaGenerator) -> "PersonalisedModel":
         """The same with another generator."""
         return PersonalisedModel(self.runner, self._condition, generate, self.combine, self._prepare, self.ensemble)
+
+    @property
+    def device(self) -> torch.device:
+        return self.generate.device
+
+    def drawn(self, rows: Sequence[int], members: range) -> DrawnNoise:
+        """The noise of these rows and members, drawn ahead."""
+        return self.generate.noise(rows, members).drawn(self.generate.draws)
 
     @usual_torch()
     def predict(

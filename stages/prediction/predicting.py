@@ -1,9 +1,10 @@
 """The work of inferring: predictions for the rows of a split, block by block, how many at once, and what they score."""
 
 import contextlib
+import math
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ from stages.foundation.torch_state import theirs_are_usual
 from stages.foundation.trees import Tree, as_tree, leaves, take, tree_map
 from stages.per_sample.pass_size import CACHE_BYTES, largest_output, recorded_bytes
 from stages.per_sample.runner import Runner
-from stages.prediction.personalised import PersonalisedModel
+from stages.prediction.personalised import Predictor
 from stages.run_directory.format import ChunkRecord
 from stages.store.predictions import PredictionBlocks
+from stages.tasks.classes import guesses
 from stages.tasks.data import Split
 from stages.tasks.loader import naming_rows
 from stages.tasks.protocol import Task
 from stages.tasks.scoring import EVALUATION_BATCH, finite, metrics_of
 
 BASE, MEMBERS, OUTPUT, RHO, INDEX = "base_output", "member_output", "output", "rho", "sample_index"
-DELTAS = "deltas"
+DELTAS, CLASS, PROBABILITY = "deltas", "class", "probability"
 LARGEST_PREDICTED = 1024
 # Deltas of a batch, all members of it: the sampler goes over them several times a step, which wants them in the cache; the
 # denoiser's products want many, and a GPU has more to do with them while the noise of the next ones is drawn.
@@ -129,14 +131,16 @@ class _Writing:
 @dataclass(frozen=True)
 class BlockPredictor:
     """Predicts for the rows of a split, members that are known already aside, and writes them into the blocks of an answer;
-    `like` is an output (1, …), and `tell` hears of smaller batches where memory runs out."""
+    `like` is an output (1, …), `form` says what a classifier's outputs are the logits of (see `logits_of`), and `tell` hears of
+    smaller batches where memory runs out."""
 
-    personalised: PersonalisedModel
+    predictor: Predictor
     inputs: Split
     ensemble: int
     like: Tree
     smaller: Smaller
     tell: Callable[[str], None] = lambda text: None
+    form: str | None = None
 
     def work(self, predictions: PredictionBlocks, blocks: list[int], batch: int, on_progress: Callable[[int], None]) -> None:
         """Predict and write some blocks; `on_progress` is told how many inputs are done. One block is in memory.
@@ -168,7 +172,7 @@ class BlockPredictor:
 
     @property
     def _device(self) -> torch.device:
-        return self.personalised.generate.device
+        return self.predictor.device
 
     @property
     def _members(self) -> range:
@@ -177,7 +181,7 @@ class BlockPredictor:
 
     def _ready(self, predictions: PredictionBlocks, blocks: list[int], batch: int) -> Iterator[_Ready]:
         """For a GPU everything lies in page-locked memory, and noise is drawn, which takes the CPU long."""
-        generate, on_gpu = self.personalised.generate, self._device.type == "cuda"
+        on_gpu = self._device.type == "cuda"
         for block in blocks:
             span = predictions.block_range(block)
             for start in range(span.start, span.stop, batch):
@@ -185,15 +189,17 @@ class BlockPredictor:
                 x, noise = self.inputs.inputs(rows), None
                 if on_gpu:
                     x = tree_map(lambda leaf: leaf.pin_memory(), x)
-                    noise = generate.noise(rows, self._members).drawn(generate.draws)
+                    noise = self.predictor.drawn(rows, self._members)
                 yield _Ready(block, rows, x, noise)
 
     def _start(self, ready: _Ready, with_deltas: bool) -> _UnderWay:
         """Predict, and let the results come."""
-        found = self.personalised.predict(
+        found = self.predictor.predict(
             ready.x, len(self._members), rows=ready.rows, first_member=self._members.start, noise=ready.noise
         )
-        trees = {MEMBERS: found.members, OUTPUT: found.output, BASE: found.base_output, RHO: found.rho}
+        trees = {MEMBERS: found.members, OUTPUT: found.output, BASE: found.base_output}
+        if found.rho is not None:
+            trees[RHO] = found.rho
         if with_deltas:
             trees[DELTAS] = found.deltas
         arriving = on_its_way(trees, self._device)
@@ -204,47 +210,50 @@ class BlockPredictor:
         members, output = trees[MEMBERS], trees[OUTPUT]
         if self.smaller.members:
             members = tree_map(lambda old, new: torch.cat([old, new]), self.smaller.take(rows), members)
-            output = self.personalised.combine(members)
-        arrays = {RHO: trees[RHO], INDEX: self.inputs.rows[rows.start : rows.stop]}
+            output = self.predictor.combine(members)
+        arrays = {RHO: trees[RHO]} if RHO in trees else {}
+        arrays[INDEX] = self.inputs.rows[rows.start : rows.stop]
+        if self.form is not None:
+            arrays[CLASS], arrays[PROBABILITY] = guesses(output, self.form)
         for name, tree in ((BASE, trees[BASE]), (OUTPUT, output)):
             arrays |= {array_name(name, path): leaf for path, leaf in leaves(tree).items()}
         arrays |= {array_name(MEMBERS, path): leaf.transpose(0, 1) for path, leaf in leaves(members).items()}
         return {name: value.contiguous().numpy() for name, value in arrays.items()}
 
-    def figures(self, predictions: PredictionBlocks, task: Task) -> dict[str, Any]:
-        """The mean predicted ρ, and the means of the task's metrics for base, one draw and ensemble; these are None where there
-        are no labels. Predictions are made before this reads them; beside it only checks look at labels, to refuse what
-        could not be scored."""
+    def figures(self, predictions: PredictionBlocks, task: Task, rows: Mapping[str, str]) -> dict[str, Any]:
+        """The mean predicted ρ (None where none was), and the means of the task's metrics, None where there are no labels; of
+        `rows`, the name of the array that each is scored by. Predictions are made before this reads them; beside it only
+        checks look at labels, to refuse what could not be scored."""
         count, rho, labelled = len(self.inputs), 0.0, self.inputs.labels([0]) is not None
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for block in range(predictions.blocks):
             arrays, span = predictions.read(block), predictions.block_range(block)
-            rho += float(arrays[RHO].sum(dtype=np.float64))
+            rho += float(arrays[RHO].sum(dtype=np.float64)) if RHO in arrays else math.nan
             for start in range(0, len(span) if labelled else 0, EVALUATION_BATCH):
-                self._score(totals, task, arrays, span, slice(start, min(len(span), start + EVALUATION_BATCH)))
+                self._score(totals, task, rows, arrays, span, slice(start, min(len(span), start + EVALUATION_BATCH)))
         metrics = {row: {name: finite(total / count) for name, total in sums.items()} for row, sums in totals.items()}
-        return {"rho": rho / count, "metrics": metrics if labelled else None}
+        return {"rho": finite(rho / count), "metrics": metrics if labelled else None}
 
     def _score(
-        self, totals: dict[str, dict[str, float]], task: Task, arrays: dict[str, np.ndarray], span: range, part: slice
+        self,
+        totals: dict[str, dict[str, float]],
+        task: Task,
+        rows: Mapping[str, str],
+        arrays: dict[str, np.ndarray],
+        span: range,
+        part: slice,
     ) -> None:
         """Add some rows to the sums."""
         positions = span[part]
         y = self.inputs.labels(positions)
-
-        def tree(name: str) -> Tree:
-            return take(stored_output(arrays, name, self.like), part)
-
-        outputs = {
-            "base": tree(BASE),
-            "ocd one draw": tree_map(lambda leaf: leaf[:, 0].contiguous(), tree(MEMBERS)),
-            "ocd ensemble": tree(OUTPUT),
-        }
-        for row, output in outputs.items():
+        for row, name in rows.items():
+            output = take(stored_output(arrays, name, self.like), part)
+            if name == MEMBERS:
+                output = tree_map(lambda leaf: leaf[:, 0].contiguous(), output)
             with naming_rows(self.inputs, positions):
                 figures = metrics_of(task, output, y)
-            for name, values in figures.items():
-                totals[row][name] += float(values.double().sum())
+            for metric, values in figures.items():
+                totals[row][metric] += float(values.double().sum())
 
 
 def prediction_bytes(runner: Runner, x: Tree) -> int:

@@ -79,8 +79,9 @@ def strength_of(context: RunContext) -> float:
     found = Strength.read(context.file_of("evaluate", STRENGTH_FILE)).strength
     if found is None:
         raise ArtifactError(
-            "infer.strength = 'auto': evaluate had too few validation samples to fit a strength on",
-            "name one with --strength NUMBER, or give more validation samples",
+            "infer.strength = 'auto': evaluate fitted no strength, for want of validation samples that neither base nor "
+            "denoiser has learned from",
+            "name one with --strength NUMBER, or give validation samples with task.validation",
         )
     return found
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from stages.foundation.errors import ArtifactError
 from stages.foundation.files import disk_errors, inside, remove, sha256_file, sync_folder
 from stages.run_directory.format import FORMAT_VERSION, Begun, FileRecord, Manifest, RunRecord
 from stages.run_directory.locks import held
+from stages.run_directory.pipeline import AUTO, OWN_ROW
 from stages.run_directory.project import Project
 
 MANIFEST, BEGUN, RUN_FILE = "manifest.json", "begun.json", "run.json"
@@ -123,7 +125,16 @@ class StageFolder:
 
 def folder_of(project: Project, stage: str, name: str = "test") -> StageFolder:
     """The folder of a stage; `name` tells apart the queries of `infer`."""
-    return StageFolder(project.run_path, f"infer/{name}" if stage == "infer" else stage)
+    return StageFolder(project.run_path, f"infer/{name}{_how(project)}" if stage == "infer" else stage)
+
+
+def _how(project: Project) -> str:
+    """What the name of an answer ends in that another row of `evaluate` gives, or the strength it fitted: it does not take the
+    place of the plain one. No file's stem holds a plus sign, as `infer` spells it."""
+    infer = project.settings.infer
+    if infer.row != OWN_ROW:
+        return "+row-auto" if infer.row == AUTO else "+" + re.sub(r"[^\w-]+", "-", infer.row).strip("-")
+    return "+strength-auto" if infer.strength == AUTO else ""
 
 
 def task_name(project: Project) -> str:

@@ -292,9 +292,14 @@ class ScaleDescription(Record):
 
 
 class Strength(Record):
-    """`strength.json`: the strength that validation samples favour, the loss at each one tried, and what it was fitted on."""
+    """`strength.json`: the strength that validation samples favour, the loss at each one tried, what it was fitted on; the rows
+    that predict, each with its strength, the best of them, and the temperature of the base's logits (or log-probabilities)."""
 
     strength: float | None
     losses: dict[str, float | None]
     ensemble: int
     samples: int
+    rows: dict[str, float | None] = {}
+    best: str | None = None
+    temperature: float | None = None
+    normalised: bool = False

@@ -11,6 +11,8 @@ from stages.run_directory.project import Project
 # `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that
 # `ocd select-layer --layer fc1.weight` followed by a plain `ocd collect` is no contradiction.
 AUTO = "auto"
+# What `infer` predicts with unless it is asked for another row of `evaluate`.
+OWN_ROW = "ocd ensemble"
 # Of these, what was made holds what is asked for where it was asked for more.
 MORE_IS_FINE = ("evaluate.rows", "evaluate.seeds")
 
@@ -79,11 +81,14 @@ LEARNED = ORDER[: ORDER.index("train-scale") + 1]
 
 
 def spec_of(project: Project, name: str) -> StageSpec:
-    """A stage's place in the pipeline; predictions at the strength that `evaluate` fitted come after it, and a denoiser that is
-    tuned reads what the task's loss is computed from."""
+    """A stage's place in the pipeline; predictions with another row of `evaluate`, or at the strength that it fitted, come
+    after it, and a denoiser that is tuned reads what the task's loss is computed from."""
     spec = STAGES[name]
     if name == "train-diffusion" and project.settings.train_diffusion.tune_after:
         return dataclasses.replace(spec, reads=STAGES["collect"].reads + spec.reads, data=("train",), task=True)
+    if name == "infer" and project.settings.infer.row != OWN_ROW:
+        # Neighbours are looked for among the training samples, and a task's own rows may be trained on both.
+        return dataclasses.replace(spec, reads=(*STAGES["evaluate"].reads, "evaluate"), data=("input", "train", "validation"))
     if name == "infer" and project.settings.infer.strength == AUTO:
         return dataclasses.replace(spec, reads=(*spec.reads, "evaluate"))
     return spec

@@ -105,7 +105,8 @@ def inputs_of(
 ) -> tuple[dict[str, Any], dict[str, SourceRecord]]:
     """The content hashes of all that a stage reads, `upstream` being those of earlier stages, and the records of the user's
     files among them; `recorded` and `hash_dataset` as `task_sources`."""
-    roles = spec.data if query is None else tuple(filter(None, [query.split]))
+    of_query = {query.split} - {""} if query else set()
+    roles = tuple(role for role in (*DATA_ROLES, "weights") if role in of_query or role in spec.data)
     hashes, sources = task_sources(project, roles, recorded, hash_dataset) if spec.task else ({}, {})
     if spec.name == "train-diffusion":
         sources |= encoder_sources(project, recorded)

@@ -68,6 +68,10 @@ class PredictionBlocks(Ledger):
         chunks = range(span.start // self._chunk_rows, -(-span.stop // self._chunk_rows))
         return [chunk_name(DELTA, chunk, len(self._delta.row_shape)) for chunk in chunks]
 
+    def rows_of(self, blocks: list[int]) -> list[int]:
+        """The rows of some blocks."""
+        return [row for block in blocks for row in self.block_range(block)]
+
     def write_deltas(self, span: range, deltas: np.ndarray) -> dict[str, ChunkRecord]:
         """Write a batch's deltas (B, E, out, in); their chunks, for the block's record."""
         if deltas.dtype != np.dtype(self._delta.dtype):

@@ -1,12 +1,12 @@
 """evaluate: planted tasks get the verdict they must get; what it writes; what it shares with infer; branches and seeds."""
 
-import json
-
 import numpy as np
 import pytest
 from evaluating import COSTLY, ROWS, evaluated, rows_of
 from folders import own_task, states
 from planted import HELPING, HOPELESS
+
+from stages.lifecycle.context import GIVE_VALIDATION, PROBABLY_SEEN
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_ocd_helps_where_the_layers_input_tells_the_residual(helped):
 
 def test_ocd_does_not_help_where_labels_know_nothing_of_x(hopeless_run):
     _, results = hopeless_run
-    assert "does not help" in results["verdict"] or "harms" in results["verdict"]
+    assert results["outcome"] in ("does not help", "harms")
     # Averaging cures over-confidence, and so does a temperature, which is named before anything else may count as a gain.
     rows = rows_of(results)
     assert results["temperature"] > 1.2
@@ -143,12 +143,13 @@ def test_no_strength_where_nothing_could_be_fitted(ocd, finished):
     fitted = finished.read("evaluate/strength.json")
     assert fitted["strength"] is None
     shown = ocd(finished, "infer", "--strength", "auto", code=3)
-    assert "evaluate had too few validation samples to fit a strength on" in shown.stderr
+    assert "evaluate fitted no strength, for want of validation samples" in shown.stderr
 
 
 def test_an_evaluation_is_redone_when_asked_otherwise(ocd, finished):
     first = ocd(finished, "evaluate")
-    assert "OCD does not help: cross_entropy " in first.stdout
+    verdict = finished.read("evaluate/results.json")["verdict"]
+    assert verdict in first.stdout.replace("\n", " ")
     before = finished.files()
     again = ocd(finished, "evaluate")
     assert again.stdout.startswith("evaluate: up to date")
@@ -184,7 +185,7 @@ def test_without_validation_samples_no_strength_is_fitted(ocd, project):
     for name in ("random training deltas", "shuffled conditioning"):
         assert rows_of(results)[name]["strength"] == 1
         assert not rows_of(results)[name]["validated"]
-    assert "does not help" in results["verdict"] or "harms" in results["verdict"]
+    assert results["outcome"] != "helps"
     assert results["validation_samples"] == 0
     assert rows_of(results)["ocd ensemble"]["strength"] == 1
 
@@ -194,14 +195,37 @@ def test_imported_weights_come_with_a_warning(ocd, finished, project):
     ocd(folder, "train-base", "--weights", finished.run / "train-base" / "base.safetensors")
     ocd(folder, "run", "--quiet", "--until", "train-scale")
     shown = ocd(folder, "evaluate")
-    assert "the base's weights were imported: nobody can know" in shown.stdout
-    results = json.loads((folder.run / "evaluate" / "results.json").read_text())
+    said = f"warning: {PROBABLY_SEEN}: no strength and no temperature is fitted; {GIVE_VALIDATION}"
+    assert shown.stdout.replace("\n", " ").count(said) == 1
+    results = folder.read("evaluate/results.json")
     assert len(results["warnings"]) == 1
+    assert {row["name"] for row in results["rows"]}.isdisjoint({"temperature-scaled base", "ocd validated strength"})
+    assert not any(row["validated"] for row in results["rows"])
     left_out = {
         entry["name"]: entry["reason"]
         for entry in evaluated(ocd, folder, "--add", "base trained for as long again")["left_out"]
     }
     assert left_out["base trained for as long again"].startswith("the base was imported")
+
+
+def test_imported_weights_are_judged_on_a_validation_set_of_its_own(ocd, finished, project):
+    folder = project({"task": {"validation": "validation.npz"}})
+    arrays = dict(np.load(finished.root / "test.npz"))
+    folder.save("validation.npz", arrays["x"][:20], arrays["y"][:20])
+    ocd(folder, "train-base", "--weights", finished.run / "train-base" / "base.safetensors")
+    ocd(folder, "run", "--quiet", "--until", "train-scale")
+    results = evaluated(ocd, folder)
+    assert results["validation_samples"] == 20
+    assert results["temperature"] is not None
+
+
+def test_a_strength_at_the_edge_of_what_was_tried_is_named(ocd, helped):
+    folder, _ = helped
+    results = evaluated(ocd, folder, "--set", "evaluate.strengths=[0, 0.1]")
+    assert rows_of(results)["ocd validated strength"]["strength"] == 0.1
+    (warning,) = results["warnings"]
+    assert warning.startswith("the largest strength tried, 0.1, is the best for ocd validated strength")
+    assert warning.endswith("a larger one may be better: name more with evaluate.strengths")
 
 
 def test_no_label_reaches_a_prediction(ocd, finished):

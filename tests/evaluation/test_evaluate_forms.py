@@ -52,7 +52,7 @@ def evaluated(ocd, make_run):
 def test_every_row_is_there_or_left_out(evaluated, name):
     results, left_out, _ = evaluated(name)
     assert {row["name"] for row in results["rows"]} | set(left_out) == set(TABLE)
-    assert any(word in results["verdict"] for word in ("helps", "does not help", "harms"))
+    assert results["outcome"] in results["verdict"]
 
 
 def test_log_probabilities_stay_such_at_any_temperature(evaluated):

@@ -8,6 +8,7 @@ from stages.evaluation.rows import (
     BASE,
     BLENDED,
     ENSEMBLE,
+    LONGER,
     MEAN_DELTA,
     NEAREST,
     NEAREST_INPUT,
@@ -18,15 +19,26 @@ from stages.evaluation.rows import (
     VALIDATED,
 )
 from stages.evaluation.statistics import Estimate
-from stages.evaluation.verdict import NEIGHBOURS, Comparison, as_json, compared_with, verdict
+from stages.evaluation.verdict import (
+    DOES_NOT,
+    HARMS,
+    HELPS,
+    NEIGHBOURS,
+    UNDECIDED,
+    Comparison,
+    Verdict,
+    advice,
+    as_json,
+    compared_with,
+    verdict,
+)
 
-WORDS = ("helps", "does not help", "harms")
 # Of the difference to a row of no width itself: 95 % lie within ± 0.01.
 NARROW, WIDE = 0.01, 0.3
+FAR = {BASE: 0.5, TEMPERATURE: 0.95, RANDOM_TRAINING: 0.95, SHUFFLED: 0.95}
 CLEAR = {BASE: 0.5, TEMPERATURE: 0.48, RANDOM_TRAINING: 0.49, SHUFFLED: 0.495}
-
-
 SAMPLES = 10**6
+WORDS = (HELPS, DOES_NOT, HARMS, UNDECIDED)
 
 
 def estimate(value, width=0.0, samples=SAMPLES):
@@ -34,14 +46,18 @@ def estimate(value, width=0.0, samples=SAMPLES):
     return Estimate(value, width / 2, value + width * np.linspace(-1, 1, 4001) / 0.95, samples)
 
 
-def said(ensemble, others, width=NARROW, **options):
-    """The verdict on the ensemble's loss beside other rows' losses, which must hold just one of the words."""
-    losses = {ENSEMBLE: estimate(ensemble, width)} | {name: estimate(value) for name, value in others.items()}
-    found = verdict(compared_with(losses), losses, "cross-entropy", **options)
-    held = [word for word in WORDS if word in found]
-    assert len(held) == 1, found
-    assert "\n" not in found
-    return held[0], found
+def judged(losses, metric="cross-entropy", **options):
+    """The verdict on estimates, whose sentence must hold its outcome and no other one."""
+    found = verdict(compared_with(losses), losses, metric, **options)
+    assert [word for word in WORDS if word in found.sentence] == [found.outcome], found
+    assert "\n" not in found.sentence
+    return found
+
+
+def said(ensemble, others, width=NARROW, samples=SAMPLES, **options):
+    """The verdict on the ensemble's loss beside other rows' losses, which have no width of their own."""
+    losses = {name: estimate(value, samples=samples) for name, value in others.items()}
+    return judged({ENSEMBLE: estimate(ensemble, width, samples)} | losses, **options)
 
 
 def test_a_comparison_is_the_paired_difference():
@@ -53,116 +69,186 @@ def test_a_comparison_is_the_paired_difference():
 
 
 @pytest.mark.parametrize(
-    ("interval", "favours", "against"),
+    ("interval", "favours", "against", "no_gain"),
     [
-        ((-0.2, -0.1), True, False),
-        ((-0.2, 0.0), False, False),
-        ((-0.2, 0.1), False, False),
-        ((0.0, 0.1), False, False),
-        ((0.1, 0.2), False, True),
-        ((float("nan"), float("nan")), False, False),
+        ((-0.2, -0.1), True, False, False),
+        ((-0.2, 0.0), False, False, False),
+        ((-0.2, 0.1), False, False, False),
+        ((-0.04, 0.1), False, False, True),
+        # A gain beyond doubt is one, however small.
+        ((-0.04, -0.01), True, False, False),
+        ((0.0, 0.1), False, False, True),
+        ((0.1, 0.2), False, True, True),
+        ((float("nan"), float("nan")), False, False, False),
     ],
 )
-def test_an_interval_is_on_a_side_only_as_a_whole(interval, favours, against):
+def test_an_interval_is_on_a_side_only_as_a_whole(interval, favours, against, no_gain):
     found = Comparison(sum(interval) / 2, interval)
-    assert (found.favours, found.against) == (favours, against)
+    assert (found.favours, found.against, found.leaves_no_gain(0.05)) == (favours, against, no_gain)
+
+
+@pytest.mark.parametrize(
+    ("difference", "interval", "samples"),
+    [
+        # A gain of 0.1 known to ± 0.2: half the width takes four times the samples.
+        (-0.1, (-0.3, 0.1), 400),
+        # As it is, the difference leaves no gain of 0.05; to be sure takes an interval of ± 0.05, or of ± 0.15.
+        (0.0, (-0.1, 0.1), 400),
+        (0.1, (-0.2, 0.4), 400),
+        # Both could come true: the one that takes fewer.
+        (-0.04, (-0.08, 0.01), 157),
+        # Half-way between a gain and none.
+        (0.0, (-1e3, 1e3), None),
+        (float("nan"), (float("nan"), float("nan")), None),
+    ],
+)
+def test_how_many_samples_decide(difference, interval, samples):
+    found = Comparison(difference, interval).samples_to_decide(100, 0.05)
+    assert found == (None if samples is None else pytest.approx(samples, abs=1))
 
 
 def test_what_is_compared():
-    losses = {name: estimate(0.5) for name in (BASE, ENSEMBLE, TEMPERATURE, VALIDATED, ORACLE, NEAREST_INPUT, SHUFFLED)}
-    assert list(compared_with(losses)) == [BASE, TEMPERATURE, SHUFFLED, NEAREST_INPUT]
+    names = (BASE, ENSEMBLE, TEMPERATURE, VALIDATED, ORACLE, NEAREST_INPUT, SHUFFLED, LONGER)
+    losses = {name: estimate(0.5) for name in names}
+    assert list(compared_with(losses)) == [BASE, TEMPERATURE, SHUFFLED, LONGER, NEAREST_INPUT]
     assert compared_with({BASE: estimate(0.5)}) == {}
 
 
 def test_it_helps():
-    word, found = said(0.4, CLEAR)
-    assert word == "helps"
-    assert found == (
-        "OCD helps: cross-entropy 0.5000 → 0.4000, -0.1000 with a 95 % interval of [-0.1100, -0.0900]; "
-        f"{TEMPERATURE}, {RANDOM_TRAINING} and {SHUFFLED} do less"
+    found = said(0.4, CLEAR)
+    assert found == Verdict(
+        HELPS,
+        "OCD helps: cross-entropy 0.5 → 0.4, -0.1 with a 95 % interval of [-0.11, -0.09]; "
+        f"{TEMPERATURE}, {RANDOM_TRAINING} and {SHUFFLED} do less",
     )
+    assert said(0.4, {**CLEAR, LONGER: 0.45}).sentence.endswith(f"{SHUFFLED} and {LONGER} do less")
 
 
 @pytest.mark.parametrize("absent", [(TEMPERATURE,), (RANDOM_TRAINING,), (SHUFFLED,), (RANDOM_TRAINING, SHUFFLED)])
-def test_a_gain_over_fewer_rows_than_needed_is_in_doubt(absent):
-    word, found = said(0.4, {name: loss for name, loss in CLEAR.items() if name not in absent})
-    assert word == "does not help"
-    assert f"there is no {' and '.join(absent)} to compare with; cross-entropy 0.5000 → 0.4000" in found
+def test_a_gain_over_fewer_rows_than_needed_is_undecided(absent):
+    found = said(0.4, {name: loss for name, loss in CLEAR.items() if name not in absent})
+    assert (found.outcome, found.rival, found.samples, found.absent) == (UNDECIDED, None, None, absent)
+    assert f"there is no {' and '.join(absent)} to compare with; cross-entropy 0.5 → 0.4" in found.sentence
 
 
 def test_without_classes_there_is_no_temperature_to_miss():
     others = {name: loss for name, loss in CLEAR.items() if name != TEMPERATURE}
-    word, found = said(0.4, others, classes=False)
-    assert word == "helps"
-    assert found.endswith(f"; {RANDOM_TRAINING} and {SHUFFLED} do less")
-    assert said(0.4, {BASE: 0.5, SHUFFLED: 0.49}, classes=False)[0] == "does not help"
+    found = said(0.4, others, classes=False)
+    assert found.outcome == HELPS
+    assert found.sentence.endswith(f"; {RANDOM_TRAINING} and {SHUFFLED} do less")
+    assert said(0.4, {BASE: 0.5, SHUFFLED: 0.49}, classes=False).outcome == UNDECIDED
 
 
 @pytest.mark.parametrize("others", [CLEAR, {**CLEAR, TEMPERATURE: 0.3}, {BASE: 0.5}])
 def test_it_harms(others):
     """Whatever the rivals do."""
-    word, found = said(0.6, others)
-    assert word == "harms"
-    assert found.startswith("OCD harms: cross-entropy 0.5000 → 0.6000, +0.1000 with a 95 % interval of [+0.0900, +0.1100]")
+    found = said(0.6, others)
+    assert found == Verdict(HARMS, "OCD harms: cross-entropy 0.5 → 0.6, +0.1 with a 95 % interval of [+0.09, +0.11]")
 
 
-@pytest.mark.parametrize("ensemble", [0.45, 0.5, 0.55])
-def test_it_does_not_help_where_there_is_no_difference(ensemble):
-    word, found = said(ensemble, CLEAR, WIDE)
-    assert word == "does not help"
-    assert "is no difference" in found
-    assert f"0.5000 → {ensemble:.4f}" in found
+@pytest.mark.parametrize(("ensemble", "width"), [(0.497, 0.001), (0.499, 0.003), (0.5, 0.004), (0.504, 0.008)])
+def test_it_does_not_help_where_no_gain_of_one_per_cent_is_possible(ensemble, width):
+    found = said(ensemble, FAR, width)
+    assert found.outcome == (HELPS if ensemble == 0.497 else DOES_NOT)
+    if found.outcome == DOES_NOT:
+        assert found.sentence.endswith("leaves no room for a gain of 1 %")
+        assert (found.rival, found.samples) == (None, None)
 
 
-@pytest.mark.parametrize("rival", [TEMPERATURE, RANDOM_TRAINING, SHUFFLED])
-@pytest.mark.parametrize("loss", [0.3, 0.395, 0.405])
+@pytest.mark.parametrize(("ensemble", "samples"), [(0.45, 3600), (0.5, 360_000), (0.55, 2976)])
+def test_it_is_undecided_where_the_samples_are_too_few(ensemble, samples):
+    """An interval of ± 0.3 allows a gain and none."""
+    found = said(ensemble, FAR, WIDE, samples=100)
+    assert found.outcome == UNDECIDED
+    assert found.samples == pytest.approx(samples, rel=0.05)
+    assert found.sentence.startswith("undecided: 100 test samples do not tell the ensemble from the base, about ")
+    assert f" would; cross-entropy 0.5 → {ensemble:g}, " in found.sentence
+
+
+@pytest.mark.parametrize("rival", [TEMPERATURE, RANDOM_TRAINING, SHUFFLED, LONGER])
+@pytest.mark.parametrize("loss", [0.3, 0.38, 0.398])
 def test_the_gain_is_a_rivals(rival, loss):
-    """The rival is better, or as good to within the interval."""
-    word, found = said(0.4, {**CLEAR, rival: loss})
-    assert word == "does not help"
-    assert f"the gain is that of {rival} ({loss:.4f})" in found
+    """The rival is better, or gains as much, as far as one can see."""
+    found = said(0.4, {**CLEAR, rival: loss})
+    assert (found.outcome, found.rival) == (DOES_NOT, rival)
+    assert f"the gain is that of {rival} ({loss:g})" in found.sentence
+
+
+def test_a_rival_that_is_as_good_as_can_be_told_has_the_gain():
+    """No gain of 1 % of the base's loss over it is possible."""
+    found = said(0.4, {**CLEAR, SHUFFLED: 0.401}, width=0.003)
+    assert (found.outcome, found.rival) == (DOES_NOT, SHUFFLED)
+
+
+def test_a_base_that_may_be_worse_is_no_help_where_a_rival_is_better():
+    losses = {name: estimate(loss) for name, loss in CLEAR.items()}
+    shared = WIDE * np.linspace(-1, 1, 4001)
+    losses[ENSEMBLE], losses[LONGER] = (Estimate(at, 0.1, at + shared, SAMPLES) for at in (0.45, 0.4))
+    found = judged(losses)
+    assert (found.outcome, found.rival) == (DOES_NOT, LONGER)
+    assert f"it does no better than {LONGER} (0.4)" in found.sentence
 
 
 def test_of_several_rivals_the_best_is_named():
-    _, found = said(0.4, {**CLEAR, TEMPERATURE: 0.405, SHUFFLED: 0.395})
-    assert f"the gain is that of {SHUFFLED} (0.3950)" in found
-    assert TEMPERATURE not in found
+    found = said(0.4, {**CLEAR, TEMPERATURE: 0.399, SHUFFLED: 0.395})
+    assert f"the gain is that of {SHUFFLED} (0.395)" in found.sentence
+    assert TEMPERATURE not in found.sentence
 
 
-@pytest.mark.parametrize("rival", [TEMPERATURE, RANDOM_TRAINING, SHUFFLED])
-def test_too_few_samples_to_tell(rival):
-    """The rival has no gain of its own, but its difference to the ensemble is too noisy."""
-    losses = {ENSEMBLE: estimate(0.4, NARROW)} | {name: estimate(value) for name, value in CLEAR.items()}
-    losses[rival] = estimate(0.51, WIDE)
-    found = verdict(compared_with(losses), losses, "mse")
-    assert [word for word in WORDS if word in found] == ["does not help"]
-    assert f"too few samples to tell it from {rival} (0.5100); mse 0.5000 → 0.4000" in found
+@pytest.mark.parametrize("rival", [TEMPERATURE, RANDOM_TRAINING, SHUFFLED, LONGER])
+@pytest.mark.parametrize("loss", [0.41, 0.51, 0.6])
+def test_too_few_samples_to_tell_a_rival(rival, loss):
+    """The rival seems to do less, but its difference to the ensemble is too noisy."""
+    losses = {ENSEMBLE: estimate(0.4, NARROW, 1000)} | {name: estimate(value, samples=1000) for name, value in CLEAR.items()}
+    losses[rival] = estimate(loss, WIDE, 1000)
+    found = judged(losses, "mse")
+    assert (found.outcome, found.rival) == (UNDECIDED, rival)
+    assert f"do not tell the ensemble from {rival} ({loss:g}), about " in found.sentence
+    assert "; mse 0.5 → 0.4, " in found.sentence
 
 
-@pytest.mark.parametrize("loss", [0.5, 0.6])
-def test_a_rival_that_gains_nothing_is_not_said_to_have_the_gain(loss):
-    losses = {ENSEMBLE: estimate(0.4, NARROW), BASE: estimate(0.5), SHUFFLED: estimate(loss, WIDE)}
-    found = verdict(compared_with(losses), losses, "mse")
-    assert f"too few samples to tell it from {SHUFFLED}" in found
-    assert "the gain is that of" not in found
-
-
-@pytest.mark.parametrize(("loss", "how"), [(0.3, "is better"), (0.395, "does as well"), (0.45, "is worse")])
+@pytest.mark.parametrize(("loss", "how"), [(0.3, "is better"), (0.395, "cannot be told from it"), (0.45, "is worse")])
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 @pytest.mark.parametrize("others", [CLEAR, {**CLEAR, SHUFFLED: 0.4}, {BASE: 0.4}, {BASE: 0.2}])
 def test_the_neighbour_is_named_whoever_wins(loss, how, neighbour, others):
-    _, found = said(0.4, {**others, neighbour: loss})
-    assert found.endswith(f"; the {neighbour} {how} ({loss:.4f})")
+    assert said(0.4, {**others, neighbour: loss}).sentence.endswith(f"; the {neighbour} {how} ({loss:g})")
 
 
 def test_the_better_neighbour_is_named():
-    _, found = said(0.4, {**CLEAR, NEAREST: 0.39, NEAREST_INPUT: 0.3})
-    assert found.endswith(f"; the {NEAREST_INPUT} is better (0.3000)")
+    found = said(0.4, {**CLEAR, NEAREST: 0.39, NEAREST_INPUT: 0.3}).sentence
+    assert found.endswith(f"; the {NEAREST_INPUT} is better (0.3)")
     assert f"the {NEAREST} " not in found.replace(NEAREST_INPUT, "")
 
 
 def test_a_neighbour_does_not_change_the_verdict():
-    assert said(0.4, {**CLEAR, NEAREST: 0.1})[0] == "helps"
+    assert said(0.4, {**CLEAR, NEAREST: 0.1}).outcome == HELPS
+
+
+def test_names_with_braces_are_names():
+    found = said(0.4, {**CLEAR, "mine {0}": 0.3}, metric="{loss}")
+    assert found.sentence.startswith("OCD helps: {loss} 0.5 → 0.4, ")
+    assert found.sentence.endswith("; the mine {0} is better (0.3)")
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "others", "best", "next_step"),
+    [
+        (0.4, CLEAR, ENSEMBLE, "predict with: ocd infer"),
+        (0.4, CLEAR, None, "predict with: ocd infer"),
+        (0.4, CLEAR, BLENDED, f"predict with the row of the lowest validation loss, {BLENDED}: ocd infer --row auto"),
+        (0.6, CLEAR, BLENDED, f"predict with the row of the lowest validation loss, {BLENDED}: ocd infer --row auto"),
+        (0.6, CLEAR, ENSEMBLE, "use the base as it is"),
+        (0.6, CLEAR, BASE, "use the base as it is"),
+        (0.4, {**CLEAR, LONGER: 0.3}, BLENDED, "train the base longer first: raise train-base.epochs"),
+        (0.4, {BASE: 0.5}, None, "give validation samples with task.validation, and evaluate again"),
+    ],
+)
+def test_what_to_do_next(ensemble, others, best, next_step):
+    assert advice(said(ensemble, others), best) == next_step
+
+
+def test_where_the_samples_are_too_few_there_have_to_be_more():
+    assert advice(said(0.45, CLEAR, WIDE, samples=100), BLENDED) == "evaluate on more test samples"
 
 
 def test_comparisons_as_json():

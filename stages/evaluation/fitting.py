@@ -1,0 +1,116 @@
+"""What validation samples decide: each row's strength, the base's temperature, and which row predicts best."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stages.evaluation import rows as row
+from stages.evaluation.comparison import Fitted, OnProgress, fit_temperature, scaled, validation_losses
+from stages.evaluation.rows import Row
+from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
+from stages.foundation.memory import AtOnce
+from stages.run_directory.format import Strength
+from stages.run_directory.pipeline import AUTO
+from stages.tasks.scoring import finite
+
+# OCD's own rows, which have the strength that `[infer]` asks for.
+AS_ASKED = (row.ONE_DRAW, row.ENSEMBLE, row.NO_SCALING, row.MEAN_NETWORK)
+
+
+@dataclass(frozen=True)
+class OnValidation:
+    """What was found on validation samples; without any, nothing.
+
+    Attributes:
+        asked: the strength that `[infer]` asks for, or `auto`.
+        tried: each row's mean loss at each strength tried, by name.
+        fitted: the strengths that rows are given, by name.
+        temperature: of the base's logits, which `normalised` says are log-probabilities.
+        samples: how many there were.
+    """
+
+    asked: float | str
+    tried: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+    fitted: Mapping[str, Fitted] = field(default_factory=dict)
+    temperature: float | None = None
+    normalised: bool = False
+    samples: int = 0
+
+    def strengths(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Every row's strength by name: as fitted; of OCD's own rows, and where nothing could be fitted, as asked."""
+        found = {name: one.strength for name, one in self.fitted.items()}
+        asked = found.get(row.VALIDATED, 1.0) if self.asked == AUTO else self.asked
+        found |= dict.fromkeys(AS_ASKED, asked)
+        found |= {one.name: asked for one in rows if one.validated and one.name not in found}
+        return found | {row.NEAREST: 1.0, row.ORACLE: 1.0}
+
+    def loss_of(self, name: str, strengths: Mapping[str, float]) -> float | None:
+        """A row's mean loss at its strength."""
+        return self.tried.get(name, {}).get(strengths.get(name, 1.0))
+
+    def at_the_edge(self) -> list[str]:
+        """The rows that predict best at the largest strength tried."""
+        return [name for name, one in self.fitted.items() if row.predicts(name) and 0 < one.strength == max(one.losses)]
+
+    def best(self, rows: Sequence[Row]) -> str | None:
+        """Of the rows that predict, the one with the lowest loss; of equals the first."""
+        strengths = self.strengths(rows)
+        losses = {one.name: self.loss_of(one.name, strengths) for one in rows if row.predicts(one.name)}
+        known = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        return min(known, key=known.get) if known else None
+
+    def record(self, rows: Sequence[Row], ensemble: int) -> Strength:
+        """`strength.json`: what predicts, at which strength, and which row has the lowest loss."""
+        strengths = self.strengths(rows)
+        ours = self.fitted.get(row.VALIDATED)
+        return Strength(
+            strength=ours.strength if ours else None,
+            losses={str(key): finite(value) for key, value in ours.losses.items()} if ours else {},
+            ensemble=ensemble,
+            samples=self.samples,
+            rows={one.name: strengths.get(one.name) for one in rows if row.predicts(one.name)},
+            best=self.best(rows),
+            temperature=self.temperature,
+            normalised=self.normalised,
+        )
+
+
+def temperature_row(temperature: float, *, normalised: bool) -> Row:
+    """The base's logits divided by a temperature."""
+
+    def predict(batch: Batch) -> Tensor:
+        return scaled(batch.first.output, temperature, normalised=normalised)
+
+    return row.output_row(row.TEMPERATURE, predict)
+
+
+def fit_rows(
+    subject: Subject,
+    validation: EvaluatedSamples,
+    rows: Sequence[Row],
+    grid: Sequence[float],
+    asked: float | str,
+    *,
+    classification: bool,
+    at_once: AtOnce,
+    progress: Callable[[str, int], OnProgress],
+) -> tuple[list[Row], OnValidation]:
+    """Fit a temperature, then the strengths of the rows that have one to fit, and judge all rows that predict.
+
+    Returns:
+        the rows, the temperature-scaled base among them where the outputs have a temperature; and what was found.
+    """
+    scale = at_once.whole(lambda size: fit_temperature(subject, validation, size)) if classification else None
+    temperature, normalised = scale or (None, False)
+    if temperature is not None:
+        rows = row.in_order([*rows, temperature_row(temperature, normalised=normalised)])
+    free = {name for name in AS_ASKED if asked == AUTO} | {one.name for one in rows if one.validated}
+    fixed = dict.fromkeys(AS_ASKED, (asked,))
+    wanted = [one for one in rows if row.predicts(one.name) or one.validated]
+    grids = {one.name: grid if one.name in free else fixed.get(one.name, (1.0,)) for one in wanted}
+    on_progress = progress("validation samples × rows", len(validation.order) * len(wanted))
+    tried = at_once.whole(lambda size: validation_losses(subject, validation, wanted, grids, size, on_progress))
+    fitted = {one.name: Fitted.of(tried[one.name]) for one in wanted if one.validated}
+    return list(rows), OnValidation(asked, tried, fitted, temperature, normalised, len(validation.order))
