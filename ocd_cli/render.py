@@ -61,7 +61,7 @@ def _metrics(out: Console, rows: dict[str, dict[str, float]]) -> None:
     table = figures_table("", *names)
     for row, figures in rows.items():
         values = [figures.get(name) for name in names]
-        table.add_row(row, *("" if value is None else f"{value:.4f}" for value in values))
+        table.add_row(row, *("" if value is None else figure(value) for value in values))
     out.print(table)
 
 

@@ -6,8 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from ocd_cli.text import bytes_text, duration
+from ocd_cli.text import bytes_text, duration, figure
+from stages.foundation.numbers import signed
 
+# Of the base's loss, what a difference is by rounding. A row's name is never broken within a word.
+ROUNDING, LONGEST_WORD = 1e-6, 12
 # Columns that a table always has take about so many characters, and each further metric so many.
 FIXED_WIDTH, METRIC_WIDTH = 86, 14
 
@@ -26,13 +29,15 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
     # Where there is little room, it is the rows' names that take two lines.
     for number in (2, 3, 4):
         table.columns[number].no_wrap = True
+    table.columns[0].min_width, table.columns[0].overflow = LONGEST_WORD, "fold"
+    base = found["rows"][0]["metrics"][metric]["mean"]
     for row in found["rows"]:
         figures = row["metrics"]
         strength = "" if row["strength"] is None else f"{row['strength']:g}{' ✓' if row['validated'] else ''}"
         cells = [_mean(figures.get(name)) for name in shown]
         loss, error = figures[metric], figures[metric]["standard_error"]
-        mean = _mean(loss) + ("" if error is None else f" ± {error:.4f}")
-        difference = "" if row["name"] == "base" else _interval(loss)
+        mean = _mean(loss) + ("" if error is None else f" ± {error:.2g}")
+        difference = "" if row["name"] == "base" else _interval(loss, ROUNDING * abs(base or 0))
         table.add_row(row["name"], str(row["members"]), strength, mean, difference, *cells)
     out.print(table)
     out.print(
@@ -55,14 +60,17 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
 
 
 def _mean(entry: dict[str, Any] | None) -> str:
-    return "" if entry is None or entry["mean"] is None else f"{entry['mean']:.4f}"
+    return "" if entry is None or entry["mean"] is None else figure(entry["mean"])
 
 
-def _interval(entry: dict[str, Any]) -> str:
+def _interval(entry: dict[str, Any], smallest: float) -> str:
+    """A difference and its interval; less than `smallest` is nothing."""
     if entry["interval"] is None or entry["difference"] is None:
         return ""
-    low, high = entry["interval"]
-    return f"{entry['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    difference, low, high = (
+        "0" if abs(value) < smallest else signed(value) for value in (entry["difference"], *entry["interval"])
+    )
+    return f"{difference} [{low}, {high}]"
 
 
 def _memorisation(out: Console, found: dict[str, Any]) -> None:
@@ -127,7 +135,7 @@ def show_seeds(out: Console, found: dict[str, Any]) -> None:
     table = figures_table(f"{len(found['seeds'])} seeds", *names)
     for row in found["rows"]:
         cells = [row["metrics"].get(name) for name in names]
-        texts = ["" if cell is None else f"{cell['mean']:.4f} ± {cell['standard_deviation']:.4f}" for cell in cells]
+        texts = ["" if cell is None else f"{figure(cell['mean'])} ± {cell['standard_deviation']:.2g}" for cell in cells]
         table.add_row(row["name"], *texts)
     out.print(table)
     for seed, text in zip(found["seeds"], found["verdicts"], strict=True):

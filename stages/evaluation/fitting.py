@@ -10,6 +10,7 @@ from stages.evaluation import rows as row
 from stages.evaluation.comparison import Fitted, OnProgress, fit_temperature, scaled, validation_losses
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
+from stages.evaluation.verdict import ROUNDING
 from stages.foundation.memory import AtOnce
 from stages.run_directory.format import Strength
 from stages.run_directory.pipeline import AUTO
@@ -55,11 +56,12 @@ class OnValidation:
         return [name for name, one in self.fitted.items() if row.predicts(name) and 0 < one.strength == max(one.losses)]
 
     def best(self, rows: Sequence[Row]) -> str | None:
-        """Of the rows that predict, the one with the lowest loss; of equals the first."""
+        """Of the rows that predict, the one with the lowest loss; of those that are equal but for rounding the first."""
         strengths = self.strengths(rows)
         losses = {one.name: self.loss_of(one.name, strengths) for one in rows if row.predicts(one.name)}
         known = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
-        return min(known, key=known.get) if known else None
+        lowest = min(known.values(), default=0.0)
+        return next((name for name, loss in known.items() if loss <= lowest + ROUNDING * abs(lowest)), None)
 
     def record(self, rows: Sequence[Row], ensemble: int) -> Strength:
         """`strength.json`: what predicts, at which strength, and which row has the lowest loss."""

@@ -91,8 +91,8 @@ class RowModel:
         return Prediction(self.combine(members), members, batch.first.output)
 
     def with_neighbours(self, context: RunContext, positions: Tensor, size: int) -> "RowModel":
-        """The same, with the nearest training samples of the inputs at some positions, where the row goes by them; `size` of them
-        go through the base at once."""
+        """The same, with the nearest training samples of the inputs at some positions, if the row goes by them; `size` inputs
+        at once go through the base."""
         if (kind := row.KINDS.get(self.row.name)) is None:
             return self
         training, report = self.subject.training, context.report

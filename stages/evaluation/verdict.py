@@ -19,6 +19,8 @@ NEIGHBOURS = (row.NEAREST, row.NEAREST_INPUT, row.BLENDED, row.BLENDED_INPUT)
 OURS = (*row.OURS, row.NO_SCALING)
 # The share of the base's loss below which a gain is none worth the trouble: to leave no room for more is to have no gain.
 SMALLEST_GAIN = 0.01
+# Of a loss, what a difference is by rounding: a strength of 0 gives the base by another way.
+ROUNDING = 1e-6
 # More samples than that nobody has.
 MOST_SAMPLES = 10**7
 
@@ -77,11 +79,18 @@ class Verdict:
 
 def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
-    return {
-        name: Comparison(*estimates[row.ENSEMBLE].minus(estimates[name]))
-        for name in (row.BASE, *RIVALS, *NEIGHBOURS, *_further(estimates))
-        if name in estimates and row.ENSEMBLE in estimates
-    }
+    names = (row.BASE, *RIVALS, *NEIGHBOURS, *_further(estimates))
+    if row.ENSEMBLE not in estimates:
+        return {}
+    return {name: _comparison(estimates[row.ENSEMBLE], estimates[name]) for name in names if name in estimates}
+
+
+def _comparison(ours: Estimate, other: Estimate) -> Comparison:
+    """The paired difference of two rows; what is rounding of their losses is none."""
+    difference, interval = ours.minus(other)
+    smallest = ROUNDING * abs(other.value)
+    low, high, difference = (0.0 if abs(value) < smallest else value for value in (*interval, difference))
+    return Comparison(difference, (low, high))
 
 
 def verdict(
@@ -140,7 +149,7 @@ def _has_the_gain(name: str, comparisons: Mapping[str, Comparison], estimates: M
     comparison, rival = comparisons[name], estimates[name]
     if comparison.against or comparison.leaves_no_gain(smallest):
         return True
-    gains = Comparison(*rival.minus(estimates[row.BASE])).favours
+    gains = _comparison(rival, estimates[row.BASE]).favours
     return not comparison.favours and gains and rival.value <= estimates[row.ENSEMBLE].value
 
 

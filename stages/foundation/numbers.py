@@ -18,4 +18,6 @@ def figure(value: Any) -> str:
 
 def signed(value: float) -> str:
     """A difference of three significant digits, with its sign."""
+    if value == 0:
+        return "0"
     return f"{value:+,.0f}" if 1e3 <= abs(value) < LARGEST else f"{value:+.3g}"

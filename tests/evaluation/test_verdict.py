@@ -114,6 +114,14 @@ def test_what_is_compared():
     assert compared_with({BASE: estimate(0.5)}) == {}
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_is_no_difference(sign):
+    others = {name: loss + (1 if name != BASE else 0) for name, loss in CLEAR.items()}
+    found = said(0.5 + sign * 2e-7, others, width=1e-7)
+    assert found.outcome == DOES_NOT
+    assert "cross-entropy 0.5 → 0.5, 0 with a 95 % interval of [0, 0], leaves no room" in found.sentence
+
+
 def test_it_helps():
     found = said(0.4, CLEAR)
     assert found == Verdict(
