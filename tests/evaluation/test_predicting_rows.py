@@ -121,7 +121,7 @@ def test_controls_and_rows_of_labels_predict_nothing(ocd, judged, name):
 
 def test_a_row_that_is_not_there(ocd, judged):
     folder, _ = judged
-    shown = ocd(folder, "infer", "--row", "nearest k blnded", code=2).stderr.replace("\n", " ")
+    shown = ocd(folder, "infer", "--row", "nearest k blnded", code=2).stderr
     assert "infer.row = 'nearest k blnded': evaluate has no such row to predict with" in shown
     assert "nearest k blended" in shown
     shown = ocd(folder, "infer", "--row", "nearest k blended", "--save-deltas", code=2)

@@ -28,7 +28,7 @@ def test_every_member_is_the_base_with_its_delta(ocd, finished):
     """Against a copy of the model for each input and member; and the ensemble is the mean probability."""
     ocd(finished, "infer", "--save-deltas", "--ensemble", "3")
     found = finished.predictions()
-    assert list(found) == ["rho", "sample_index", "base_output", "output", "member_output"]
+    assert list(found) == ["rho", "sample_index", "class", "probability", "base_output", "output", "member_output"]
     assert found["sample_index"].tolist() == list(range(24))
     deltas = zarr.open_group(finished.run / "infer" / "test" / "deltas.zarr", mode="r")["delta"][:]
     model, x = open_run(finished.config), torch.from_numpy(np.load(finished.root / "test.npz")["x"])
