@@ -127,7 +127,8 @@ def make_run(tmp_path_factory, ocd):
 
     def make(settings: dict[str, dict[str, Any]], code: str = "plain", until: str = "infer", **options: Any) -> Folder:
         folder = make_folder(tmp_path_factory.mktemp("run") / "project", settings, code, **options)
-        ocd(folder, "run", "--quiet", "--until", until)
+        if until:
+            ocd(folder, "run", "--quiet", "--until", until)
         return folder
 
     return make

@@ -175,10 +175,10 @@ def advice(found: Verdict, best: str | None) -> str:
     """What to do next; `best` is the row of the lowest validation loss, where that is known."""
     if found.absent:
         return "give validation samples with task.validation, and evaluate again"
-    if found.outcome == UNDECIDED:
-        return "evaluate on more test samples"
     if found.rival == row.LONGER:
         return "train the base longer first: raise train-base.epochs"
+    if found.outcome == UNDECIDED:
+        return "evaluate on more test samples"
     if best in (None, row.BASE) or (found.outcome != HELPS and best in OURS):
         return "predict with: ocd infer" if found.outcome == HELPS else "use the base as it is"
     if best == row.ENSEMBLE:

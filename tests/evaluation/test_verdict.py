@@ -247,6 +247,7 @@ def test_names_with_braces_are_names():
         (0.6, CLEAR, BLENDED, f"predict with the row of the lowest validation loss, {BLENDED}: ocd infer --row auto"),
         (0.6, CLEAR, ENSEMBLE, "use the base as it is"),
         (0.6, CLEAR, BASE, "use the base as it is"),
+        (0.4, {**CLEAR, LONGER: 0.405}, BLENDED, "train the base longer first: raise train-base.epochs"),
         (0.4, {**CLEAR, LONGER: 0.3}, BLENDED, "train the base longer first: raise train-base.epochs"),
         (0.4, {BASE: 0.5}, None, "give validation samples with task.validation, and evaluate again"),
     ],
