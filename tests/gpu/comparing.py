@@ -25,7 +25,9 @@ def numbers(folder: Folder, stage: str) -> dict[str, np.ndarray]:
         return {**folder.predictions(), **({"saved": zarr.open_group(saved, mode="r")["delta"][:]} if saved.exists() else {})}
     if stage in ("select-layer", "evaluate"):
         record = folder.read({"select-layer": "select-layer/layer.json", "evaluate": "evaluate/results.json"}[stage])
-        record.pop("cost", None)
+        # Times, and the square of a ratio of widths.
+        for name in ("cost", "samples_to_decide"):
+            record.pop(name, None)
         return {name: np.asarray(value) for name, value in _flat(record) if not isinstance(value, str)}
     files = sorted((folder.run / stage).glob("*.safetensors"))
     return {f"{path.stem}/{name}": value.float().numpy() for path in files for name, value in load_file(path).items()}

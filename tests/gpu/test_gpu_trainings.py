@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from comparing import assert_alike, assert_same
+from comparing import TOLERANCE, assert_alike, assert_same, difference
 from folders import put
 from trainings import PRESETS, words
 
@@ -131,3 +131,15 @@ def test_a_unet_predicts_in_half_precision_where_that_does_not_show(gpus, ocd, p
     assert found.summary("infer/test")["precision"] == "bfloat16"
     assert "precision" not in wanted.summary("infer/test")
     assert_same(found, wanted, "infer", tolerance=1e-3)
+
+
+@pytest.mark.parametrize("row", ["nearest k blended in layer input", "mean network", "mean delta of class"])
+def test_rows_of_evaluate_predict_the_same(gpus, ocd, on_cpu, tmp_path, row):
+    wanted = on_cpu({}, "run", "evaluate").copy(tmp_path / "cpu")
+    found, name = wanted.copy(tmp_path / "gpu"), f"test+{row.replace(' ', '-')}"
+    ocd(wanted, "infer", "--row", row, "--quiet", "--device", "cpu")
+    gpus(found, "infer", "--row", row)
+    mine, its = found.predictions(name), wanted.predictions(name)
+    assert mine.keys() == its.keys()
+    for array in ("output", "member_output", "base_output"):
+        assert difference(mine[array], its[array]) < TOLERANCE, array
