@@ -182,10 +182,7 @@ def infer(
     ] = None,
     row: Annotated[
         str | None,
-        typer.Option(
-            help="Predict as this row of evaluate does, such as 'nearest k blended'; auto: the best on validation samples.",
-            metavar="NAME",
-        ),
+        typer.Option(help="Predict as this row of evaluate does; auto: the best on validation samples.", metavar="NAME"),
     ] = None,
     save_deltas: Annotated[bool, typer.Option("--save-deltas", help="Also write every sampled delta.")] = False,
     part: PartOfBlocks = None,

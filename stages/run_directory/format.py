@@ -218,15 +218,9 @@ class BlockRecord(Hashed):
 
 
 class CheckpointRecord(Record):
-    """`checkpoints/00000000.json`, written last: a checkpoint of a training.
-
-    Attributes:
-        sha256: of the tensors beside it.
-        best, best_sha256: the best evaluation so far, and the hash of its snapshot.
-        mark, waited: the score that patience waits from, and evaluations since.
-        losses: of the steps since the last evaluation.
-        metrics_bytes: how much of the metrics was written by then.
-    """
+    """`checkpoints/00000000.json`, written last: a checkpoint of a training, the best evaluation so far and the hash of its
+    snapshot, the score that patience waits from and evaluations since, losses since the last evaluation, and how much of the
+    metrics was written by then."""
 
     fingerprint: str
     step: int
