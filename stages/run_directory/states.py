@@ -11,7 +11,18 @@ from typing import Any
 from stages.foundation.errors import ArtifactError, OcdError
 from stages.run_directory.folders import StageFolder, damaged_files, folder_of
 from stages.run_directory.format import FORMAT_VERSION, Begun, Extent, Identity, Manifest, SourceRecord
-from stages.run_directory.pipeline import ORDER, STAGES, Query, StageSpec, extent_settings, identity_settings, spec_of
+from stages.run_directory.pipeline import (
+    AUTO,
+    LAYER,
+    ORDER,
+    STAGES,
+    Query,
+    StageSpec,
+    chosen_by_scores,
+    extent_settings,
+    identity_settings,
+    spec_of,
+)
 from stages.run_directory.project import Project, override_of
 from stages.run_directory.sources import inputs_of
 
@@ -177,7 +188,9 @@ class States:
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json")
         changes = identity_changes(manifest.identity, identity)
         if changes:
-            return StageState(spec.name, STALE, "; ".join(map(str, changes)), changes)
+            return StageState(
+                spec.name, STALE, "; ".join(f"{change}{_by_scores(change, manifest)}" for change in changes), changes
+            )
         if blocked:
             detail = "; ".join(f"its input {state.name} is {state.state}" for state in blocked)
             return StageState(spec.name, STALE, detail, by_inputs=True)
@@ -187,6 +200,12 @@ class States:
         if change is not None:
             return StageState(spec.name, state, str(change), (change,))
         return StageState(spec.name, DONE)
+
+
+def _by_scores(change: Change, manifest: Manifest) -> str:
+    """Which layer `auto` stands for, where it is asked for in place of a named one and there are scores."""
+    chosen = chosen_by_scores(manifest) if (change.setting, change.now) == (LAYER, AUTO) else None
+    return f" (by the scores {chosen})" if chosen else ""
 
 
 def progress_of(folder: StageFolder) -> dict[str, Any] | None:

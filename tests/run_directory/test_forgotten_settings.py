@@ -3,7 +3,8 @@
 import shlex
 
 import pytest
-from folders import put, states
+from expectations import ALL_DONE, from_on
+from folders import put, states, status
 from processes import stopped_at
 
 from stages.run_directory.project import override_of, parse_override
@@ -97,3 +98,56 @@ def test_no_flag_brings_back_the_content_of_a_file(finished, ocd):
     result = ocd(finished, "train-base", *changed, code=3)
     assert "  to redo it: ocd train-base --set train-base.lr=0.5 --force; to keep it, set back what changed\n" in result.stderr
     assert "\n  run: ocd train-base --set train-base.lr=0.5 --force && " in ocd(finished, "collect", *changed, code=3).stderr
+
+
+# A layer that was named
+
+
+@pytest.fixture
+def named(finished, ocd):
+    """A finished run, and how its layer by the scores and another are called; the other was named by a flag."""
+    chosen = finished.read("select-layer/layer.json")["layer"]
+    (other,) = {"0.weight", "2.weight"} - {chosen}
+    ocd(finished, "run", "--force", "--from", "select-layer", *put(f"select-layer.layer={other}"))
+    return finished, chosen, other
+
+
+def test_a_layer_that_was_named_is_not_what_auto_asks_for(named, ocd):
+    folder, chosen, other = named
+    what = f"select-layer.layer was '{other}', is now 'auto' (by the scores {chosen})"
+    entry = status(ocd, folder)["select-layer"]
+    assert (entry["state"], entry["detail"]) == ("stale", what)
+    assert states(ocd, folder) == from_on("select-layer", "stale")
+    hint = (
+        f"\n  to keep it, repeat --set select-layer.layer={other}, or write it into ocd.toml; "
+        "to redo it: ocd select-layer --set select-layer.layer=auto --force\n"
+    )
+    result = ocd(folder, "select-layer", code=3)
+    assert f"error: select-layer is stale: {what}{hint}" in result.stderr
+    assert f"  select-layer is stale: {what}{hint}" in ocd(folder, "collect", code=3).stderr
+    # Kept by the flag, or by the file; by another name, another wish.
+    assert states(ocd, folder, f"select-layer.layer={other}") == ALL_DONE
+    assert states(ocd, folder, f"select-layer.layer={chosen}") == from_on("select-layer", "stale")
+    folder.write({"select-layer": {"layer": other}})
+    assert states(ocd, folder) == ALL_DONE
+    folder.write({})
+    assert ocd.json(folder, "select-layer", "--force")["chosen_by"] == "score"
+    assert states(ocd, folder)["select-layer"] == "done"
+
+
+def test_a_layer_that_was_named_and_that_the_scores_choose_too_stays(finished, ocd):
+    chosen = finished.read("select-layer/layer.json")["layer"]
+    ocd(finished, "select-layer", "--force", "--layer", chosen)
+    assert finished.summary("select-layer")["chosen_by"] == "setting"
+    assert states(ocd, finished) == ALL_DONE
+
+
+def test_without_scores_nothing_is_said_of_them(project, ocd):
+    folder = project(until="train-base")
+    ocd(folder, "select-layer", "--layer", "0.weight", *put("select-layer.draws=0"))
+    assert status(ocd, folder)["select-layer"]["detail"] == (
+        "select-layer.draws was 0, is now 50; select-layer.layer was '0.weight', is now 'auto'"
+    )
+    kept = put("select-layer.draws=0", "select-layer.layer=0.weight")
+    assert kept_by(ocd(folder, "collect", code=3)) == kept
+    assert ocd.json(folder, "collect", *kept)["layer"] == "0.weight"
