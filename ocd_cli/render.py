@@ -74,6 +74,9 @@ def _train_base(out: Console, summary: dict[str, Any]) -> None:
     )
     out.print(f"base: {summary['parameters']:,} parameters, {how}")
     _metrics(out, {"validation": summary["validation"], "test": summary["test"]})
+    # Bases of before say nothing of this.
+    for text in summary.get("warnings", []):
+        out.print(f"warning: {text}")
 
 
 def _select_layer(out: Console, summary: dict[str, Any]) -> None:
