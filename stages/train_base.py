@@ -128,6 +128,8 @@ class TrainBase(Stage):
             "parameters": sum(p.numel() for p in model.parameters()),
             "validation": figures,
             "test": self._figures(model, context.test_split),
+            "validation_samples": len(context.splits["validation"]),
+            "test_samples": len(context.test_split),
             "warnings": [*self._about_training(how, extent), *self._about_constant(model, figures["loss"])],
         }
         return WorkResult(summary, sha256_file(folder / BASE_FILE), {"train-base.epochs": extent})
