@@ -130,7 +130,13 @@ def train_base(
 @command(app, "select-layer", "ocd select-layer --layer fc1.weight")
 def select_layer(
     shared: Shared,
-    layer: Annotated[str | None, typer.Option(help="Take this parameter, whatever the scores.", metavar="NAME")] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Take this parameter, whatever the scores; later commands need it, too: write it into ocd.toml.",
+            metavar="NAME",
+        ),
+    ] = None,
 ) -> None:
     """Score every layer by the entropy of the loss under perturbation (Eq. 6), and choose one."""
     _stage(shared, "select-layer", {"select-layer.layer": layer or None})

@@ -65,6 +65,11 @@ def _metrics(out: Console, rows: dict[str, dict[str, float]]) -> None:
     out.print(table)
 
 
+def _samples(count: int, kind: str = "") -> str:
+    """A number of samples, in words."""
+    return f"{count:,} {kind}sample{'s' * (count != 1)}"
+
+
 def _train_base(out: Console, summary: dict[str, Any]) -> None:
     how = (
         f"imported from {summary['imported']}"
@@ -74,7 +79,11 @@ def _train_base(out: Console, summary: dict[str, Any]) -> None:
         else "trained by the task"
     )
     out.print(f"base: {summary['parameters']:,} parameters, {how}")
-    _metrics(out, {"validation": summary["validation"], "test": summary["test"]})
+    # Summaries of before have neither counts nor warnings.
+    counts = {split: summary.get(f"{split}_samples") for split in ("validation", "test")}
+    _metrics(out, {split + (f" ({_samples(count)})" if count else ""): summary[split] for split, count in counts.items()})
+    for text in summary.get("warnings", []):
+        out.print(f"warning: {text}")
 
 
 def _select_layer(out: Console, summary: dict[str, Any]) -> None:
@@ -116,9 +125,10 @@ def _collect(out: Console, summary: dict[str, Any]) -> None:
     out.print(
         f"deltas: {repeats * summary['samples']:,} of {summary['layer']} ({shape}){each}, by {summary['method']}{degenerate}"
     )
+    of = {"train": "training ", "validation": "held-out "}.get(summary.get("split", "train"), "")
     out.print(
-        f"mean loss: {figure(summary['base_loss'])} before, {figure(summary['overfit_loss'])} after; "
-        f"mean rho {figure(summary['rho'])}"
+        f"mean loss of {_samples(summary['samples'] - len(summary['skipped']), of)}: {figure(summary['base_loss'])} before, "
+        f"{figure(summary['overfit_loss'])} after; mean rho {figure(summary['rho'])}"
     )
     if summary["until_converged"]:
         out.print(f"mean steps: {figure(summary['steps'])}")
@@ -132,11 +142,23 @@ def _training(out: Console, summary: dict[str, Any]) -> None:
         f"denoiser: {summary['preset']}, {summary['parameters']:,} parameters, {summary['steps']:,} steps{why}, "
         f"best at {summary['best_step']:,}"
     )
+    # Summaries of before do not say of how many samples they are.
+    held_out, compared = (summary.get(name) for name in ("held_out_samples", "cosine_samples"))
+    if summary["prediction"] == "mean":
+        means = "1 is knowing nothing"
+    else:
+        means = "mean over all noise levels; where the noise is weak, the denoiser sees most of the delta"
+    of = f" of {_samples(held_out)}" if held_out else ""
+    out.print(f"held-out loss {figure(summary['held_out_loss'])}{of} ({means})")
+    of = f", of {_samples(compared, 'held-out ')}" if compared else ""
     out.print(
-        f"held-out loss {figure(summary['held_out_loss'])} (1 is knowing nothing); "
         f"cosine of a generated delta with the true one {figure(summary['cosine'])}, "
-        f"with another sample's conditioning {figure(summary['cosine_shuffled'])}"
+        f"with another sample's conditioning {figure(summary['cosine_shuffled'])}{of}"
     )
+    if (used := summary.get("uses_conditioning", True)) is None:
+        out.print(f"{_samples(compared, 'held-out ')} do not tell whether a sample's own conditioning is used")
+    elif not used:
+        out.print("the denoiser has learned little or nothing from the conditioning: expect no gain")
     if "held_out_task_loss" in summary:
         out.print(
             f"held-out loss of the task with generated deltas {figure(summary['held_out_task_loss'])} (the base: 1 on average)"
@@ -145,9 +167,15 @@ def _training(out: Console, summary: dict[str, Any]) -> None:
 
 def _scale(out: Console, summary: dict[str, Any]) -> None:
     verdict = "beats" if summary["beats_constant"] else "does not beat"
+    held_out = summary.get("held_out_samples")
+    over = f" over {_samples(held_out, 'held-out ')}" if held_out else ""
+    if summary["correlation"] is None:
+        correlation = f"too few held-out samples ({held_out}) for a correlation"
+    else:
+        correlation = f"correlation of log rho {figure(summary['correlation'])}{over}"
     out.print(
-        f"scale: held-out correlation of log rho {figure(summary['correlation'])}; error {figure(summary['error'])} {verdict} "
-        f"the constant mean's {figure(summary['constant_error'])}"
+        f"scale: {correlation}; error {figure(summary['error'])} {verdict} the constant mean's "
+        f"{figure(summary['constant_error'])}"
     )
 
 

@@ -249,7 +249,7 @@ class Collect(Stage):
 
     def _result(self, store: DeltaStore) -> WorkResult:
         settings, description, totals = self.settings, store.describe(), store.totals()
-        more = {"until_converged": settings.until_converged, "pooled": self._pooled[1]}
+        more = {"split": settings.split, "until_converged": settings.until_converged, "pooled": self._pooled[1]}
         summary = summary_of(self.context.layer, store, totals, self.overfitter, settings.repeats) | more
         content = digest([description.as_json(), sorted(totals.hashes.items())])
         samples = store.samples // settings.repeats

@@ -1,7 +1,5 @@
 """init: write a commented `ocd.toml` that works as it stands."""
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from pydantic.fields import FieldInfo
 from stages.foundation.config import Table, TaskTable, tables
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import write_bytes
-from stages.run_directory.project import CONFIG_NAME, check_settings, overridden
+from stages.run_directory.project import CONFIG_NAME, check_settings, overridden, toml_value
 
 HEADER = """\
 # Settings of one ocd project. Commented lines show the defaults; relative paths start at this file.
@@ -92,19 +90,3 @@ def _line(key: str, info: FieldInfo, chosen: Mapping[str, Any], table: type[Tabl
         return f"{key} = {toml_value(chosen[key])}  # {info.description}\n"
     shown = EXAMPLES.get(key) if info.default is None else toml_value(info.default)
     return f"# {key} = {shown}  # {info.description}\n"
-
-
-def toml_value(value: Any) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_key(key)} = {toml_value(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(toml_value, value)) + "]"
-    # JSON escapes characters beyond 16 bits in two halves, which TOML refuses.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)

@@ -17,7 +17,7 @@ from stages.per_sample.entropy import kde_entropy, perturbed_losses, rank_stabil
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.per_sample.self_check import choose
 from stages.run_directory.format import Candidate, LayerChoice
-from stages.run_directory.pipeline import AUTO
+from stages.run_directory.pipeline import AUTO, LAYER
 from stages.run_directory.project import Project
 from stages.tasks.loader import losses
 
@@ -80,7 +80,7 @@ class SelectLayer(Stage):
             candidates=scored,
         )
         choice.write(folder / LAYER_FILE)
-        return WorkResult(choice.as_json(), layer.name, chosen={"select-layer.layer": layer.name})
+        return WorkResult(choice.as_json(), layer.name, chosen={LAYER: layer.name})
 
     def _samples(self) -> int:
         return min(self.settings.samples, len(self.context.splits["train"]))

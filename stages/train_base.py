@@ -14,7 +14,7 @@ from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_state, load_tensors, save_model, state_tensors
 from stages.foundation.trees import to_device
-from stages.lifecycle.context import BASE_FILE, RunContext
+from stages.lifecycle.context import BASE_FILE, GIVE_VALIDATION, PROBABLY_SEEN, RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
 from stages.per_sample.capture import watched_modules
@@ -25,14 +25,19 @@ from stages.run_directory.project import Project
 from stages.run_directory.sources import data_path
 from stages.tasks.checkpoints import import_weights
 from stages.tasks.checks import check_task, check_training_output
+from stages.tasks.constant import best_constant, is_far_from_unit
 from stages.tasks.data import Split
 from stages.tasks.loader import losses, naming_rows
+from stages.tasks.losses import LOSSES, REGRESSION
 from stages.tasks.protocol import uses_default
 from stages.tasks.scoring import finite, mean_metrics
 from stages.tasks.user_code import user_code, user_faults
 from stages.training.plan import Plan
 from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import Trainer, batch_rows
+
+# A loss that is larger than a constant's by less than this share of it is as good.
+WORSE_BY = 1e-3
 
 
 def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
@@ -117,17 +122,49 @@ class TrainBase(Stage):
         else:
             how = self._train_by_task(model)
         save_model(folder / BASE_FILE, model)
+        figures = self._figures(model, context.splits["validation"])
         summary = {
             **how,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "validation": self._figures(model, context.splits["validation"]),
+            "validation": figures,
             "test": self._figures(model, context.test_split),
+            "validation_samples": len(context.splits["validation"]),
+            "test_samples": len(context.test_split),
+            "warnings": [*self._about_training(how, extent), *self._about_constant(model, figures["loss"])],
         }
         return WorkResult(summary, sha256_file(folder / BASE_FILE), {"train-base.epochs": extent})
 
     def _figures(self, model: nn.Module, split: Split) -> dict[str, float | None]:
         found = mean_metrics(self.context.task, model, split, self.context.device)
         return {name: finite(value) for name, value in found.items()}
+
+    def _about_training(self, how: dict[str, Any], extent: Extent) -> Iterator[str]:
+        """What the end of the training, or the import, leaves open."""
+        if how.get("best_epoch") == self.settings.epochs and not extent.exhausted:
+            last = "the only epoch" if how["epochs"] == 1 else f"the last of {how['epochs']} epochs"
+            yield f"still improving: {last} was the best; raise train-base.epochs, training then goes on from there"
+        if self._weights is not None and not self.context.validation_is_given:
+            yield f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"
+
+    def _about_constant(self, model: nn.Module, loss: float | None) -> Iterator[str]:
+        """That the base is worse on validation than an output that is the same for every sample."""
+        context, judged = self.context, self.context.splits["validation"]
+        constant = best_constant(context.task, model, context.splits["train"], judged, context.seed)
+        if loss is None or constant is None or not loss > constant.loss + WORSE_BY * abs(constant.loss):
+            return
+        if context.task.kind == REGRESSION and constant.targets and is_far_from_unit(*constant.targets):
+            mean, deviation = (f"{value:.3g}" for value in constant.targets)
+            advice = "scale the targets to mean 0 and standard deviation 1: "
+            advice += f"y has mean {mean} and standard deviation {deviation}"
+        elif self._weights is not None:
+            advice = "see whether these weights are this model's, and the data scaled as those they were trained on"
+        else:
+            advice = "train longer, or try another learning rate"
+        name, samples = context.project.settings.task.loss, f"{len(judged):,} validation sample{'s' * (len(judged) > 1)}"
+        yield (
+            f"the base is worse than a constant: {name if name in LOSSES else 'loss'} {_figure(loss)} on {samples}, where one "
+            f"output for all of them has {_figure(constant.loss)}; {advice}"
+        )
 
     def _train_by_task(self, model: nn.Module) -> dict[str, Any]:
         context = self.context
@@ -167,6 +204,10 @@ class TrainBase(Stage):
         load_state(model, load_tensors(trained.snapshot))
         done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
         return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _optimizer(settings: Any, model: nn.Module) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stages.diffusion.denoising import held_out_figures
+from stages.diffusion.denoising import SAMPLED_ROWS, held_out_figures, uses_conditioning
 from stages.diffusion.schedule import NoiseSchedule, schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
@@ -26,6 +26,7 @@ from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader
+from stages.training.batches import TrainingBatches
 from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
 from stages.training.memory import training_bytes
 from stages.training.plan import Plan, Trained
@@ -175,7 +176,7 @@ class TrainDiffusion(Stage):
             f"{settings.preset}{self._why(settings)}, {settings.parameters:,} parameters; the store is {training.batches.place}"
         )
         trained = self._run(folder, self.unfinished.fingerprint, settings, training)
-        return self._result(folder, trained, settings, training.batches.count)
+        return self._result(folder, trained, settings, training.batches)
 
     def _why(self, settings: DenoiserSettings) -> str:
         """What decided the preset, where that was not the user."""
@@ -240,7 +241,7 @@ class TrainDiffusion(Stage):
 
         return figures
 
-    def _result(self, folder: Path, trained: Trained, settings: DenoiserSettings, samples: int) -> WorkResult:
+    def _result(self, folder: Path, trained: Trained, settings: DenoiserSettings, batches: TrainingBatches) -> WorkResult:
         link_or_copy(trained.snapshot, folder / DENOISER_FILE)
         settings.description.write(folder / DESCRIPTION_FILE)
         best = trained.best
@@ -250,11 +251,24 @@ class TrainDiffusion(Stage):
             "best_step": best["step"],
             "held_out_loss": best.get("denoising_loss", best["score"]),
             **({"held_out_task_loss": best["score"]} if self.settings.tune_after else {}),
+            "held_out_samples": batches.held_out_samples,
             "cosine": best["cosine"],
             "cosine_shuffled": best["cosine_shuffled"],
-            "samples": samples,
+            **_conditioning(best, batches),
+            "samples": batches.count,
             "parameters": settings.parameters,
             **{key: getattr(settings.description, key) for key in ("preset", "prediction", "schedule")},
         }
         content = digest([sha256_file(folder / DENOISER_FILE), settings.description.as_json()])
         return WorkResult(summary, content, {"train-diffusion.max_steps": trained.extent(self.settings.max_steps)})
+
+
+def _conditioning(best: dict[str, Any], batches: TrainingBatches) -> dict[str, Any]:
+    """How many samples the cosines are of, and whether these tell that a sample's own conditioning is used."""
+    rows, samples = len(batches.held_out), batches.held_out_samples
+    compared = min(rows, SAMPLED_ROWS) * samples // rows
+    # A checkpoint of before has no error; of several rows a sample, all of them may say the same.
+    own, shuffled, error = (best.get(name) for name in ("cosine", "cosine_shuffled", "cosine_error"))
+    known = None not in (own, shuffled, error)
+    used = uses_conditioning(own - shuffled, error * (rows / samples) ** 0.5, compared) if known else None
+    return {"cosine_samples": compared, "uses_conditioning": used}

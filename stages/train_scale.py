@@ -31,6 +31,8 @@ from stages.training.trainer import Stream, Trainer, threads_for
 SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"
 # So many times the loss of always predicting the mean is no bad batch.
 LARGEST_LOSS = 100.0
+# Of two samples every correlation is 1 or −1, and of few it is mostly chance.
+FEWEST_CORRELATED = 10
 
 
 def train_scale(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
@@ -121,7 +123,7 @@ class TrainScale(Stage):
             lambda step: self._blame(batches, network, stream.at(step - 1)),
         )
         with contextlib.closing(stream):
-            return self._result(folder, run.run(), batches.count)
+            return self._result(folder, run.run(), batches)
 
     def _ready(self, batches: TrainingBatches, step: int) -> Iterator[DeltaBatch]:
         """The batches from a step on, made in a thread of its own; for a GPU in page-locked memory."""
@@ -153,7 +155,7 @@ class TrainScale(Stage):
             memory=AUTO,
         )
 
-    def _result(self, folder: Path, trained: Trained, samples: int) -> WorkResult:
+    def _result(self, folder: Path, trained: Trained, batches: TrainingBatches) -> WorkResult:
         description = ScaleDescription(fields=field_widths(self._store), width=self.settings.width)
         link_or_copy(trained.snapshot, folder / SCALE_FILE)
         description.write(folder / DESCRIPTION_FILE)
@@ -163,11 +165,12 @@ class TrainScale(Stage):
             "stopped_early": trained.stopped_early,
             "best_step": best["step"],
             "held_out_loss": best["score"],
-            "correlation": best["correlation"],
+            "held_out_samples": batches.held_out_samples,
+            "correlation": best["correlation"] if batches.held_out_samples >= FEWEST_CORRELATED else None,
             "error": best["error"],
             "constant_error": best["constant_error"],
             "beats_constant": best["error"] < best["constant_error"],
-            "samples": samples,
+            "samples": batches.count,
         }
         content = digest([sha256_file(folder / SCALE_FILE), description.as_json()])
         return WorkResult(summary, content, {"train-scale.max_steps": trained.extent(self.settings.max_steps)})

@@ -11,8 +11,7 @@ import pytest
 
 from ocd_cli.app import app
 from stages.foundation.config import tables
-from stages.init import toml_value
-from stages.run_directory.project import check_settings
+from stages.run_directory.project import check_settings, toml_value
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

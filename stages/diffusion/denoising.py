@@ -1,5 +1,7 @@
 """Training a denoiser (Alg. 1), judging it on held-out deltas, and drawing with it while it is trained."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,10 @@ from stages.foundation.seeds import generator
 
 SAMPLED_ROWS, SAMPLED_STEPS = 64, 10
 SMALLEST_SQUARE = 1e-2
+# Fewer samples tell nothing of the conditioning's use; and a gain in cosine that, for all that they tell, may be larger than
+# this is not ruled out. Cosines of deltas that are one vector up or down, as a regression's, have a standard error of 0.13 over
+# 64 samples.
+FEWEST_COMPARED, WORTH_HAVING = 10, 0.3
 
 
 def denoising_errors(denoiser: Denoiser, schedule: NoiseSchedule, rows: DeltaBatch, t: Tensor, noise: Tensor) -> Tensor:
@@ -52,7 +58,8 @@ def held_out_figures(
     Returns:
         score: mean squared error of Ω̂_0, at most 1 a sample, over steps spread evenly from 0 to T − 1; predicting zero gives 1;
         cosine: of a generated delta with the true one, mean over up to 64 samples;
-        cosine_shuffled: the same when each sample is given another one's conditioning.
+        cosine_shuffled: the same when each sample is given another one's conditioning;
+        cosine_error: standard error of the mean difference between the two, nan of a single sample.
     """
     denoiser.eval()
     count, shape = len(held_out), tuple(held_out.deltas.shape[1:])
@@ -71,15 +78,37 @@ def held_out_figures(
     few = held_out.take(torch.arange(min(count, SAMPLED_ROWS), device=device))
     # By half: rows of one sample follow one another, and its own conditioning would be no other's.
     shuffled = {name: value.roll(len(few) // 2, 0) for name, value in few.fields.items()}
+    own, other = (_cosines(denoiser, schedule, fields, unit(few.deltas), seed, size) for fields in (few.fields, shuffled))
     return {
         "score": total / count,
-        "cosine": _cosine(denoiser, schedule, few.fields, unit(few.deltas), seed, size),
-        "cosine_shuffled": _cosine(denoiser, schedule, shuffled, unit(few.deltas), seed, size),
+        "cosine": float(own.mean()),
+        "cosine_shuffled": float(other.mean()),
+        "cosine_error": float((own - other).std()) / len(few) ** 0.5 if len(few) > 1 else math.nan,
     }
 
 
-def _cosine(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas: Tensor, seed: int, size: int) -> float:
-    total = 0.0
+def uses_conditioning(gain: float, error: float, samples: int) -> bool | None:
+    """Whether generated deltas come nearer to the true ones by a sample's own conditioning than by another's.
+
+    Args:
+        gain: the difference of the two mean cosines.
+        error: its standard error.
+        samples: that it is the mean of.
+
+    Returns:
+        True where the gain is above zero by more than two standard errors; False where, with as much added, it is still below
+        `WORTH_HAVING`; None where the samples do not tell.
+    """
+    if samples < FEWEST_COMPARED:
+        return None
+    if gain > 2 * error:
+        return True
+    return False if gain + 2 * error < WORTH_HAVING else None
+
+
+def _cosines(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas: Tensor, seed: int, size: int) -> Tensor:
+    """Of each sample's generated delta with the true one, (B,)."""
+    found = []
     for rows in torch.arange(len(deltas)).split(size):
         generators = [generator(seed, "train-diffusion", "judge", i) for i in rows.tolist()]
         rows = rows.to(deltas.device)
@@ -92,8 +121,8 @@ def _cosine(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas:
             sampler=DDIM,
             sample_steps=min(SAMPLED_STEPS, schedule.steps),
         )
-        total += float(F.cosine_similarity(made.flatten(1), deltas[rows].flatten(1)).sum())
-    return total / len(deltas)
+        found.append(F.cosine_similarity(made.flatten(1), deltas[rows].flatten(1)))
+    return torch.cat(found).double()
 
 
 def drawn_with_gradient(

@@ -25,9 +25,6 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
         table: {key: value for key, value in entries.items() if value is not None}
         for table, entries in project.settings.model_dump(by_alias=True).items()
     }
-    if (layer := folder_of(project, "select-layer").manifest()) is not None:
-        # A flag of an earlier command may have decided it, and later ones need not repeat it.
-        raw["select-layer"]["layer"] = layer.identity.settings["select-layer.layer"]
     for key, value in values.items():
         table, _, setting = key.partition(".")
         raw[table][setting] = value

@@ -182,10 +182,9 @@ class Stage(ABC):
         if self._spec.redoes_stale:
             self.report.message(f"{self.name} is redone: {state.detail}")
             return
-        raise ArtifactError(
-            f"{self.name} is stale: {state.detail}",
-            f"to redo it: {states.redo_command(state, self.context.project)}; to keep it, set back what changed",
-        )
+        redo = states.redo_command(state, self.context.project)
+        hint = states.ways_out([state], redo) or f"to redo it: {redo}; to keep it, set back what changed"
+        raise ArtifactError(f"{self.name} is stale: {state.detail}", hint)
 
     def _take_up(self, force: bool) -> CommandResult | None:
         """Begin the work or go on with it, one process at a time; the result, where it has been done meanwhile."""

@@ -8,11 +8,13 @@ from stages.foundation.config import EXTENT, IDENTITY
 from stages.run_directory.format import Begun, Manifest
 from stages.run_directory.project import Project
 
-# `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that
-# `ocd select-layer --layer fc1.weight` followed by a plain `ocd collect` is no contradiction.
+# `auto` is hashed as what it was resolved to. For a stage that exists, it means what the manifest records, so that a width or a
+# strength stays as it was found. A layer is the exception: one that was named is not what `auto` asks for, unless the scores
+# choose it, too.
 AUTO = "auto"
 # What `infer` predicts with unless it is asked for another row of `evaluate`.
 OWN_ROW = "ocd ensemble"
+LAYER = "select-layer.layer"
 # Of these, what was made holds what is asked for where it was asked for more.
 MORE_IS_FINE = ("evaluate.rows", "evaluate.seeds")
 
@@ -109,12 +111,21 @@ def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manif
         found["task.weights_key"] = key
     if settings.table(spec.name).of_kind(IDENTITY).get("lr_schedule") == "cosine":
         found[f"{spec.name}.max_steps"] = settings.table(spec.name).max_steps
+    if known.get(LAYER) not in (AUTO, chosen_by_scores(recorded)):
+        known = {key: value for key, value in known.items() if key != LAYER}
     # Naming what `auto` had come to is no change either.
     chosen = recorded.chosen if isinstance(recorded, Manifest) else {}
     return {
         key: known.get(key, value) if value == AUTO or (known.get(key) == AUTO and chosen.get(key) == value) else value
         for key, value in found.items()
     } | {key: known[key] for key in MORE_IS_FINE if key in known and key in found and _covers(known[key], found[key])}
+
+
+def chosen_by_scores(recorded: Begun | Manifest | None) -> str | None:
+    """The layer with the highest of the scores that select-layer left, where it left some."""
+    candidates = recorded.summary.get("candidates", []) if isinstance(recorded, Manifest) else []
+    scores = {candidate["name"]: candidate["score"] for candidate in candidates if candidate["score"] is not None}
+    return max(scores, key=scores.get, default=None)
 
 
 def _covers(made: Any, wanted: Any) -> bool:

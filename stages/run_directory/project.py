@@ -1,7 +1,9 @@
 """A project: the settings of one `ocd.toml` with the overrides of a command, and the folders they name."""
 
 import difflib
+import json
 import os
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -141,6 +143,29 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key, value
+
+
+def override_of(key: str, value: Any) -> str | None:
+    """The text "table.key=value" that `parse_override` reads as this value; None where there is none, as for a setting that is
+    not set."""
+    texts = [] if value is None else [value, toml_value(value)] if isinstance(value, str) else [toml_value(value)]
+    return next((text for text in (f"{key}={text}" for text in texts) if parse_override(text) == (key, value)), None)
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(key)} = {toml_value(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    # JSON escapes characters beyond 16 bits in two halves, which TOML refuses.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _put(raw: dict[str, Any], key: str, value: Any, source: str) -> None:

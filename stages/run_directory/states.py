@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,19 @@ from typing import Any
 from stages.foundation.errors import ArtifactError, OcdError
 from stages.run_directory.folders import StageFolder, damaged_files, folder_of
 from stages.run_directory.format import FORMAT_VERSION, Begun, Extent, Identity, Manifest, SourceRecord
-from stages.run_directory.pipeline import ORDER, STAGES, Query, StageSpec, extent_settings, identity_settings, spec_of
-from stages.run_directory.project import Project
+from stages.run_directory.pipeline import (
+    AUTO,
+    LAYER,
+    ORDER,
+    STAGES,
+    Query,
+    StageSpec,
+    chosen_by_scores,
+    extent_settings,
+    identity_settings,
+    spec_of,
+)
+from stages.run_directory.project import Project, override_of
 from stages.run_directory.sources import inputs_of
 
 MISSING, PARTIAL, STALE, DONE = "missing", "partial", "stale", "done"
@@ -27,9 +38,14 @@ class Change:
     now: Any
 
     @property
-    def is_setting(self) -> bool:
-        """Whether it is a setting of `ocd.toml` that a flag can repeat, not the content of a file."""
-        return " " not in self.setting and isinstance(self.now, int | float | str)
+    def kept_by(self) -> str | None:
+        """What `--set` takes to put the setting back; None where it cannot, as for the content of a file."""
+        return None if " " in self.setting else override_of(self.setting, self.was)
+
+    @property
+    def redone_by(self) -> str | None:
+        """What `--set` takes to repeat the change."""
+        return None if " " in self.setting else override_of(self.setting, self.now)
 
     def __str__(self) -> str:
         return f"{self.setting} was {_short(self.was)}, is now {_short(self.now)}"
@@ -37,12 +53,14 @@ class Change:
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage's state, why, how far it is, and the records it was found from."""
+    """A stage's state, why, how far it is, and the records it was found from; `by_inputs`: it is stale for nothing but earlier
+    stages that are not done."""
 
     name: str
     state: str
     detail: str = ""
     changes: tuple[Change, ...] = ()
+    by_inputs: bool = False
     progress: dict[str, Any] | None = None
     identity: Identity | None = None
     sources: dict[str, SourceRecord] = field(default_factory=dict)
@@ -170,15 +188,24 @@ class States:
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json")
         changes = identity_changes(manifest.identity, identity)
         if changes:
-            return StageState(spec.name, STALE, "; ".join(map(str, changes)), changes)
+            return StageState(
+                spec.name, STALE, "; ".join(f"{change}{_by_scores(change, manifest)}" for change in changes), changes
+            )
         if blocked:
-            return StageState(spec.name, STALE, "; ".join(f"its input {state.name} is {state.state}" for state in blocked))
+            detail = "; ".join(f"its input {state.name} is {state.state}" for state in blocked)
+            return StageState(spec.name, STALE, detail, by_inputs=True)
         if damage:
             return StageState(spec.name, PARTIAL, f"blocks are damaged: {damage[0]}{more}")
         state, change = extent_change(manifest.extents, extent_settings(self.project, spec))
         if change is not None:
             return StageState(spec.name, state, str(change), (change,))
         return StageState(spec.name, DONE)
+
+
+def _by_scores(change: Change, manifest: Manifest) -> str:
+    """Which layer `auto` stands for, where it is asked for in place of a named one and there are scores."""
+    chosen = chosen_by_scores(manifest) if (change.setting, change.now) == (LAYER, AUTO) else None
+    return f" (by the scores {chosen})" if chosen else ""
 
 
 def progress_of(folder: StageFolder) -> dict[str, Any] | None:
@@ -214,17 +241,35 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
 def redo_command(state: StageState, project: Project) -> str:
     """The command that redoes a stale stage as it would be made now: run and task, changed settings, further ones of the stage
     that were given beside them, and imported weights are repeated."""
-    changed = {change.setting: change.now for change in state.changes if change.is_setting}
-    key = changed.pop("task.weights_key", None) or (state.identity and state.identity.settings.get("task.weights_key"))
-    flags = "".join(f" --set {name}={str(now).lower() if isinstance(now, bool) else now}" for name, now in changed.items())
+    changed = {change.setting: text for change in state.changes if (text := change.redone_by)}
+    key = project.settings.task.weights_key or (state.identity and state.identity.settings.get("task.weights_key"))
+    changed.pop("task.weights_key", None)
     given = [
         text for text in project.overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed
     ]
-    flags += "".join(f" --set {shlex.quote(text)}" for text in given)
+    flags = _set_flags([*changed.values(), *given])
     if "weights" in state.sources:
         flags += f" --weights {shlex.quote(state.sources['weights'].path)}"
         flags += f" --weights-key {shlex.quote(key)}" if key else ""
     return f"ocd {state.name}{project.flags}{flags} --force"
+
+
+def _set_flags(texts: Iterable[str]) -> str:
+    """Each text "table.key=value" as a flag, after a space."""
+    return "".join(f" --set {shlex.quote(text)}" for text in texts)
+
+
+def ways_out(stale: Sequence[StageState], redo: str) -> str:
+    """What to type where stages are stale, to keep them or to redo them; "" where flags do not keep them, for something else
+    than settings changed."""
+    changes = {change.setting: change for state in stale for change in state.changes}
+    texts = [change.kept_by for change in changes.values()]
+    # Stages made with different values of one setting cannot all be kept.
+    contradict = any(change.was != changes[change.setting].was for state in stale for change in state.changes)
+    if not texts or None in texts or contradict or not all(state.changes or state.by_inputs for state in stale):
+        return ""
+    stages, settings = ("it" if len(found) == 1 else "them" for found in (stale, texts))
+    return f"to keep {stages}, repeat{_set_flags(texts)}, or write {settings} into ocd.toml; to redo {stages}: {redo}"
 
 
 def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
@@ -242,7 +287,8 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
         redo_command(state, states.project) if state.state == STALE else f"ocd {state.name}{states.project.flags}"
         for state in wrong
     )
-    raise ArtifactError(f"{wanting} needs stages that are not done:\n" + "\n".join(lines), f"run: {commands}")
+    hint = ways_out([state for state in wrong if state.state == STALE], commands) or f"run: {commands}"
+    raise ArtifactError(f"{wanting} needs stages that are not done:\n" + "\n".join(lines), hint)
 
 
 def _closure(names: tuple[str, ...]) -> set[str]:

@@ -54,8 +54,10 @@ class TrainingBatches:
         self._factors = arrays[DELTA].factors if deltas else None
         self._names = [*(self._factors or [DELTA] * deltas), *reader.field_names()]
         self._rho = reader.read("rho")
-        known = (torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho", "sample_index"))
+        known = [torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho", "sample_index")]
         train, held = usable_split(*known, held_out, seed)
+        # Of a sample there may be several rows.
+        self.held_out_samples = len(known[-1][held].unique())
         self._usable = np.zeros(len(reader), bool)
         self._usable[train.numpy()] = True
         self.count, self.batch_size = len(train), min(batch_size, len(train))

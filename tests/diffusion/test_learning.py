@@ -1,12 +1,14 @@
 """What denoisers have learned, against the exact denoiser of the deltas they were trained on."""
 
+import math
+
 import pytest
 import torch
 from learning import FIELDS, ROWS, SHAPE, blind_and_best, check_shares, distances, trained_on_four
 from networks import describe, toy_rows
 
 from stages.diffusion.denoisers import AUTHORS, FACTORED, MLP, UNETS, make_denoiser
-from stages.diffusion.denoising import denoising_errors, held_out_figures, step_draws
+from stages.diffusion.denoising import denoising_errors, held_out_figures, step_draws, uses_conditioning
 from stages.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule("ddpm", 16, "x0")
@@ -46,7 +48,30 @@ def test_judging_tells_true_conditioning_from_shuffled(mlp):
     assert found == held_out_figures(mlp, SCHEDULE, data.take(order), seed=0)
     assert 0 < found["score"] < 0.8
     # Σ p² = 0.73 of the draws are the true delta, against Σ p·q = 0.09; 40 samples leave 0.1 of chance.
-    assert found["cosine"] > found["cosine_shuffled"] + 0.3
+    gain = found["cosine"] - found["cosine_shuffled"]
+    assert gain > 0.3
+    assert 0.02 < found["cosine_error"] < 0.15
+    assert uses_conditioning(gain, found["cosine_error"], 40)
+    # Of one sample there is no other's conditioning, and no error.
+    assert math.isnan(held_out_figures(mlp, SCHEDULE, data.take(order[:1]), seed=0)["cosine_error"])
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "samples", "wanted"),
+    [
+        (0.31, 0.15, 64, True),
+        (0.02, 0.005, 64, True),
+        (0.02, 0.13, 64, False),
+        (-0.2, 0.2, 10, False),
+        (0.0, 0.0, 64, False),
+        (0.1, 0.13, 64, None),
+        (0.2, 0.2, 10, None),
+        (0.9, 0.01, 9, None),
+        (-0.9, 0.01, 9, None),
+    ],
+)
+def test_whether_the_conditioning_is_used(gain, error, samples, wanted):
+    assert uses_conditioning(gain, error, samples) is wanted
 
 
 def test_rows_of_one_sample_are_not_shuffled_among_each_other(mlp):

@@ -135,8 +135,8 @@ def test_a_layer_whose_base_is_half_but_itself_single_is_left_alone(project, ocd
     ("model", "name"), [("Attending", "attention.in_proj_weight"), ("Recurrent", "rnn.weight_hh_l0")], ids=["attention", "rnn"]
 )
 def test_a_slow_way_is_told(project, ocd, model, name):
-    folder = project({"task": {"model": f"mymodel:{model}"}, "collect": {"samples": 12}}, code="models", until="train-base")
-    ocd(folder, "select-layer", "--layer", name)
+    settings = {"task": {"model": f"mymodel:{model}"}, "select-layer": {"layer": name}, "collect": {"samples": 12}}
+    folder = project(settings, code="models", until="select-layer")
     result = ocd(folder, "collect", "--json")
     summary = json.loads(result.stdout)
     assert summary["method"] in ("vmap", "loop")

@@ -79,6 +79,10 @@ def test_rows_follow_one_another_by_sample(repeated_run):
         np.testing.assert_allclose(fields, np.repeat(fields[:, :1], REPEATS, axis=1), rtol=1e-5, atol=1e-6)
     summary = repeated_run.summary("collect")
     assert (summary["samples"], summary["repeats"], summary["blocks"]) == (SAMPLES, REPEATS, 6)
+    # Three rows are held out, of one sample.
+    for stage in ("train-diffusion", "train-scale"):
+        assert repeated_run.summary(stage)["held_out_samples"] == 1
+        assert repeated_run.summary(stage)["samples"] == (SAMPLES - 1) * REPEATS
 
 
 @pytest.mark.parametrize("row", [0, 1, 5, 30])

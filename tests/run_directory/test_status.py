@@ -94,17 +94,6 @@ def test_execution_settings_change_nothing(finished, ocd, setting):
 # `auto`
 
 
-def test_layer_by_flag_then_plain(project, ocd):
-    folder = project(until="train-base")
-    ocd(folder, "select-layer", "--layer", "0.weight")
-    assert states(ocd, folder)["select-layer"] == "done"
-    result = ocd.json(folder, "collect")
-    assert result["layer"] == "0.weight"
-    assert states(ocd, folder)["collect"] == "done"
-    # Another name by flag is another wish.
-    assert states(ocd, folder, "select-layer.layer=2.weight")["select-layer"] == "stale"
-
-
 def test_weights_by_flag_then_plain(project, finished, ocd):
     folder = project()
     shutil.copy(finished.run / "train-base" / "base.safetensors", folder.root / "given.safetensors")
