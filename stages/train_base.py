@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import sha256_file
+from stages.foundation.numbers import figure
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_state, load_tensors, save_model, state_tensors
@@ -143,6 +144,11 @@ class TrainBase(Stage):
         if how.get("best_epoch") == self.settings.epochs and not extent.exhausted:
             last = "the only epoch" if how["epochs"] == 1 else f"the last of {how['epochs']} epochs"
             yield f"still improving: {last} was the best; raise train-base.epochs, training then goes on from there"
+        elif extent.exhausted and how.get("best_epoch") == how.get("epochs"):
+            yield (
+                "still improving, though by less than 1 % an epoch, when patience ended it: a larger train-base.lr, or "
+                "train-base.patience=0, takes it further"
+            )
         if self._weights is not None and not self.context.validation_is_given:
             yield f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"
 
@@ -162,8 +168,8 @@ class TrainBase(Stage):
             advice = "train longer, or try another learning rate"
         name, samples = context.project.settings.task.loss, f"{len(judged):,} validation sample{'s' * (len(judged) > 1)}"
         yield (
-            f"the base is worse than a constant: {name if name in LOSSES else 'loss'} {_figure(loss)} on {samples}, where one "
-            f"output for all of them has {_figure(constant.loss)}; {advice}"
+            f"the base is worse than a constant: {name if name in LOSSES else 'loss'} {figure(loss)} on {samples}, where one "
+            f"output for all of them has {figure(constant.loss)}; {advice}"
         )
 
     def _train_by_task(self, model: nn.Module) -> dict[str, Any]:
@@ -204,10 +210,6 @@ class TrainBase(Stage):
         load_state(model, load_tensors(trained.snapshot))
         done = {"epochs": trained.steps // epoch_steps, "best_epoch": trained.best["step"] // epoch_steps}
         return done, Extent(value=settings.epochs, reached=done["epochs"], exhausted=trained.stopped_early)
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _optimizer(settings: Any, model: nn.Module) -> torch.optim.Optimizer:

@@ -164,7 +164,7 @@ MODELS = {
     "time_first_layer": Report(
         "a layer whose own input has time on the first axis",
         model("TimeFirst"),
-        ["the sample is not on its first axis", "select-layer --layer"],
+        ["the sample is not on its first axis", "--set select-layer.layer=NAME"],
         data=pictures,
     ),
     "scripted_model": Report(

@@ -7,13 +7,13 @@ LARGEST = 1e7
 
 
 def figure(value: Any) -> str:
-    """A number of four significant digits, or, from ten thousand on, of all before the point, thousands apart; other values as
+    """A number of four significant digits, or, from a thousand on, of all before the point, thousands apart; other values as
     they are."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < LARGEST else f"{value:.4g}"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < LARGEST else f"{value:.4g}"
 
 
 def signed(value: float) -> str:

@@ -176,5 +176,5 @@ def _check_own(values: Tensor, leaf: Tensor, gradient: Tensor) -> None:
         if left[row].norm() > 1e-3 * norms[row]:
             raise TaskError(
                 "samples get into each other's rows on their way to the layer: model or loss sorts, routes or mixes them",
-                "choose another layer with: ocd select-layer --layer NAME",
+                "choose another layer with --set select-layer.layer=NAME, or in ocd.toml",
             )

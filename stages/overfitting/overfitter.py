@@ -166,7 +166,7 @@ class Overfitter(Runner):
         except NotSubstitutable as reason:
             raise TaskError(
                 f"{self.layer.name}: {reason.message}; on the samples that were tried first it was otherwise",
-                "choose another layer with: ocd select-layer --layer NAME",
+                "choose another layer with --set select-layer.layer=NAME, or in ocd.toml",
             ) from reason
 
     def _descent(

@@ -44,7 +44,7 @@ def capture(
     if seen.get(LAYER_INPUT) is None or seen.get(ACTIVATION) is None:
         raise TaskError(
             f"the module of {layer.name} is not called in the forward pass, so it has no input to condition on",
-            "choose another layer with: ocd select-layer --layer NAME",
+            "choose another layer with --set select-layer.layer=NAME, or in ocd.toml",
         )
     if absent := [name for name in others if seen.get(name) is None]:
         raise TaskError(f"the watched module {absent[0]} gives no tensor in the forward pass", "mend `watched` of the task")
@@ -105,7 +105,7 @@ def _per_sample(value: Tensor, count: int, name: str) -> Tensor:
     if value.dim() == 0 or value.shape[0] % count:
         raise TaskError(
             f"the input of {name} has shape {tuple(value.shape)} for a batch of {count}: the sample is not on its first axis",
-            "choose another layer with: ocd select-layer --layer NAME",
+            "choose another layer with --set select-layer.layer=NAME, or in ocd.toml",
         )
     return value.reshape(count, -1, *value.shape[1:])
 

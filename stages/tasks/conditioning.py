@@ -125,5 +125,5 @@ def check_condition(task: Task, model: nn.Module, layer: Layer, x: Tree) -> None
                 raise TaskError(
                     f"{name} of {layer.name} is not one row per sample: its module sees {tuple(value.shape)} for a batch of "
                     f"{batch_size(x)}, with the sample on another axis than the first",
-                    "choose another layer with: ocd select-layer --layer NAME, or give conditioning() in a Task class",
+                    "choose another layer with --set select-layer.layer=NAME, or give conditioning() in a Task class",
                 )

@@ -84,11 +84,15 @@ def test_a_larger_number_of_epochs_goes_on(tasted, tmp_path, ocd):
     assert folder.summary("train-base")["epochs"] == 5
 
 
-def test_patience_that_ends_it_leaves_nothing_to_raise(raw, tmp_path, ocd):
+def test_patience_may_end_it_too_early(raw, tmp_path, ocd):
     slow = put("train-base.epochs=20", "train-base.patience=2", "train-base.lr=1e-5")
     found = ocd.json(raw.copy(tmp_path / "copy"), "train-base", "--force", *slow)
     assert found["epochs"] == found["best_epoch"] == 3
-    assert [text.partition(":")[0] for text in found["warnings"]] == ["the base is worse than a constant"]
+    assert found["warnings"][0] == (
+        "still improving, though by less than 1 % an epoch, when patience ended it: a larger train-base.lr, or "
+        "train-base.patience=0, takes it further"
+    )
+    assert [text.partition(":")[0] for text in found["warnings"][1:]] == ["the base is worse than a constant"]
 
 
 def test_one_epoch(tasted, tmp_path, ocd):
