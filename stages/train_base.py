@@ -141,14 +141,14 @@ class TrainBase(Stage):
 
     def _about_training(self, how: dict[str, Any], extent: Extent) -> Iterator[str]:
         """What the end of the training, or the import, leaves open."""
-        if how.get("best_epoch") == self.settings.epochs and not extent.exhausted:
-            last = "the only epoch" if how["epochs"] == 1 else f"the last of {how['epochs']} epochs"
-            yield f"still improving: {last} was the best; raise train-base.epochs, training then goes on from there"
-        elif extent.exhausted and how.get("best_epoch") == how.get("epochs"):
+        if how.get("best_epoch", 0) == how.get("epochs") and extent.exhausted:
             yield (
                 "still improving, though by less than 1 % an epoch, when patience ended it: a larger train-base.lr, or "
                 "train-base.patience=0, takes it further"
             )
+        elif how.get("best_epoch") == self.settings.epochs:
+            last = "the only epoch" if how["epochs"] == 1 else f"the last of {how['epochs']} epochs"
+            yield f"still improving: {last} was the best; raise train-base.epochs, training then goes on from there"
         if self._weights is not None and not self.context.validation_is_given:
             yield f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"
 
