@@ -8,11 +8,11 @@ from folders import own_task
 
 SEEDS, RIGHT = 100, 95
 FAST = {
-    "train-base": {"epochs": 60, "lr": 0.01, "batch_size": 100, "patience": 0},
+    "train-base": {"epochs": 12, "lr": 0.03, "batch_size": 40, "patience": 0},
     "select-layer": {"layer": "0.weight", "draws": 0},
     "collect": {"optimizer": "sgd", "lr": 0.03, "steps": 3},
-    "train-diffusion": {"width": 64, "blocks": 1, "batch_size": 64, "max_steps": 300, "evaluate_steps": 100, "lr": 1e-3},
-    "train-scale": {"width": 32, "batch_size": 64, "max_steps": 200},
+    "train-diffusion": {"width": 64, "blocks": 1, "batch_size": 64, "max_steps": 200, "evaluate_steps": 200, "lr": 2e-3},
+    "train-scale": {"width": 32, "batch_size": 64, "max_steps": 150, "evaluate_steps": 150},
     "infer": {"ensemble": 5, "sample_steps": 5},
     "evaluate": {"resamples": 500, "memorisation_samples": 10, "longer_base": True},
 }
@@ -23,7 +23,7 @@ PLANTED = {
     "harms": ({"collect": {"lr": 0.3}, "infer": {"strength": 2.0}}, {"known": 0.0, "noise": 1.0}, "harms"),
     "undecided for want of samples": ({"collect": {"lr": 0.1}}, {"known": 0.25, "noise": 1.0, "test": 16}, "undecided"),
     "helps, but a longer base does more": (
-        {"train-base": {"epochs": 20}, "select-layer": {"layer": "2.weight"}},
+        {"train-base": {"epochs": 8, "lr": 0.01}, "select-layer": {"layer": "2.weight"}},
         {"known": 1.0, "noise": 0.1, "hidden": 32},
         "does not help",
     ),

@@ -15,9 +15,9 @@ class Planted(Task):
 
     kind = REGRESSION
 
-    def __init__(self, seed, known, noise, test=300, hidden=0):
+    def __init__(self, seed, known, noise, test=200, hidden=0):
         self.seed, self.known, self.noise, self.hidden = seed, known, noise, hidden
-        self.sizes = {"train": 400, "validation": 200, "test": test}
+        self.sizes = {"train": 400, "validation": 150, "test": test}
 
     def model(self):
         if self.hidden:
