@@ -1,6 +1,7 @@
 """A project: the settings of one `ocd.toml` with the overrides of a command, and the folders they name."""
 
 import difflib
+import json
 import os
 import shlex
 import tomllib
@@ -141,6 +142,16 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key, value
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Settings, "table.key" to value, as flags of a command, each after a space and quoted for the shell."""
+    texts = []
+    for name, value in values.items():
+        plain = f"{name}={value}"
+        same = isinstance(value, str) and parse_override(plain)[1] == value
+        texts.append(plain if same else f"{name}={json.dumps(value, ensure_ascii=False)}")
+    return "".join(f" --set {shlex.quote(text)}" for text in texts)
 
 
 def _put(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
