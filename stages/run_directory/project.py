@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,16 @@ def toml_value(value: Any) -> str:
 
 def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Settings, "table.key" to value, as flags of a command, each after a space and quoted for the shell."""
+    return set_flags(text for key, value in values.items() if (text := override_of(key, value)))
+
+
+def set_flags(texts: Iterable[str]) -> str:
+    """Each text "table.key=value" as a flag, after a space."""
+    return "".join(f" --set {shlex.quote(text)}" for text in texts)
 
 
 def _put(raw: dict[str, Any], key: str, value: Any, source: str) -> None:

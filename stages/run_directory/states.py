@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from stages.run_directory.pipeline import (
     identity_settings,
     spec_of,
 )
-from stages.run_directory.project import Project, override_of
+from stages.run_directory.project import Project, override_of, set_flags
 from stages.run_directory.sources import inputs_of
 
 MISSING, PARTIAL, STALE, DONE = "missing", "partial", "stale", "done"
@@ -247,16 +247,11 @@ def redo_command(state: StageState, project: Project) -> str:
     given = [
         text for text in project.overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed
     ]
-    flags = _set_flags([*changed.values(), *given])
+    flags = set_flags([*changed.values(), *given])
     if "weights" in state.sources:
         flags += f" --weights {shlex.quote(state.sources['weights'].path)}"
         flags += f" --weights-key {shlex.quote(key)}" if key else ""
     return f"ocd {state.name}{project.flags}{flags} --force"
-
-
-def _set_flags(texts: Iterable[str]) -> str:
-    """Each text "table.key=value" as a flag, after a space."""
-    return "".join(f" --set {shlex.quote(text)}" for text in texts)
 
 
 def ways_out(stale: Sequence[StageState], redo: str) -> str:
@@ -269,7 +264,7 @@ def ways_out(stale: Sequence[StageState], redo: str) -> str:
     if not texts or None in texts or contradict or not all(state.changes or state.by_inputs for state in stale):
         return ""
     stages, settings = ("it" if len(found) == 1 else "them" for found in (stale, texts))
-    return f"to keep {stages}, repeat{_set_flags(texts)}, or write {settings} into ocd.toml; to redo {stages}: {redo}"
+    return f"to keep {stages}, repeat{set_flags(texts)}, or write {settings} into ocd.toml; to redo {stages}: {redo}"
 
 
 def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
