@@ -117,10 +117,7 @@ def train_base(
             metavar="FILE",
         ),
     ] = None,
-    weights_key: Annotated[
-        str | None,
-        typer.Option(help="Take this entry of --weights, such as state_dict_ema.", metavar="NAME"),
-    ] = None,
+    weights_key: Annotated[str | None, typer.Option(help="Take this entry of --weights.", metavar="NAME")] = None,
 ) -> None:
     """Train the base model, or import its weights; prints its metrics on the test split."""
     given = {"task.weights": str(weights.absolute()) if weights else None, "task.weights_key": weights_key}
