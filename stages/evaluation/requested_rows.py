@@ -155,8 +155,10 @@ def seed_branches(context: RunContext) -> Iterable[tuple[int, Project]]:
     project, base = context.project, folder_of(context.project, "train-base")
     imported = "weights" in base.manifest().sources and project.settings.task.weights is None
     weights = {"task.weights": str(base.path / BASE_FILE)} if imported else {}
+    # Of the rows asked for, the one that the verdict looks at.
+    rows = [name for name in project.settings.evaluate.rows if name == row.LONGER]
     for seed in range(project.seed + 1, project.seed + project.settings.evaluate.seeds):
-        values = {"run.seed": seed, "evaluate.seeds": 1, "evaluate.rows": [], **weights}
+        values = {"run.seed": seed, "evaluate.seeds": 1, "evaluate.rows": rows, **weights}
         branch = branch_of(project, f"seed-{seed}", values)
         context.report.message(f"seed {seed}: all stages, in {branch.run_path}")
         bring_up(project, branch, ORDER[: ORDER.index("evaluate") + 1], context.report)

@@ -7,6 +7,7 @@ from folders import states
 from processes import before, interrupt
 
 from stages import evaluate
+from stages.evaluation import requested_rows
 
 
 @pytest.fixture
@@ -44,6 +45,22 @@ def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
     assert {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")} == times
 
 
+@pytest.mark.parametrize(("base", "there"), [(1.0, True), (9.0, False)])
+def test_the_longer_base_is_there_where_it_took_less_time(ocd, finished, monkeypatch, base, there):
+    """And is a rival; asked not to be there, it is not."""
+    rest = dict.fromkeys(("select-layer", "collect", "train-diffusion", "train-scale"), 2.0)
+    monkeypatch.setattr(requested_rows, "stage_seconds", lambda context: {"train-base": base, **rest})
+    longer = "base trained for as long again"
+    results = evaluated(ocd, finished, "--set", "evaluate.longer_base=true")
+    left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
+    assert (longer in rows_of(results)) == (longer in results["comparisons"]) == there
+    why = "the base's training took 9 s, OCD's stages 8 s; ask with --add 'base trained for as long again'"
+    assert left_out.get(longer) == (None if there else why)
+    without = evaluated(ocd, finished, "--set", "evaluate.longer_base=false")
+    left_out = {entry["name"]: entry["reason"] for entry in without["left_out"]}
+    assert left_out[longer] == "evaluate.longer_base is false; ask with --add 'base trained for as long again'"
+
+
 def test_a_branch_follows_its_run(ocd, finished):
     words = ("--add", "deterministic hypernetwork", "--quiet")
     ocd(finished, "evaluate", *words)
@@ -58,11 +75,16 @@ def test_a_branch_follows_its_run(ocd, finished):
 
 
 def test_seeds_are_whole_trainings(ocd, finished):
-    results = evaluated(ocd, finished, "--seeds", "3")
+    longer = "base trained for as long again"
+    results = evaluated(ocd, finished, "--seeds", "3", "--add", longer, "--add", "deterministic hypernetwork")
     found = results["seeds"]
     assert found["seeds"] == [1, 2, 3]
     assert found["verdicts"][0] == results["verdict"]
     others = [finished.read(f"branches/seed-{seed}/evaluate/results.json") for seed in (2, 3)]
+    # The verdict of each seed looks at the longer base; what else was asked for stands in the first table alone.
+    names = {row["name"] for row in found["rows"]}
+    assert longer in names
+    assert "deterministic hypernetwork" not in names
     for row in found["rows"]:
         values = [rows_of(result)[row["name"]]["metrics"]["cross_entropy"]["mean"] for result in (results, *others)]
         entry = row["metrics"]["cross_entropy"]
