@@ -21,7 +21,7 @@ ALLOWED = {
     "lifecycle": "foundation per_sample run_directory store tasks",
     "training": "diffusion foundation overfitting run_directory store tasks",
     "prediction": "diffusion foundation lifecycle per_sample run_directory store tasks training",
-    "evaluation": "diffusion foundation lifecycle overfitting per_sample prediction run_directory store tasks",
+    "evaluation": "diffusion foundation lifecycle overfitting per_sample prediction run_directory store tasks training",
 }
 
 
