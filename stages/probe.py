@@ -5,16 +5,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from stages.evaluation.choosing import Trial, choose
 from stages.evaluation.comparison import seeded_order
-from stages.evaluation.headroom import headroom
+from stages.evaluation.headroom import headroom, settings_text
 from stages.evaluation.subject import EvaluatedSamples
-from stages.evaluation.trials import LARGEST_BATCH, Trials
+from stages.evaluation.trials import LARGEST_BATCH, RESAMPLES, STRENGTHS, Trials
 from stages.foundation.errors import DataError, OcdError
 from stages.foundation.memory import AtOnce, free_on_gpu
 from stages.foundation.progress import Report, Silent
 from stages.foundation.threads import set_threads, threads_restored
 from stages.foundation.torch_state import usual_torch
-from stages.lifecycle.context import RunContext
+from stages.lifecycle.context import GIVE_VALIDATION, PROBABLY_SEEN, RunContext
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.run_directory.folders import check_run
 from stages.run_directory.pipeline import AUTO
@@ -54,8 +55,10 @@ def probe(
 
     Returns:
         of a dry run {"what"}; else
-        {"verdict", "headroom": "none" | "labels" | "x", "start_with": {setting: value}, "metric", "samples", "searched",
-        "tried": [{"layer", "settings", "rows", "strengths", "cost"}], "left_out": [{"name", "reason"}]}.
+        {"verdict", "headroom": "none" | "labels" | "x" | "unknown", "start_with": {setting: value}, "warnings": [text],
+        "chosen": {"neighbours" | "mean delta" | "labels": {"mean", "difference", "interval", "favoured": by each half of the
+        samples}}, "metric", "samples", "searched", "strengths": those tried, "tried": [{"layer", "settings", "rows",
+        "strengths": {row: those of the halves}, "cost"}], "left_out": [{"name", "reason"}]}.
 
     Raises:
         OcdError: the base is not there, a layer does not exist, faults of the task.
@@ -91,15 +94,33 @@ class Probe:
 
     def plan(self) -> str:
         names = ", ".join(layer.name for layer in self._layers)
-        settings = ", ".join(map(_text, self._grid()))
+        settings = ", ".join(map(settings_text, self._grid()))
         return f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples; nothing is written"
 
     def run(self) -> dict[str, Any]:
-        """Settings in the order of the grid, each with every layer, until the time is over."""
+        """Try everything, choose by one half of the samples, look at the other."""
+        tried, left_out = self._try_all()
+        trials = [trial for trial, _ in tried]
+        seen = self._context.validation_is_seen
+        chosen = choose(trials, RESAMPLES, self._trials.rng())
+        return {
+            **headroom(trials, chosen, more=self._more(), seen=seen),
+            "warnings": [f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"] if seen else [],
+            "metric": trials[0].metric,
+            "samples": len(self._evaluated.order),
+            "searched": len(self._trials.searched),
+            "strengths": list(STRENGTHS),
+            "tried": [record for _, record in tried],
+            "left_out": left_out,
+        }
+
+    def _try_all(self) -> tuple[list[tuple[Trial, dict[str, Any]]], list[dict[str, str]]]:
+        """Settings in the order of the grid, each with every layer, until the time is over; and what is left out, with the
+        reason."""
         tried, left_out, refused = [], [], set()
         combinations = [(settings, layer) for settings in self._grid() for layer in self._layers]
         for number, (settings, layer) in enumerate(combinations):
-            name = f"{layer.name}, {_text(settings)}"
+            name = f"{layer.name}, {settings_text(settings)}"
             if layer.name in refused:
                 continue
             if tried and time.monotonic() - self._began > BUDGET_S:
@@ -115,15 +136,16 @@ class Probe:
             self._report.progress(number + 1, len(combinations), "layers × settings")
         if not tried:
             raise OcdError(f"no layer can be tried: {left_out[0]['reason']}", "name another with --layer")
-        found = headroom([trial for trial, _ in tried])
-        return {
-            **found,
-            "metric": tried[0][0].metric,
-            "samples": len(self._evaluated.order),
-            "searched": len(self._trials.searched),
-            "tried": [record for _, record in tried],
-            "left_out": left_out,
-        }
+        return tried, left_out
+
+    def _more(self) -> str:
+        """How to get more samples."""
+        count, most = len(self._evaluated.order), len(self._evaluated.split)
+        if count < most:
+            return f"look at more with --samples {min(most, 4 * count)}"
+        if self._context.validation_is_given:
+            return "give more samples with task.validation, or in the Task's validation()"
+        return "give samples with task.validation, or hold more of train out with a larger task.validation_fraction"
 
     def _grid(self) -> list[dict[str, Any]]:
         """The settings of `[collect]` first."""
@@ -141,7 +163,3 @@ class Probe:
             size, say = min(most, room // (4 * 5 * layer.numel)), self._report.message
             self._sizes[layer.name] = AtOnce(size, tell=lambda left: say(f"memory ran out: {left} samples at once"))
         return self._sizes[layer.name]
-
-
-def _text(settings: dict[str, Any]) -> str:
-    return f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"

@@ -1,88 +1,117 @@
 """What a probe's trials say: is there headroom, and does x tell anything about it?"""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from stages.evaluation.choosing import CHOSEN, LABELS, NEIGHBOURS, PART, Chosen, Trial, gains, may_gain
 from stages.evaluation.rows import BASE, MEAN_DELTA, ORACLE
 from stages.evaluation.statistics import Estimate
-from stages.evaluation.verdict import NEIGHBOURS
 
-NONE, LABELS, X = "none", "labels", "x"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One layer with settings of `[collect]` on held-out samples: each row's loss, over the same resamples, and its name."""
-
-    layer: str
-    settings: Mapping[str, Any]
-    metric: str
-    losses: Mapping[str, Estimate]
-
-    def gains(self, name: str, over: str) -> bool:
-        """Whether the whole paired 95 % interval of a row's loss is below another row's."""
-        return self.losses[name].minus(self.losses[over])[1][1] < 0
-
-    @property
-    def neighbour(self) -> str:
-        """The best of the neighbours' rows."""
-        return min((name for name in NEIGHBOURS if name in self.losses), key=lambda name: self.losses[name].value)
-
-    @property
-    def gains_by_x(self) -> bool:
-        """Whether neighbours' deltas gain over the base, and more than the one delta that all samples could be given."""
-        return self.gains(self.neighbour, BASE) and self.value(self.neighbour) < self.value(MEAN_DELTA)
-
-    def value(self, name: str) -> float:
-        return self.losses[name].value
+NONE, X, UNKNOWN = "none", "x", "unknown"
 
 
-def headroom(trials: Sequence[Trial]) -> dict[str, Any]:
-    """The verdict over all trials: no headroom; headroom that only labels reach; or headroom for x, and where to start.
+def headroom(trials: Sequence[Trial], chosen: Mapping[str, Chosen], *, more: str, seen: bool = False) -> dict[str, Any]:
+    """The verdict, and where to start.
 
-    Headroom: overfitting held-out samples on their own labels lowers their loss (paired 95 % interval). For x: so does the
-    delta of the nearest training samples, and by more than the mean delta.
+    Args:
+        chosen: what `choosing.choose` gives of the trials.
+        more: how to get more samples.
+        seen: whether the base was probably trained on the samples; then only a gain is a finding.
 
     Returns:
-        {"verdict", "headroom", "start_with"}.
+        {"verdict", "headroom", "start_with", "chosen"}.
     """
-    with_x = [trial for trial in trials if trial.gains_by_x]
-    with_labels = [trial for trial in trials if trial.gains(ORACLE, BASE)]
-    if with_x:
-        best = _gentlest(min(with_x, key=lambda trial: trial.value(trial.neighbour)), with_x)
+    losses = {name: found.loss for name, found in chosen.items()}
+    kind, start = headroom_of(losses, [name for name in CHOSEN if may_gain(trials, CHOSEN[name])]), {}
+    text = _sentence(kind, losses, trials[0].metric)
+    if kind == X:
+        best = starting_point(trials)
+        start = {"select-layer.layer": best.layer} | {f"collect.{key}": value for key, value in best.settings.items()}
+        text += f"; start with {best.layer} and {settings_text(best.settings)}" + _doubt(chosen[NEIGHBOURS])
+        if seen:
+            text += "; the base was probably trained on these samples: on others the gain may be another"
+    elif seen:
+        kind = UNKNOWN
         text = (
-            f"headroom for x: on {best.layer} the delta of the {best.neighbour} takes {best.metric} from "
-            f"{best.value(BASE):.4f} to {best.value(best.neighbour):.4f}, the true label's to {best.value(ORACLE):.4f}; "
-            "start with this layer and these settings"
+            f"no finding, since the base was probably trained on these samples, and has no headroom on what it fitted: {text}"
         )
-        return {"verdict": text, "headroom": X, "start_with": _start(best)}
-    if not with_labels:
-        best = min(trials, key=lambda trial: trial.value(ORACLE))
-        text = f"no headroom: {_figures(best)}; a larger collect.lr or more collect.steps may show some"
-        return {"verdict": text, "headroom": NONE, "start_with": {}}
-    best = min(with_labels, key=lambda trial: trial.value(trial.neighbour))
-    text = (
-        f"no headroom for x in sight: on {best.layer} {_figures(best)}, {best.value(best.neighbour):.4f} with those of the "
-        f"{best.neighbour}: not beyond chance (95 % interval), or no more than the mean delta gains"
-    )
-    return {"verdict": text, "headroom": LABELS, "start_with": {}}
+    elif kind == UNKNOWN:
+        text += f"; {more}"
+    shown = {name: found.as_json(chosen[BASE]) for name, found in chosen.items() if name != BASE}
+    return {"verdict": text, "headroom": kind, "start_with": start, "chosen": shown}
 
 
-def _figures(trial: Trial) -> str:
-    return f"{trial.metric} {trial.value(BASE):.4f}, {trial.value(ORACLE):.4f} with the deltas of the true labels"
+def headroom_of(losses: Mapping[str, Estimate], open_to: Collection[str]) -> str:
+    """`x`, `labels`, `none` or `unknown`. The first of these rules that fits holds:
+
+    1. x, where neighbours gain, and one mean delta for all samples has a larger loss than they;
+    2. unknown, where neighbours do not gain, but may;
+    3. labels, where the deltas of the true labels gain;
+    4. unknown, where they do not gain, but may;
+    5. none.
+
+    Args:
+        losses: by the keys of `choosing.CHOSEN`, each of what one half of the samples favours on the other half. A row gains
+            where the 95 % interval of its paired difference to the base is below zero as a whole.
+        open_to: those that may gain, as `choosing.may_gain` has it.
+    """
+    if gains(losses, NEIGHBOURS):
+        if losses[NEIGHBOURS].value < losses[MEAN_DELTA].value:
+            return X
+    elif NEIGHBOURS in open_to:
+        return UNKNOWN
+    if gains(losses, LABELS):
+        return LABELS
+    return UNKNOWN if LABELS in open_to else NONE
 
 
-def _gentlest(best: Trial, others: Sequence[Trial]) -> Trial:
-    """Of the settings that do as well on the same layer (paired 95 % interval), those that overfit least: a strength can make
-    more of a small delta, but few samples do not show how wrong a large one may go."""
+def starting_point(trials: Sequence[Trial]) -> Trial:
+    """The trial whose neighbours do best on all samples; of the settings that do as well on the same layer (paired 95 %
+    interval), those that overfit least: a strength can make more of a small delta, but few samples do not show how wrong a
+    large one may go."""
+    with_x = [trial for trial in trials if trial.gains_by_x] or trials
+    best = min(with_x, key=lambda trial: trial.losses[trial.neighbour].value)
 
     def does_as_well(trial: Trial) -> bool:
         return trial.losses[trial.neighbour].minus(best.losses[best.neighbour])[1][0] <= 0
 
-    same = [trial for trial in others if trial.layer == best.layer and does_as_well(trial)]
-    return max(same, key=lambda trial: trial.value(ORACLE), default=best)
+    same = [trial for trial in with_x if trial.layer == best.layer and does_as_well(trial)]
+    return max(same, key=lambda trial: trial.losses[ORACLE].value, default=best)
 
 
-def _start(trial: Trial) -> dict[str, Any]:
-    return {"select-layer.layer": trial.layer, **{f"collect.{key}": value for key, value in trial.settings.items()}}
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """A recipe in a few words."""
+    return f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
+
+
+def _sentence(kind: str, losses: Mapping[str, Estimate], metric: str) -> str:
+    """What is said of the figures."""
+    base, mean = f"{losses[BASE].value:.4g}", f"{losses[MEAN_DELTA].value:.4g}"
+    labels, neighbours = _figures(losses, LABELS), _figures(losses, NEIGHBOURS)
+    if kind == X:
+        return (
+            f"headroom for x: with the deltas of nearest training samples {metric} goes from {base} to {neighbours}, with one "
+            f"mean delta for all to {mean}; for reference, with the deltas of the true labels to {labels}"
+        )
+    figures = (
+        f"with the deltas of the true labels {metric} goes from {base} to {labels}, with those of nearest training samples to "
+        f"{neighbours}"
+    )
+    if kind == UNKNOWN:
+        return f"too few samples to tell: {figures}; {losses[BASE].samples:,} samples do not exclude a gain of {100 * PART:g} %"
+    same = f", no more than with one mean delta for all, {mean}" if gains(losses, NEIGHBOURS) else ", no gain beyond chance"
+    if kind == LABELS:
+        return f"no headroom for x in sight: {figures}{same}"
+    return f"no headroom: {figures}{same}; a larger collect.lr or more collect.steps may show some"
+
+
+def _figures(losses: Mapping[str, Estimate], name: str) -> str:
+    difference, (low, high) = losses[name].minus(losses[BASE])
+    return f"{losses[name].value:.4g} ({difference:+.3g}, 95 % interval [{low:+.3g}, {high:+.3g}])"
+
+
+def _doubt(chosen: Chosen) -> str:
+    first, second = (choice.trial.layer for choice in chosen.choices)
+    if first == second:
+        return ""
+    return f"; the layer is not certain: half of the samples favours {first}, the other half {second}"

@@ -1,5 +1,6 @@
 """Figures over samples, each a function of how much every sample counts, so that a bootstrap only changes the weights."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -134,6 +135,14 @@ def interval_of(draws: np.ndarray, samples: int) -> tuple[float, float]:
         return float("nan"), float("nan")
     tail = NormalDist().cdf(-((samples / (samples - 1)) ** 0.5) * student(samples - 1))
     return tuple(map(float, np.quantile(finite, (tail, 1 - tail))))
+
+
+def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of samples, (n,); from −∞ to ∞ where one is not finite, or n is 1."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return -math.inf, math.inf
+    mean, error = float(values.mean()), student(len(values) - 1) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean - error, mean + error
 
 
 def student(degrees: int) -> float:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from stages.evaluation import rows as row
+from stages.evaluation.choosing import Trial
 from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.cost import cost_of_run
 from stages.evaluation.from_run import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
-from stages.evaluation.headroom import Trial
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
@@ -55,18 +55,25 @@ class Trials:
         start = time.perf_counter()
         mean, counted = self._mean_delta(subject, size), min(len(self._evaluated.order), len(self.searched))
         each = (time.perf_counter() - start) / counted
-        gathered, strengths = cross_fitted(subject, evaluated, _rows(mean, evaluated), STRENGTHS, size)
-        rng = np.random.default_rng(seed_of(self._context.seed, "probe"))
-        found, metric = estimate_all(gathered, RESAMPLES, rng, lambda done: None)
-        trial = Trial(layer.name, settings, metric, {name: metrics[metric] for name, metrics in found.items()})
+        fitted = cross_fitted(subject, evaluated, _rows(mean, evaluated), STRENGTHS, size)
+        gathered = {name: one.gathered for name, one in fitted.items()}
+        found, metric = estimate_all(gathered, RESAMPLES, self.rng(), lambda done: None)
+        losses, halves = (
+            {name: metrics[metric] for name, metrics in found.items()},
+            {n: one.losses for n, one in fitted.items()},
+        )
         record = {
             "layer": layer.name,
             "settings": settings,
             "rows": row_records(gathered, found),
-            "strengths": strengths,
+            "strengths": {name: list(one.strengths) for name, one in fitted.items() if len(one.losses[0]) > 1},
             "cost": cost_of_run(self._context, Batch(subject, evaluated, evaluated.order[:1]), each),
         }
-        return trial, record
+        return Trial(layer.name, settings, metric, losses, halves), record
+
+    def rng(self) -> np.random.Generator:
+        """The same resamples for every trial, so that trials can be compared."""
+        return np.random.default_rng(seed_of(self._context.seed, "probe"))
 
     def _rows_to_search(self) -> Tensor:
         train, context = self._context.splits["train"], self._context

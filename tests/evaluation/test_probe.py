@@ -36,7 +36,7 @@ def test_headroom_for_x(ocd, with_headroom):
     before = with_headroom.files()
     shown = ocd(with_headroom, "probe")
     assert with_headroom.files() == before
-    assert "headroom for x: on 0.weight" in shown.stdout
+    assert "headroom for x: with the deltas of nearest training samples " in " ".join(shown.stdout.split())
     # What it ends with can be pasted: it is a table of settings that every command accepts.
     pasted = tomllib.loads(shown.stdout[shown.stdout.index("\n[select-layer]") :])
     assert pasted["select-layer"] == {"layer": "0.weight"}
@@ -47,7 +47,10 @@ def test_headroom_for_x(ocd, with_headroom):
 def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
     found = ocd.json(without, "probe")
     assert found["headroom"] == "labels"
-    assert found["verdict"].startswith("no headroom for x in sight: on ")
+    assert found["verdict"].startswith(
+        "no headroom for x in sight: with the deltas of the true labels cross_entropy goes from "
+    )
+    assert found["warnings"] == []
     assert found["start_with"] == {}
     assert {entry["layer"] for entry in found["tried"]} == {"0.weight", "2.weight"}
 

@@ -14,11 +14,14 @@ class Hopeless(Task):
 
     kind, sizes = CLASSIFICATION, {"train": 300, "validation": 200, "test": 300}
 
+    def __init__(self, draw=0):
+        self.key = ("planted", draw) if draw else ("planted",)
+
     def model(self):
         return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
 
     def points(self, name):
-        count, draw = self.sizes[name], generator("planted", name)
+        count, draw = self.sizes[name], generator(*self.key, name)
         return ArrayDataset(torch.randn(count, 6, generator=draw), torch.randint(3, (count,), generator=draw))
 
     def train(self):
@@ -44,7 +47,7 @@ class Planted(Hopeless):
         return nn.Sequential(nn.Linear(3, 3, bias=False))
 
     def points(self, name):
-        x = torch.randn(self.sizes[name], 3, generator=generator("planted", name))
+        x = torch.randn(self.sizes[name], 3, generator=generator(*self.key, name))
         return ArrayDataset(x, torch.stack([x[:, 0].sign() * x[:, 1], x[:, 0].abs(), x[:, 2]], dim=1))
 
     def loss(self, output, y):
