@@ -59,6 +59,10 @@ class Choice:
     row: str
     strength: float
 
+    def losses(self, halves: Sequence[int] = (0, 1)) -> np.ndarray:
+        """Of the samples, (n,)."""
+        return np.concatenate([self.trial.halves[self.row][half][self.strength] for half in halves])
+
     def as_json(self) -> dict[str, Any]:
         return {
             "layer": self.trial.layer,
@@ -85,26 +89,27 @@ class Chosen:
         }
 
 
-def choice_of(trials: Sequence[Trial], rows: Sequence[str], half: int) -> Choice:
-    """The trial, the row among `rows` and the strength that one half of the samples favours."""
-    found = [
-        (losses, Choice(trial, name, strength))
+def choice_of(trials: Sequence[Trial], rows: Sequence[str], halves: Sequence[int] = (0, 1)) -> Choice:
+    """The trial, the row among `rows` and the strength that all samples favour, or those of one half."""
+    options = [
+        Choice(trial, name, strength)
         for trial in trials
         for name in rows
         if name in trial.halves
-        for strength, losses in trial.halves[name][half].items()
+        for strength in trial.halves[name][0]
     ]
-    return found[favoured([losses for losses, _ in found], _base(trials[0], half))][1]
+    base = Choice(trials[0], BASE, 1.0).losses(halves)
+    return options[favoured([choice.losses(halves) for choice in options], base)]
 
 
 def may_gain(trials: Sequence[Trial], rows: Sequence[str]) -> bool:
     """Whether a gain of a tenth of the base's loss is in sight: one of `rows`, with one of its strengths, has a lower loss than
     the base on all samples (or none that is finite), and the 95 % interval of the difference does not exclude such a gain."""
     for trial in trials:
-        base = np.concatenate([_base(trial, half) for half in (0, 1)])
+        base = Choice(trial, BASE, 1.0).losses()
         for name in set(rows) & set(trial.halves):
-            for first, second in zip(*(half.values() for half in trial.halves[name]), strict=True):
-                differences = np.concatenate([first, second]) - base
+            for strength in trial.halves[name][0]:
+                differences = Choice(trial, name, strength).losses() - base
                 if not differences.mean() >= 0 and not interval_of_mean(differences)[0] >= -PART * abs(base.mean()):
                     return True
     return False
@@ -112,16 +117,8 @@ def may_gain(trials: Sequence[Trial], rows: Sequence[str]) -> bool:
 
 def choose(trials: Sequence[Trial], resamples: int, rng: np.random.Generator) -> dict[str, Chosen]:
     """What choosing among all trials gives, by the keys of `CHOSEN`, all over the same resamples."""
-    choices = {name: tuple(choice_of(trials, rows, half) for half in (0, 1)) for name, rows in CHOSEN.items()}
-    losses = {name: np.concatenate([_of(second, 0), _of(first, 1)]) for name, (first, second) in choices.items()}
+    choices = {name: tuple(choice_of(trials, rows, [half]) for half in (0, 1)) for name, rows in CHOSEN.items()}
+    losses = {name: np.concatenate([second.losses([0]), first.losses([1])]) for name, (first, second) in choices.items()}
     means = {name: Mean(values) for name, values in losses.items()}
     found = estimates(means, len(losses[BASE]), resamples, rng)
     return {name: Chosen(choices[name], found[name]) for name in CHOSEN}
-
-
-def _base(trial: Trial, half: int) -> np.ndarray:
-    return trial.halves[BASE][half][1.0]
-
-
-def _of(choice: Choice, half: int) -> np.ndarray:
-    return choice.trial.halves[choice.row][half][choice.strength]

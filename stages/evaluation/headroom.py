@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stages.evaluation.choosing import CHOSEN, LABELS, NEIGHBOURS, PART, Chosen, Trial, gains, may_gain
+from stages.evaluation.choosing import CHOSEN, LABELS, NEIGHBOURS, PART, Chosen, Trial, choice_of, gains, may_gain
 from stages.evaluation.rows import BASE, MEAN_DELTA, ORACLE
 from stages.evaluation.statistics import Estimate
 
@@ -66,17 +66,18 @@ def headroom_of(losses: Mapping[str, Estimate], open_to: Collection[str]) -> str
 
 
 def starting_point(trials: Sequence[Trial]) -> Trial:
-    """The trial whose neighbours do best on all samples; of the settings that do as well on the same layer (paired 95 %
+    """On the layer that all samples favour, the trial whose neighbours do best; of the settings that do as well (paired 95 %
     interval), those that overfit least: a strength can make more of a small delta, but few samples do not show how wrong a
     large one may go."""
-    with_x = [trial for trial in trials if trial.gains_by_x] or trials
+    layer = choice_of(trials, CHOSEN[NEIGHBOURS]).trial.layer
+    same = [trial for trial in trials if trial.layer == layer]
+    with_x = [trial for trial in same if trial.gains_by_x] or same
     best = min(with_x, key=lambda trial: trial.losses[trial.neighbour].value)
 
     def does_as_well(trial: Trial) -> bool:
         return trial.losses[trial.neighbour].minus(best.losses[best.neighbour])[1][0] <= 0
 
-    same = [trial for trial in with_x if trial.layer == best.layer and does_as_well(trial)]
-    return max(same, key=lambda trial: trial.losses[ORACLE].value, default=best)
+    return max(filter(does_as_well, with_x), key=lambda trial: trial.losses[ORACLE].value, default=best)
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

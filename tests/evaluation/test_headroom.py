@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_is_no_gain():
 def test_each_half_is_looked_at_with_what_the_other_favours():
     """On the first half a neighbour seems to do wonders, which it does not on the second."""
     trials = [trial("a.weight", nearest=0.6, first={"nearest": 0.1}), trial("b.weight", nearest=0.45)]
-    assert [choice_of(trials, CHOSEN[NEIGHBOURS], half).trial.layer for half in (0, 1)] == ["a.weight", "b.weight"]
+    assert [choice_of(trials, CHOSEN[NEIGHBOURS], [half]).trial.layer for half in (0, 1)] == ["a.weight", "b.weight"]
     found = choose(trials, 500, np.random.default_rng(0))[NEIGHBOURS]
     assert [choice.trial.layer for choice in found.choices] == ["a.weight", "b.weight"]
     # The second half as the first one chose, and the other way round.
