@@ -168,6 +168,11 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Settings, "table.key" to value, as flags of a command, each after a space and quoted for the shell."""
+    return "".join(f" --set {shlex.quote(override_of(name, value))}" for name, value in values.items())
+
+
 def _put(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
     table, _, name = key.partition(".")
     entries = raw.setdefault(table, {})
