@@ -251,21 +251,24 @@ def probe(
     shared: Shared,
     layer: Annotated[list[str] | None, typer.Option(help="Try this parameter only; repeatable.", metavar="NAME")] = None,
     samples: Annotated[int | None, typer.Option(help="Held-out samples to look at (default: 400).", min=8)] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write what to start with into the settings file.")] = False,
 ) -> None:
     """Before anything costly: is there something to gain? Tries layers and settings on held-out samples; needs the base."""
-    from ocd_cli.tables import show_probe
+    from ocd_cli.probe_tables import show_probe
     from stages.probe import probe as try_layers
 
     project = shared.project()
     with closing(ShownProgress(shared.quiet)) as report:
         report.start("probe")
-        found = try_layers(project, layers=layer or (), samples=samples, dry_run=shared.dry_run, report=report)
+        found = try_layers(project, layers=layer or (), samples=samples, write=write, dry_run=shared.dry_run, report=report)
     if shared.as_json:
         print_json(found)
     elif shared.dry_run:
         print(f"probe: {found['what']}")
     else:
         show_probe(console(), found)
+        if write and not found["written"]:
+            print(f"nothing to recommend: {project.config_path} stays as it is")
 
 
 @command(app, "status", "ocd status --json")

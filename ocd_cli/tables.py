@@ -1,12 +1,11 @@
-"""The tables of `evaluate` and `probe`, on stdout."""
+"""The tables of `evaluate`, on stdout."""
 
-import json
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from ocd_cli.text import bytes_text, duration, figure
+from ocd_cli.text import figure
 from stages.foundation.numbers import signed
 
 # Of the base's loss, what a difference is by rounding. A row's name is never broken within a word.
@@ -91,43 +90,6 @@ def _cost(out: Console, found: dict[str, Any]) -> None:
         f"{found['ocd_ensemble_ms']:.3g}; parameters: base {found['parameters']['base']:,}, denoiser "
         f"{found['parameters']['denoiser']:,}; seconds (of the process that finished each): {stages}"
     )
-
-
-def show_probe(out: Console, found: dict[str, Any]) -> None:
-    """What was tried, what a full run would cost, and the verdict last."""
-    names = list(dict.fromkeys(row["name"] for entry in found["tried"] for row in entry["rows"]))
-    table = Table("layer", "settings", *names, "collect", "writes", "denoiser")
-    for number, column in enumerate(table.columns):
-        column.justify = "left" if number < 2 else "right"
-        column.no_wrap = not 1 < number < 2 + len(names)
-    for entry in found["tried"]:
-        rows = {row["name"]: row["metrics"][found["metric"]]["mean"] for row in entry["rows"]}
-        values = ["" if rows.get(name) is None else f"{rows[name]:.4f}" for name in names]
-        settings, cost = entry["settings"], entry["cost"]
-        how = f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
-        training = cost["train_diffusion_seconds"]
-        costs = duration(cost["collect_seconds"]), bytes_text(cost["collect_bytes"])
-        table.add_row(entry["layer"], how, *values, *costs, "too large" if training is None else f"≤ {duration(training)}")
-    out.print(table)
-    out.print(
-        f"{found['metric']} of {found['samples']:,} held-out samples; neighbours among {found['searched']:,} training samples"
-    )
-    for entry in found["left_out"]:
-        out.print(f"left out: {entry['name']}: {entry['reason']}")
-    out.print(found["verdict"] + (":" if found["start_with"] and found["headroom"] == "x" else ""))
-    if found["headroom"] == "x":
-        out.print(settings_text(found["start_with"]))
-
-
-def settings_text(values: dict[str, Any]) -> str:
-    """Settings as they are pasted into `ocd.toml`."""
-    lines: list[str] = []
-    for name, value in values.items():
-        table, _, key = name.partition(".")
-        if f"[{table}]" not in lines:
-            lines += ([""] if lines else []) + [f"[{table}]"]
-        lines.append(f"{key} = {json.dumps(value)}")
-    return "\n".join(lines)
 
 
 def show_seeds(out: Console, found: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ from stages.lifecycle.context import GIVE_VALIDATION, PROBABLY_SEEN, RunContext
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.run_directory.folders import check_run
 from stages.run_directory.pipeline import AUTO
-from stages.run_directory.project import Project
+from stages.run_directory.project import Project, as_flags, parse_override
+from stages.run_directory.settings_file import require_writable, write_settings
 from stages.run_directory.states import States, require_done
 from stages.tasks.checks import check_task
 
@@ -42,15 +43,17 @@ def probe(
     *,
     layers: Sequence[str] = (),
     samples: int | None = None,
+    write: bool = False,
     dry_run: bool = False,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Try layers and settings on held-out samples; nothing is written.
+    """Try layers and settings on held-out samples; the run directory stays as it is.
 
     Args:
         project: only its base has to be there.
         layers: parameter names, by default every candidate.
         samples: held-out samples to look at, by default 400.
+        write: put what to start with into the settings file, where there is something to recommend.
         dry_run: only say what would be tried.
 
     Returns:
@@ -58,19 +61,38 @@ def probe(
         {"verdict", "headroom": "none" | "labels" | "x" | "unknown", "start_with": {setting: value}, "warnings": [text],
         "chosen": {"neighbours" | "mean delta" | "labels": {"mean", "difference", "interval", "favoured": by each half of the
         samples}}, "metric", "samples", "searched", "strengths": those tried, "tried": [{"layer", "settings", "rows",
-        "strengths": {row: those of the halves}, "cost"}], "left_out": [{"name", "reason"}]}.
+        "strengths": {row: those of the halves}, "cost"}], "left_out": [{"name", "reason"}], "written": path or None, "next":
+        the command to type then, or ""}.
 
     Raises:
-        OcdError: the base is not there, a layer does not exist, faults of the task.
+        OcdError: the base is not there, a layer does not exist, faults of the task, a settings file that cannot be written.
     """
     check_run(project)
+    if write:
+        # Before the work rather than after it.
+        require_writable(project.config_path)
     context = RunContext(project)
     require_done(States(project, context.hash_dataset), ("train-base",), "probing")
     with threads_restored():
         if project.settings.run.threads != AUTO:
             set_threads(project.settings.run.threads)
-        found = Probe(context, layers, samples or SAMPLES, report or Silent())
-        return {"what": found.plan()} if dry_run else found.run()
+        probing = Probe(context, layers, samples or SAMPLES, report or Silent())
+        if dry_run:
+            return {"what": probing.plan() + (f" but what to start with, into {project.config_path}" if write else "")}
+        found = probing.run()
+    return found | _recommended(project, found["start_with"], write)
+
+
+def _recommended(project: Project, best: dict[str, Any], write: bool) -> dict[str, Any]:
+    """What to start with, and what else of `[collect]` flags gave the trials; where it is written; and what to type next."""
+    if not best:
+        return {"written": None, "next": ""}
+    given = dict(map(parse_override, project.overrides))
+    start = best | {name: value for name, value in given.items() if name.startswith("collect.") and name not in best}
+    if write:
+        write_settings(project.config_path, start)
+    flags = project.flags + ("" if write else as_flags(start))
+    return {"start_with": start, "written": str(project.config_path) if write else None, "next": f"ocd run{flags}"}
 
 
 class Probe:

@@ -6,6 +6,7 @@ from typing import Any
 from stages.evaluation.choosing import CHOSEN, LABELS, NEIGHBOURS, PART, Chosen, Trial, choice_of, gains, may_gain
 from stages.evaluation.rows import BASE, MEAN_DELTA, ORACLE
 from stages.evaluation.statistics import Estimate
+from stages.foundation.numbers import figure, signed
 
 NONE, X, UNKNOWN = "none", "x", "unknown"
 
@@ -87,7 +88,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 def _sentence(kind: str, losses: Mapping[str, Estimate], metric: str) -> str:
     """What is said of the figures."""
-    base, mean = f"{losses[BASE].value:.4g}", f"{losses[MEAN_DELTA].value:.4g}"
+    base, mean = figure(losses[BASE].value), figure(losses[MEAN_DELTA].value)
     labels, neighbours = _figures(losses, LABELS), _figures(losses, NEIGHBOURS)
     if kind == X:
         return (
@@ -108,7 +109,7 @@ def _sentence(kind: str, losses: Mapping[str, Estimate], metric: str) -> str:
 
 def _figures(losses: Mapping[str, Estimate], name: str) -> str:
     difference, (low, high) = losses[name].minus(losses[BASE])
-    return f"{losses[name].value:.4g} ({difference:+.3g}, 95 % interval [{low:+.3g}, {high:+.3g}])"
+    return f"{figure(losses[name].value)} ({signed(difference)}, 95 % interval [{signed(low)}, {signed(high)}])"
 
 
 def _doubt(chosen: Chosen) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 from stages.evaluation import rows as row
 from stages.evaluation.choosing import Trial
 from stages.evaluation.comparison import cross_fitted, seeded_order
-from stages.evaluation.cost import cost_of_run
 from stages.evaluation.from_run import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
 from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
+from stages.evaluation.planned_cost import cost_of_run
 from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject

@@ -1,14 +1,15 @@
 """probe: tells headroom from none before anything is trained, and writes nothing."""
 
-import tomllib
+import os
+import shlex
 
 import numpy as np
 import pytest
-from folders import toml
+from folders import put, toml
 from planted import HELPING, HOPELESS
 
 from stages.foundation.config import tables
-from stages.run_directory.project import check_settings
+from stages.run_directory.project import load_project
 
 ROWS = {
     "base",
@@ -37,11 +38,38 @@ def test_headroom_for_x(ocd, with_headroom):
     shown = ocd(with_headroom, "probe")
     assert with_headroom.files() == before
     assert "headroom for x: with the deltas of nearest training samples " in " ".join(shown.stdout.split())
-    # What it ends with can be pasted: it is a table of settings that every command accepts.
-    pasted = tomllib.loads(shown.stdout[shown.stdout.index("\n[select-layer]") :])
-    assert pasted["select-layer"] == {"layer": "0.weight"}
-    assert set(pasted["collect"]) == {"optimizer", "lr", "steps"}
-    check_settings({"task": {"class": "mytask:Planted"}, **pasted}, "pasted")
+    *_, flags, _ = shown.stdout.splitlines()
+    assert flags.startswith("ocd run --set select-layer.layer=0.weight --set collect.optimizer=sgd --set collect.lr=")
+    # What it ends with can be pasted: every command accepts it.
+    words = shlex.split(flags)[2:]
+    assert ocd(with_headroom, "select-layer", "--dry-run", *words)
+    assert load_project(with_headroom.config, overrides=words[1::2]).settings.select_layer.layer == "0.weight"
+
+
+def test_what_to_start_with_is_written_into_the_settings(ocd, with_headroom, tmp_path):
+    folder = with_headroom.copy(tmp_path / "copy")
+    folder.config.write_text("# mine\n" + folder.config.read_text().replace("lr = 0.3", "lr = 0.3  # bold"))
+    before = folder.config.read_text()
+    planned = ocd(folder, "probe", "--write", "--dry-run").stdout
+    assert planned.endswith(f"nothing is written but what to start with, into {folder.config}\n")
+    assert folder.config.read_text() == before
+    # A flag that the trials had is part of what is recommended; the recommendation wins over one of the same name.
+    shown = ocd(folder, "probe", "--write", *put("collect.lr=1e-9", "collect.max_steps=7")).stdout
+    start = load_project(folder.config).settings
+    assert (start.select_layer.layer, start.collect.max_steps) == ("0.weight", 7)
+    assert start.collect.lr in (0.005, 0.05, 0.002, 0.0005)
+    assert folder.config.read_text().startswith("# mine\n")
+    assert "  # bold" in folder.config.read_text()
+    assert shown.endswith("next: ocd run\n")
+    assert f"written into {folder.config}: select-layer.layer = 0.weight, " in shown
+
+
+def test_a_settings_file_that_cannot_be_written_is_told_of_before_the_work(ocd, with_headroom, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, kind: kind != os.W_OK)
+    shown = ocd(with_headroom, "probe", "--write", code=2)
+    assert shown.stderr.endswith(
+        f"error: {with_headroom.config} cannot be written: Permission denied\n  make it writable, or leave out --write\n"
+    )
 
 
 def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
@@ -51,7 +79,7 @@ def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
         "no headroom for x in sight: with the deltas of the true labels cross_entropy goes from "
     )
     assert found["warnings"] == []
-    assert found["start_with"] == {}
+    assert (found["start_with"], found["written"], found["next"]) == ({}, None, "")
     assert {entry["layer"] for entry in found["tried"]} == {"0.weight", "2.weight"}
 
 
@@ -64,7 +92,7 @@ def test_no_headroom_at_all(ocd, without):
 
 
 def test_what_it_finds_is_what_the_stages_do(ocd, without):
-    """The oracle's loss is that of collecting the same samples with the same settings."""
+    """The loss with the true labels' deltas is that of collecting the same samples with the same settings."""
     found = ocd.json(without, "probe", "--layer", "2.weight", "--samples", 1000)
     assert found["samples"] == 200
     (mine, *others) = found["tried"]
@@ -73,6 +101,7 @@ def test_what_it_finds_is_what_the_stages_do(ocd, without):
     for entry in found["tried"]:
         assert {row["name"] for row in entry["rows"]} == ROWS
         assert set(entry["strengths"]) == ROWS - {"base", "overfitted on test"}
+        assert all(set(both) <= set(found["strengths"]) and len(both) == 2 for both in entry["strengths"].values())
         assert entry["cost"]["samples"] == 300
         assert entry["cost"]["collect_bytes"] > 300 * 4 * 3 * 24
         assert entry["cost"]["collect_seconds"] > 0
@@ -81,6 +110,13 @@ def test_what_it_finds_is_what_the_stages_do(ocd, without):
     manifest = without.manifest("collect")
     stored = sum(entry["size"] for name, entry in manifest["files"].items() if name.startswith("deltas.zarr"))
     assert stored < 1.2 * mine["cost"]["collect_bytes"]
+
+
+def test_with_nothing_to_recommend_the_settings_stay(ocd, without):
+    before = without.config.read_bytes()
+    shown = ocd(without, "probe", "--write", "--layer", "2.weight", "--samples", 20).stdout
+    assert shown.endswith(f"nothing to recommend: {without.config} stays as it is\n")
+    assert without.config.read_bytes() == before
 
 
 def test_named_layers_alone(ocd, without):

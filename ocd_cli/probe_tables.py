@@ -1,0 +1,122 @@
+"""The tables of `probe`, on stdout."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ocd_cli.text import bytes_text, duration, figure
+from stages.foundation.numbers import signed
+
+LABELS, MEAN, NEIGHBOURS = "overfitted on test", "mean delta", "nearest"
+# A recipe in one line.
+SHORTEST_NAME = 15
+
+
+def show_probe(out: Console, found: dict[str, Any]) -> None:
+    """What was tried, what a full run would cost, the verdict, and last what to type next."""
+    base = _loss(_rows(found, found["tried"][0])["base"])
+    out.print(
+        f"base: {found['metric']} {base} on {found['samples']:,} held-out samples; neighbours are looked for among "
+        f"{found['searched']:,} training samples"
+    )
+    out.print(_trials(found))
+    out.print(
+        "labels: the deltas of the true labels, for reference; strengths: of the two halves of the samples, each as the other "
+        "half favours (* the largest tried). The best of so many rows looks better than it is; the verdict is of samples that "
+        "took no part in choosing."
+    )
+    out.print(_costs(found))
+    for entry in found["left_out"]:
+        out.print(f"left out: {entry['name']}: {entry['reason']}")
+    for text in found["warnings"]:
+        out.print(f"warning: {text}")
+    out.print(found["verdict"])
+    if found["start_with"]:
+        _next(out, found)
+
+
+def _trials(found: dict[str, Any]) -> Table:
+    """A trial a row, under its layer: the best row of the neighbours beside the labels and the mean delta."""
+    table = _table("layer\nsettings", "labels", "mean\ndelta", "neighbours", "their best row × strengths\nminus base [95 %]")
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
+    for layer in _layers(found):
+        table.add_row(layer)
+        for trial in found["tried"]:
+            if trial["layer"] != layer:
+                continue
+            rows, settings = _rows(found, trial), trial["settings"]
+            name = _best(rows, trial["strengths"])
+            strengths = _strengths(trial["strengths"][name], max(found["strengths"]))
+            table.add_row(
+                f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}",
+                *(_loss(rows[shown]) for shown in (LABELS, MEAN, name)),
+                f"{name} × {strengths}\n{_difference(rows[name])}",
+            )
+    return table
+
+
+def _costs(found: dict[str, Any]) -> Table:
+    """What a full run would take at most, a layer a row."""
+    table = _table("a full run with", "collect", "writes", "denoiser")
+    for layer in _layers(found):
+        costs = [trial["cost"] for trial in found["tried"] if trial["layer"] == layer]
+        steps = [cost["train_diffusion_seconds"] for cost in costs]
+        table.add_row(
+            layer,
+            duration(max(cost["collect_seconds"] for cost in costs)),
+            bytes_text(max(cost["collect_bytes"] for cost in costs)),
+            "too large" if None in steps else f"≤ {duration(max(steps))}",
+        )
+    return table
+
+
+def _table(first: str, *names: str) -> Table:
+    """A column of names, which are broken where there is no room, and columns of numbers, which never are."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold", min_width=SHORTEST_NAME)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _layers(found: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(trial["layer"] for trial in found["tried"]))
+
+
+def _rows(found: dict[str, Any], trial: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row["metrics"][found["metric"]] for row in trial["rows"]}
+
+
+def _best(rows: dict[str, dict[str, Any]], strengths: dict[str, Any]) -> str:
+    """The neighbours' row with the lowest loss."""
+    losses = {name: rows[name]["mean"] for name in strengths if name.startswith(NEIGHBOURS)}
+    return min(losses, key=lambda name: float("inf") if losses[name] is None else losses[name])
+
+
+def _loss(entry: dict[str, Any]) -> str:
+    return "not finite" if entry["mean"] is None else figure(entry["mean"])
+
+
+def _difference(entry: dict[str, Any]) -> str:
+    if entry["difference"] is None or entry["interval"] is None:
+        return ""
+    low, high = map(signed, entry["interval"])
+    return f"{signed(entry['difference'])} [{low}, {high}]"
+
+
+def _strengths(strengths: list[float], largest: float) -> str:
+    """One number where both halves have the same."""
+    return ", ".join(f"{strength:g}{'*' * (strength == largest)}" for strength in dict.fromkeys(strengths))
+
+
+def _next(out: Console, found: dict[str, Any]) -> None:
+    """Flags to paste; in one line, so that they can be."""
+    if found["written"]:
+        values = ", ".join(f"{name} = {value}" for name, value in found["start_with"].items())
+        out.print(f"written into {found['written']}: {values}", soft_wrap=True)
+        out.print(f"next: {found['next']}", soft_wrap=True)
+    else:
+        out.print(found["next"], soft_wrap=True)
+        out.print("or write them into ocd.toml: ocd probe --write")
