@@ -24,7 +24,7 @@ def headroom(trials: Sequence[Trial], chosen: Mapping[str, Chosen], *, more: str
     """
     losses = {name: found.loss for name, found in chosen.items()}
     kind, start = headroom_of(losses, [name for name in CHOSEN if may_gain(trials, CHOSEN[name])]), {}
-    text = _sentence(kind, losses, trials[0].metric)
+    text = _sentence(kind, chosen, trials[0].metric)
     if kind == X:
         best = starting_point(trials)
         start = {"select-layer.layer": best.layer} | {f"collect.{key}": value for key, value in best.settings.items()}
@@ -86,10 +86,10 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
 
 
-def _sentence(kind: str, losses: Mapping[str, Estimate], metric: str) -> str:
+def _sentence(kind: str, chosen: Mapping[str, Chosen], metric: str) -> str:
     """What is said of the figures."""
-    base, mean = figure(losses[BASE].value), figure(losses[MEAN_DELTA].value)
-    labels, neighbours = _figures(losses, LABELS), _figures(losses, NEIGHBOURS)
+    base, mean = (figure(chosen[name].loss.value) for name in (BASE, MEAN_DELTA))
+    labels, neighbours = _figures(chosen, LABELS), _figures(chosen, NEIGHBOURS)
     if kind == X:
         return (
             f"headroom for x: with the deltas of nearest training samples {metric} goes from {base} to {neighbours}, with one "
@@ -100,16 +100,21 @@ def _sentence(kind: str, losses: Mapping[str, Estimate], metric: str) -> str:
         f"{neighbours}"
     )
     if kind == UNKNOWN:
-        return f"too few samples to tell: {figures}; {losses[BASE].samples:,} samples do not exclude a gain of {100 * PART:g} %"
-    same = f", no more than with one mean delta for all, {mean}" if gains(losses, NEIGHBOURS) else ", no gain beyond chance"
+        count = chosen[BASE].loss.samples
+        return f"too few samples to tell: {figures}; {count:,} samples do not exclude a gain of {100 * PART:g} %"
+    gained = gains({name: found.loss for name, found in chosen.items()}, NEIGHBOURS)
+    same = f", no more than with one mean delta for all, {mean}" if gained else ", no gain beyond chance"
     if kind == LABELS:
         return f"no headroom for x in sight: {figures}{same}"
     return f"no headroom: {figures}{same}; a larger collect.lr or more collect.steps may show some"
 
 
-def _figures(losses: Mapping[str, Estimate], name: str) -> str:
-    difference, (low, high) = losses[name].minus(losses[BASE])
-    return f"{figure(losses[name].value)} ({signed(difference)}, 95 % interval [{signed(low)}, {signed(high)}])"
+def _figures(chosen: Mapping[str, Chosen], name: str) -> str:
+    loss = figure(chosen[name].loss.value)
+    if not any(choice.strength for choice in chosen[name].choices):
+        return f"{loss} (with strength 0, since no other is a sure gain)"
+    difference, (low, high) = chosen[name].loss.minus(chosen[BASE].loss)
+    return f"{loss} ({signed(difference)}, 95 % interval [{signed(low)}, {signed(high)}])"
 
 
 def _doubt(chosen: Chosen) -> str:

@@ -1,5 +1,7 @@
 """What a probe chooses and says, from losses and estimates made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -242,6 +244,14 @@ def test_too_few_samples():
     assert (found["headroom"], found["start_with"]) == ("unknown", {})
     assert found["verdict"].startswith("too few samples to tell: with the deltas of the true labels mse goes from 0.5 to 0.1")
     assert found["verdict"].endswith(f"; 12 samples do not exclude a gain of 10 %; {MORE}")
+
+
+def test_neighbours_that_are_best_left_alone():
+    made = trial(nearest=0.6)
+    halves = {name: tuple({0.0: half[1.0] * 0 + 0.5, **half} for half in both) for name, both in made.halves.items()}
+    halves[BASE] = tuple({1.0: half[0.0]} for half in halves[BASE])
+    found = said(dataclasses.replace(made, halves=halves))
+    assert "training samples to 0.5 (with strength 0, since no other is a sure gain), no gain beyond chance" in found["verdict"]
 
 
 @pytest.mark.parametrize("values", [{}, {"labels": 0.5}, {"width": WIDE, "nearest": 0.4}])

@@ -21,7 +21,6 @@ def test_digits_end_to_end(ocd, tmp_path):
     rows = {row["name"]: row["metrics"]["cross_entropy"] for row in results["rows"]}
     assert rows["ocd ensemble"]["mean"] == pytest.approx(metrics["ocd ensemble"]["cross_entropy"], rel=1e-4)
     assert rows["shuffled conditioning"]["mean"] > rows["ocd ensemble"]["mean"]
-    assert ocd.json(folder, "probe", "--layer", "fc2.weight")["headroom"] == "x"
     ocd(folder, "verify")
 
 
