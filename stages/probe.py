@@ -57,12 +57,7 @@ def probe(
         dry_run: only say what would be tried.
 
     Returns:
-        of a dry run {"what"}; else
-        {"verdict", "headroom": "none" | "labels" | "x" | "unknown", "start_with": {setting: value}, "warnings": [text],
-        "chosen": {"neighbours" | "mean delta" | "labels": {"mean", "difference", "interval", "favoured": by each half of the
-        samples}}, "metric", "samples", "searched", "strengths": those tried, "tried": [{"layer", "settings", "rows",
-        "strengths": {row: those of the halves}, "cost"}], "left_out": [{"name", "reason"}], "written": path or None, "next":
-        the command to type then, or ""}.
+        of a dry run {"what"}; else what `Probe.run` finds, and {"written": path or None, "next": the command to type, or ""}.
 
     Raises:
         OcdError: the base is not there, a layer does not exist, faults of the task, a settings file that cannot be written.
@@ -120,7 +115,14 @@ class Probe:
         return f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples; nothing is written"
 
     def run(self) -> dict[str, Any]:
-        """Try everything, choose by one half of the samples, look at the other."""
+        """Try everything, choose by one half of the samples, look at the other.
+
+        Returns:
+            {"verdict", "headroom": "none" | "labels" | "x" | "unknown", "start_with": {setting: value}, "warnings": [text],
+            "chosen": {"neighbours" | "mean delta" | "labels": {"mean", "difference", "interval", "favoured": by each half of
+            the samples}}, "metric", "samples", "searched", "strengths": those tried, "tried": [{"layer", "settings", "rows",
+            "strengths": {row: those of the halves}, "cost"}], "left_out": [{"name", "reason"}]}.
+        """
         tried, left_out = self._try_all()
         trials = [trial for trial, _ in tried]
         seen = self._context.validation_is_seen

@@ -58,10 +58,6 @@ class Trials:
         fitted = cross_fitted(subject, evaluated, _rows(mean, evaluated), STRENGTHS, size)
         gathered = {name: one.gathered for name, one in fitted.items()}
         found, metric = estimate_all(gathered, RESAMPLES, self.rng(), lambda done: None)
-        losses, halves = (
-            {name: metrics[metric] for name, metrics in found.items()},
-            {n: one.losses for n, one in fitted.items()},
-        )
         record = {
             "layer": layer.name,
             "settings": settings,
@@ -69,7 +65,8 @@ class Trials:
             "strengths": {name: list(one.strengths) for name, one in fitted.items() if len(one.losses[0]) > 1},
             "cost": cost_of_run(self._context, Batch(subject, evaluated, evaluated.order[:1]), each),
         }
-        return Trial(layer.name, settings, metric, losses, halves), record
+        losses = {name: metrics[metric] for name, metrics in found.items()}
+        return Trial(layer.name, settings, metric, losses, {name: one.losses for name, one in fitted.items()}), record
 
     def rng(self) -> np.random.Generator:
         """The same resamples for every trial, so that trials can be compared."""
