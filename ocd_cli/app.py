@@ -264,8 +264,6 @@ def probe(
         print(f"probe: {found['what']}")
     else:
         show_probe(console(), found)
-        if write and not found["written"]:
-            print(f"nothing to recommend: {project.config_path} stays as it is")
 
 
 @command(app, "status", "ocd status --json")

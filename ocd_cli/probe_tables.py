@@ -35,6 +35,8 @@ def show_probe(out: Console, found: dict[str, Any]) -> None:
     out.print(found["verdict"])
     if found["start_with"]:
         _next(out, found)
+    elif found["unchanged"]:
+        out.print(f"nothing to recommend: {found['unchanged']} stays as it is", soft_wrap=True)
 
 
 def _trials(found: dict[str, Any]) -> Table:

@@ -57,7 +57,8 @@ def probe(
         dry_run: only say what would be tried.
 
     Returns:
-        of a dry run {"what"}; else what `Probe.run` finds, and {"written": path or None, "next": the command to type, or ""}.
+        of a dry run {"what"}; else what `Probe.run` finds, and {"written": the settings file or None, "unchanged": the file
+        where there was nothing to write, or None, "next": the command to type, or ""}.
 
     Raises:
         OcdError: the base is not there, a layer does not exist, faults of the task, a settings file that cannot be written.
@@ -81,13 +82,14 @@ def probe(
 def _recommended(project: Project, best: dict[str, Any], write: bool) -> dict[str, Any]:
     """What to start with, and what else of `[collect]` flags gave the trials; where it is written; and what to type next."""
     if not best:
-        return {"written": None, "next": ""}
+        return {"written": None, "unchanged": str(project.config_path) if write else None, "next": ""}
     given = dict(map(parse_override, project.overrides))
     start = best | {name: value for name, value in given.items() if name.startswith("collect.") and name not in best}
     if write:
         write_settings(project.config_path, start)
     flags = project.flags + ("" if write else as_flags(start))
-    return {"start_with": start, "written": str(project.config_path) if write else None, "next": f"ocd run{flags}"}
+    written = str(project.config_path) if write else None
+    return {"start_with": start, "written": written, "unchanged": None, "next": f"ocd run{flags}"}
 
 
 class Probe:

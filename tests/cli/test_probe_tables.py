@@ -48,6 +48,7 @@ def shown(*trials, width=80, **values):
         "verdict": "no headroom",
         "start_with": {},
         "written": None,
+        "unchanged": None,
         "next": "",
     } | values
     out = io.StringIO()
