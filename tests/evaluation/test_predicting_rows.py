@@ -147,6 +147,8 @@ def test_parts_of_a_row(ocd, judged):
     small = ("--set", "infer.batch_size=8", "--force", "--quiet")
     ocd(folder, "infer", *row, *small)
     ocd(folder, "infer", *row, "--part", "1/2", *small)
+    # Asked again it has nothing left to do.
+    ocd(folder, "infer", *row, "--part", "1/2", *small[:2])
     ocd(folder, "infer", *row, "--part", "2/2", *small)
     found = folder.predictions("test+nearest-k-blended")
     for name, values in whole.items():
