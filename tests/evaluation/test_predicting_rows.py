@@ -153,3 +153,14 @@ def test_parts_of_a_row(ocd, judged):
     found = folder.predictions("test+nearest-k-blended")
     for name, values in whole.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6)
+
+
+def test_an_answer_is_redone_where_evaluate_has_other_neighbours(ocd, project):
+    folder, row = project(rows=90, until="train-scale"), ("--row", "nearest k blended")
+    ocd(folder, "evaluate", "--quiet")
+    ocd(folder, "infer", *row, "--quiet")
+    before = folder.predictions("test+nearest-k-blended")
+    fewer = ("--set", "evaluate.neighbours=2")
+    ocd(folder, "evaluate", *fewer, "--quiet")
+    assert "infer is redone: evaluate.neighbours was 5, is now 2" in ocd(folder, "infer", *row, *fewer).stderr
+    assert not np.array_equal(before["output"], folder.predictions("test+nearest-k-blended")["output"])
