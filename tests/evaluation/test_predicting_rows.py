@@ -164,3 +164,11 @@ def test_an_answer_is_redone_where_evaluate_has_other_neighbours(ocd, project):
     ocd(folder, "evaluate", *fewer, "--quiet")
     assert "infer is redone: evaluate.neighbours was 5, is now 2" in ocd(folder, "infer", *row, *fewer).stderr
     assert not np.array_equal(before["output"], folder.predictions("test+nearest-k-blended")["output"])
+
+
+def test_run_evaluates_where_a_row_is_asked_for(ocd, project):
+    folder = project({"infer": {"row": "nearest neighbour"}}, rows=90)
+    stages = ocd.json(folder, "run")["stages"]
+    assert list(stages)[-2:] == ["evaluate", "infer"]
+    assert stages["infer"]["row"] == "nearest neighbour"
+    assert "evaluate" not in ocd.json(folder, "run", "--set", "infer.row=ocd ensemble")["stages"]
