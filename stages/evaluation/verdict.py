@@ -33,6 +33,11 @@ class Comparison:
     interval: tuple[float, float]
 
     @property
+    def has_interval(self) -> bool:
+        """Not of one sample, nor of losses that are not finite."""
+        return not math.isnan(self.interval[0])
+
+    @property
     def favours(self) -> bool:
         """Whether the whole interval is on the ensemble's side."""
         return self.interval[1] < 0
@@ -44,13 +49,13 @@ class Comparison:
 
     def leaves_no_gain(self, smallest: float) -> bool:
         """Whether the interval leaves no room for a gain of `smallest`."""
-        return not self.favours and self.interval[0] > -smallest
+        return not self.favours and self.interval[0] >= -smallest
 
     def samples_to_decide(self, samples: int, smallest: float) -> int | None:
         """How many samples would make the interval favour the ensemble, or leave no gain, if the difference stays as it is and
         the interval shrinks with 1/sqrt(N); None where no number would, or there is no interval."""
         low, high = self.interval
-        if math.isnan(low):
+        if not self.has_interval:
             return None
         shares = [(self.difference - low) / (self.difference + smallest)] if self.difference > -smallest else []
         shares += [(high - self.difference) / -self.difference] if self.difference < 0 else []
@@ -166,8 +171,12 @@ def _undecided(
     needed = None if None in wanted else max(wanted)
     name = row.BASE if row.BASE in open_ones else min(open_ones, key=lambda other: estimates[other].value)
     than = "the base" if name == row.BASE else f"{name} ({figure(estimates[name].value)})"
-    how_many = "more than {MOST_SAMPLES:,} would" if needed is None else f"about {rounded(needed):,} would"
-    said = f"{UNDECIDED}: {samples:,} test samples do not tell the ensemble from {than}, {how_many}; {figures}"
+    if not all(comparisons[other].has_interval for other in open_ones):
+        how_many = ""
+    else:
+        how_many = f", more than {MOST_SAMPLES:,} would" if needed is None else f", about {rounded(needed):,} would"
+    tell = "sample does" if samples == 1 else "samples do"
+    said = f"{UNDECIDED}: {samples:,} test {tell} not tell the ensemble from {than}{how_many}; {figures}"
     return Verdict(UNDECIDED, said, None if name == row.BASE else name, needed)
 
 
@@ -199,6 +208,8 @@ def _further(estimates: Mapping[str, Estimate]) -> list[str]:
 
 def _interval(comparison: Comparison) -> str:
     low, high = comparison.interval
+    if not comparison.has_interval:
+        return f"{signed(comparison.difference)} without an interval"
     return f"{signed(comparison.difference)} with a 95 % interval of [{signed(low)}, {signed(high)}]"
 
 

@@ -195,6 +195,29 @@ def test_a_base_that_may_be_worse_is_no_help_where_a_rival_is_better():
     assert f"it does no better than {LONGER} (0.4)" in found.sentence
 
 
+def test_where_no_number_of_samples_would_do():
+    """Half-way between a gain of 1 % and none."""
+    found = said(0.5, {**FAR, BASE: 0.5}, width=1e3, samples=100)
+    assert (found.outcome, found.samples) == (UNDECIDED, None)
+    assert "100 test samples do not tell the ensemble from the base, more than 10,000,000 would; " in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("loss", "samples", "tell"), [(0.4, 1, "1 test sample does"), (float("nan"), 20, "20 test samples do")]
+)
+def test_without_an_interval_nothing_is_said_of_more_samples(loss, samples, tell):
+    found = said(loss, CLEAR, samples=samples)
+    assert (found.outcome, found.samples) == (UNDECIDED, None)
+    assert found.sentence.startswith(f"undecided: {tell} not tell the ensemble from the base; cross-entropy 0.5 → {loss}, ")
+    assert found.sentence.endswith(" without an interval")
+
+
+def test_a_base_without_any_loss_leaves_no_room():
+    found = said(0.0, dict.fromkeys(CLEAR, 0.0), width=0.0)
+    assert found.outcome == DOES_NOT
+    assert "0 with a 95 % interval of [0, 0], leaves no room" in found.sentence
+
+
 def test_of_several_rivals_the_best_is_named():
     found = said(0.4, {**CLEAR, TEMPERATURE: 0.399, SHUFFLED: 0.395})
     assert f"the gain is that of {SHUFFLED} (0.395)" in found.sentence
