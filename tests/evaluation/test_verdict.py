@@ -28,6 +28,7 @@ from stages.evaluation.verdict import (
     advice,
     as_json,
     compared_with,
+    samples_to_decide,
     verdict,
 )
 
@@ -101,8 +102,16 @@ def test_an_interval_is_on_a_side_only_as_a_whole(interval, favours, against, no
     ],
 )
 def test_how_many_samples_decide(difference, interval, samples):
-    found = Comparison(difference, interval).samples_to_decide(100, 0.05)
+    found = samples_to_decide([Comparison(difference, interval)], 100, 0.05)
     assert found == (None if samples is None else pytest.approx(samples, abs=1))
+
+
+def test_one_comparison_without_a_gain_decides():
+    """Where all have to favour the ensemble, it takes as many as the slowest one."""
+    fast, slow = Comparison(-0.1, (-0.3, 0.1)), Comparison(-0.1, (-0.5, 0.3))
+    assert samples_to_decide([fast, slow], 100, 0.05) == pytest.approx(1600, abs=1)
+    for other in (fast, slow, Comparison(-0.05, (-1e3, 1e3)), Comparison(float("nan"), (float("nan"),) * 2)):
+        assert samples_to_decide([Comparison(0.0, (-0.1, 0.1)), other], 100, 0.05) == pytest.approx(400, abs=1)
 
 
 def test_what_is_compared():
