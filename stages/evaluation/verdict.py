@@ -34,7 +34,7 @@ class Comparison:
 
     @property
     def has_interval(self) -> bool:
-        """Not of one sample, nor of losses that are not finite."""
+        """Not of a handful of samples, nor of losses that are not finite."""
         return not math.isnan(self.interval[0])
 
     @property
