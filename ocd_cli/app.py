@@ -217,7 +217,7 @@ def run(
     until: Annotated[str | None, typer.Option(help="Last stage, included.", metavar="STAGE")] = None,
 ) -> None:
     """Bring train-base, select-layer, collect, train-diffusion, train-scale and infer up to date, in order; evaluate, too,
-    where it is named, or infer.strength is auto."""
+    where it is named, or infer.strength is auto, or infer.row another than "ocd ensemble"."""
     from stages.run import run as run_stages
 
     project = shared.project()

@@ -8,6 +8,7 @@ from typing import Any
 from stages.evaluation.choosing import Trial, choose
 from stages.evaluation.comparison import seeded_order
 from stages.evaluation.headroom import headroom, settings_text
+from stages.evaluation.statistics import FEWEST_SAMPLES
 from stages.evaluation.subject import EvaluatedSamples
 from stages.evaluation.trials import LARGEST_BATCH, RESAMPLES, STRENGTHS, Trials
 from stages.foundation.errors import DataError, OcdError
@@ -33,7 +34,7 @@ GRID: tuple[dict[str, Any], ...] = (
 )
 # What the grid's settings are without, whatever `[collect]` has.
 PLAIN: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "until_converged": False}
-SAMPLES, FEWEST, BUDGET_S = 400, 5, 60.0
+SAMPLES, BUDGET_S = 400, 60.0
 BATCH_BYTES, GPU_SHARE, LARGEST_ON_GPU = 128 << 20, 0.1, 512
 
 
@@ -101,9 +102,10 @@ class Probe:
         self._layers = [find_layer(base, name) for name in layers] or candidates(base)
         validation = context.splits["validation"]
         check_task(context.task, base, validation)
-        if len(validation) < FEWEST:
+        if len(validation) < FEWEST_SAMPLES:
             raise DataError(
-                f"there are {len(validation)} validation samples, too few to tell anything from: {FEWEST} are needed at least",
+                f"there are {len(validation)} validation samples, too few to tell anything from: at least {FEWEST_SAMPLES} "
+                "are needed",
                 "give more" if context.validation_is_given else "hold a larger part of train out with task.validation_fraction",
             )
         self._evaluated = EvaluatedSamples(validation, seeded_order(len(validation), context.seed, "probe", samples))

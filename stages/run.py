@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.progress import Report
 from stages.lifecycle.results import CommandResult, command_of
-from stages.run_directory.pipeline import AUTO, ORDER
+from stages.run_directory.pipeline import ORDER, spec_of
 from stages.run_directory.project import Project
 from stages.run_directory.states import MISSING
 
@@ -35,7 +35,7 @@ def run(
     report: Report | None = None,
 ) -> Iterator[CommandResult]:
     """Bring the stages from `start` to `until` up to date, in order; the first failure ends it. `evaluate` is left out, unless
-    it is named or `infer.strength = "auto"` needs it.
+    it is named, or `infer` asks for what it finds, as for another row or the strength `auto`.
 
     Args:
         start: first stage, by default train-base.
@@ -46,7 +46,7 @@ def run(
         OcdError: the first stage's that fails.
     """
     for name in stages_between(start, until):
-        if name == "evaluate" and name not in (start, until) and project.settings.infer.strength != AUTO:
+        if name == "evaluate" and name not in (start, until) and name not in spec_of(project, "infer").reads:
             continue
         try:
             yield command_of(name)(project, force=force, dry_run=dry_run, report=report)

@@ -93,7 +93,8 @@ class RowModel:
     def with_neighbours(self, context: RunContext, positions: Tensor, size: int) -> "RowModel":
         """The same, with the nearest training samples of the inputs at some positions, if the row goes by them; `size` inputs
         at once go through the base."""
-        if (kind := row.KINDS.get(self.row.name)) is None:
+        kind = row.KINDS.get(self.row.name)
+        if kind is None or not len(positions):
             return self
         training, report = self.subject.training, context.report
         found, _ = from_run.find_neighbours(

@@ -13,6 +13,9 @@ import numpy as np
 RESAMPLES_AT_ONCE, WEIGHTS_AT_ONCE = 64, 1 << 22
 # Outside an interval, on each side.
 TAIL = 0.025
+# Percentiles of resamples lie between the smallest and the largest of N samples, which have the median between them with a
+# probability of 1 − 2^(1 − N): less than 0.95 below six.
+FEWEST_SAMPLES = 6
 
 
 class Statistic(ABC):
@@ -125,13 +128,13 @@ class Estimate:
 
 
 def interval_of(draws: np.ndarray, samples: int) -> tuple[float, float]:
-    """The 95 % interval of a figure of N samples: percentiles of the finite draws, (R,); NaN where there is none, or N is 1.
+    """The 95 % interval of a figure of N samples: percentiles of the finite draws, (R,); NaN where there is none, or N < 6.
 
     Where samples are few, resamples vary less than samples would. So the percentiles are Φ(∓ sqrt(N / (N − 1)) t), t of
     Student's distribution, which are 2.5 and 97.5 for many samples (the expanded percentile interval of Hesterberg, 2015).
     """
     finite = draws[np.isfinite(draws)]
-    if not len(finite) or samples < 2:
+    if not len(finite) or samples < FEWEST_SAMPLES:
         return float("nan"), float("nan")
     tail = NormalDist().cdf(-((samples / (samples - 1)) ** 0.5) * student(samples - 1))
     return tuple(map(float, np.quantile(finite, (tail, 1 - tail))))

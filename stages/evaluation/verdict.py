@@ -33,6 +33,11 @@ class Comparison:
     interval: tuple[float, float]
 
     @property
+    def has_interval(self) -> bool:
+        """Not of a handful of samples, nor of losses that are not finite."""
+        return not math.isnan(self.interval[0])
+
+    @property
     def favours(self) -> bool:
         """Whether the whole interval is on the ensemble's side."""
         return self.interval[1] < 0
@@ -44,18 +49,24 @@ class Comparison:
 
     def leaves_no_gain(self, smallest: float) -> bool:
         """Whether the interval leaves no room for a gain of `smallest`."""
-        return not self.favours and self.interval[0] > -smallest
+        return not self.favours and self.interval[0] >= -smallest
 
-    def samples_to_decide(self, samples: int, smallest: float) -> int | None:
-        """How many samples would make the interval favour the ensemble, or leave no gain, if the difference stays as it is and
-        the interval shrinks with 1/sqrt(N); None where no number would, or there is no interval."""
-        low, high = self.interval
-        if math.isnan(low):
-            return None
-        shares = [(self.difference - low) / (self.difference + smallest)] if self.difference > -smallest else []
-        shares += [(high - self.difference) / -self.difference] if self.difference < 0 else []
-        wanted = samples * min(shares, default=math.inf) ** 2
-        return math.ceil(wanted) if wanted <= MOST_SAMPLES else None
+    def times_too_wide(self, smallest: float) -> tuple[float, float]:
+        """By how many times the interval is too wide to favour the ensemble, and to leave no gain, where the difference stays;
+        infinite where no narrower one would, or there is none."""
+        (low, high), middle = self.interval, self.difference
+        if not self.has_interval:
+            return math.inf, math.inf
+        favours = (high - middle) / -middle if middle < 0 else math.inf
+        return favours, (middle - low) / (middle + smallest) if middle > -smallest else math.inf
+
+
+def samples_to_decide(open_ones: Sequence[Comparison], samples: int, smallest: float) -> int | None:
+    """How many samples would make every interval favour the ensemble, or one of them leave no gain, if the differences stay as
+    they are and intervals shrink with 1/sqrt(N); None where no number would."""
+    favours, no_gain = zip(*(comparison.times_too_wide(smallest) for comparison in open_ones), strict=True)
+    wanted = samples * min(max(favours), *no_gain) ** 2
+    return math.ceil(wanted) if wanted <= MOST_SAMPLES else None
 
 
 @dataclass(frozen=True)
@@ -162,12 +173,14 @@ def _undecided(
 ) -> Verdict:
     """Too few samples to tell the ensemble from the base, or from the best of the rivals that are open."""
     samples = estimates[row.BASE].samples
-    wanted = [comparisons[name].samples_to_decide(samples, smallest) for name in open_ones]
-    needed = None if None in wanted else max(wanted)
+    needed = samples_to_decide([comparisons[name] for name in open_ones], samples, smallest)
     name = row.BASE if row.BASE in open_ones else min(open_ones, key=lambda other: estimates[other].value)
     than = "the base" if name == row.BASE else f"{name} ({figure(estimates[name].value)})"
-    how_many = "more than {MOST_SAMPLES:,} would" if needed is None else f"about {rounded(needed):,} would"
-    said = f"{UNDECIDED}: {samples:,} test samples do not tell the ensemble from {than}, {how_many}; {figures}"
+    how_many = f", about {rounded(needed):,} would" if needed else ""
+    if needed is None and all(comparisons[other].has_interval for other in open_ones):
+        how_many = f", more than {MOST_SAMPLES:,} would"
+    tell = "sample does" if samples == 1 else "samples do"
+    said = f"{UNDECIDED}: {samples:,} test {tell} not tell the ensemble from {than}{how_many}; {figures}"
     return Verdict(UNDECIDED, said, None if name == row.BASE else name, needed)
 
 
@@ -199,6 +212,8 @@ def _further(estimates: Mapping[str, Estimate]) -> list[str]:
 
 def _interval(comparison: Comparison) -> str:
     low, high = comparison.interval
+    if not comparison.has_interval:
+        return f"{signed(comparison.difference)} without an interval"
     return f"{signed(comparison.difference)} with a 95 % interval of [{signed(low)}, {signed(high)}]"
 
 

@@ -89,8 +89,14 @@ def spec_of(project: Project, name: str) -> StageSpec:
     if name == "train-diffusion" and project.settings.train_diffusion.tune_after:
         return dataclasses.replace(spec, reads=STAGES["collect"].reads + spec.reads, data=("train",), task=True)
     if name == "infer" and project.settings.infer.row != OWN_ROW:
-        # Neighbours are looked for among the training samples, and a task's own rows may be trained on both.
-        return dataclasses.replace(spec, reads=(*STAGES["evaluate"].reads, "evaluate"), data=("input", "train", "validation"))
+        # Neighbours are looked for among the training samples, and a task's own rows may be trained on both. How many they are
+        # is not in what it takes from evaluate.
+        return dataclasses.replace(
+            spec,
+            reads=(*STAGES["evaluate"].reads, "evaluate"),
+            data=("input", "train", "validation"),
+            settings=("evaluate.neighbours",),
+        )
     if name == "infer" and project.settings.infer.strength == AUTO:
         return dataclasses.replace(spec, reads=(*spec.reads, "evaluate"))
     return spec

@@ -147,7 +147,28 @@ def test_parts_of_a_row(ocd, judged):
     small = ("--set", "infer.batch_size=8", "--force", "--quiet")
     ocd(folder, "infer", *row, *small)
     ocd(folder, "infer", *row, "--part", "1/2", *small)
+    # Asked again it has nothing left to do.
+    ocd(folder, "infer", *row, "--part", "1/2", *small[:2])
     ocd(folder, "infer", *row, "--part", "2/2", *small)
     found = folder.predictions("test+nearest-k-blended")
     for name, values in whole.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6)
+
+
+def test_an_answer_is_redone_where_evaluate_has_other_neighbours(ocd, project):
+    folder, row = project(rows=90, until="train-scale"), ("--row", "nearest k blended")
+    ocd(folder, "evaluate", "--quiet")
+    ocd(folder, "infer", *row, "--quiet")
+    before = folder.predictions("test+nearest-k-blended")
+    fewer = ("--set", "evaluate.neighbours=2")
+    ocd(folder, "evaluate", *fewer, "--quiet")
+    assert "infer is redone: evaluate.neighbours was 5, is now 2" in ocd(folder, "infer", *row, *fewer).stderr
+    assert not np.array_equal(before["output"], folder.predictions("test+nearest-k-blended")["output"])
+
+
+def test_run_evaluates_where_a_row_is_asked_for(ocd, project):
+    folder = project({"infer": {"row": "nearest neighbour"}}, rows=90)
+    stages = ocd.json(folder, "run")["stages"]
+    assert list(stages)[-2:] == ["evaluate", "infer"]
+    assert stages["infer"]["row"] == "nearest neighbour"
+    assert "evaluate" not in ocd.json(folder, "run", "--set", "infer.row=ocd ensemble")["stages"]

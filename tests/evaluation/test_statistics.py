@@ -256,8 +256,14 @@ def test_an_interval_holds_95_of_100_draws():
     assert interval_of(draws, many) == pytest.approx((25, 975), abs=1e-5)
     assert interval_of(np.append(draws, [np.nan, np.inf]), many) == pytest.approx((25, 975), abs=1e-5)
     assert all(math.isnan(end) for end in interval_of(np.full(3, np.nan), many))
-    # One sample says nothing of how samples differ.
-    assert all(math.isnan(end) for end in interval_of(draws, 1))
+
+
+@pytest.mark.parametrize("samples", range(1, 6))
+def test_no_percentiles_of_so_few_samples_are_an_interval(samples):
+    """Two samples hold the truth between them in one of two experiments, whatever is made of their resamples."""
+    draws = np.random.default_rng(0).normal(size=1000)
+    assert all(math.isnan(end) for end in interval_of(draws, samples))
+    assert interval_of(draws, 6)[0] < interval_of(draws, 60)[0]
 
 
 @pytest.mark.parametrize(("degrees", "quantile"), [(4, 2.7764), (7, 2.3646), (11, 2.2010), (29, 2.0452), (999, 1.9623)])

@@ -28,6 +28,7 @@ from stages.evaluation.verdict import (
     advice,
     as_json,
     compared_with,
+    samples_to_decide,
     verdict,
 )
 
@@ -101,8 +102,16 @@ def test_an_interval_is_on_a_side_only_as_a_whole(interval, favours, against, no
     ],
 )
 def test_how_many_samples_decide(difference, interval, samples):
-    found = Comparison(difference, interval).samples_to_decide(100, 0.05)
+    found = samples_to_decide([Comparison(difference, interval)], 100, 0.05)
     assert found == (None if samples is None else pytest.approx(samples, abs=1))
+
+
+def test_one_comparison_without_a_gain_decides():
+    """Where all have to favour the ensemble, it takes as many as the slowest one."""
+    fast, slow = Comparison(-0.1, (-0.3, 0.1)), Comparison(-0.1, (-0.5, 0.3))
+    assert samples_to_decide([fast, slow], 100, 0.05) == pytest.approx(1600, abs=1)
+    for other in (fast, slow, Comparison(-0.05, (-1e3, 1e3)), Comparison(float("nan"), (float("nan"),) * 2)):
+        assert samples_to_decide([Comparison(0.0, (-0.1, 0.1)), other], 100, 0.05) == pytest.approx(400, abs=1)
 
 
 def test_what_is_compared():
@@ -193,6 +202,29 @@ def test_a_base_that_may_be_worse_is_no_help_where_a_rival_is_better():
     found = judged(losses)
     assert (found.outcome, found.rival) == (DOES_NOT, LONGER)
     assert f"it does no better than {LONGER} (0.4)" in found.sentence
+
+
+def test_where_no_number_of_samples_would_do():
+    """Half-way between a gain of 1 % and none."""
+    found = said(0.5, {**FAR, BASE: 0.5}, width=1e3, samples=100)
+    assert (found.outcome, found.samples) == (UNDECIDED, None)
+    assert "100 test samples do not tell the ensemble from the base, more than 10,000,000 would; " in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("loss", "samples", "tell"), [(0.4, 1, "1 test sample does"), (float("nan"), 20, "20 test samples do")]
+)
+def test_without_an_interval_nothing_is_said_of_more_samples(loss, samples, tell):
+    found = said(loss, CLEAR, samples=samples)
+    assert (found.outcome, found.samples) == (UNDECIDED, None)
+    assert found.sentence.startswith(f"undecided: {tell} not tell the ensemble from the base; cross-entropy 0.5 → {loss}, ")
+    assert found.sentence.endswith(" without an interval")
+
+
+def test_a_base_without_any_loss_leaves_no_room():
+    found = said(0.0, dict.fromkeys(CLEAR, 0.0), width=0.0)
+    assert found.outcome == DOES_NOT
+    assert "0 with a 95 % interval of [0, 0], leaves no room" in found.sentence
 
 
 def test_of_several_rivals_the_best_is_named():
