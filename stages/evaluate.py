@@ -11,18 +11,19 @@ from torch import Tensor
 
 from stages.evaluation import from_run
 from stages.evaluation import rows as row
+from stages.evaluation.advice import advice
 from stages.evaluation.comparison import compare, fit_variances, seeded_order
 from stages.evaluation.fitting import OnValidation, fit_rows
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS, Gathered
-from stages.evaluation.requested_rows import LeftOut, requested_rows, seed_branches, whole_network_row
+from stages.evaluation.requested_rows import LeftOut, longer_settings, requested_rows, seed_branches, whole_network_row
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.run_cost import cost
 from stages.evaluation.statistics import Estimate
 from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
-from stages.evaluation.verdict import advice, as_json, compared_with, verdict
+from stages.evaluation.verdict import as_json, compared_with, verdict
 from stages.foundation.files import digest, read_json, write_json
 from stages.foundation.memory import AtOnce
 from stages.foundation.progress import Report
@@ -33,7 +34,7 @@ from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
 from stages.prediction.predictor import STRENGTH_FILE
 from stages.run_directory.folders import folder_of
-from stages.run_directory.project import Project
+from stages.run_directory.project import Project, as_flags, set_flags
 from stages.store.reader import StoreReader
 from stages.tasks.checks import check_task
 from stages.tasks.losses import CLASSIFICATION
@@ -116,12 +117,16 @@ class Evaluate(Stage):
         """What is said of OCD, from which comparisons, and what to do next; `best` is the row of the lowest validation loss."""
         comparisons = compared_with(losses)
         found = verdict(comparisons, losses, metric, classes=self.context.task.kind == CLASSIFICATION)
+        base, settings = self.context.manifest_of("train-base").summary, longer_settings(self.context)
+        project = self.context.project
+        given = (text for text in project.overrides if text.startswith("train-base.") and text.split("=")[0] not in settings)
+        longer = f"ocd train-base{project.flags}{set_flags(given)}{as_flags(settings)} --force"
         return {
             "verdict": found.sentence,
             "outcome": found.outcome,
             "rival": found.rival,
             "samples_to_decide": found.samples,
-            "next": advice(found, best),
+            "next": advice(found, best, longer=longer, weak=base.get("worse_than_constant", False)),
             "best": best,
             "comparisons": as_json(comparisons),
         }
@@ -228,7 +233,9 @@ class Evaluate(Stage):
 
     def _facts(self, on_validation: OnValidation) -> dict[str, Any]:
         """What the figures were made with, and what to mind about them."""
-        warnings = []
+        # Of the base, but for what is said of these samples below.
+        about_base = self.context.manifest_of("train-base").summary.get("warnings", [])
+        warnings = [f"train-base: {text}" for text in about_base if PROBABLY_SEEN not in text]
         if self.context.validation_is_seen:
             warnings.append(f"{PROBABLY_SEEN}: no strength and no temperature is fitted; {GIVE_VALIDATION}")
         if at_the_edge := on_validation.at_the_edge():

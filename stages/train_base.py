@@ -124,6 +124,7 @@ class TrainBase(Stage):
             how = self._train_by_task(model)
         save_model(folder / BASE_FILE, model)
         figures = self._figures(model, context.splits["validation"])
+        weak = list(self._about_constant(model, figures["loss"]))
         summary = {
             **how,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -131,7 +132,8 @@ class TrainBase(Stage):
             "test": self._figures(model, context.test_split),
             "validation_samples": len(context.splits["validation"]),
             "test_samples": len(context.test_split),
-            "warnings": [*self._about_training(how, extent), *self._about_constant(model, figures["loss"])],
+            "worse_than_constant": bool(weak),
+            "warnings": [*self._about_training(how, extent), *weak],
         }
         return WorkResult(summary, sha256_file(folder / BASE_FILE), {"train-base.epochs": extent})
 
@@ -144,7 +146,7 @@ class TrainBase(Stage):
         if how.get("best_epoch", 0) == how.get("epochs") and extent.exhausted:
             yield (
                 "still improving, though by less than 1 % an epoch, when patience ended it: a larger train-base.lr, or "
-                "train-base.patience=0, takes it further"
+                "train-base.patience=0, takes it further; both with --force"
             )
         elif how.get("best_epoch") == self.settings.epochs:
             last = "the only epoch" if how["epochs"] == 1 else f"the last of {how['epochs']} epochs"

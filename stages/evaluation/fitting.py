@@ -10,7 +10,7 @@ from stages.evaluation import rows as row
 from stages.evaluation.comparison import Fitted, OnProgress, fit_temperature, scaled, validation_losses
 from stages.evaluation.rows import Row
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
-from stages.evaluation.verdict import ROUNDING
+from stages.evaluation.verdict import ROUNDING, SMALLEST_GAIN
 from stages.foundation.memory import AtOnce
 from stages.run_directory.format import Strength
 from stages.run_directory.pipeline import AUTO
@@ -52,16 +52,27 @@ class OnValidation:
         return self.tried.get(name, {}).get(strengths.get(name, 1.0))
 
     def at_the_edge(self) -> list[str]:
-        """The rows that predict best at the largest strength tried."""
-        return [name for name, one in self.fitted.items() if row.predicts(name) and 0 < one.strength == max(one.losses)]
+        """The rows that predict best at the largest strength tried, and gain."""
+        found = {name: one for name, one in self.fitted.items() if row.predicts(name) and 0 < one.strength == max(one.losses)}
+        return [name for name, one in found.items() if self._gains(one.losses[one.strength])]
+
+    def _gains(self, loss: float) -> bool:
+        """Whether a loss is lower than the base's by as much as counts."""
+        base = self.tried[row.BASE][1.0]
+        return loss <= base - SMALLEST_GAIN * abs(base)
 
     def best(self, rows: Sequence[Row]) -> str | None:
-        """Of the rows that predict, the one with the lowest loss; of those that are equal but for rounding the first."""
+        """Of the rows that predict, the one with the lowest loss (of those that are equal but for rounding the first); the base
+        where none gains 1 % over it, None where nothing was judged."""
         strengths = self.strengths(rows)
         losses = {one.name: self.loss_of(one.name, strengths) for one in rows if row.predicts(one.name)}
         known = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
-        lowest = min(known.values(), default=0.0)
-        return next((name for name, loss in known.items() if loss <= lowest + ROUNDING * abs(lowest)), None)
+        if not known:
+            return None
+        lowest = min(known.values())
+        if not self._gains(lowest):
+            return row.BASE
+        return next(name for name, loss in known.items() if loss <= lowest + ROUNDING * abs(lowest))
 
     def record(self, rows: Sequence[Row], ensemble: int) -> Strength:
         """`strength.json`: what predicts, at which strength, and which row has the lowest loss."""

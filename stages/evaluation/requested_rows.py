@@ -117,12 +117,17 @@ def _longer_takes_too_long(context: RunContext) -> str | None:
 
 def _longer(context: RunContext, subject: Subject) -> Row | str:
     """The base after twice its epochs."""
-    reached = context.manifest_of("train-base").extents["train-base.epochs"].reached
-    if not reached:
+    values = longer_settings(context)
+    if not values["train-base.epochs"]:
         return "the base was imported, or trained by the task: its training cannot be continued"
-    values = {"train-base.epochs": 2 * reached, "train-base.patience": 0}
     model = _branch(context, "base-trained-longer", values, ("train-base",)).another_base()
     return output_row(row.LONGER, lambda batch: context.forward(model, batch.x))
+
+
+def longer_settings(context: RunContext) -> dict[str, int]:
+    """What trains the base for as long again, the best epoch of all kept."""
+    reached = context.manifest_of("train-base").extents["train-base.epochs"].reached
+    return {"train-base.epochs": 2 * reached, "train-base.patience": 0}
 
 
 def whole_network_row(context: RunContext, samples: int) -> Row | str:

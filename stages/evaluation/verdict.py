@@ -12,11 +12,10 @@ from stages.foundation.numbers import figure, signed
 from stages.tasks.scoring import finite
 
 HELPS, DOES_NOT, HARMS, UNDECIDED = "helps", "does not help", "harms", "undecided"
-# What a gain has to be a gain over, beside the base. The longer base is asked where there is one.
+# What a gain has to be a gain over, beside the base: without the first there is no verdict, the others count where they are.
 NEEDED = (row.TEMPERATURE, row.RANDOM_TRAINING, row.SHUFFLED)
-RIVALS = (*NEEDED, row.LONGER)
+RIVALS = (*NEEDED, row.MEAN_DELTA, row.LONGER)
 NEIGHBOURS = (row.NEAREST, row.NEAREST_INPUT, row.BLENDED, row.BLENDED_INPUT)
-OURS = (*row.OURS, row.NO_SCALING)
 # The share of the base's loss below which a gain is none worth the trouble: to leave no room for more is to have no gain.
 SMALLEST_GAIN = 0.01
 # Of a loss, what a difference is by rounding: a strength of 0 gives the base by another way.
@@ -108,22 +107,27 @@ def verdict(
     comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate], metric: str, *, classes: bool = True
 ) -> Verdict:
     """Whether OCD helps, from the paired 95 % intervals of the loss of its ensemble against base and rivals: temperature-scaled
-    base, random training deltas, shuffled conditioning and, where there is one, the base trained for as long again.
+    base, random training deltas, shuffled conditioning, and, where they are there, mean delta and the base trained for as long
+    again.
 
     - `harms`: the interval against the base is on the base's side.
     - `does not help`: against the base or a rival no gain of 1 % of the base's loss is possible, or a rival has the gain.
     - `helps`: the interval favours the ensemble against the base and each rival.
     - `undecided`: anything else, for want of samples or of a rival to compare with.
 
-    The best of the neighbours and the best of the task's own rows are named beside it, whoever wins. A task without classes has
-    no temperature to scale by; `metric` is what the loss is called, and `estimates` are of it.
+    Beside it stand the best of the neighbours and the best of the task's own rows, where they are better than the base, and
+    what OCD has at its validated strength, where that is better than the ensemble. A task without classes has no temperature
+    to scale by; `metric` is what the loss is called, and `estimates` are of it.
     """
     needed = [name for name in NEEDED if classes or name != row.TEMPERATURE]
-    asked = [name for name in (*needed, row.LONGER) if name in comparisons]
+    asked = [name for name in RIVALS if name in comparisons and (classes or name != row.TEMPERATURE)]
     values = figure(estimates[row.BASE].value), figure(estimates[row.ENSEMBLE].value)
     figures = f"{metric} {' → '.join(values)}, {_interval(comparisons[row.BASE])}"
     found = _decided(comparisons, estimates, asked, [name for name in needed if name not in comparisons], figures)
     beside = "".join(_beside(names, comparisons, estimates) for names in (NEIGHBOURS, _further(estimates)))
+    validated = estimates.get(row.VALIDATED)
+    if validated and _comparison(validated, estimates[row.ENSEMBLE]).favours:
+        beside += f"; at its validated strength OCD has {figure(validated.value)}"
     return dataclasses.replace(found, sentence=found.sentence + beside)
 
 
@@ -144,14 +148,17 @@ def _decided(
     if taken:
         # The one that comes closest to OCD's own loss explains the most of it.
         name = min(taken, key=lambda other: estimates[other].value)
-        why = "the gain is that of" if base.favours else "it does no better than"
-        return Verdict(DOES_NOT, f"OCD {DOES_NOT}: {why} {name} ({figure(estimates[name].value)}); {figures}", name)
+        theirs = f"{name} ({figure(estimates[name].value)})"
+        why = f"{theirs} gains more" if comparisons[name].against else f"the gain is that of {theirs}"
+        why = why if base.favours else f"it does no better than {theirs}"
+        return Verdict(DOES_NOT, f"OCD {DOES_NOT}: {why}; {figures}", name)
     open_ones = [name for name in (row.BASE, *asked) if not comparisons[name].favours]
     if open_ones:
         return _undecided(comparisons, estimates, open_ones, smallest, figures)
     if absent:
         return Verdict(UNDECIDED, f"{UNDECIDED}: there is no {_listed(absent)} to compare with; {figures}", absent=(*absent,))
-    return Verdict(HELPS, f"OCD {HELPS}: {figures}; {_listed(list(asked))} do less")
+    not_tried = "" if row.LONGER in comparisons else "; a longer training of the base was not tried"
+    return Verdict(HELPS, f"OCD {HELPS}: {figures}; {_listed(list(asked))} do less{not_tried}")
 
 
 def _has_the_gain(name: str, comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate], smallest: float) -> bool:
@@ -184,21 +191,6 @@ def _undecided(
     return Verdict(UNDECIDED, said, None if name == row.BASE else name, needed)
 
 
-def advice(found: Verdict, best: str | None) -> str:
-    """What to do next; `best` is the row of the lowest validation loss, where that is known."""
-    if found.absent:
-        return "give validation samples with task.validation, and evaluate again"
-    if found.rival == row.LONGER:
-        return "train the base longer first: raise train-base.epochs"
-    if found.outcome == UNDECIDED:
-        return "evaluate on more test samples"
-    if best in (None, row.BASE) or (found.outcome != HELPS and best in OURS):
-        return "predict with: ocd infer" if found.outcome == HELPS else "use the base as it is"
-    if best == row.ENSEMBLE:
-        return "predict with: ocd infer"
-    return f"predict with the row of the lowest validation loss, {best}: ocd infer --row auto"
-
-
 def rounded(count: int) -> int:
     """A number of two digits and zeros, no smaller."""
     unit = 10 ** max(0, len(str(count)) - 2)
@@ -222,13 +214,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _beside(names: Sequence[str], comparisons: Mapping[str, Comparison], estimates: Mapping[str, Estimate]) -> str:
-    known = [name for name in names if name in comparisons]
+    known = [name for name in names if name in comparisons and _comparison(estimates[name], estimates[row.BASE]).difference < 0]
     if not known:
         return ""
     name = min(known, key=lambda other: estimates[other].value)
     comparison = comparisons[name]
-    how = "is better" if comparison.against else "is worse" if comparison.favours else "cannot be told from it"
-    return f"; the {name} {how} ({figure(estimates[name].value)})"
+    how = "is better than" if comparison.against else "is worse than" if comparison.favours else "cannot be told from"
+    return f"; {name} ({figure(estimates[name].value)}) {how} the ensemble"
 
 
 def as_json(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:

@@ -56,8 +56,10 @@ def test_each_has_a_name_of_its_own(ocd, judged):
 def test_auto_is_the_row_of_the_lowest_validation_loss(ocd, judged):
     folder, results = judged
     losses = {name: row["validation_loss"] for name, row in rows_of(results).items() if name in predicting(results)}
-    # Strengths of 0 give the base's loss but for rounding.
-    best = next(name for name, loss in losses.items() if loss <= min(losses.values()) * (1 + 1e-6))
+    # Less than a gain of 1 % is none, and strengths of 0 give the base's loss but for rounding.
+    lowest = min(losses.values())
+    gains = lowest <= 0.99 * losses["base"]
+    best = next(name for name, loss in losses.items() if loss <= lowest * (1 + 1e-6)) if gains else "base"
     assert results["best"] == best
     found = ocd.json(folder, "infer", "--row", "auto")
     assert found["row"] == best

@@ -90,7 +90,7 @@ def test_patience_may_end_it_too_early(raw, tmp_path, ocd):
     assert found["epochs"] == found["best_epoch"] == 3
     assert found["warnings"][0] == (
         "still improving, though by less than 1 % an epoch, when patience ended it: a larger train-base.lr, or "
-        "train-base.patience=0, takes it further"
+        "train-base.patience=0, takes it further; both with --force"
     )
     assert [text.partition(":")[0] for text in found["warnings"][1:]] == ["the base is worse than a constant"]
 

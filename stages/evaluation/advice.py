@@ -1,0 +1,30 @@
+"""What to do after an evaluation."""
+
+from stages.evaluation import rows as row
+from stages.evaluation.verdict import HELPS, UNDECIDED, Verdict
+
+# OCD's own rows that the verdict on its ensemble speaks for.
+AS_THE_VERDICT_SAYS = (row.ENSEMBLE, row.ONE_DRAW, row.NO_SCALING, row.MEAN_NETWORK)
+
+
+def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False) -> str:
+    """What to do next, in a sentence.
+
+    Args:
+        best: the row that validation favours, where that is known; `base` where none gains enough.
+        longer: the command that trains the base as the row of the longer base was.
+        weak: whether the base is worse than a constant.
+    """
+    with_best = f"predict with the row of the lowest validation loss, {best}: ocd infer --row auto"
+    spoken_for = best in (None, row.BASE, *AS_THE_VERDICT_SAYS)
+    if weak:
+        return "mend the base first, which is worse than a constant; train-base says how"
+    if found.absent:
+        return "give validation samples with task.validation, and evaluate again"
+    if found.rival == row.LONGER:
+        return f"train the base longer first: {longer}" + ("" if spoken_for or best == row.LONGER else f"; or {with_best}")
+    if found.outcome == UNDECIDED:
+        return "evaluate on more test samples"
+    if not spoken_for:
+        return with_best
+    return "predict with: ocd infer" if found.outcome == HELPS else "use the base as it is"

@@ -1,0 +1,51 @@
+"""What evaluate advises, by the verdict, and by the row that validation favours."""
+
+import pytest
+
+from stages.evaluation.advice import advice
+from stages.evaluation.rows import BASE, BLENDED, ENSEMBLE, LONGER, MEAN_NETWORK, SHUFFLED, TEMPERATURE, VALIDATED
+from stages.evaluation.verdict import DOES_NOT, HARMS, HELPS, UNDECIDED, Verdict
+
+TRAIN = "ocd train-base --set train-base.epochs=80 --set train-base.patience=0 --force"
+OCD, KEEP, MORE = "predict with: ocd infer", "use the base as it is", "evaluate on more test samples"
+
+
+def with_row(name):
+    return f"predict with the row of the lowest validation loss, {name}: ocd infer --row auto"
+
+
+@pytest.mark.parametrize(
+    ("found", "best", "said"),
+    [
+        ((HELPS,), ENSEMBLE, OCD),
+        ((HELPS,), None, OCD),
+        ((HELPS,), BASE, OCD),
+        ((HELPS,), BLENDED, with_row(BLENDED)),
+        ((HELPS,), VALIDATED, with_row(VALIDATED)),
+        ((HARMS,), BLENDED, with_row(BLENDED)),
+        ((HARMS,), VALIDATED, with_row(VALIDATED)),
+        ((HARMS,), MEAN_NETWORK, KEEP),
+        ((HARMS,), BASE, KEEP),
+        ((DOES_NOT, SHUFFLED), None, KEEP),
+        ((DOES_NOT, LONGER), BASE, f"train the base longer first: {TRAIN}"),
+        ((DOES_NOT, LONGER), LONGER, f"train the base longer first: {TRAIN}"),
+        ((DOES_NOT, LONGER), BLENDED, f"train the base longer first: {TRAIN}; or {with_row(BLENDED)}"),
+        ((UNDECIDED, LONGER), None, f"train the base longer first: {TRAIN}"),
+        ((UNDECIDED, None), BLENDED, MORE),
+        ((UNDECIDED, TEMPERATURE), ENSEMBLE, MORE),
+    ],
+)
+def test_what_to_do_next(found, best, said):
+    outcome, *rival = found
+    assert advice(Verdict(outcome, "", *rival), best, longer=TRAIN) == said
+
+
+def test_what_is_missing_has_to_be_there_first():
+    found = Verdict(UNDECIDED, "", absent=(TEMPERATURE,))
+    assert advice(found, None, longer=TRAIN) == "give validation samples with task.validation, and evaluate again"
+
+
+@pytest.mark.parametrize("outcome", [HELPS, DOES_NOT, HARMS, UNDECIDED])
+def test_a_base_that_is_worse_than_a_constant_comes_before_all(outcome):
+    said = advice(Verdict(outcome, "", LONGER), BLENDED, longer=TRAIN, weak=True)
+    assert said == "mend the base first, which is worse than a constant; train-base says how"
