@@ -137,6 +137,8 @@ def select_layer(
 ) -> None:
     """Score every layer by the entropy of the loss under perturbation (Eq. 6), and choose one."""
     _stage(shared, "select-layer", {"select-layer.layer": layer or None})
+    if layer and not shared.quiet:
+        print(f'for the commands that follow, write it into ocd.toml: [select-layer] layer = "{layer}"', file=sys.stderr)
 
 
 @command(app, "collect", "ocd collect --set collect.samples=5000")

@@ -10,6 +10,8 @@ from ocd_cli.text import bytes_text, duration, figure
 from stages.foundation.numbers import signed
 
 LABELS, MEAN, NEIGHBOURS = "overfitted on test", "mean delta", "nearest"
+# Of the verdict's figures, as `chosen` has them.
+NEIGHBOURS_CHOSEN, LABELS_CHOSEN = "neighbours", "labels"
 # A recipe in one line.
 SHORTEST_NAME = 15
 
@@ -23,20 +25,32 @@ def show_probe(out: Console, found: dict[str, Any]) -> None:
     )
     out.print(_trials(found))
     out.print(
-        "labels: the deltas of the true labels, for reference; strengths: of the two halves of the samples, each as the other "
-        "half favours (* the largest tried). The best of so many rows looks better than it is; the verdict is of samples that "
-        "took no part in choosing."
+        "labels: the deltas of the true labels, for reference; two strengths: one for each half of the samples, chosen on the "
+        "other half (* the largest tried). The best of so many rows looks better than it is, so the verdict has figures of its "
+        "own: each half chooses, and the other half is measured."
     )
     out.print(_costs(found))
     for entry in found["left_out"]:
         out.print(f"left out: {entry['name']}: {entry['reason']}")
     for text in found["warnings"]:
         out.print(f"warning: {text}")
+    for name in (NEIGHBOURS_CHOSEN, LABELS_CHOSEN):
+        first, second = (_choice(choice) for choice in found["chosen"][name]["favoured"])
+        said = f"both halves choose {first}" if first == second else f"one half chooses {first}; the other {second}"
+        out.print(f"{name}: {said}")
     out.print(found["verdict"])
     if found["start_with"]:
         _next(out, found)
     elif found["unchanged"]:
         out.print(f"nothing to recommend: {found['unchanged']} stays as it is", soft_wrap=True)
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    """What a half of the samples favours, in words."""
+    settings = choice["settings"]
+    recipe = f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
+    row = "" if choice["row"] == LABELS else f", {choice['row']} × {choice['strength']:g}"
+    return f"{choice['layer']}, {recipe}{row}"
 
 
 def _trials(found: dict[str, Any]) -> Table:
@@ -120,5 +134,5 @@ def _next(out: Console, found: dict[str, Any]) -> None:
         out.print(f"written into {found['written']}: {values}", soft_wrap=True)
         out.print(f"next: {found['next']}", soft_wrap=True)
     else:
+        out.print("next: ocd probe --write, or give every command that follows these flags:")
         out.print(found["next"], soft_wrap=True)
-        out.print("or write them into ocd.toml: ocd probe --write")

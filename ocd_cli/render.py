@@ -5,10 +5,10 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from ocd_cli.tables import figures_table, show_evaluation
+from ocd_cli.tables import NARROW, figures_table, show_evaluation
 from ocd_cli.text import bytes_text, figure
 from stages.lifecycle.results import CommandResult
 from stages.run_directory.pipeline import OWN_ROW
@@ -89,7 +89,11 @@ def _train_base(out: Console, summary: dict[str, Any]) -> None:
 def _select_layer(out: Console, summary: dict[str, Any]) -> None:
     rows = summary["candidates"]
     scores = [row["score"] for row in rows if row["score"] is not None]
-    table = Table("layer", "shape", "score", "", "rank", "keeps its rank", "loss spread")
+    narrow = out.width < NARROW
+    bars = BAR_WIDTH // 4 if narrow else BAR_WIDTH
+    table = Table(Column("layer", overflow="fold"), "shape", "score", "", "rank", "keeps\nits rank", "loss\nspread")
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for row in rows:
         mark = "▶ " if row["name"] == summary["layer"] else "  "
         shape = "×".join(map(str, row["shape"]))
@@ -97,7 +101,7 @@ def _select_layer(out: Console, summary: dict[str, Any]) -> None:
             table.add_row(mark + row["name"], shape, "not scored", "", "", "", "")
             continue
         share = (row["score"] - min(scores)) / (max(scores) - min(scores) or 1)
-        bar = "█" * (1 + round(share * (BAR_WIDTH - 1)))
+        bar = "█" * (1 + round(share * (bars - 1)))
         table.add_row(
             mark + row["name"],
             shape,
@@ -118,7 +122,7 @@ def _select_layer(out: Console, summary: dict[str, Any]) -> None:
 
 def _collect(out: Console, summary: dict[str, Any]) -> None:
     shape = "×".join(map(str, summary["shape"]))
-    degenerate = f", {summary['degenerate']:,} degenerate" if summary["degenerate"] else ""
+    degenerate = f", {summary['degenerate']:,} degenerate (fitted already)" if summary["degenerate"] else ""
     degenerate += f", {len(summary['skipped']):,} left out (not finite)" if summary["skipped"] else ""
     repeats = summary.get("repeats", 1)
     each = f", {repeats:,} of each sample" if repeats > 1 else ""

@@ -10,6 +10,8 @@ from stages.foundation.numbers import signed
 
 # Of the base's loss, what a difference is by rounding. A row's name is never broken within a word.
 ROUNDING, LONGEST_WORD = 1e-6, 12
+# Below this width an interval stands under its difference.
+NARROW = 100
 # Columns that a table always has take about so many characters, and each further metric so many.
 FIXED_WIDTH, METRIC_WIDTH = 86, 14
 
@@ -36,7 +38,7 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
         cells = [_mean(figures.get(name)) for name in shown]
         loss, error = figures[metric], figures[metric]["standard_error"]
         mean = _mean(loss) + ("" if error is None else f" ± {error:.2g}")
-        difference = "" if row["name"] == "base" else _interval(loss, ROUNDING * abs(base or 0))
+        difference = "" if row["name"] == "base" else _interval(loss, ROUNDING * abs(base or 0), narrow=out.width < NARROW)
         table.add_row(row["name"], str(row["members"]), strength, mean, difference, *cells)
     out.print(table)
     out.print(
@@ -62,14 +64,14 @@ def _mean(entry: dict[str, Any] | None) -> str:
     return "" if entry is None or entry["mean"] is None else figure(entry["mean"])
 
 
-def _interval(entry: dict[str, Any], smallest: float) -> str:
-    """A difference and its interval; less than `smallest` is nothing."""
+def _interval(entry: dict[str, Any], smallest: float, *, narrow: bool) -> str:
+    """A difference and its interval, where it is narrow in two lines; less than `smallest` is nothing."""
     if entry["interval"] is None or entry["difference"] is None:
         return ""
     difference, low, high = (
         "0" if abs(value) < smallest else signed(value) for value in (entry["difference"], *entry["interval"])
     )
-    return f"{difference} [{low}, {high}]"
+    return f"{difference}{chr(10) if narrow else ' '}[{low}, {high}]"
 
 
 def _memorisation(out: Console, found: dict[str, Any]) -> None:

@@ -129,11 +129,18 @@ class Probe:
         """
         tried, left_out = self._try_all()
         trials = [trial for trial, _ in tried]
-        seen = self._context.validation_is_seen
-        chosen = choose(trials, RESAMPLES, self._trials.rng())
+        seen, base = self._context.validation_is_seen, self._context.manifest_of("train-base").summary
+        found = headroom(trials, choose(trials, RESAMPLES, self._trials.rng()), more=self._more(), seen=seen)
+        if base.get("worse_than_constant"):
+            # Whatever lowers such a loss gains.
+            found |= {
+                "verdict": f"mend the base first, which is worse than a constant; as it is, {found['verdict']}",
+                "start_with": {},
+            }
+        about_base = [f"train-base: {text}" for text in base.get("warnings", []) if PROBABLY_SEEN not in text]
         return {
-            **headroom(trials, chosen, more=self._more(), seen=seen),
-            "warnings": [f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"] if seen else [],
+            **found,
+            "warnings": [*about_base, *([f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"] if seen else [])],
             "metric": trials[0].metric,
             "samples": len(self._evaluated.order),
             "searched": len(self._trials.searched),

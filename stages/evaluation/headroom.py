@@ -26,16 +26,14 @@ def headroom(trials: Sequence[Trial], chosen: Mapping[str, Chosen], *, more: str
     kind, start = headroom_of(losses, [name for name in CHOSEN if may_gain(trials, CHOSEN[name])]), {}
     text = _sentence(kind, chosen, trials[0].metric)
     if kind == X:
-        best = starting_point(trials)
+        best = starting_point(trials, {choice.trial.layer for choice in chosen[NEIGHBOURS].choices})
         start = {"select-layer.layer": best.layer} | {f"collect.{key}": value for key, value in best.settings.items()}
         text += f"; start with {best.layer} and {settings_text(best.settings)}" + _doubt(chosen[NEIGHBOURS])
         if seen:
             text += "; the base was probably trained on these samples: on others the gain may be another"
     elif seen:
         kind = UNKNOWN
-        text = (
-            f"no finding, since the base was probably trained on these samples, and has no headroom on what it fitted: {text}"
-        )
+        text = "no finding: the base was probably trained on these samples"
     elif kind == UNKNOWN:
         text += f"; {more}"
     shown = {name: found.as_json(chosen[BASE]) for name, found in chosen.items() if name != BASE}
@@ -66,11 +64,11 @@ def headroom_of(losses: Mapping[str, Estimate], open_to: Collection[str]) -> str
     return UNKNOWN if LABELS in open_to else NONE
 
 
-def starting_point(trials: Sequence[Trial]) -> Trial:
-    """On the layer that all samples favour, the trial whose neighbours do best; of the settings that do as well (paired 95 %
-    interval), those that overfit least: a strength can make more of a small delta, but few samples do not show how wrong a
-    large one may go."""
-    layer = choice_of(trials, CHOSEN[NEIGHBOURS]).trial.layer
+def starting_point(trials: Sequence[Trial], layers: Collection[str]) -> Trial:
+    """On that of the `layers` which all samples favour, the trial whose neighbours do best; of the settings that do as well
+    (paired 95 % interval), those that overfit least: a strength can make more of a small delta, but few samples do not show
+    how wrong a large one may go."""
+    layer = choice_of([trial for trial in trials if trial.layer in layers], CHOSEN[NEIGHBOURS]).trial.layer
     same = [trial for trial in trials if trial.layer == layer]
     with_x = [trial for trial in same if trial.gains_by_x] or same
     best = min(with_x, key=lambda trial: trial.losses[trial.neighbour].value)
@@ -101,9 +99,9 @@ def _sentence(kind: str, chosen: Mapping[str, Chosen], metric: str) -> str:
     )
     if kind == UNKNOWN:
         count = chosen[BASE].loss.samples
-        return f"too few samples to tell: {figures}; {count:,} samples do not exclude a gain of {100 * PART:g} %"
+        return f"too few samples to tell: {figures}; with {count:,} samples a gain of {100 * PART:g} % may be missed"
     gained = gains({name: found.loss for name, found in chosen.items()}, NEIGHBOURS)
-    same = f", no more than with one mean delta for all, {mean}" if gained else ", no gain beyond chance"
+    same = f"; one mean delta for all does as well ({mean})" if gained else ", no gain beyond chance"
     if kind == LABELS:
         return f"no headroom for x in sight: {figures}{same}"
     return f"no headroom: {figures}{same}; a larger collect.lr or more collect.steps may show some"
@@ -112,7 +110,7 @@ def _sentence(kind: str, chosen: Mapping[str, Chosen], metric: str) -> str:
 def _figures(chosen: Mapping[str, Chosen], name: str) -> str:
     loss = figure(chosen[name].loss.value)
     if not any(choice.strength for choice in chosen[name].choices):
-        return f"{loss} (with strength 0, since no other is a sure gain)"
+        return f"{loss} (no strength gains for sure)"
     difference, (low, high) = chosen[name].loss.minus(chosen[BASE].loss)
     return f"{loss} ({signed(difference)}, 95 % interval [{signed(low)}, {signed(high)}])"
 

@@ -1,6 +1,7 @@
 """Predicting as a row of `evaluate` does, for inputs without labels."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,10 +44,14 @@ def chosen_row(context: RunContext) -> str:
             "name one with --row, or give validation samples with task.validation",
         )
     if name != AUTO and name not in known.rows:
-        why = "" if row.predicts(name) else ": it needs labels, or is there to compare with"
+        near = difflib.get_close_matches(name, known.rows, 1, 0.6)
+        why = ""
+        if not row.predicts(name):
+            why = ": it takes labels" if name in row.OF_LABELS else ": it is there to compare with"
+        hint = f"did you mean {near[0]!r}? There are" if near and not why else "take one of"
         raise SettingsError(
             f"infer.row = {name!r}: evaluate has no such row to predict with{why}",
-            f"take one of: {', '.join(known.rows)}; ocd evaluate --add NAME adds one that takes a training",
+            f"{hint}: {', '.join(known.rows)}; ocd evaluate --add NAME adds one that takes a training",
         )
     return known.best if name == AUTO else name
 

@@ -84,5 +84,5 @@ def find_layer(model: nn.Module, name: str) -> Layer:
     listed = "\n".join(f"  {layer.name} {layer.shape}" for layer in known.values())
     raise SettingsError(
         f"layer {name!r} {why}{offer}; the candidates are:\n{listed}",
-        "for example: ocd select-layer --layer " + next(iter(known)),
+        f"name one of them, such as {next(iter(known))}",
     )

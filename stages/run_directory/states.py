@@ -255,16 +255,18 @@ def redo_command(state: StageState, project: Project) -> str:
 
 
 def ways_out(stale: Sequence[StageState], redo: str) -> str:
-    """What to type where stages are stale, to keep them or to redo them; "" where flags do not keep them, for something else
-    than settings changed."""
-    changes = {change.setting: change for state in stale for change in state.changes}
-    texts = [change.kept_by for change in changes.values()]
+    """What to type where stages are stale, to keep those that flags keep or to redo them; "" where flags keep none, for
+    something else than settings changed."""
+    kept = [state for state in stale if state.changes and all(change.kept_by for change in state.changes)]
+    changes = {change.setting: change for state in kept for change in state.changes}
     # Stages made with different values of one setting cannot all be kept.
-    contradict = any(change.was != changes[change.setting].was for state in stale for change in state.changes)
-    if not texts or None in texts or contradict or not all(state.changes or state.by_inputs for state in stale):
+    if not kept or any(change.was != changes[change.setting].was for state in kept for change in state.changes):
         return ""
-    stages, settings = ("it" if len(found) == 1 else "them" for found in (stale, texts))
-    return f"to keep {stages}, repeat{set_flags(texts)}, or write {settings} into ocd.toml; to redo {stages}: {redo}"
+    stages, settings = ("it" if len(found) == 1 else "them" for found in (stale, changes))
+    whole = all(state in kept or state.by_inputs for state in stale)
+    those = stages if whole else " and ".join(state.name for state in kept)
+    flags = set_flags(change.kept_by for change in changes.values())
+    return f"to keep {those}, repeat{flags}, or write {settings} into ocd.toml; to redo {stages}: {redo}"
 
 
 def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:

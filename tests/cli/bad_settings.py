@@ -97,7 +97,7 @@ WORDS = [
     Bad(
         "a layer that does not exist",
         "select-layer --force --layer 0.wieght",
-        ["'0.wieght' does not exist", "did you mean 0.weight?", "2.weight (3, 6)", "--layer 0.weight"],
+        ["'0.wieght' does not exist", "did you mean 0.weight?", "2.weight (3, 6)", "name one of them, such as 0.weight"],
         finished=True,
         # What the message says to type works as it stands.
         then=["select-layer --force --layer 0.weight"],

@@ -25,6 +25,15 @@ def row(name, mean, base):
     return {"name": name, "metrics": {"loss": {"mean": mean, "difference": difference, "interval": interval}}}
 
 
+CHOICE = {
+    "layer": "fc1.weight",
+    "settings": {"optimizer": "sgd", "lr": 0.005, "steps": 3},
+    "row": "nearest k blended",
+    "strength": 2.0,
+}
+OTHER = {**CHOICE, "layer": "fc2.weight", "row": "overfitted on test", "strength": 1.0}
+
+
 def trial(layer="fc1.weight", losses=(0.1666, 0.001234, 0.06491, 0.25, 0.17, 0.1662), strengths=(0.5, 8.0), lr=5e-4):
     return {
         "layer": layer,
@@ -45,6 +54,7 @@ def shown(*trials, width=80, **values):
         "tried": list(trials),
         "left_out": [],
         "warnings": [],
+        "chosen": {"neighbours": {"favoured": [CHOICE, CHOICE]}, "labels": {"favoured": [CHOICE, OTHER]}},
         "verdict": "no headroom",
         "start_with": {},
         "written": None,
@@ -105,6 +115,12 @@ def test_what_to_paste_is_one_line():
     )
     start = {"select-layer.layer": "fc1.weight", "collect.lr": 0.005}
     lines = shown(trial(), start_with=start, next=flags, warnings=["seen"]).splitlines()
-    assert lines[-4:] == ["warning: seen", "no headroom", flags, "or write them into ocd.toml: ocd probe --write"]
+    assert lines[-3:] == [
+        "no headroom",
+        "next: ocd probe --write, or give every command that follows these flags:",
+        flags,
+    ]
+    assert "neighbours: both halves choose fc1.weight, sgd 0.005 × 3, nearest k blended × 2" in lines
+    assert "the other fc2.weight, sgd 0.005 × 3" in " ".join(lines)
     lines = shown(trial(), start_with=start, next="ocd run", written="/here/ocd.toml").splitlines()
     assert lines[-2:] == ["written into /here/ocd.toml: select-layer.layer = fc1.weight, collect.lr = 0.005", "next: ocd run"]

@@ -115,9 +115,9 @@ def test_a_classifiers_answer_has_classes_and_probabilities(judged):
 @pytest.mark.parametrize("name", [*CONTROLS, "overfitted on test"])
 def test_controls_and_rows_of_labels_predict_nothing(ocd, judged, name):
     folder, _ = judged
-    before = folder.files()
+    before, why = folder.files(), "it takes labels" if name.startswith("overfitted") else "it is there to compare with"
     shown = ocd(folder, "infer", "--row", name, code=2)
-    assert f"infer.row = {name!r}: evaluate has no such row to predict with: it needs labels, or is there" in shown.stderr
+    assert f"infer.row = {name!r}: evaluate has no such row to predict with: {why}" in shown.stderr
     assert folder.files() == before
 
 
@@ -125,7 +125,7 @@ def test_a_row_that_is_not_there(ocd, judged):
     folder, _ = judged
     shown = ocd(folder, "infer", "--row", "nearest k blnded", code=2).stderr
     assert "infer.row = 'nearest k blnded': evaluate has no such row to predict with" in shown
-    assert "nearest k blended" in shown
+    assert "did you mean 'nearest k blended'? There are: base, " in " ".join(shown.split())
     shown = ocd(folder, "infer", "--row", "nearest k blended", "--save-deltas", code=2)
     assert "infer.save_deltas keeps the deltas that are sampled" in shown.stderr
 

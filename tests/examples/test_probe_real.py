@@ -55,7 +55,7 @@ def test_rows_that_imported_weights_have_fitted_show_nothing(ocd, wine):
     found = ocd.json(wine, "probe")
     assert found["warnings"] == [f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"]
     assert found["headroom"] == "unknown"
-    assert found["verdict"].startswith("no finding, since the base was probably trained on these samples")
+    assert found["verdict"].startswith("no finding: the base was probably trained on these samples")
     shown = " ".join(ocd(wine, "probe", "--layer", "2.weight").stdout.split())
     assert shown.count(f"warning: {PROBABLY_SEEN}; {GIVE_VALIDATION}") == 1
 

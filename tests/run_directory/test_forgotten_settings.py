@@ -100,6 +100,12 @@ def test_no_flag_brings_back_the_content_of_a_file(finished, ocd):
     assert "\n  run: ocd train-base --set train-base.lr=0.5 --force && " in ocd(finished, "collect", *changed, code=3).stderr
 
 
+def test_deltas_can_be_kept_where_the_denoiser_is_of_older_ones(finished, ocd):
+    ocd(finished, "collect", "--force", "--quiet", *put("collect.lr=0.05"))
+    hint = "\n  to keep collect, repeat --set collect.lr=0.05, or write it into ocd.toml; to redo them: ocd collect "
+    assert hint in ocd(finished, "evaluate", code=3).stderr
+
+
 # A layer that was named
 
 
