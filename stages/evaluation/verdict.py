@@ -186,14 +186,16 @@ def _undecided(
 
 def advice(found: Verdict, best: str | None) -> str:
     """What to do next; `best` is the row of the lowest validation loss, where that is known."""
-    if found.absent:
+    if found.absent and best is None:
         return "give validation samples with task.validation, and evaluate again"
     if found.rival == row.LONGER:
         return "train the base longer first: raise train-base.epochs"
-    if found.outcome == UNDECIDED:
+    if found.outcome == UNDECIDED and not found.absent:
         return "evaluate on more test samples"
-    if best in (None, row.BASE) or (found.outcome != HELPS and best in OURS):
-        return "predict with: ocd infer" if found.outcome == HELPS else "use the base as it is"
+    # With validation samples, what is absent is so because outputs of this form have none: nothing is to be given.
+    gains = found.outcome == HELPS or bool(found.absent)
+    if best in (None, row.BASE) or (not gains and best in OURS):
+        return "predict with: ocd infer" if gains else "use the base as it is"
     if best == row.ENSEMBLE:
         return "predict with: ocd infer"
     return f"predict with the row of the lowest validation loss, {best}: ocd infer --row auto"

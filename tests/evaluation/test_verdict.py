@@ -280,6 +280,9 @@ def test_names_with_braces_are_names():
         (0.4, {**CLEAR, LONGER: 0.405}, BLENDED, "train the base longer first: raise train-base.epochs"),
         (0.4, {**CLEAR, LONGER: 0.3}, BLENDED, "train the base longer first: raise train-base.epochs"),
         (0.4, {BASE: 0.5}, None, "give validation samples with task.validation, and evaluate again"),
+        # They were given: a dict of outputs has no temperature.
+        (0.4, {BASE: 0.5}, ENSEMBLE, "predict with: ocd infer"),
+        (0.4, {BASE: 0.5}, BLENDED, f"predict with the row of the lowest validation loss, {BLENDED}: ocd infer --row auto"),
     ],
 )
 def test_what_to_do_next(ensemble, others, best, next_step):
