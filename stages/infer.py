@@ -145,7 +145,7 @@ class Infer(Stage):
         if self.settings.save_deltas and self._row is not None:
             raise SettingsError(
                 f"infer.save_deltas keeps the deltas that are sampled, and the row {self._row!r} is asked for",
-                "leave one of them out: --save-deltas, or --row",
+                "leave one of them out: --save-deltas (infer.save_deltas), or --row (infer.row)",
             )
         self._predictor  # noqa: B018 (made here, so that what is wrong with it is found before anything is written)
         self._check_part()

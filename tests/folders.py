@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "train-diffusion": {"max_steps": 40, "evaluate_steps": 20, "width": 16, "blocks": 1, "batch_size": 16, "patience": 0},
     "train-scale": {"max_steps": 40, "evaluate_steps": 20, "width": 8, "batch_size": 16, "patience": 0},
     "infer": {"ensemble": 2, "sample_steps": 3},
-    # Whether the base took less time than the rest is chance here.
+    # A training more, which few tests look at.
     "evaluate": {"longer_base": False},
 }
 

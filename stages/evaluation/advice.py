@@ -1,5 +1,7 @@
 """What to do after an evaluation."""
 
+import shlex
+
 from stages.evaluation import rows as row
 from stages.evaluation.verdict import HELPS, UNDECIDED, Verdict
 
@@ -19,12 +21,15 @@ def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False)
     spoken_for = best in (None, row.BASE, *AS_THE_VERDICT_SAYS)
     if weak:
         return "mend the base first, which is worse than a constant; train-base says how"
-    if found.absent:
+    if found.absent and best is None:
         return "give validation samples with task.validation, and evaluate again"
     if found.rival == row.LONGER:
         return f"train the base longer first: {longer}" + ("" if spoken_for or best == row.LONGER else f"; or {with_best}")
-    if found.outcome == UNDECIDED:
+    if found.outcome == UNDECIDED and not found.absent:
         return "evaluate on more test samples"
     if not spoken_for:
         return with_best
-    return "predict with: ocd infer" if found.outcome == HELPS else "use the base as it is"
+    if found.rival_gains and row.predicts(found.rival):
+        return f"predict with what has the gain: ocd infer --row {shlex.quote(found.rival)}"
+    # Where there are validation samples, a row is absent for outputs of this form have none such: nothing is to be given.
+    return "predict with: ocd infer" if found.outcome == HELPS or found.absent else "use the base as it is"

@@ -50,16 +50,15 @@ def validation_losses(
     grids: Mapping[str, Sequence[float]],
     size: int,
     on_progress: OnProgress,
-) -> dict[str, dict[float, float]]:
-    """The mean loss of each row on labelled samples at each strength of its grid, by name; 0 is the base."""
-    sums = {row.name: dict.fromkeys(sorted(grids[row.name]), 0.0) for row in rows}
+) -> dict[str, dict[float, np.ndarray]]:
+    """The losses of labelled samples by each row at each strength of its grid, (N,) by name and strength; 0 is the base."""
+    found = {row.name: {strength: [] for strength in sorted(grids[row.name])} for row in rows}
     for batch, name, members in _every(subject, evaluated, rows, size, on_progress):
-        for strength in sums[name]:
+        for strength, parts in found[name].items():
             values = losses(subject.task, combined(subject, members(strength)), batch.y).double()
             # Weights thrown far enough give no numbers: no strength to choose.
-            sums[name][strength] += float(torch.nan_to_num(values, nan=torch.inf).sum())
-    count = len(evaluated.order)
-    return {name: {strength: total / count for strength, total in tried.items()} for name, tried in sums.items()}
+            parts.append(torch.nan_to_num(values, nan=torch.inf).cpu().numpy())
+    return {name: {strength: np.concatenate(parts) for strength, parts in tried.items()} for name, tried in found.items()}
 
 
 def scaled(output: Tensor, temperature: float, *, normalised: bool) -> Tensor:

@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import Fitted, OnProgress, fit_temperature, scaled, validation_losses
 from stages.evaluation.rows import Row
+from stages.evaluation.statistics import interval_of_mean
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.evaluation.verdict import ROUNDING, SMALLEST_GAIN
 from stages.foundation.memory import AtOnce
@@ -26,14 +28,14 @@ class OnValidation:
 
     Attributes:
         asked: the strength that `[infer]` asks for, or `auto`.
-        tried: each row's mean loss at each strength tried, by name.
+        tried: each row's losses at each strength tried, (N,) by name and strength.
         fitted: the strengths that rows are given, by name.
         temperature: of the base's logits, which `normalised` says are log-probabilities.
         samples: how many there were.
     """
 
     asked: float | str
-    tried: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+    tried: Mapping[str, Mapping[float, np.ndarray]] = field(default_factory=dict)
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
     temperature: float | None = None
     normalised: bool = False
@@ -49,30 +51,33 @@ class OnValidation:
 
     def loss_of(self, name: str, strengths: Mapping[str, float]) -> float | None:
         """A row's mean loss at its strength."""
-        return self.tried.get(name, {}).get(strengths.get(name, 1.0))
+        found = self.tried.get(name, {}).get(strengths.get(name, 1.0))
+        return None if found is None else float(found.mean())
 
     def at_the_edge(self) -> list[str]:
         """The rows that predict best at the largest strength tried, and gain."""
-        found = {name: one for name, one in self.fitted.items() if row.predicts(name) and 0 < one.strength == max(one.losses)}
-        return [name for name, one in found.items() if self._gains(one.losses[one.strength])]
+        found = {name: one.strength for name, one in self.fitted.items() if 0 < one.strength == max(one.losses)}
+        return [name for name, strength in found.items() if row.predicts(name) and self._gains(name, strength)]
 
-    def _gains(self, loss: float) -> bool:
-        """Whether a loss is lower than the base's by as much as counts."""
+    def _gains(self, name: str, strength: float) -> bool:
+        """Whether a row is better than the base by as much as counts, and beyond doubt (paired 95 % interval)."""
         base = self.tried[row.BASE][1.0]
-        return loss <= base - SMALLEST_GAIN * abs(base)
+        differences = self.tried[name][strength] - base
+        _, high = interval_of_mean(differences)
+        return bool(high < 0 and differences.mean() <= -SMALLEST_GAIN * abs(base.mean()))
 
     def best(self, rows: Sequence[Row]) -> str | None:
         """Of the rows that predict, the one with the lowest loss (of those that are equal but for rounding the first); the base
-        where none gains 1 % over it, None where nothing was judged."""
+        where it does not gain, None where nothing was judged. Not the task's own rows, which are given the validation
+        samples to be made with."""
         strengths = self.strengths(rows)
-        losses = {one.name: self.loss_of(one.name, strengths) for one in rows if row.predicts(one.name)}
-        known = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        names = [one.name for one in rows if row.predicts(one.name) and one.name in row.TABLE]
+        known = {name: loss for name in names if (loss := self.loss_of(name, strengths)) is not None and math.isfinite(loss)}
         if not known:
             return None
         lowest = min(known.values())
-        if not self._gains(lowest):
-            return row.BASE
-        return next(name for name, loss in known.items() if loss <= lowest + ROUNDING * abs(lowest))
+        found = next(name for name, loss in known.items() if loss <= lowest + ROUNDING * abs(lowest))
+        return found if self._gains(found, strengths.get(found, 1.0)) else row.BASE
 
     def record(self, rows: Sequence[Row], ensemble: int) -> Strength:
         """`strength.json`: what predicts, at which strength, and which row has the lowest loss."""
@@ -125,5 +130,6 @@ def fit_rows(
     grids = {one.name: grid if one.name in free else fixed.get(one.name, (1.0,)) for one in wanted}
     on_progress = progress("validation samples × rows", len(validation.order) * len(wanted))
     tried = at_once.whole(lambda size: validation_losses(subject, validation, wanted, grids, size, on_progress))
-    fitted = {one.name: Fitted.of(tried[one.name]) for one in wanted if one.validated}
+    means = {name: {strength: float(values.mean()) for strength, values in one.items()} for name, one in tried.items()}
+    fitted = {one.name: Fitted.of(means[one.name]) for one in wanted if one.validated}
     return list(rows), OnValidation(asked, tried, fitted, temperature, normalised, len(validation.order))

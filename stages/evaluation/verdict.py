@@ -78,6 +78,7 @@ class Verdict:
         rival: the row that has the gain, or that OCD cannot be told from; None where that is nothing but the base.
         samples: about how many test samples would decide it; None where it is decided, or no number would.
         absent: the rows that there are none of to compare with, where nothing else is in doubt.
+        rival_gains: whether the rival is better than the base beyond doubt.
     """
 
     outcome: str
@@ -85,6 +86,7 @@ class Verdict:
     rival: str | None = None
     samples: int | None = None
     absent: tuple[str, ...] = ()
+    rival_gains: bool = False
 
 
 def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
@@ -151,7 +153,8 @@ def _decided(
         theirs = f"{name} ({figure(estimates[name].value)})"
         why = f"{theirs} gains more" if comparisons[name].against else f"the gain is that of {theirs}"
         why = why if base.favours else f"it does no better than {theirs}"
-        return Verdict(DOES_NOT, f"OCD {DOES_NOT}: {why}; {figures}", name)
+        gains = _comparison(estimates[name], estimates[row.BASE]).favours
+        return Verdict(DOES_NOT, f"OCD {DOES_NOT}: {why}; {figures}", name, rival_gains=gains)
     open_ones = [name for name in (row.BASE, *asked) if not comparisons[name].favours]
     if open_ones:
         return _undecided(comparisons, estimates, open_ones, smallest, figures)

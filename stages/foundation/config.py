@@ -250,7 +250,9 @@ class EvaluateTable(Table):
     neighbours: int = identity(5, "k of the row nearest k blended", ge=1)
     memorisation_samples: int = identity(256, "test samples whose deltas are compared with all training deltas", ge=1)
     rows: list[RequestedRow] = identity([], "rows to add on request: each but the first takes a training")
-    longer_base: bool = identity(True, "train the base for as long again, where that took less time than the other stages")
+    longer_base: bool = identity(
+        True, "train the base for as long again, where that took less than a minute, or less time than the other stages"
+    )
     seeds: int = identity(1, "whole trainings, with seeds from run.seed on, for mean ± standard deviation", ge=1)
     batch_size: Count | Auto = execution("auto", "samples at once")
 

@@ -137,7 +137,8 @@ class Task:
         """Further rows for `evaluate`: a name to a function from inputs (B, …) to outputs (B, …).
 
         `model` is the base, in eval mode; `train` and `validation` are splits: `split.batch(positions)` is (x, y). `options`
-        holds `seed` and `device`, where inputs are and outputs must be.
+        holds `seed` and `device`, where inputs are and outputs must be. `ocd infer --row auto` takes the row that is best on
+        validation: one that was fitted on it looks better than it is.
         """
         return {}
 

@@ -121,6 +121,6 @@ def test_what_to_paste_is_one_line():
         flags,
     ]
     assert "neighbours: both halves choose fc1.weight, sgd 0.005 × 3, nearest k blended × 2" in lines
-    assert "the other fc2.weight, sgd 0.005 × 3" in " ".join(lines)
+    assert "the other fc2.weight, sgd 0.005 × 3" in " ".join(" ".join(lines).split())
     lines = shown(trial(), start_with=start, next="ocd run", written="/here/ocd.toml").splitlines()
     assert lines[-2:] == ["written into /here/ocd.toml: select-layer.layer = fc1.weight, collect.lr = 0.005", "next: ocd run"]

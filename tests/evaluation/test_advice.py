@@ -43,6 +43,23 @@ def test_what_to_do_next(found, best, said):
 def test_what_is_missing_has_to_be_there_first():
     found = Verdict(UNDECIDED, "", absent=(TEMPERATURE,))
     assert advice(found, None, longer=TRAIN) == "give validation samples with task.validation, and evaluate again"
+    # They were given: a dict of outputs has no temperature.
+    assert advice(found, ENSEMBLE, longer=TRAIN) == OCD
+    assert advice(found, BLENDED, longer=TRAIN) == with_row(BLENDED)
+
+
+@pytest.mark.parametrize(
+    ("rival", "gains", "said"),
+    [
+        (TEMPERATURE, True, "predict with what has the gain: ocd infer --row 'temperature-scaled base'"),
+        (TEMPERATURE, False, KEEP),
+        (SHUFFLED, True, KEEP),
+    ],
+)
+def test_a_rival_that_gains_predicts(rival, gains, said):
+    found = Verdict(DOES_NOT, "", rival, rival_gains=gains)
+    assert advice(found, BASE, longer=TRAIN) == said
+    assert advice(found, BLENDED, longer=TRAIN) == with_row(BLENDED)
 
 
 @pytest.mark.parametrize("outcome", [HELPS, DOES_NOT, HARMS, UNDECIDED])

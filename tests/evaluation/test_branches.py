@@ -45,16 +45,17 @@ def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
     assert {path: path.stat().st_mtime_ns for path in branches.rglob("*.safetensors")} == times
 
 
-@pytest.mark.parametrize(("base", "there"), [(1.0, True), (9.0, False)])
-def test_the_longer_base_is_there_where_it_took_less_time(ocd, finished, monkeypatch, base, there):
-    """And is a rival; asked not to be there, it is not."""
-    rest = dict.fromkeys(("select-layer", "collect", "train-diffusion", "train-scale"), 2.0)
-    monkeypatch.setattr(requested_rows, "stage_seconds", lambda context: {"train-base": base, **rest})
+@pytest.mark.parametrize(("base", "rest", "there"), [(50.0, 0.0, True), (60.0, 15.0, False), (900.0, 1000.0, True)])
+def test_the_longer_base_is_there_where_it_took_less_time(ocd, finished, monkeypatch, base, rest, there):
+    """Less than a minute, or than OCD's four stages took together, which is no chance of a small run's; and is a rival. Asked
+    not to be there, it is not."""
+    seconds = {"train-base": base} | dict.fromkeys(("select-layer", "collect", "train-diffusion", "train-scale"), rest / 4)
+    monkeypatch.setattr(requested_rows, "stage_seconds", lambda context: dict(seconds))
     longer = "base trained for as long again"
     results = evaluated(ocd, finished, "--set", "evaluate.longer_base=true")
     left_out = {entry["name"]: entry["reason"] for entry in results["left_out"]}
     assert (longer in rows_of(results)) == (longer in results["comparisons"]) == there
-    why = "the base's training took 9 s, OCD's stages 8 s; ask with --add 'base trained for as long again'"
+    why = "the base's training took 60 s, OCD's stages 15 s; ask with --add 'base trained for as long again'"
     assert left_out.get(longer) == (None if there else why)
     without = evaluated(ocd, finished, "--set", "evaluate.longer_base=false")
     left_out = {entry["name"]: entry["reason"] for entry in without["left_out"]}

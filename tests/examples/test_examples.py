@@ -29,7 +29,7 @@ def test_bring_your_own_goes_from_two_files_to_predictions_in_one_command(ocd, t
     fast = ("--set", "train-diffusion.max_steps=100", "--set", "train-scale.max_steps=100")
     stages = ocd.json(folder, "run", *fast)["stages"]
     assert stages["infer"]["inputs"] == 169
-    # Whether the base took less time than the rest is chance here.
+    # A training more, which nothing here looks at.
     assert len(ocd.json(folder, "evaluate", *fast, "--set", "evaluate.longer_base=false")["rows"]) == 18
     assert ocd(folder, "probe", "--layer", "head.weight").stdout
     assert np.isfinite(folder.predictions()["output"]).all()
