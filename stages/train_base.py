@@ -38,7 +38,7 @@ from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import Trainer, batch_rows
 
 # A loss that is larger than a constant's by less than this share of it is as good.
-WORSE_BY = 1e-3
+WORSE_BY = 0.01
 
 
 def train_base(project: Project, *, force: bool = False, dry_run: bool = False, report: Report | None = None) -> CommandResult:
