@@ -75,12 +75,17 @@ def _interval(entry: dict[str, Any], smallest: float, *, narrow: bool) -> str:
 
 
 def _memorisation(out: Console, found: dict[str, Any]) -> None:
-    classes = f", its class's mean {found['generated_class_mean']:.3f}" if "generated_class_mean" in found else ""
+    classes = f", with its class's mean {found['generated_class_mean']:.3f}" if "generated_class_mean" in found else ""
     out.print(
-        f"cosine of a generated delta with the true one {found['generated_true']:.3f}, the nearest training delta "
-        f"{found['generated_nearest']:.3f}{classes}, the mean {found['generated_mean']:.3f}; "
-        f"of a true delta with its nearest training delta {found['true_nearest']:.3f}, of training deltas with their nearest "
-        f"other {found['training_nearest']:.3f}; {found['copies']:.0%} of the generated are nearer to a training delta than "
+        f"cosine of a generated delta with the true one {found['generated_true']:.3f}, with the nearest training delta "
+        f"{found['generated_nearest']:.3f}{classes}, with the mean of all {found['generated_mean']:.3f}"
+    )
+    out.print(
+        f"cosine of a true delta with its nearest training delta {found['true_nearest']:.3f}, of a training delta with its "
+        f"nearest other {found['training_nearest']:.3f}"
+    )
+    out.print(
+        f"{100 * found['copies']:.0f} % of the generated deltas look like copies: they are nearer to a training delta than "
         "95 % of those are to each other"
     )
 
@@ -90,7 +95,7 @@ def _cost(out: Console, found: dict[str, Any]) -> None:
     out.print(
         f"ms a sample: base {found['base_ms']:.3g}, one draw {found['ocd_one_draw_ms']:.3g}, ensemble "
         f"{found['ocd_ensemble_ms']:.3g}; parameters: base {found['parameters']['base']:,}, denoiser "
-        f"{found['parameters']['denoiser']:,}; seconds (of the process that finished each): {stages}"
+        f"{found['parameters']['denoiser']:,}; seconds a stage took (its last process): {stages}"
     )
 
 
