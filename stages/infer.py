@@ -129,7 +129,9 @@ class Infer(Stage):
     def plan(self) -> dict[str, Any]:
         """Inputs, members and bytes: the blocks stay until what is put together of them is whole."""
         count, members = len(self.inputs), self.settings.ensemble
-        self._check_part()
+        # A row may take a training before it predicts, which is no part of a plan.
+        if self._row is None:
+            self._check_part()
         size = count * (2 * self._row_bytes + (self._delta.row_bytes if self._delta else 0))
         return {"what": f"{count:,} inputs × {members} members, {self.settings.sample_steps} steps each", "bytes": size}
 

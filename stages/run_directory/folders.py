@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.foundation.errors import ArtifactError
-from stages.foundation.files import disk_errors, inside, remove, sha256_file, sync_folder
+from stages.foundation.files import digest, disk_errors, inside, remove, sha256_file, sync_folder
 from stages.run_directory.format import FORMAT_VERSION, Begun, FileRecord, Manifest, RunRecord
 from stages.run_directory.locks import held
 from stages.run_directory.pipeline import AUTO, OWN_ROW
 from stages.run_directory.project import Project
 
+# Of a row's name in that of a folder.
+LONGEST_NAME = 60
 MANIFEST, BEGUN, RUN_FILE = "manifest.json", "begun.json", "run.json"
 
 
@@ -132,9 +134,18 @@ def _how(project: Project) -> str:
     """What the name of an answer ends in that another row of `evaluate` gives, or the strength it fitted: it does not take the
     place of the plain one. No file's stem holds a plus sign, as `infer` spells it."""
     infer = project.settings.infer
+    if infer.row == AUTO:
+        return "+row-auto"
     if infer.row != OWN_ROW:
-        return "+row-auto" if infer.row == AUTO else "+" + re.sub(r"[^\w-]+", "-", infer.row).strip("-")
+        return f"+{_spelled(infer.row)}"
     return "+strength-auto" if infer.strength == AUTO else ""
+
+
+def _spelled(name: str) -> str:
+    """A row's name as part of a file's: words joined by hyphens, and, where that could be another name's, a few digits."""
+    spelled = re.sub(r"[^\w-]+", "-", name).strip("-")[:LONGEST_NAME]
+    plain = spelled.replace("-", " ") == name and spelled not in ("", "row-auto", "strength-auto")
+    return spelled if plain else f"{spelled}-{digest(name)[:6]}".lstrip("-")
 
 
 def task_name(project: Project) -> str:

@@ -52,7 +52,7 @@ def best_constant(task: Task, model: nn.Module, train: Split, judged: Split, see
 
 def is_far_from_unit(mean: float, deviation: float) -> bool:
     """Whether targets are far from what a new model's outputs are like, a few units at most."""
-    return abs(mean) > FAR or not 1 / FAR < deviation < FAR
+    return deviation > 0 and (abs(mean) > FAR or not 1 / FAR < deviation < FAR)
 
 
 def _best_constant(task: Task, model: nn.Module, train: Split, judged: Split, seed: int) -> Constant | None:
