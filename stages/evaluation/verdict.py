@@ -128,7 +128,8 @@ def verdict(
     found = _decided(comparisons, estimates, asked, [name for name in needed if name not in comparisons], figures)
     beside = "".join(_beside(names, comparisons, estimates) for names in (NEIGHBOURS, _further(estimates)))
     validated = estimates.get(row.VALIDATED)
-    if validated and _comparison(validated, estimates[row.ENSEMBLE]).favours:
+    better = validated and _comparison(validated, estimates[row.ENSEMBLE]).favours
+    if better and _comparison(validated, estimates[row.BASE]).difference < 0:
         beside += f"; at its validated strength OCD has {figure(validated.value)}"
     return dataclasses.replace(found, sentence=found.sentence + beside)
 

@@ -269,6 +269,8 @@ def test_a_validated_strength_that_does_better_is_told_of(loss, told):
     found = said(0.4, {**CLEAR, VALIDATED: loss})
     assert found.outcome == HELPS
     assert found.sentence.endswith("; at its validated strength OCD has 0.3") == told
+    # A strength of 0 is the base.
+    assert "validated" not in said(0.6, {**CLEAR, VALIDATED: 0.5}).sentence
 
 
 @pytest.mark.parametrize("loss", [0.3, 0.398])
