@@ -47,10 +47,12 @@ def show_probe(out: Console, found: dict[str, Any]) -> None:
 
 def _choice(choice: dict[str, Any]) -> str:
     """What a half of the samples favours, in words."""
-    settings = choice["settings"]
-    recipe = f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
     row = "" if choice["row"] == LABELS else f", {choice['row']} × {choice['strength']:g}"
-    return f"{choice['layer']}, {recipe}{row}"
+    return f"{choice['layer']}, {_recipe(choice['settings'])}{row}"
+
+
+def _recipe(settings: dict[str, Any]) -> str:
+    return f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}"
 
 
 def _trials(found: dict[str, Any]) -> Table:
@@ -62,11 +64,11 @@ def _trials(found: dict[str, Any]) -> Table:
         for trial in found["tried"]:
             if trial["layer"] != layer:
                 continue
-            rows, settings = _rows(found, trial), trial["settings"]
+            rows = _rows(found, trial)
             name = _best(rows, trial["strengths"])
             strengths = _strengths(trial["strengths"][name], max(found["strengths"]))
             table.add_row(
-                f"{settings['optimizer']} {settings['lr']:g} × {settings['steps']}",
+                _recipe(trial["settings"]),
                 *(_loss(rows[shown]) for shown in (LABELS, MEAN, name)),
                 f"{name} × {strengths}\n{_difference(rows[name])}",
             )

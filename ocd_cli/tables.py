@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ocd_cli.text import figure
-from stages.foundation.numbers import signed
+from stages.foundation.numbers import ROUNDING, signed
 
-# Of the base's loss, what a difference is by rounding. A row's name is never broken within a word.
-ROUNDING, LONGEST_WORD = 1e-6, 12
+# A row's name is never broken within a word.
+LONGEST_WORD = 12
 # Below this width an interval stands under its difference.
 NARROW = 100
 # Columns that a table always has take about so many characters, and each further metric so many.

@@ -12,8 +12,9 @@ from stages.evaluation.comparison import Fitted, OnProgress, fit_temperature, sc
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import interval_of_mean
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
-from stages.evaluation.verdict import ROUNDING, SMALLEST_GAIN
+from stages.evaluation.verdict import SMALLEST_GAIN
 from stages.foundation.memory import AtOnce
+from stages.foundation.numbers import ROUNDING
 from stages.run_directory.format import Strength
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.scoring import finite

@@ -109,7 +109,7 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
 def _longer_takes_too_long(context: RunContext) -> str | None:
     """Why the base is not trained for as long again unless asked; None where it took less than a minute, or less time than
     OCD's other stages."""
-    if context.project.settings.evaluate.longer_base is False:
+    if not context.project.settings.evaluate.longer_base:
         return "evaluate.longer_base is false"
     seconds = stage_seconds(context)
     base, rest = seconds.pop("train-base"), sum(seconds.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.evaluation import rows as row
 from stages.evaluation.statistics import Estimate
-from stages.foundation.numbers import figure, signed
+from stages.foundation.numbers import ROUNDING, figure, signed
 from stages.tasks.scoring import finite
 
 HELPS, DOES_NOT, HARMS, UNDECIDED = "helps", "does not help", "harms", "undecided"
@@ -18,8 +18,6 @@ RIVALS = (*NEEDED, row.MEAN_DELTA, row.LONGER)
 NEIGHBOURS = (row.NEAREST, row.NEAREST_INPUT, row.BLENDED, row.BLENDED_INPUT)
 # The share of the base's loss below which a gain is none worth the trouble: to leave no room for more is to have no gain.
 SMALLEST_GAIN = 0.01
-# Of a loss, what a difference is by rounding: a strength of 0 gives the base by another way.
-ROUNDING = 1e-6
 # More samples than that nobody has.
 MOST_SAMPLES = 10**7
 

@@ -4,6 +4,8 @@ from typing import Any
 
 # From here on digits before the point are no longer read.
 LARGEST = 1e7
+# Of a loss, what a difference is by rounding: a strength of 0 gives the base by another way.
+ROUNDING = 1e-6
 
 
 def figure(value: Any) -> str:

@@ -34,7 +34,7 @@ def outcome(ocd, make_run, seed, settings, args):
     """The results of a whole run with data and draws of its own."""
     tables = {name: {**FAST.get(name, {}), **settings.get(name, {})} for name in FAST}
     folder = make_run(
-        {"run": {"seed": seed}, "task": own_task("mytask:Planted", seed=seed, **args), **tables}, "verdicts", "train-scale"
+        {"run": {"seed": seed}, "task": own_task("mytask:Seeded", seed=seed, **args), **tables}, "planted", "train-scale"
     )
     return ocd.json(folder, "evaluate")
 
