@@ -179,8 +179,9 @@ def test_only_a_tuned_denoiser_depends_on_the_task(ocd, project):
     code, weights = folder.root / "mytask.py", folder.run / "train-diffusion" / "denoiser.safetensors"
 
     def with_glance(factor):
-        start = code.read_text().partition("    def glance")[0]
-        code.write_text(f"{start}    def glance(self, x, y, generator):\n        return {factor} * x, y\n")
+        start = code.read_text().partition("class Planted(Planted)")[0]
+        glance = f"    def glance(self, x, y, generator):\n        return {factor} * x, y\n"
+        code.write_text(f"{start}class Planted(Planted):\n{glance}")
         for stage in ("train-base", "select-layer", "collect"):
             ocd(folder, stage, "--force")
 
