@@ -1,5 +1,6 @@
 """Figures over samples, each a function of how much every sample counts, so that a bootstrap only changes the weights."""
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +12,10 @@ import numpy as np
 
 # Resamples at once, and samples times resamples.
 RESAMPLES_AT_ONCE, WEIGHTS_AT_ONCE = 64, 1 << 22
-# Outside an interval, on each side.
+# Outside a 95 % interval, on each side.
 TAIL = 0.025
+# Steps of an integral over an angle, and how many standard deviations of a Gaussian it goes beyond.
+ANGLES, DEVIATIONS = 100_001, 12
 # Percentiles of resamples lie between the smallest and the largest of N samples, which have the median between them with a
 # probability of 1 − 2^(1 − N): less than 0.95 below six.
 FEWEST_SAMPLES = 6
@@ -115,20 +118,29 @@ class Estimate:
     Attributes:
         draws: (R,); draw r of every figure is of the same resample, so that differences of draws are paired.
         samples: N.
+        values: of each sample, (N,), where the figure is their mean.
     """
 
     value: float
     standard_error: float
     draws: np.ndarray
     samples: int
+    values: np.ndarray | None = None
 
-    def minus(self, other: "Estimate") -> tuple[float, tuple[float, float]]:
-        """The paired difference, and its 95 % interval (of the resamples')."""
-        return self.value - other.value, interval_of(self.draws - other.draws, self.samples)
+    def minus(self, other: "Estimate", tail: float = TAIL) -> tuple[float, tuple[float, float]]:
+        """The paired difference, and its interval: Student's for means, else of the resamples; NaN of fewer than six samples.
+
+        `tail` is left out on each side.
+        """
+        difference = self.value - other.value
+        if self.values is None or other.values is None or self.samples < FEWEST_SAMPLES:
+            return difference, interval_of(self.draws - other.draws, self.samples, tail)
+        interval = interval_of_mean(self.values - other.values, tail)
+        return difference, interval if math.isfinite(interval[0]) else (math.nan, math.nan)
 
 
-def interval_of(draws: np.ndarray, samples: int) -> tuple[float, float]:
-    """The 95 % interval of a figure of N samples: percentiles of the finite draws, (R,); NaN where there is none, or N < 6.
+def interval_of(draws: np.ndarray, samples: int, tail: float = TAIL) -> tuple[float, float]:
+    """The interval of a figure of N samples: percentiles of the finite draws, (R,); NaN where there is none, or N < 6.
 
     Where samples are few, resamples vary less than samples would. So the percentiles are Φ(∓ sqrt(N / (N − 1)) t), t of
     Student's distribution, which are 2.5 and 97.5 for many samples (the expanded percentile interval of Hesterberg, 2015).
@@ -136,27 +148,28 @@ def interval_of(draws: np.ndarray, samples: int) -> tuple[float, float]:
     finite = draws[np.isfinite(draws)]
     if not len(finite) or samples < FEWEST_SAMPLES:
         return float("nan"), float("nan")
-    tail = NormalDist().cdf(-((samples / (samples - 1)) ** 0.5) * student(samples - 1))
-    return tuple(map(float, np.quantile(finite, (tail, 1 - tail))))
+    outside = NormalDist().cdf(-((samples / (samples - 1)) ** 0.5) * student(samples - 1, tail))
+    return tuple(map(float, np.quantile(finite, (outside, 1 - outside))))
 
 
-def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of samples, (n,); from −∞ to ∞ where one is not finite, or n is 1."""
+def interval_of_mean(values: np.ndarray, tail: float = TAIL) -> tuple[float, float]:
+    """Student's interval of the mean of samples, (n,); from −∞ to ∞ where one is not finite, or n is 1."""
     if len(values) < 2 or not np.isfinite(values).all():
         return -math.inf, math.inf
-    mean, error = float(values.mean()), student(len(values) - 1) * float(values.std(ddof=1)) / len(values) ** 0.5
+    mean, error = float(values.mean()), student(len(values) - 1, tail) * float(values.std(ddof=1)) / len(values) ** 0.5
     return mean - error, mean + error
 
 
-def student(degrees: int) -> float:
-    """The quantile of Student's t distribution that leaves 2.5 % above it (Abramowitz and Stegun, 26.7.5)."""
-    z = NormalDist().inv_cdf(1 - TAIL)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, 1))
+@functools.cache
+def student(degrees: int, tail: float = TAIL) -> float:
+    """The quantile of Student's t distribution that leaves `tail` above it.
+
+    t = sqrt(degrees) tan θ turns its density into cos(θ)^(degrees − 1), which is summed from 0 on (trapezoids).
+    """
+    angles = np.linspace(0, min(math.pi / 2, DEVIATIONS / degrees**0.5), ANGLES)
+    density = np.cos(angles).clip(0) ** (degrees - 1)
+    within = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return float(degrees**0.5 * np.tan(np.interp((1 - 2 * tail) * within[-1], within, angles)))
 
 
 def estimates(
@@ -179,7 +192,9 @@ def estimates(
     for key, statistic in statistics.items():
         draws = np.concatenate(parts[key])
         # The sum of N times 1/N is 1 but for rounding; a perfect accuracy is 1.
-        found[key] = Estimate(float(f"{float(statistic(whole)[0]):.14g}"), statistic.standard_error(draws), draws, samples)
+        value = float(f"{float(statistic(whole)[0]):.14g}")
+        values = statistic.values if isinstance(statistic, Mean) else None
+        found[key] = Estimate(value, statistic.standard_error(draws), draws, samples, values)
     return found
 
 

@@ -31,7 +31,7 @@ from stages.evaluation.verdict import (
     verdict,
 )
 
-# Of the difference to a row of no width itself: 95 % lie within ± 0.01.
+# Of the difference to a row of no width itself: 99 % lie within ± 0.01.
 NARROW, WIDE = 0.01, 0.3
 FAR = {BASE: 0.5, TEMPERATURE: 0.95, RANDOM_TRAINING: 0.95, SHUFFLED: 0.95}
 CLEAR = {BASE: 0.5, TEMPERATURE: 0.48, RANDOM_TRAINING: 0.49, SHUFFLED: 0.495}
@@ -40,8 +40,8 @@ WORDS = (HELPS, DOES_NOT, HARMS, UNDECIDED)
 
 
 def estimate(value, width=0.0, samples=SAMPLES):
-    """Draws around a value, of which the middle 95 % are ± `width` wide."""
-    return Estimate(value, width / 2, value + width * np.linspace(-1, 1, 4001) / 0.95, samples)
+    """Draws around a value, of which the middle 99 % are ± `width` wide."""
+    return Estimate(value, width / 2, value + width * np.linspace(-1, 1, 4001) / 0.99, samples)
 
 
 def judged(losses, metric="cross-entropy", **options):
@@ -125,14 +125,14 @@ def test_rounding_is_no_difference(sign):
     others = {name: loss + (1 if name != BASE else 0) for name, loss in CLEAR.items()}
     found = said(0.5 + sign * 2e-7, others, width=1e-7)
     assert found.outcome == DOES_NOT
-    assert "cross-entropy 0.5 → 0.5, 0 with a 95 % interval of [0, 0], leaves no room" in found.sentence
+    assert "cross-entropy 0.5 → 0.5, 0 with a 99 % interval of [0, 0], leaves no room" in found.sentence
 
 
 def test_it_helps():
     found = said(0.4, CLEAR)
     assert found == Verdict(
         HELPS,
-        "OCD helps: cross-entropy 0.5 → 0.4, -0.1 with a 95 % interval of [-0.11, -0.09]; "
+        "OCD helps: cross-entropy 0.5 → 0.4, -0.1 with a 99 % interval of [-0.11, -0.09]; "
         f"{TEMPERATURE}, {RANDOM_TRAINING} and {SHUFFLED} do less; a longer training of the base was not tried",
     )
     assert said(0.4, {**CLEAR, LONGER: 0.45}).sentence.endswith(f"{SHUFFLED} and {LONGER} do less")
@@ -157,7 +157,7 @@ def test_without_classes_there_is_no_temperature_to_miss():
 def test_it_harms(others):
     """Whatever the rivals do."""
     found = said(0.6, others)
-    assert found == Verdict(HARMS, "OCD harms: cross-entropy 0.5 → 0.6, +0.1 with a 95 % interval of [+0.09, +0.11]")
+    assert found == Verdict(HARMS, "OCD harms: cross-entropy 0.5 → 0.6, +0.1 with a 99 % interval of [+0.09, +0.11]")
 
 
 @pytest.mark.parametrize(("ensemble", "width"), [(0.497, 0.001), (0.499, 0.003), (0.5, 0.004), (0.504, 0.008)])
@@ -225,7 +225,7 @@ def test_without_an_interval_nothing_is_said_of_more_samples(loss, samples, tell
 def test_a_base_without_any_loss_leaves_no_room():
     found = said(0.0, dict.fromkeys(CLEAR, 0.0), width=0.0)
     assert found.outcome == DOES_NOT
-    assert "0 with a 95 % interval of [0, 0], leaves no room" in found.sentence
+    assert "0 with a 99 % interval of [0, 0], leaves no room" in found.sentence
 
 
 def test_of_several_rivals_the_best_is_named():
