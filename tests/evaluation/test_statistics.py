@@ -243,7 +243,7 @@ def test_a_constant_shift_leaves_no_doubt():
 
 def test_the_difference_of_means_has_students_interval():
     draw = np.random.default_rng(3)
-    a, b = draw.normal(size=(2, 200)) + [[0.3], [0]]
+    a, b = draw.normal(0.3, 1, 200), draw.normal(0, 1, 200)
     found = estimates({"a": Mean(a), "b": Mean(b)}, 200, 4000, draw)
     (_, middle_95), (_, middle_99) = (found["a"].minus(found["b"], tail) for tail in (0.025, 0.005))
     mean, error = (a - b).mean(), (a - b).std(ddof=1) / 200**0.5
