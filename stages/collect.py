@@ -25,6 +25,7 @@ from stages.overfitting.recipe import check_recipe
 from stages.per_sample.pass_size import forward_operations
 from stages.run_directory.format import Extent
 from stages.run_directory.locks import Part
+from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.delta_store import RESULT_ARRAYS, ArraySpec, DeltaStore, block_rows, result_specs
 from stages.tasks.checks import check_task
@@ -32,6 +33,7 @@ from stages.tasks.conditioning import check_condition, condition
 from stages.tasks.data import Split
 from stages.tasks.views import any_views
 
+STORE_SETTING, DENSE, FACTORED = "collect.store", "dense", "factored"
 # Samples that self-checks are made on.
 PROBE = 4
 SMALLER_BLOCKS = "smaller blocks with --set collect.block_samples=N"
@@ -84,15 +86,29 @@ class Collect(Stage):
         check_condition(context.task, self._base, context.layer, to_device(rows.inputs(tried), context.device))
         Part.check(self.part, self.store(Path(), "").blocks, SMALLER_BLOCKS)
         self.collector.confirm(tried, rows.batch(tried))
-        if self.settings.store == "factored" and self.overfitter.why_dense:
-            raise SettingsError(
-                f"collect.store = 'factored' needs deltas that are one outer product: {self.overfitter.why_dense}",
-                "use --set collect.store=dense",
-            )
+        if self.settings.store == FACTORED:
+            self._require_factors()
         found = self.collector.overfit_batch(tried, rows.batch(tried))
         bad = bad_rows({name: value.cpu().numpy() for name, value in found.items()})
         if bad.any() and not self.settings.skip_bad:
             raise not_finite(int(found["sample_index"][int(bad.argmax())]))
+
+    def resolved(self) -> dict[str, Any]:
+        return {STORE_SETTING: FACTORED if self.overfitter.factored else DENSE}
+
+    @property
+    def _factored(self) -> bool:
+        """Whether the store has factors: as the work was begun, or as it would be."""
+        work = getattr(self, "unfinished", None)
+        asked = work.begun.identity.settings[STORE_SETTING] if work else self.settings.store
+        return self.overfitter.factored if asked == AUTO else asked == FACTORED
+
+    def _require_factors(self) -> None:
+        if not self.overfitter.factored:
+            raise SettingsError(
+                f"collect.store = 'factored' needs deltas that are one outer product: {self.overfitter.why_dense}",
+                "use --set collect.store=dense",
+            )
 
     def auto_threads(self) -> int:
         """By the size of a pass, and by what of the work is compressing and writing."""
@@ -103,6 +119,9 @@ class Collect(Stage):
     def begin(self, finished: Path | None) -> None:
         """Settle what all parts share, lay out the arrays, and keep the whole blocks of a smaller or damaged store."""
         work = self.unfinished
+        if self._factored:
+            self._require_factors()
+        self.overfitter.gives_factors(self._factored)
         if finished is not None:
             manifest = self.context.manifest_of(self.name)
             work.keep_execution(**{key: manifest.execution[key] for key in ("batch_size", "block_samples")})
@@ -203,7 +222,7 @@ class Collect(Stage):
     def _sample_bytes(self) -> int:
         shown = any_views(self.context.task, *self._probe)
         x, of_step = (to_device(given[0], self.context.device) for given in (self._probe, shown))
-        return sample_bytes(self.overfitter, x, of_step, factored=self.settings.store == "factored")
+        return sample_bytes(self.overfitter, x, of_step, factored=self._factored)
 
     def batch_size(self, rows: int) -> int:
         """Samples overfitted at once, of blocks of so many rows."""
@@ -238,8 +257,7 @@ class Collect(Stage):
 
     def store(self, folder: Path, fingerprint: str, rows: int | None = None) -> DeltaStore:
         """The store in a folder, `rows` to a block; by default as the settings have it."""
-        factored = self.settings.store == "factored"
-        specs = result_specs(self.context.layer.matrix_shape, factored=factored) | self._pooled[0]
+        specs = result_specs(self.context.layer.matrix_shape, factored=self._factored) | self._pooled[0]
         return DeltaStore(folder, specs, len(self.rows), rows or self._block_rows(specs), fingerprint)
 
     def _block_rows(self, specs: dict[str, ArraySpec]) -> int:

@@ -1,5 +1,6 @@
 """infer: sample deltas from the inputs alone, apply them, predict (Alg. 2); and the Python entry point, `open_run`."""
 
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -251,7 +252,8 @@ class Infer(Stage):
             wanted = samples_at_once(context, model.subject)
         elif model is not None:
             sample = prediction_bytes(model.runner, to_device(self.inputs.inputs([0]), context.device))
-            numel, members, draws = context.layer.numel, self.settings.ensemble, model.generate.draws
+            numel = context.layer.numel if self.settings.save_deltas else math.prod(model.generate.denoiser.shape)
+            members, draws = self.settings.ensemble, model.generate.draws
             wanted = prediction_batch(sample, numel, members, context.device, draws)
         return min(wanted, len(self.inputs))
 

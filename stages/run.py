@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.progress import Report
 from stages.lifecycle.results import CommandResult, command_of
-from stages.run_directory.pipeline import ORDER, spec_of
+from stages.run_directory.pipeline import ORDER, in_turn, spec_of
 from stages.run_directory.project import Project
 from stages.run_directory.states import MISSING
 
@@ -45,7 +45,7 @@ def run(
     Raises:
         OcdError: the first stage's that fails.
     """
-    for name in stages_between(start, until):
+    for name in in_turn(project, stages_between(start, until)):
         if name == "evaluate" and name not in (start, until) and name not in spec_of(project, "infer").reads:
             continue
         try:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from stages.diffusion.denoisers import VECTOR
 from stages.diffusion.denoising import SAMPLED_ROWS, held_out_figures, uses_conditioning
-from stages.diffusion.schedule import NoiseSchedule, schedule_warning
+from stages.diffusion.schedule import schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
 from stages.foundation.float32 import fast_float32
@@ -21,6 +22,7 @@ from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
 from stages.overfitting.collector import make_overfitter
+from stages.prediction.predictor import load_scale
 from stages.run_directory.folders import folder_of
 from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
@@ -192,10 +194,10 @@ class TrainDiffusion(Stage):
             if self.ranks.leads:
                 self.unfinished.change_execution(micro_batch_size=left)
 
-        tuning = self._tuning(settings.schedule, reader) if self.settings.tune_after else None
+        tuning = self._tuning(settings, reader) if self.settings.tune_after else None
         return Training(settings, reader, micro, self.context.device, self.ranks, smaller, self.report, tuning)
 
-    def _tuning(self, schedule: NoiseSchedule, reader: StoreReader) -> Tuning:
+    def _tuning(self, settings: DenoiserSettings, reader: StoreReader) -> Tuning:
         context, rows = self.context, self.context.splits["train"]
         probe = rows.batch([i % len(rows) for i in range(PROBE)])
         collect = context.project.settings.collect
@@ -203,13 +205,15 @@ class TrainDiffusion(Stage):
         loss_size = max(1e-12, float(abs(reader.read("base_loss").astype(float)).mean()))
         return Tuning(
             task=context.task,
+            scale=load_scale(context),
             overfitter=make_overfitter(context.task, context.base_to_overfit(), context.layer, collect, probe),
             split=context.splits["all"],
             sample_index=torch.from_numpy(reader.read("sample_index")),
             loss_size=loss_size,
-            schedule=schedule,
+            schedule=settings.schedule,
             seed=context.seed,
             samples=self.settings.tune_samples,
+            vectors=settings.preset == VECTOR,
         )
 
     def _run(self, folder: Path, fingerprint: str, settings: DenoiserSettings, training: Training) -> Trained:

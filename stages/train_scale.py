@@ -23,7 +23,7 @@ from stages.run_directory.format import ScaleDescription, StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.reader import StoreReader, field_widths
-from stages.training.batches import TrainingBatches
+from stages.training.batches import NOTHING, TrainingBatches
 from stages.training.plan import Plan, Trained
 from stages.training.run import TrainingRun, take_up_training
 from stages.training.trainer import Stream, Trainer, threads_for
@@ -147,7 +147,7 @@ class TrainScale(Stage):
         context, settings = self.context, self.settings
         return TrainingBatches(
             StoreReader(folder_of(context.project, "collect").found, self._store),
-            deltas=False,
+            deltas=NOTHING,
             held_out=settings.held_out,
             batch_size=settings.batch_size,
             seed=context.seed,

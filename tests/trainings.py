@@ -7,7 +7,7 @@ import torch
 from folders import put_all, reader_of
 
 from stages.foundation.progress import Silent
-from stages.training.batches import TrainingBatches
+from stages.training.batches import WHOLE, TrainingBatches
 from stages.training.plan import Plan
 from stages.training.run import TrainingRun
 
@@ -35,7 +35,7 @@ def losses_of(ocd, folder, *more):
 
 def rows_of(folder, **options):
     """The batches that a training draws of a collected project."""
-    settings = {"deltas": True, "held_out": 0.1, "batch_size": 7, "seed": 3, "device": torch.device("cpu"), "memory": "auto"}
+    settings = {"deltas": WHOLE, "held_out": 0.1, "batch_size": 7, "seed": 3, "device": torch.device("cpu"), "memory": "auto"}
     return TrainingBatches(reader_of(folder), **(settings | options))
 
 

@@ -103,7 +103,7 @@ class ConditioningEncoder(nn.Module):
         super().__init__()
         given = given or {}
         shared = {name: encoder.channels for name, encoder in given.items() if hasattr(encoder, "channels")}
-        self.normalise = NormalisedFields(widths, shared)
+        self.dim, self.normalise = dim, NormalisedFields(widths, shared)
         # Of the Gaussian that is added to every normalised number while training.
         self.noise = 0.0
         self.encoders = nn.ModuleDict(

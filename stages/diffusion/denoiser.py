@@ -1,9 +1,13 @@
 """What every denoiser is: a network that sees a noisy unit delta, t and the conditioning."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from stages.diffusion.conditioning import ConditioningEncoder, Fields
+
+LARGEST_LOG_FACTOR = math.log(8)
 
 
 class Denoiser(nn.Module):
@@ -13,11 +17,21 @@ class Denoiser(nn.Module):
         shape: (out, in) of a delta.
         encoder: the conditioning's encoder, whose statistics are fitted before training.
         prediction: what `forward` returns, "x0", "epsilon", or "mean" (a clean unit delta from the conditioning alone).
+        length: of one that is tuned, which may change lengths, too.
     """
 
     shape: tuple[int, int]
     encoder: ConditioningEncoder
     prediction: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length: LengthFactor | None = None
+
+    def length_factor(self, encoded: Tensor) -> Tensor | float:
+        """What predicted lengths are multiplied by: the encoded conditioning (B, E) to (B,); 1 for a denoiser that is not
+        tuned."""
+        return 1.0 if self.length is None else self.length(encoded)
 
     def encode(self, fields: Fields) -> Tensor:
         """What is constant during sampling: fields (B, …) to (B, E)."""
@@ -26,6 +40,23 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, t: Tensor, encoded: Tensor) -> Tensor:
         """Ω_t (B, out, in), t (B,) and the encoded conditioning (B, E) to Ω̂_0 or ε̂ (B, out, in)."""
         raise NotImplementedError
+
+
+class LengthFactor(nn.Module):
+    """exp of an MLP of the encoded conditioning, (B, E) to (B,), between 1/8 and 8; it begins at 1.
+
+    Of E numbers the first `dim` are the encoder's.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.body = dim, nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
+        nn.init.zeros_(self.body[-1].weight)
+        nn.init.zeros_(self.body[-1].bias)
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        found = self.body(encoded[:, : self.dim]).squeeze(1).float()
+        return (LARGEST_LOG_FACTOR * torch.tanh(found / LARGEST_LOG_FACTOR)).exp()
 
 
 def unit(deltas: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The presets of denoisers: what each is by default, and how one is built from its description."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from stages.diffusion.conditioning import ConditioningEncoder
-from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.denoiser import Denoiser, LengthFactor
 from stages.diffusion.encoders import Encoders, make_encoders
 from stages.diffusion.factored import FactoredDenoiser
 from stages.diffusion.mlp import MlpDenoiser
@@ -15,7 +15,7 @@ from stages.diffusion.schedule import EPSILON, X0
 from stages.diffusion.unet import UNetDenoiser, UNetPlan
 from stages.foundation.errors import SettingsError
 
-AUTO, MLP, FACTORED = "auto", "mlp", "factored"
+AUTO, MLP, FACTORED, VECTOR = "auto", "mlp", "factored", "vector"
 PAPER, AUTHORS, SMALL = "paper", "authors", "small"
 
 # What `auto` stands for in each preset of a U-Net. The paper: 128 channels, five downsamplings, attention at each level that
@@ -26,20 +26,28 @@ UNETS: dict[str, dict[str, Any]] = {
     AUTHORS: {"width": 128, "multipliers": [1, 1, 2, 2, 4, 4], "blocks": 2, "attention_max_tokens": 256, "dropout": 0.4},
     SMALL: {"width": 32, "multipliers": [1, 2, 2, 4], "blocks": 1, "attention_max_tokens": 256, "dropout": 0.0},
 }
-UNET_LR, LR = 1e-4, {MLP: 7e-4, FACTORED: 1.4e-3}
+UNET_LR, LR = 1e-4, {MLP: 7e-4, FACTORED: 1.4e-3, VECTOR: 1e-3}
 UNET_BATCH, DENSE_BATCH = 128, 256
-DENSE_BLOCKS = 3
+DENSE_BLOCKS, VECTOR_WIDTH = 3, 256
 # Numbers of a delta up to which the MLP is taken: it has the smaller held-out loss at 840, the factored one at 10,080 (LeNet5).
 SMALL_DELTA = 4096
 
 
-def auto_preset(shape: tuple[int, int]) -> str:
-    """The preset that `auto` stands for, by the size of deltas (out, in) alone: the same on every device.
+def auto_preset(shape: tuple[int, int], *, factors: bool = False) -> str:
+    """The preset that `auto` stands for, by the deltas (out, in) alone: the same on every device.
 
-    The MLP where they are small, else the factored one, which grows with out + in instead of out·in; how many there are made no
-    difference (300 to 60,000). Never a U-Net: one takes hours on a GPU, and weeks on a CPU.
+    Output vectors where the store has `factors`. Else the MLP where deltas are small, and the factored one where they are not,
+    which grows with out + in instead of out·in; how many there are made no difference (300 to 60,000). Never a U-Net: one takes
+    hours on a GPU, and weeks on a CPU.
     """
+    if factors:
+        return VECTOR
     return MLP if shape[0] * shape[1] <= SMALL_DELTA else FACTORED
+
+
+def denoised_shape(preset: str, shape: Sequence[int]) -> tuple[int, int]:
+    """What the denoiser of deltas (out, in) is shown of them: output vectors (out, 1), or the whole."""
+    return (shape[0], 1) if preset == VECTOR else tuple(shape)
 
 
 def resolve(settings: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
@@ -52,7 +60,8 @@ def resolve(settings: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, An
     preset = settings["preset"]
     unet = UNETS.get(preset)
     if unet is None:
-        auto = {"width": resolve_width(shape[0] * shape[1]), "blocks": DENSE_BLOCKS, "prediction": X0}
+        width = VECTOR_WIDTH if preset == VECTOR else resolve_width(shape[0] * shape[1])
+        auto = {"width": width, "blocks": DENSE_BLOCKS, "prediction": X0}
         auto |= {"lr": LR[preset], "batch_size": DENSE_BATCH}
     else:
         halvings = len(_decided(settings, "multipliers", unet["multipliers"])) - 1
@@ -96,13 +105,23 @@ def make_denoiser(
     """Build the denoiser a description (kept beside its weights) stands for.
 
     Args:
-        description: what `resolve` decided, shape, fields (name to width), and encoders (field to kind and shape) if any.
+        description: what `resolve` decided, shape, fields (name to width), encoders (field to kind and shape) if any, and
+            whether it `lengthens`, as one that is tuned.
         weights: of VGG-11, for encoders that are to begin with them.
         modules: further kinds of encoders, (shape of the field, width) -> module from (B, numbers) to (B, width).
 
     Raises:
         SettingsError, DataError: encoders that do not fit their fields, or other weights.
     """
+    denoiser = _network(description, weights, modules)
+    if description.get("lengthens"):
+        denoiser.length = LengthFactor(denoiser.encoder.dim)
+    return denoiser
+
+
+def _network(
+    description: Mapping[str, Any], weights: Mapping[str, Tensor] | None, modules: Mapping[str, Encoders] | None
+) -> Denoiser:
     preset, width, prediction = description["preset"], description["width"], description["prediction"]
     shape, blocks = tuple(description["shape"]), description["blocks"]
 
@@ -110,8 +129,8 @@ def make_denoiser(
         own = make_encoders(description.get("encoders", {}), dim, weights, modules)
         return ConditioningEncoder(description["fields"], dim, own)
 
-    if preset == MLP:
-        return MlpDenoiser(shape, encoder(width), width, blocks, prediction)
+    if preset in (MLP, VECTOR):
+        return MlpDenoiser(denoised_shape(preset, shape), encoder(width), width, blocks, prediction)
     if preset == FACTORED:
         return FactoredDenoiser(shape, encoder(width), width, blocks, description["rank"], prediction)
     plan = _plan(description)

@@ -126,7 +126,7 @@ def _cosines(denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, deltas
 
 
 def drawn_with_gradient(
-    denoiser: Denoiser, schedule: NoiseSchedule, fields: Fields, noise: Tensor, passes: int, sample_steps: int
+    denoiser: Denoiser, schedule: NoiseSchedule, encoded: Tensor, noise: Tensor, passes: int, sample_steps: int
 ) -> Tensor:
     """Unit deltas Ω̂_0 as the denoiser sees them after some steps of DDIM (Alg. 2), on the way that it takes itself.
 
@@ -134,14 +134,13 @@ def drawn_with_gradient(
     models on differentiable rewards", K = 1).
 
     Args:
-        fields: conditioning, each (B, …).
+        encoded: conditioning, (B, E).
         noise: the first noise, (B, out, in).
         passes: of the denoiser, 1 … `sample_steps`; one that predicts the mean takes one.
 
     Returns:
         (B, out, in), of unit root-mean-square.
     """
-    encoded = denoiser.encode(fields)
     found = estimates(
         lambda noisy, t: denoiser(noisy, t, encoded).float(),
         schedule,

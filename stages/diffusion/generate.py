@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
@@ -11,6 +12,7 @@ from stages.diffusion.denoiser import Denoiser, unit
 from stages.diffusion.sampler import DDPM, Noise, sample
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import MEAN, NoiseSchedule
+from stages.foundation.deltas import Deltas
 from stages.foundation.memory import AtOnce
 from stages.foundation.seeds import generator
 
@@ -26,6 +28,7 @@ class DeltaGenerator:
         strength: factor on the predicted ρ.
         at_once: members that the denoiser is given at once.
         half: the denoiser computes in bfloat16 autocast.
+        vectors: the denoiser draws output vectors, (out, 1).
     """
 
     denoiser: Denoiser
@@ -37,6 +40,7 @@ class DeltaGenerator:
     strength: float
     at_once: AtOnce = field(default_factory=lambda: AtOnce(1 << 30))
     half: bool = False
+    vectors: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -50,22 +54,24 @@ class DeltaGenerator:
         return len(self.schedule.visited(self.sample_steps))
 
     def noise(self, rows: Sequence[int], members: range) -> Noise:
-        """Of inputs and members, (B·E, out, in)."""
+        """Of inputs and members, (B·E, out, in), or (B·E, out, 1)."""
         generators = [generator(self.seed, "infer", row, member) for row in rows for member in members]
         return Noise(generators, self.denoiser.shape, self.device)
 
     @torch.no_grad()
     def __call__(
-        self, fields: Fields, rows: Sequence[int], members: range, noise: Noise | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, fields: Fields, rows: Sequence[int], members: range, noise: Noise | None = None, seen: Tensor | None = None
+    ) -> tuple[Deltas, Tensor]:
         """Deltas for B inputs with conditioning (B, …) and E members, all in one batch; the conditioning is encoded once. Their
-        noise may have been drawn before.
+        noise may have been drawn before. `seen` is what the layer sees of the inputs, (B, …), where output vectors are drawn.
 
         Returns:
-            deltas (B, E, out, in), each of norm strength · ρ̂ (the sample is renormalised: Eq. 3), and ρ̂ (B,).
+            deltas (B, E), each of norm strength · ρ̂ (the sample is renormalised: Eq. 3), and ρ̂ (B,).
         """
         count, shape = len(members), self.denoiser.shape
-        encoded = self.denoiser.encode(fields).repeat_interleave(count, dim=0)
+        encoded = self.denoiser.encode(fields)
+        rho = self.scale(fields).exp() * self.denoiser.length_factor(encoded)
+        encoded = encoded.repeat_interleave(count, dim=0)
 
         def denoise(noisy: Tensor, t: Tensor) -> Tensor:
             def some(part: range) -> Tensor:
@@ -84,7 +90,9 @@ class DeltaGenerator:
             sampler=self.sampler,
             sample_steps=self.sample_steps,
         )
-        rho = self.scale(fields).exp()
         length = self.strength * rho / (shape[0] * shape[1]) ** 0.5
         deltas = unit(sampled).view(len(rows), count, *shape) * length.view(-1, 1, 1, 1)
-        return deltas, rho
+        if not self.vectors:
+            return Deltas(deltas), rho
+        # u hᵀ has the norm ‖u‖ ‖h‖: of a vector h of length 1 that of u. Where h is zero, so is the delta.
+        return Deltas(deltas.squeeze(3), F.normalize(seen.flatten(1).float(), dim=1)), rho

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from stages.diffusion.schedule import MEAN, NoiseSchedule, to_x0
+from stages.diffusion.schedule import EPSILON, MEAN, NoiseSchedule, to_x0
 
 DDIM, DDPM = "ddim", "ddpm"
 
@@ -82,6 +82,16 @@ class DrawnNoise(Noise):
         return self._draws[self._drawn - 1]
 
 
+def in_the_ball(clean: Tensor) -> Tensor:
+    """Ω̂_0 of a root mean square of at most 1, (B, …): a mean of unit deltas is no longer than they are.
+
+    A longer one is an error of the denoiser, which the next pass would be shown and make larger; tuned by the direction alone,
+    nothing else holds its length.
+    """
+    squares = clean.flatten(1).square().mean(1)
+    return clean * squares.clamp_min(1).rsqrt().view(-1, *[1] * (clean.dim() - 1))
+
+
 def estimates(
     denoise: Denoise,
     schedule: NoiseSchedule,
@@ -112,6 +122,8 @@ def estimates(
     for step, following in itertools.zip_longest(visited, visited[1:]):
         t = torch.full((len(noisy),), step, dtype=torch.long, device=noisy.device)
         clean = to_x0(denoise(noisy, t), noisy, t, alpha_bar, prediction)
+        # A noise predicted badly at the noisiest steps stands for any x0, as the textbook has it.
+        clean = clean if prediction == EPSILON else in_the_ball(clean)
         yield clean
         if following is not None:
             now, then = float(alpha_bar[step]), float(alpha_bar[following])

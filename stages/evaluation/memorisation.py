@@ -50,7 +50,7 @@ def _gathered(
     generated, true, of_class = [], [], []
     for positions in evaluated.order[:count].split(size):
         batch = Batch(subject, evaluated, positions)
-        generated.append(batch.generated[0][:, 0].cpu())
+        generated.append(batch.generated[0].member(0).matrices().cpu())
         true.append(batch.overfitted.cpu())
         if class_means is not None:
             of_class.append(class_means[class_numbers(batch)].cpu())

@@ -30,8 +30,10 @@ def cost_of_run(context: RunContext, few: Batch, each: float) -> dict[str, Any]:
     if settings.collect.samples != "all":
         samples = min(samples, settings.collect.samples)
     fields = {name: value[0].numel() for name, value in few.fields.items()}
-    row_bytes = sum(spec.row_bytes for spec in result_specs(layer.matrix_shape).values()) + FLOAT_BYTES * sum(fields.values())
-    step = _training_step(context, layer, fields)
+    factors = settings.collect.store != "dense" and few.subject.overfitter.one_product
+    specs = result_specs(layer.matrix_shape, factored=factors)
+    row_bytes = sum(spec.row_bytes for spec in specs.values()) + FLOAT_BYTES * sum(fields.values())
+    step = _training_step(context, layer, fields, factors)
     return {
         "samples": samples,
         "collect_seconds": each * samples,
@@ -40,10 +42,10 @@ def cost_of_run(context: RunContext, few: Batch, each: float) -> dict[str, Any]:
     }
 
 
-def _training_step(context: RunContext, layer: Layer, fields: dict[str, int]) -> float | None:
+def _training_step(context: RunContext, layer: Layer, fields: dict[str, int], factors: bool) -> float | None:
     """Seconds of one step of the denoiser's training; None where it is too large to try."""
     table = context.project.settings.train_diffusion
-    auto = {"preset": auto_preset(layer.matrix_shape)} if table.preset == AUTO else {}
+    auto = {"preset": auto_preset(layer.matrix_shape, factors=factors)} if table.preset == AUTO else {}
     description = resolve(table.model_dump() | auto, layer.matrix_shape)
     description |= {"shape": layer.matrix_shape, "fields": fields}
     with torch.device("meta"):
@@ -57,8 +59,9 @@ def _training_step(context: RunContext, layer: Layer, fields: dict[str, int]) ->
 
 def _timed_step(context: RunContext, description: dict[str, Any]) -> float:
     """Of the second step, in seconds."""
-    device, batch, shape = context.device, description["batch_size"], description["shape"]
+    device, batch = context.device, description["batch_size"]
     denoiser = make_denoiser(description).to(device)
+    shape = denoiser.shape
     given = {name: torch.zeros(batch, count, device=device) for name, count in description["fields"].items()}
     noisy, t = torch.zeros(batch, *shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     for _ in range(2):

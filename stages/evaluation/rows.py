@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stages.diffusion.sampler import Noise
 from stages.evaluation.subject import Batch, Subject
+from stages.foundation.deltas import Deltas
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import Tree, tree_map
 
@@ -56,7 +57,7 @@ def predicts(name: str) -> bool:
     return name not in OF_LABELS + CONTROLS
 
 
-def delta_row(name: str, deltas: Callable[[Batch], Tensor], *, validated: bool = False) -> Row:
+def delta_row(name: str, deltas: Callable[[Batch], Deltas | Tensor], *, validated: bool = False) -> Row:
     """A row that adds deltas (B, E, out, in) to the layer."""
     return Row(name, lambda batch: batch.along(deltas(batch)), validated)
 
@@ -90,30 +91,34 @@ def base_and_oracle() -> list[Row]:
 def generated_rows(mean_rho: float) -> list[Row]:
     """OCD, and what is made of the same draws."""
 
-    def unscaled(batch: Batch) -> Tensor:
+    def unscaled(batch: Batch) -> Deltas:
         deltas, rho = batch.generated
-        return deltas * (mean_rho / rho.clamp_min(torch.finfo(rho.dtype).tiny)).view(-1, 1, 1, 1)
+        return deltas.scaled(mean_rho / rho.clamp_min(torch.finfo(rho.dtype).tiny))
 
     return [
         delta_row(NO_SCALING, unscaled),
-        delta_row(ONE_DRAW, lambda batch: batch.generated[0][:, :1]),
+        delta_row(ONE_DRAW, lambda batch: batch.generated[0].member(slice(1))),
         delta_row(ENSEMBLE, lambda batch: batch.generated[0]),
         delta_row(VALIDATED, lambda batch: batch.generated[0], validated=True),
-        delta_row(MEAN_NETWORK, lambda batch: batch.generated[0].mean(1, keepdim=True)),
+        delta_row(MEAN_NETWORK, lambda batch: batch.generated[0].mean()),
         # Samples come in a random order: a partner's deltas are those of a conditioning drawn from all others.
-        delta_row(SHUFFLED, lambda batch: batch.generated[0][batch.partners.to(batch.subject.device)], validated=True),
+        delta_row(
+            SHUFFLED, lambda batch: batch.generated[0].of_samples(batch.partners.to(batch.subject.device)), validated=True
+        ),
         random_direction_row(lambda batch: batch.generated[1]),
     ]
 
 
 def random_direction_row(rho_of: Callable[[Batch], Tensor]) -> Row:
-    """Directions that nothing has chosen, of the same ρ, (B,)."""
+    """Directions that nothing has chosen, of the same ρ, (B,): of output vectors, where OCD draws these."""
 
-    def directions(batch: Batch) -> Tensor:
+    def directions(batch: Batch) -> Deltas:
         subject, shape = batch.subject, batch.subject.layer.matrix_shape
+        inputs = batch.generated[0].inputs if subject.generate else None
         generators = [generator(subject.seed, "evaluate", RANDOM_DIRECTION, row) for row in batch.rows]
-        deltas = Noise(generators, (subject.ensemble, *shape), subject.device).draw()
-        return deltas * (rho_of(batch).view(-1, 1) / deltas.flatten(2).norm(dim=2)).view(len(batch), -1, 1, 1)
+        drawn = Noise(generators, (subject.ensemble, *(shape if inputs is None else shape[:1])), subject.device).draw()
+        lengths = drawn.flatten(2).norm(dim=2).view(*drawn.shape[:2], *[1] * (drawn.dim() - 2))
+        return Deltas(drawn / lengths, inputs).scaled(rho_of(batch))
 
     return delta_row(RANDOM_DIRECTION, directions, validated=True)
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.evaluation.neighbours import Neighbours
+from stages.foundation.deltas import Deltas
 from stages.foundation.trees import Tree, to_device
 from stages.overfitting.overfitter import Overfitter
+from stages.per_sample.capture import LAYER_INPUT
 from stages.per_sample.layer import Layer
 from stages.per_sample.runner import FirstPass
 from stages.tasks.conditioning import fields_of
@@ -18,8 +20,9 @@ from stages.tasks.data import Split
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 
-# conditioning {name: (B, …)}, row numbers (B,), members -> deltas (B, E, out, in) of strength 1 and predicted rho (B,)
-Generate = Callable[[dict[str, Tensor], list[int], range], tuple[Tensor, Tensor]]
+# conditioning {name: (B, …)}, row numbers (B,), members, and `seen`, what the layer sees (B, …) -> B times E deltas of strength
+# 1, and predicted rho (B,)
+Generate = Callable[..., tuple[Deltas, Tensor]]
 # split, positions (B,), their (x, y) -> deltas (B, out, in), overfitted on the labels, and which are degenerate (B,) bool
 OverfitSamples = Callable[[Split, Tensor, tuple[Tree, Tree]], tuple[Tensor, Tensor]]
 
@@ -131,9 +134,10 @@ class Batch:
         return fields_of(subject.task, kind, self.x, self.first.output, self.first.captured)[0]
 
     @cached_property
-    def generated(self) -> tuple[Tensor, Tensor]:
-        """Generated deltas of strength 1, (B, E, out, in), and their predicted ρ, (B,)."""
-        return self.subject.generate(self.fields, self.rows, range(self.subject.ensemble))
+    def generated(self) -> tuple[Deltas, Tensor]:
+        """Generated deltas of strength 1, B times E, and their predicted ρ, (B,)."""
+        members, seen = range(self.subject.ensemble), self.first.captured[LAYER_INPUT]
+        return self.subject.generate(self.fields, self.rows, members, seen=seen)
 
     @property
     def partners(self) -> Tensor:
@@ -150,7 +154,7 @@ class Batch:
         """The deltas that the samples' own labels give, (B, out, in)."""
         return self.subject.overfit(self.evaluated.split, self.positions, self.given)[0]
 
-    def along(self, deltas: Tensor) -> Callable[[float], Tree]:
+    def along(self, deltas: Deltas | Tensor) -> Callable[[float], Tree]:
         """Outputs with θ + strength · delta as a function of the strength: deltas (B, E, out, in) to (E, B, …)."""
         return self.subject.overfitter.members_along(self.first, self.x, deltas)
 

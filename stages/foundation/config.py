@@ -120,8 +120,8 @@ class CollectTable(Table):
     samples: Count | Literal["all"] = extent("all", "how many of them, in a seeded order")
     repeats: int = identity(1, "overfits of each sample, each with other parts of it, for tasks that draw them: view()", ge=1)
     condition_on_x: bool = identity(False, "also condition on x itself, which the paper does not: a further field, x")
-    store: Literal["dense", "factored"] = identity(
-        "dense", "factored: two factors in place of each delta, where sgd makes it one outer product"
+    store: Literal["auto", "dense", "factored"] = identity(
+        "auto", "factored: two factors in place of each delta; auto: where sgd makes it one outer product"
     )
     skip_bad: bool = identity(False, "leave samples out whose numbers are not finite, instead of stopping")
     batch_size: Count | Auto = execution("auto", "samples overfitted at once; auto: by cache and memory")
@@ -133,11 +133,14 @@ class CollectTable(Table):
 
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
-    preset: Literal["auto", "mlp", "factored", "paper", "authors", "small"] = identity(
-        "auto", "denoiser; auto: mlp for deltas of up to 4,096 numbers, else factored; see Choosing a preset"
+    preset: Literal["auto", "mlp", "factored", "vector", "paper", "authors", "small"] = identity(
+        "auto",
+        "denoiser; auto: vector where the store has factors, else mlp for deltas of up to 4,096 numbers, else factored; "
+        "see Choosing a preset",
     )
     width: Annotated[int, Field(ge=8, multiple_of=2)] | Auto = identity(
-        "auto", "hidden width, even (U-Nets: channels); auto: about 4·sqrt(out·in), 128 (paper, authors), 32 (small)"
+        "auto",
+        "hidden width, even (U-Nets: channels); auto: about 4·sqrt(out·in), 256 (vector), 128 (paper, authors), 32 (small)",
     )
     blocks: Count | Auto = identity("auto", "residual blocks (U-Nets: at each level); auto: 3, 2 (paper, authors), 1 (small)")
     rank: int = identity(8, "outer products the factored preset's answer is the sum of", ge=1)
@@ -159,12 +162,12 @@ class TrainDiffusionTable(Table):
     )
     schedule: Literal["ddpm", "authors", "paper"] = identity("ddpm", "noise schedule")
     lr: Annotated[float, Field(gt=0)] | Auto = identity(
-        "auto", "learning rate; auto: 7e-4 (mlp), 1.4e-3 (factored), 1e-4 (U-Nets)"
+        "auto", "learning rate; auto: 7e-4 (mlp), 1.4e-3 (factored), 1e-3 (vector), 1e-4 (U-Nets)"
     )
     lr_schedule: Literal["constant", "cosine"] = identity(
         "constant", "cosine falls to zero at max_steps, and makes max_steps part of the result"
     )
-    batch_size: Count | Auto = identity("auto", "deltas a step; auto: 256 (mlp, factored), 128 (U-Nets)")
+    batch_size: Count | Auto = identity("auto", "deltas a step; auto: 128 for U-Nets, else 256")
     conditioning_noise: float = identity(
         0.0,
         "Gaussian noise on the normalised conditioning while training, which keeps few samples from being learned by heart",

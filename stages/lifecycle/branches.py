@@ -8,7 +8,7 @@ from stages.foundation.progress import Report
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import command_of
 from stages.run_directory.folders import MANIFEST, folder_of, prepare_run
-from stages.run_directory.pipeline import STAGES, extent_settings, identity_settings, spec_of
+from stages.run_directory.pipeline import STAGES, extent_settings, identity_settings, in_turn, spec_of
 from stages.run_directory.project import Project, check_settings
 from stages.run_directory.states import DONE, MISSING, PARTIAL, States
 
@@ -40,7 +40,7 @@ def bring_up(project: Project, branch: Project, names: Iterable[str], report: Re
         OcdError: the first that fails; it goes on where it was when the branch is asked for again.
     """
     prepare_run(branch)
-    for name in names:
+    for name in in_turn(branch, names):
         if _to_link(project, branch, name):
             _link(project, branch, name)
         state = _state(branch, name)

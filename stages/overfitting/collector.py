@@ -46,7 +46,7 @@ def make_overfitter(task: Task, model: nn.Module, layer: Layer, settings: Collec
         recipe_of(settings),
         to_device(any_views(task, *given)[0], device),
         views=has_views(task),
-        factored=settings.store == "factored",
+        factored=settings.store != "dense",
         watched=task.watched,
     )
 

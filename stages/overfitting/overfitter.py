@@ -39,7 +39,7 @@ class Overfitter(Runner):
         recipe: how a sample is overfitted.
         x: a probe batch, a few samples.
         views: the task shows another part of a sample at each step: nothing is reused then.
-        factored: give the deltas' factors.
+        factored: give the deltas' factors, where they are outer products.
         watched: as `capture`.
     """
 
@@ -59,6 +59,20 @@ class Overfitter(Runner):
         super().__init__(model, layer, forward, x, reuse=not views, watched=watched)
         self._loss, self.recipe, self._factored, self._changed = loss, recipe, factored, 0
         self.why_dense = self._why_dense(x, views)
+
+    def gives_factors(self, factored: bool) -> None:
+        """Give factors, where deltas are outer products, or whole deltas."""
+        self._factored = factored
+
+    @property
+    def one_product(self) -> bool:
+        """Whether a delta is one outer product with what the layer sees, as sgd's is without weight decay."""
+        return not self.why_dense and self.recipe.is_one_product
+
+    @property
+    def factored(self) -> bool:
+        """Whether factors are given."""
+        return self._factored and self.one_product
 
     @property
     def name(self) -> str:
@@ -155,7 +169,7 @@ class Overfitter(Runner):
         try:
             with torch.no_grad():
                 batch = LabelledBatch(x, y, self._loss, self._prefix_of(first), views, check)
-                descent = self._descent(not self.why_dense, first, batch, self.recipe, self._factored, out)
+                descent = self._descent(not self.why_dense, first, batch, self.recipe, self.factored, out)
                 return overfit(descent, self._loss(first.output, y), self.recipe)
         except PrefixChanged:
             # This batch went another way than the probe: what comes before the layer is computed in every pass.

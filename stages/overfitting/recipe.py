@@ -47,6 +47,11 @@ class Recipe:
         """The number of steps that no sample exceeds."""
         return self.max_steps if self.until_converged else self.steps
 
+    @property
+    def is_one_product(self) -> bool:
+        """Whether steps along outer products with one vector add up to one outer product."""
+        return self.optimizer == "sgd" and not self.weight_decay
+
 
 def recipe_of(settings: CollectTable) -> Recipe:
     """How a sample is overfitted, as `[collect]` says."""

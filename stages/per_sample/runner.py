@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stages.foundation.deltas import Deltas
 from stages.foundation.trees import Tree, tree_map
 from stages.per_sample.capture import capture
 from stages.per_sample.layer import Layer
@@ -75,25 +76,26 @@ class Runner:
             (output, captured), record = self.prefix.record(run)
         return FirstPass(output, captured, record)
 
-    def along(self, first: FirstPass, x: Tree, deltas: Tensor) -> Callable[[float], Tree]:
+    def along(self, first: FirstPass, x: Tree, deltas: Deltas | Tensor) -> Callable[[float], Tree]:
         """Outputs with θ + s · delta for each sample, as a function of s; what comes before the layer is not computed again,
         nor, where the layer is substituted, the product with the deltas.
 
         Args:
             first: the base's own pass over x.
             x: inputs (B, …).
-            deltas: (B, out, in).
+            deltas: one a sample, (B, out, in).
 
         Returns:
             s to (B, …).
         """
-        weight = self.layer.weight(self.model)
-        deltas = deltas.reshape(len(deltas), *self.layer.shape).to(weight)
+        weight, deltas = self.layer.weight(self.model), Deltas.of(deltas)
+        if deltas.inputs is None or not isinstance(self.method, Substitution):
+            deltas = Deltas(deltas.matrices().reshape(len(deltas.values), *self.layer.shape).to(weight))
 
         def line(record: Record | None) -> Callable[[float], Tree]:
             if isinstance(self.method, Substitution):
                 return self.method.along(x, deltas, record)
-            return lambda strength: self.method(x, weight + strength * deltas, record)
+            return lambda strength: self.method(x, weight + strength * deltas.values, record)
 
         recorded, anew = line(first.record), line(None)
 
@@ -106,7 +108,8 @@ class Runner:
 
         return at
 
-    def members_along(self, first: FirstPass, x: Tree, deltas: Tensor) -> Callable[[float], Tree]:
+    def members_along(self, first: FirstPass, x: Tree, deltas: Deltas | Tensor) -> Callable[[float], Tree]:
         """As `along`, for several deltas of each sample: deltas (B, E, out, in), and s to (E, B, …)."""
-        lines = [self.along(first, x, deltas[:, member]) for member in range(deltas.shape[1])]
+        deltas = Deltas.of(deltas)
+        lines = [self.along(first, x, deltas.member(member)) for member in range(deltas.values.shape[1])]
         return lambda strength: tree_map(lambda *parts: torch.stack(parts), *(line(strength) for line in lines))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stages.foundation.deltas import Deltas
 from stages.foundation.errors import OcdError
 from stages.foundation.trees import Tree, as_tree, batch_size, concatenate, leaves, take, tree_map
 from stages.per_sample.layer import Layer
@@ -183,24 +184,37 @@ class Substitution:
 
         return self.replaced(x, product, record)
 
-    def along(self, x: Tree, deltas: Tensor, record: Record | None = None) -> Callable[[float], Tree]:
+    def along(self, x: Tree, deltas: Deltas | Tensor, record: Record | None = None) -> Callable[[float], Tree]:
         """The outputs with weights θ + s · delta as a function of s: a layer's output is linear in its weight, so that one
-        product with the deltas (B, *layer.shape) serves every s."""
+        product with the deltas (B, *layer.shape), or outer products of a Linear's, serves every s."""
         kept: list[Tensor] = []
+        deltas = Deltas.of(deltas)
+        values, as_matrices = deltas.values, deltas.inputs is None
 
         def at(strength: float) -> Tree:
             def compute(input: Tensor) -> Tensor:
                 if not kept:
-                    if input.shape[0] % len(deltas):
-                        raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {len(deltas)}")
-                    if input.numel() > MOST_KEPT:
-                        return self._product(input, self.module.weight + strength * deltas)
-                    kept[:] = type(self.module).forward(self.module, input), self._change(input, deltas)
+                    if input.shape[0] % len(values):
+                        raise NotSubstitutable(f"its input has {input.shape[0]} rows for a batch of {len(values)}")
+                    if as_matrices and input.numel() > MOST_KEPT:
+                        return self._product(input, self.module.weight + strength * values)
+                    change = self._change(input, values) if as_matrices else deltas.shift(input)
+                    kept[:] = type(self.module).forward(self.module, input), change
                 return kept[0] + strength * kept[1]
 
             return self.replaced(x, compute, record)
 
         return at
+
+    def shifted(self, x: Tree, vectors: Tensor) -> Tree:
+        """The outputs where the layer, a Linear that sees one vector h a sample, has the delta u (h/‖h‖)ᵀ: its output shifts by
+        ‖h‖ u. Differentiable in u, (B, out)."""
+
+        def compute(input: Tensor) -> Tensor:
+            along = vectors.to(input).view(len(vectors), *[1] * (input.dim() - 2), -1)
+            return type(self.module).forward(self.module, input) + input.norm(dim=-1, keepdim=True) * along
+
+        return self.replaced(x, compute)
 
     def replaced(self, x: Tree, compute: Callable[[Tensor], Tensor], record: Record | None = None) -> Tree:
         """Run the model on x with `compute` in place of the layer.

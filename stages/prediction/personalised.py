@@ -9,8 +9,10 @@ from torch import Tensor
 
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.sampler import DrawnNoise, Noise
+from stages.foundation.deltas import Deltas
 from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree, batch_size
+from stages.per_sample.capture import LAYER_INPUT
 from stages.per_sample.runner import Runner
 
 # x (B, …), the base's output, the captured fields -> conditioning {name: (B, …)}
@@ -26,14 +28,14 @@ class Prediction:
         members: each member's output (E, B, …).
         base_output: the base's output (B, …).
         rho: predicted norm of the delta, (B,), before the strength; None where none was predicted.
-        deltas: what was applied, (B, E, out, in); None where that is not said.
+        deltas: what was applied, B times E; None where that is not said.
     """
 
     output: Tree
     members: Tree
     base_output: Tree
     rho: Tensor | None = None
-    deltas: Tensor | None = None
+    deltas: Deltas | None = None
 
 
 class Predictor(Protocol):
@@ -119,6 +121,7 @@ class PersonalisedModel:
         x = self._prepare(x)
         first = self.runner.first_pass(x)
         conditioning = self._condition(x, first.output, first.captured)
-        deltas, rho = self.generate(conditioning, range(batch_size(x)) if rows is None else rows, members, noise)
+        rows = range(batch_size(x)) if rows is None else rows
+        deltas, rho = self.generate(conditioning, rows, members, noise, first.captured[LAYER_INPUT])
         outputs = self.runner.members_along(first, x, deltas)(1.0)
         return Prediction(self.combine(outputs), outputs, first.output, rho, deltas)

@@ -201,7 +201,7 @@ class BlockPredictor:
         if found.rho is not None:
             trees[RHO] = found.rho
         if with_deltas:
-            trees[DELTAS] = found.deltas
+            trees[DELTAS] = found.deltas.matrices()
         arriving = on_its_way(trees, self._device)
         return lambda: (ready, arriving())
 

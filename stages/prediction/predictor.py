@@ -1,12 +1,14 @@
 """From a finished run to a model with input-dependent weights."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stages.diffusion.denoisers import VECTOR
 from stages.diffusion.generate import DeltaGenerator
 from stages.diffusion.scale import ScaleNetwork
 from stages.diffusion.schedule import make_schedule
@@ -97,9 +99,6 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
     denoiser = build_denoiser(project, description)
     rows = _denoised_at_once(project, description, device)
     _load(denoiser, context.file_of("train-diffusion", "denoiser.safetensors"))
-    shape = ScaleDescription.read(context.file_of("train-scale", "scale.json"))
-    scale = ScaleNetwork(shape.fields, shape.width)
-    _load(scale, context.file_of("train-scale", "scale.safetensors"))
     if tuple(description.shape) != context.layer.matrix_shape:
         raise ArtifactError(
             f"the denoiser makes deltas of {tuple(description.shape)}, the layer is {context.layer.matrix_shape}",
@@ -110,14 +109,27 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
     denoiser = denoiser.to(device, memory_format=torch.channels_last) if is_picture else denoiser.to(device)
     return DeltaGenerator(
         denoiser.eval().requires_grad_(False),
-        make_schedule(description.schedule, context.layer.numel, description.prediction),
-        scale.to(device).eval().requires_grad_(False),
+        make_schedule(description.schedule, math.prod(denoiser.shape), description.prediction),
+        load_scale(context),
         project.seed,
         settings.sampler,
         settings.sample_steps,
         strength_of(context) if strength is None else strength,
         AtOnce(rows, tell=lambda left: context.report.message(f"memory ran out: from here on {left} deltas at once")),
+        vectors=description.preset == VECTOR,
     )
+
+
+def load_scale(context: RunContext) -> ScaleNetwork:
+    """The trained scale network.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    description = ScaleDescription.read(context.file_of("train-scale", "scale.json"))
+    scale = ScaleNetwork(description.fields, description.width)
+    _load(scale, context.file_of("train-scale", "scale.safetensors"))
+    return scale.to(context.device).eval().requires_grad_(False)
 
 
 def in_half(generate: DeltaGenerator, outputs: Callable[[DeltaGenerator], Tree]) -> DeltaGenerator:

@@ -263,7 +263,7 @@ class EncoderDescription(Record):
 class DenoiserDescription(Record):
     """`denoiser.json`: what the denoiser is built from; what its preset has no use for is not there."""
 
-    preset: Literal["mlp", "factored", "paper", "authors", "small"]
+    preset: Literal["mlp", "factored", "vector", "paper", "authors", "small"]
     width: int
     multipliers: list[int] | None = None
     blocks: int
@@ -276,6 +276,7 @@ class DenoiserDescription(Record):
     fields: dict[str, int]
     schedule: Literal["ddpm", "authors", "paper"]
     encoders: dict[str, EncoderDescription] = {}
+    lengthens: bool = False
 
 
 class ScaleDescription(Record):

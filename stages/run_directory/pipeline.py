@@ -1,6 +1,7 @@
 """The stages as data: their order, what each reads, and where its folder lies. Imports neither torch nor zarr."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +85,11 @@ LEARNED = ORDER[: ORDER.index("train-scale") + 1]
 
 def spec_of(project: Project, name: str) -> StageSpec:
     """A stage's place in the pipeline; predictions with another row of `evaluate`, or at the strength that it fitted, come
-    after it, and a denoiser that is tuned reads what the task's loss is computed from."""
+    after it, and a denoiser that is tuned reads what the task's loss is computed from, and predicted lengths."""
     spec = STAGES[name]
     if name == "train-diffusion" and project.settings.train_diffusion.tune_after:
-        return dataclasses.replace(spec, reads=STAGES["collect"].reads + spec.reads, data=("train",), task=True)
+        reads = (*STAGES["collect"].reads, *spec.reads, "train-scale")
+        return dataclasses.replace(spec, reads=reads, data=("train",), task=True)
     if name == "infer" and project.settings.infer.row != OWN_ROW:
         # Neighbours are looked for among the training samples, and a task's own rows may be trained on both. How many they are
         # is not in what it takes from evaluate.
@@ -100,6 +102,15 @@ def spec_of(project: Project, name: str) -> StageSpec:
     if name == "infer" and project.settings.infer.strength == AUTO:
         return dataclasses.replace(spec, reads=(*spec.reads, "evaluate"))
     return spec
+
+
+def in_turn(project: Project, names: Iterable[str]) -> list[str]:
+    """Stages so that each comes after what it reads: train-scale before a denoiser that is tuned."""
+    names = list(names)
+    if "train-diffusion" in names and "train-scale" in spec_of(project, "train-diffusion").reads:
+        names = [name for name in names if name != "train-scale"]
+        names.insert(names.index("train-diffusion"), "train-scale")
+    return names
 
 
 def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manifest | None = None) -> dict[str, Any]:

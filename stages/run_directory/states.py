@@ -21,6 +21,7 @@ from stages.run_directory.pipeline import (
     chosen_by_scores,
     extent_settings,
     identity_settings,
+    in_turn,
     spec_of,
 )
 from stages.run_directory.project import Project, override_of, set_flags
@@ -275,7 +276,8 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
     Raises:
         ArtifactError: with the state of each stage that is not done, and the commands to type.
     """
-    needed = [name for name in ORDER if name in _closure(names)]
+    wanted = _closure(states.project, names)
+    needed = in_turn(states.project, (name for name in ORDER if name in wanted))
     wrong = [state for name in needed if (state := states.of(name)).state != DONE]
     if not wrong:
         return
@@ -288,8 +290,8 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
     raise ArtifactError(f"{wanting} needs stages that are not done:\n" + "\n".join(lines), hint)
 
 
-def _closure(names: tuple[str, ...]) -> set[str]:
+def _closure(project: Project, names: tuple[str, ...]) -> set[str]:
     found = set(names)
     for name in names:
-        found |= _closure(STAGES[name].reads)
+        found |= _closure(project, spec_of(project, name).reads)
     return found

@@ -11,7 +11,7 @@ from stages.foundation.files import available_memory
 from stages.foundation.memory import free_on_gpu
 from stages.foundation.processes import local_count
 from stages.run_directory.pipeline import AUTO
-from stages.store.delta_store import DELTA
+from stages.store.delta_store import DELTA, FACTORS
 from stages.store.reader import StoreReader
 from stages.store.shuffler import Rows, Shuffler, in_batches
 
@@ -19,6 +19,8 @@ from stages.store.shuffler import Rows, Shuffler, in_batches
 BUFFER_BYTES = 512 << 20
 # Of the memory that is free, what the store may take.
 MEMORY_SHARE = 0.5
+# What a training may want of each delta: nothing, its output vector u, or the whole.
+NOTHING, VECTORS, WHOLE = "nothing", "output vectors", "whole deltas"
 GPU_MEMORY_SHARE = 0.25
 
 
@@ -29,7 +31,7 @@ class TrainingBatches:
     disk) makes no difference to it.
 
     Args:
-        deltas: whether they are wanted beside the conditioning.
+        deltas: what is wanted of them beside the conditioning; of output vectors (B, out, 1) is made.
         held_out: part held out.
         memory: GiB that the store may take, or "auto".
 
@@ -42,7 +44,7 @@ class TrainingBatches:
         self,
         reader: StoreReader,
         *,
-        deltas: bool,
+        deltas: str,
         held_out: float,
         batch_size: int,
         seed: int,
@@ -51,8 +53,9 @@ class TrainingBatches:
     ) -> None:
         self._reader, self._device = reader, device
         arrays = reader.description.arrays
-        self._factors = arrays[DELTA].factors if deltas else None
-        self._names = [*(self._factors or [DELTA] * deltas), *reader.field_names()]
+        factors = arrays[DELTA].factors
+        self._of_delta = {NOTHING: [], VECTORS: FACTORS[:1], WHOLE: factors or [DELTA]}[deltas]
+        self._names = [*self._of_delta, *reader.field_names()]
         self._rho = reader.read("rho")
         known = [torch.from_numpy(reader.read(name)) for name in ("degenerate", "rho", "sample_index")]
         train, held = usable_split(*known, held_out, seed)
@@ -138,8 +141,9 @@ class TrainingBatches:
 
     def _batch(self, numbers: np.ndarray, arrays: dict[str, Tensor] | Rows) -> DeltaBatch:
         tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
-        deltas = tensors.pop(DELTA, None)
-        if self._factors:
-            left, right = (tensors.pop(name) for name in self._factors)
+        left, right = [*(tensors.pop(name) for name in self._of_delta), None, None][:2]
+        if right is not None:
             deltas = left[:, :, None] * right[:, None, :]
+        else:
+            deltas = left.reshape(*left.shape[:2], -1) if left is not None else None
         return DeltaBatch(tensors, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))

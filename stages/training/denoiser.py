@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.denoiser import Denoiser
-from stages.diffusion.denoisers import UNETS, auto_preset, resolve
+from stages.diffusion.denoisers import UNETS, VECTOR, auto_preset, denoised_shape, resolve
 from stages.diffusion.denoising import step_draws
 from stages.diffusion.schedule import NoiseSchedule, make_schedule
 from stages.foundation.background import made_ahead, read_ahead
 from stages.foundation.config import TrainDiffusionTable
-from stages.foundation.errors import TryAgainError
+from stages.foundation.errors import SettingsError, TryAgainError
 from stages.foundation.files import available_memory
 from stages.foundation.memory import free_on_gpu
 from stages.foundation.processes import cores, local_count
@@ -27,8 +27,9 @@ from stages.foundation.seeds import global_seed
 from stages.run_directory.format import DenoiserDescription, StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
+from stages.store.delta_store import DELTA
 from stages.store.reader import StoreReader, field_widths
-from stages.training.batches import TrainingBatches
+from stages.training.batches import VECTORS, WHOLE, TrainingBatches
 from stages.training.denoising_steps import DenoisingSteps, Ready
 from stages.training.encoders import build_denoiser, described_encoders
 from stages.training.memory import operations, parameters, training_bytes
@@ -69,7 +70,7 @@ class DenoiserSettings:
     @property
     def decided(self) -> dict[str, Any]:
         """What the `auto` settings stand for."""
-        shapes = ("shape", "fields", "encoders", "schedule")
+        shapes = ("shape", "fields", "encoders", "schedule", "lengthens")
         kept = {key: value for key, value in self.description.as_json().items() if key not in shapes}
         return {**kept, "lr": self.lr, "batch_size": self.batch_size, "precision": BFLOAT16 if self.half else FLOAT32}
 
@@ -81,6 +82,11 @@ class DenoiserSettings:
     def shape(self) -> tuple[int, int]:
         """(out, in) of a delta."""
         return tuple(self.description.shape)
+
+    @property
+    def denoised(self) -> tuple[int, int]:
+        """The shape of what the denoiser is shown."""
+        return denoised_shape(self.preset, self.shape)
 
     @cached_property
     def sketch(self) -> Denoiser:
@@ -98,7 +104,7 @@ class DenoiserSettings:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        rows, columns = self.shape
+        rows, columns = self.denoised
         return make_schedule(self.description.schedule, rows * columns, self.description.prediction)
 
 
@@ -112,8 +118,17 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
     settings, shape = {**table.model_dump(), **decided}, tuple(store.arrays["delta"].shape[1:])
     half = device.type == "cuda" if settings["precision"] == AUTO else settings["precision"] == BFLOAT16
     shapes = {"shape": list(shape), "fields": field_widths(store), "schedule": settings["schedule"]}
+    shapes["lengthens"] = bool(settings["tune_after"])
     if encoders := described_encoders(project, store):
         shapes["encoders"] = encoders
+
+    factors = store.arrays[DELTA].factors
+    if settings["preset"] == VECTOR and not factors:
+        raise SettingsError(
+            "train-diffusion.preset = 'vector' needs deltas that are kept as factors, and this store has whole ones",
+            "use another preset, or collect them with --set collect.store=factored, which takes sgd without weight_decay and a "
+            "Linear that sees one vector a sample",
+        )
 
     def made(preset: str) -> DenoiserSettings:
         found = resolve({**settings, "preset": preset}, shape)
@@ -122,7 +137,7 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
         make = partial(build_denoiser, project, description)
         return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
 
-    return made(auto_preset(shape) if settings["preset"] == AUTO else settings["preset"])
+    return made(auto_preset(shape, factors=bool(factors)) if settings["preset"] == AUTO else settings["preset"])
 
 
 def free_memory(device: torch.device) -> int:
@@ -172,7 +187,8 @@ class Training:
         self._settings, self._device, self._ranks, self._report = settings, device, ranks, report
         table = settings.table
         wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
-        self.batches = TrainingBatches(reader, deltas=True, seed=settings.seed, device=device, **wanted)
+        deltas = VECTORS if settings.preset == VECTOR else WHOLE
+        self.batches = TrainingBatches(reader, deltas=deltas, seed=settings.seed, device=device, **wanted)
         self.denoiser = self._new_denoiser()
         self.steps = DenoisingSteps(
             self.denoiser,
@@ -243,14 +259,14 @@ class Training:
     def _drawn(self, share: slice, step: int) -> tuple[Tensor, Tensor]:
         """t and the noise of a part of a step's batch."""
         settings = self._settings
-        found = step_draws(self.batches.batch_size, settings.shape, settings.schedule.steps, settings.seed, STAGE, step)
+        found = step_draws(self.batches.batch_size, settings.denoised, settings.schedule.steps, settings.seed, STAGE, step)
         if self._device.type != "cuda":
             return tuple(value[share] for value in found)
         return tuple(value[share].pin_memory() for value in found)
 
     def _drawing_threads(self) -> int:
         """Threads that draw noise: a GPU takes less time for a small network's step than one core for its noise."""
-        each = 4 * self.batches.batch_size * math.prod(self._settings.shape)
+        each = 4 * self.batches.batch_size * math.prod(self._settings.denoised)
         return max(1, min(MOST_DRAWING, cores() // local_count() - 2, DRAWN_BYTES // each))
 
     def blame(self, step: int) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.diffusion.conditioning import Fields
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import drawn_with_gradient
 from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.seeds import generator, seed_of
-from stages.foundation.trees import to_device
+from stages.foundation.trees import Tree, to_device
 from stages.overfitting.overfitter import Overfitter
 from stages.tasks.data import Split
 from stages.tasks.loader import losses
@@ -32,19 +33,23 @@ HELD_OUT_ROWS = 16
 
 @dataclass(frozen=True)
 class Tuning:
-    """L(f_{θ + ρ·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's.
+    """L(f_{θ + ρ̂·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's.
 
-    The delta has the length ρ of the row's own; of large samples the task shows a part.
+    The delta has the length that is predicted, as it will be: ρ̂ of the scale network, times the denoiser's own factor, which is
+    tuned with it. Of large samples the task shows a part.
 
     Attributes:
+        scale: fields to log ρ̂, (B,), as it has been trained.
         overfitter: runs the base with a weight for each sample.
         split: all training samples.
         sample_index: of each row of the store, its sample's position there, (N,).
         loss_size: L̄, the mean size of the base's losses over the store.
         samples: rows of a step.
+        vectors: the denoiser draws output vectors.
     """
 
     task: Task
+    scale: Callable[[Fields], Tensor]
     overfitter: Overfitter
     split: Split
     sample_index: Tensor
@@ -52,6 +57,7 @@ class Tuning:
     schedule: NoiseSchedule
     seed: int
     samples: int
+    vectors: bool = False
 
     def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int, precision: Precision = nullcontext) -> Tensor:
         """The losses of a step, (B,), after as many passes of the sampler as the step draws; the denoiser's run in `precision`,
@@ -81,10 +87,20 @@ class Tuning:
         noise = Noise([generator(*one) for one in seeds], shape, device).draw()
         on = rows.to(device)
         with precision():
-            drawn = drawn_with_gradient(denoiser, self.schedule, on.fields, noise, passes, SAMPLE_STEPS)
-        length = on.rho / (shape[0] * shape[1]) ** 0.5
-        weight = self.overfitter.layer.weight(self.overfitter.model)
-        deltas = (drawn * length.view(-1, 1, 1)).reshape(len(rows), *self.overfitter.layer.shape)
+            encoded = denoiser.encode(on.fields)
+            drawn = drawn_with_gradient(denoiser, self.schedule, encoded, noise, passes, SAMPLE_STEPS)
+            factor = denoiser.length_factor(encoded)
+        with torch.no_grad():
+            rho = self.scale(on.fields).exp()
+        deltas = drawn * (factor * rho / (shape[0] * shape[1]) ** 0.5).view(-1, 1, 1)
         given = self.split.batch(self.sample_index[numbers])
         x, y = (to_device(tree, device) for tree in glances_of(self.task, *given, seeds))
-        return losses(self.task, self.overfitter.method(x, weight + deltas.to(weight)), y) / self.loss_size
+        return losses(self.task, self._outputs(x, deltas), y) / self.loss_size
+
+    def _outputs(self, x: Tree, deltas: Tensor) -> Tree:
+        """The model's with deltas (B, out, in), or with u hᵀ/‖h‖ of output vectors u (B, out, 1)."""
+        method, layer = self.overfitter.method, self.overfitter.layer
+        if self.vectors:
+            return method.shifted(x, deltas.flatten(1))
+        weight = layer.weight(self.overfitter.model)
+        return method(x, weight + deltas.reshape(len(deltas), *layer.shape).to(weight))

@@ -11,7 +11,8 @@ from stages.lifecycle.context import GIVE_VALIDATION, PROBABLY_SEEN
 
 @pytest.fixture(scope="module")
 def helped(ocd, make_run):
-    folder = make_run(HELPING, "planted", "train-scale")
+    tuned = {"train-diffusion": HELPING["train-diffusion"] | {"tune_after": 100, "tune_samples": 32}}
+    folder = make_run(HELPING | tuned, "planted", "train-scale")
     return folder, evaluated(ocd, folder)
 
 

@@ -24,7 +24,7 @@ PLANTED = {
     "undecided for want of samples": ({"collect": {"lr": 0.1}}, {"known": 0.25, "noise": 1.0, "test": 16}, "undecided"),
     "helps, but a longer base does more": (
         {"train-base": {"epochs": 8, "lr": 0.01}, "select-layer": {"layer": "2.weight"}},
-        {"known": 1.0, "noise": 0.1, "hidden": 32},
+        {"known": 1.0, "noise": 0.1, "hidden": 32, "test": 400},
         "does not help",
     ),
 }

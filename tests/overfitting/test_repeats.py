@@ -19,6 +19,7 @@ from stages.infer import open_run
 from stages.lifecycle.context import RunContext
 from stages.run_directory.project import load_project
 from stages.tasks.modules import load_object
+from stages.training.batches import NOTHING, WHOLE
 
 SAMPLES, REPEATS = 18, 3
 SETTINGS = {
@@ -206,7 +207,7 @@ def test_a_delta_is_not_compared_with_others_of_its_sample(deltas, repeated_run)
 
 @pytest.mark.parametrize("with_deltas", [True, False])
 def test_trainings_hold_out_whole_samples(repeated_run, with_deltas):
-    rows = rows_of(repeated_run, deltas=with_deltas, held_out=0.2)
+    rows = rows_of(repeated_run, deltas=WHOLE if with_deltas else NOTHING, held_out=0.2)
     numbers = torch.from_numpy(store(repeated_run)["sample_index"])
     held = rows.held_out.numbers
     assert len(held) == round(0.2 * SAMPLES) * REPEATS

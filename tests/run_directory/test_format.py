@@ -67,7 +67,7 @@ def test_a_description_of_a_denoiser_that_is_not_understood(tmp_path):
     path.write_text(json.dumps(given))
     assert DenoiserDescription.read(path).as_json() == given
     path.write_text(json.dumps(given | {"preset": "unet9"}))
-    with pytest.raises(ArtifactError, match="preset is 'unet9': input should be 'mlp', 'factored', 'paper', "):
+    with pytest.raises(ArtifactError, match="preset is 'unet9': input should be 'mlp', 'factored', 'vector', 'paper', "):
         DenoiserDescription.read(path)
     for name in given:
         path.write_text(json.dumps({key: value for key, value in given.items() if key != name}))

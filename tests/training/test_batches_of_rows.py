@@ -6,20 +6,22 @@ import torch
 from folders import put, reader_of, results
 from trainings import QUICK, rows_of, words
 
+from stages.training.batches import NOTHING, WHOLE
 
-@pytest.mark.parametrize("deltas", [True, False])
+
+@pytest.mark.parametrize("deltas", [WHOLE, NOTHING])
 @pytest.mark.parametrize("step", [0, 11])
 def test_rows_from_the_disk_are_those_from_memory(collected, monkeypatch, deltas, step):
     """Also where a buffer holds two of the nine blocks."""
-    monkeypatch.setattr("stages.training.batches.BUFFER_BYTES", 2 * 4 * 4 * (18 if deltas else 9))
+    monkeypatch.setattr("stages.training.batches.BUFFER_BYTES", 2 * 4 * 4 * (18 if deltas == WHOLE else 9))
     memory, disk = rows_of(collected, deltas=deltas), rows_of(collected, deltas=deltas, memory=0)
     assert (memory.place, disk.place) == ("kept in memory", "read from the disk while training")
     pairs = [(memory.held_out, disk.held_out), *zip(memory.batches(step), disk.batches(step), range(12), strict=False)]
     for one, other, *_ in pairs:
         assert torch.equal(one.numbers, other.numbers)
         assert torch.equal(one.rho, other.rho)
-        assert (one.deltas is None) == (other.deltas is None) == (not deltas)
-        assert not deltas or torch.equal(one.deltas, other.deltas)
+        assert (one.deltas is None) == (other.deltas is None) == (deltas == NOTHING)
+        assert deltas == NOTHING or torch.equal(one.deltas, other.deltas)
         assert all(torch.equal(value, other.fields[name]) for name, value in one.fields.items())
 
 

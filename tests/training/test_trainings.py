@@ -82,6 +82,7 @@ def test_the_automatic_preset_is_the_same_on_every_device(finished):
 @pytest.mark.parametrize(("shape", "preset"), [((10, 32), "mlp"), ((64, 64), "mlp"), ((84, 120), "factored")])
 def test_small_deltas_get_the_mlp(shape, preset):
     assert auto_preset(shape) == preset
+    assert auto_preset(shape, factors=True) == "vector"
 
 
 @pytest.mark.slow  # compiling takes half a minute

@@ -10,7 +10,7 @@ from torch import nn
 
 from stages.diffusion.conditioning import ConditioningEncoder
 from stages.diffusion.delta_batch import DeltaBatch
-from stages.diffusion.denoiser import unit
+from stages.diffusion.denoiser import Denoiser, unit
 from stages.diffusion.denoising import drawn_with_gradient
 from stages.diffusion.sampler import DDIM, Noise, sample
 from stages.diffusion.schedule import EPSILON, MEAN, X0, make_schedule
@@ -22,7 +22,7 @@ from stages.training.tuning import SAMPLE_STEPS, Tuning
 SHAPE = (3, 4)
 
 
-class Made(nn.Module):
+class Made(Denoiser):
     """A denoiser of one fully connected layer, which notes what it is shown."""
 
     def __init__(self, prediction):
@@ -55,14 +55,14 @@ def test_after_all_passes_it_is_the_sampler(prediction):
     encoded = denoiser.encode(fields)
     options = {"prediction": prediction, "sampler": DDIM, "sample_steps": 10}
     wanted = sample(lambda noisy, t: denoiser(noisy, t, encoded), schedule, first_noise(5), **options)
-    found = drawn_with_gradient(denoiser, schedule, fields, first_noise(5).draw(), 10, 10)
+    found = drawn_with_gradient(denoiser, schedule, encoded, first_noise(5).draw(), 10, 10)
     torch.testing.assert_close(found, unit(wanted), rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_last_pass():
     denoiser, schedule = made(), make_schedule("ddpm", 12, X0)
     fields, direction = {"a": torch.randn(5, 2)}, torch.randn(5, *SHAPE)
-    found = drawn_with_gradient(denoiser, schedule, fields, first_noise(5).draw(), 3, 10)
+    found = drawn_with_gradient(denoiser, schedule, denoiser.encode(fields), first_noise(5).draw(), 3, 10)
     assert [grad for *_, grad in denoiser.seen] == [False, False, True]
     gradient = torch.autograd.grad((found * direction).sum(), list(denoiser.parameters()), allow_unused=True)
     noisy, t, _ = denoiser.seen[-1]
@@ -76,7 +76,8 @@ def test_a_denoiser_that_begins_with_zeros_has_a_gradient():
     denoiser, schedule = made(), make_schedule("ddpm", 12, X0)
     nn.init.zeros_(denoiser.layer.weight)
     nn.init.zeros_(denoiser.layer.bias)
-    found = drawn_with_gradient(denoiser, schedule, {"a": torch.randn(5, 2)}, first_noise(5).draw(), 1, 10)
+    encoded = denoiser.encode({"a": torch.randn(5, 2)})
+    found = drawn_with_gradient(denoiser, schedule, encoded, first_noise(5).draw(), 1, 10)
     (gradient,) = torch.autograd.grad(found.sum(), denoiser.layer.bias)
     assert torch.isfinite(gradient).all()
     assert gradient.abs().min() > 0
@@ -85,6 +86,11 @@ def test_a_denoiser_that_begins_with_zeros_has_a_gradient():
 class Fit(Task):
     def loss(self, output, y):
         return (output - y).square().mean(1)
+
+
+def predicted(fields):
+    """log ρ̂ of each row."""
+    return fields["a"].mean(1)
 
 
 def tuning(samples=3):
@@ -97,7 +103,7 @@ def tuning(samples=3):
         method=lambda inputs, weights: torch.einsum("boi,bi->bo", weights, inputs),
     )
     index, schedule = torch.tensor([4, 4, 1, 1, 3, 3]), make_schedule("ddpm", 12, X0)
-    return Tuning(Fit(), overfitter, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, samples), (x, y, base)
+    return Tuning(Fit(), predicted, overfitter, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, samples), (x, y, base)
 
 
 def some_rows(numbers):
@@ -112,10 +118,10 @@ def test_it_is_the_loss_with_the_drawn_delta():
     assert 1 <= passes <= SAMPLE_STEPS
     draws = [generator(0, "train-diffusion", "tune", 7, number) for number in (5, 2, 0)]
     noise = torch.stack([torch.randn(SHAPE, generator=draw) for draw in draws])
-    drawn = drawn_with_gradient(denoiser, found.schedule, rows.fields, noise, passes, SAMPLE_STEPS)
+    drawn = drawn_with_gradient(denoiser, found.schedule, denoiser.encode(rows.fields), noise, passes, SAMPLE_STEPS)
     wanted = []
     for place, sample_number in enumerate((3, 1, 4)):
-        weight = base + rows.rho[place] * drawn[place] / drawn[place].norm()
+        weight = base + predicted(rows.fields)[place].exp() * drawn[place] / drawn[place].norm()
         wanted.append((weight @ x[sample_number] - y[sample_number]).square().mean() / 0.5)
     torch.testing.assert_close(losses, torch.stack(wanted), rtol=1e-5, atol=1e-6)
     assert losses.requires_grad
@@ -161,6 +167,7 @@ def test_deltas_that_are_trained_by_what_they_do_do_more(ocd, project):
 
 def test_an_extended_training_is_the_same_as_a_whole_one(ocd, project):
     folder = project(HELPING, "collect", code="planted")
+    ocd(folder, "train-scale")
     words = put_all("train-diffusion", {"tune_after": 10, "conditioning_noise": 0.1})
     weights = folder.run / "train-diffusion" / "denoiser.safetensors"
     ocd(folder, "train-diffusion", *words, "--set", "train-diffusion.max_steps=40")
@@ -182,7 +189,7 @@ def test_only_a_tuned_denoiser_depends_on_the_task(ocd, project):
         start = code.read_text().partition("class Planted(Planted)")[0]
         glance = f"    def glance(self, x, y, generator):\n        return {factor} * x, y\n"
         code.write_text(f"{start}class Planted(Planted):\n{glance}")
-        for stage in ("train-base", "select-layer", "collect"):
+        for stage in ("train-base", "select-layer", "collect", "train-scale"):
             ocd(folder, stage, "--force")
 
     with_glance(1)
@@ -203,14 +210,29 @@ def test_only_a_tuned_denoiser_depends_on_the_task(ocd, project):
 def test_losses_may_be_negative(ocd, project):
     folder = project(HELPING, code="planted")
     folder.edit("mytask.py", "return mse(output, y)", "return mse(output, y) - 5")
-    ocd(folder, "run", "--until", "collect")
     words = put_all("train-diffusion", {"tune_after": 5, "max_steps": 10})
+    ocd(folder, "run", "--until", "train-diffusion", *words)
     # A unit is about five, and the error itself about one.
     assert -1.5 < ocd.json(folder, "train-diffusion", *words)["held_out_task_loss"] < 0
 
 
+def test_predicted_lengths_come_first(ocd, project):
+    """`run` trains the scale network before a denoiser that is tuned, and the stage alone asks for it."""
+    folder, words = project(HELPING, "collect", code="planted"), put_all("train-diffusion", {"tune_after": 5, "max_steps": 10})
+    stderr = ocd(folder, "train-diffusion", *words, code=3).stderr
+    assert (
+        "error: train-diffusion needs stages that are not done:\n  train-scale is missing\n  run: ocd train-scale\n" in stderr
+    )
+    found = ocd.json(folder, "run", "--until", "train-diffusion", *words)["stages"]
+    assert list(found)[-2:] == ["train-scale", "train-diffusion"]
+    assert folder.read("train-diffusion/denoiser.json")["lengthens"]
+    ocd(folder, "train-scale", "--force", "--set", "train-scale.width=8")
+    assert "train-diffusion is stale: scale" in ocd(folder, "train-diffusion", *words, code=3).stderr
+
+
 def test_tuning_that_would_never_begin_is_refused(ocd, project):
     folder = project(HELPING, "collect", code="planted")
+    ocd(folder, "train-scale")
     words = put_all("train-diffusion", {"tune_after": 40, "max_steps": 40})
     stderr = ocd(folder, "train-diffusion", *words, code=2).stderr
     assert "train-diffusion.tune_after = 40, but the training ends at max_steps = 40: nothing is tuned" in stderr

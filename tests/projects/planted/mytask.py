@@ -41,7 +41,7 @@ class Planted(Hopeless):
     """The label is a known function of what the layer sees, which the base, being linear, does not express: whoever looks at
     the layer's input knows the sign of each sample's error."""
 
-    kind, sizes = REGRESSION, {"train": 400, "validation": 200, "test": 200}
+    kind, sizes = REGRESSION, {"train": 400, "validation": 200, "test": 400}
 
     def model(self):
         return nn.Sequential(nn.Linear(3, 3, bias=False))
