@@ -11,7 +11,7 @@ from rich.text import Text
 from ocd_cli.tables import NARROW, figures_table, show_evaluation
 from ocd_cli.text import bytes_text, figure
 from stages.lifecycle.results import CommandResult
-from stages.run_directory.pipeline import OWN_ROW
+from stages.run_directory.pipeline import OWN_ROW, STAGES
 
 BAR_WIDTH = 30
 _COLOURS = {"done": "green", "partial": "yellow", "stale": "red", "missing": "dim"}
@@ -28,7 +28,7 @@ def show_result(result: CommandResult) -> None:
     if result.planned:
         size = result.summary.get("bytes")
         disk = f", {bytes_text(size)} on disk at most" if size else ""
-        force = "; needs --force" if result.summary["state"] == "stale" and result.stage != "infer" else ""
+        force = "; needs --force" if result.summary["state"] == "stale" and not STAGES[result.stage].redoes_stale else ""
         out.print(f"{result.stage} ({result.summary['state']}{force}): {result.summary['what']}{disk}")
         return
     if result.waits:

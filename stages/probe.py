@@ -20,7 +20,7 @@ from stages.lifecycle.context import GIVE_VALIDATION, PROBABLY_SEEN, RunContext
 from stages.per_sample.layer import Layer, candidates, find_layer
 from stages.run_directory.folders import check_run
 from stages.run_directory.pipeline import AUTO
-from stages.run_directory.project import Project, as_flags, parse_override
+from stages.run_directory.project import Project, as_flags, parse_override, set_flags
 from stages.run_directory.settings_file import require_writable, write_settings
 from stages.run_directory.states import States, require_done
 from stages.tasks.checks import check_task
@@ -88,7 +88,11 @@ def _recommended(project: Project, best: dict[str, Any], write: bool) -> dict[st
     start = best | {name: value for name, value in given.items() if name.startswith("collect.") and name not in best}
     if write:
         write_settings(project.config_path, start)
-    flags = project.flags + ("" if write else as_flags(start))
+    # What was given for this command alone, later ones need as well.
+    others = [
+        text for text in project.overrides if not text.startswith(("task.", "run.")) and parse_override(text)[0] not in start
+    ]
+    flags = project.flags + set_flags(others) + ("" if write else as_flags(start))
     written = str(project.config_path) if write else None
     return {"start_with": start, "written": written, "unchanged": None, "next": f"ocd run{flags}"}
 
@@ -180,7 +184,10 @@ class Probe:
             return f"look at more with --samples {min(most, 4 * count)}"
         if self._context.validation_is_given:
             return "give more samples with task.validation, or in the Task's validation()"
-        return "give samples with task.validation, or hold more of train out with a larger task.validation_fraction"
+        return (
+            "give samples with task.validation, or hold more of train out with a larger task.validation_fraction, which then "
+            "trains no base"
+        )
 
     def _grid(self) -> list[dict[str, Any]]:
         """The settings of `[collect]` first."""

@@ -24,7 +24,10 @@ def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False)
     if found.absent and best is None:
         return "give validation samples with task.validation, and evaluate again"
     if found.rival == row.LONGER:
-        return f"train the base longer first: {longer}" + ("" if spoken_for or best == row.LONGER else f"; or {with_best}")
+        # On validation samples the longer base is judged, too.
+        if spoken_for or best == row.LONGER:
+            return f"train the base longer first: {longer}"
+        return f"{with_best}; or train the base longer: {longer}"
     if found.outcome == UNDECIDED and not found.absent:
         return "evaluate on more test samples"
     if not spoken_for:

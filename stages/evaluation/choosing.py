@@ -90,16 +90,16 @@ class Chosen:
 
 
 def choice_of(trials: Sequence[Trial], rows: Sequence[str], halves: Sequence[int] = (0, 1)) -> Choice:
-    """The trial, the row among `rows` and the strength that all samples favour, or those of one half."""
-    options = [
-        Choice(trial, name, strength)
-        for trial in trials
-        for name in rows
-        if name in trial.halves
-        for strength in trial.halves[name][0]
-    ]
+    """The trial, the row among `rows` and the strength that all samples favour, or those of one half: of each row the strength
+    that is `favoured`, and of these the surest gain."""
     base = Choice(trials[0], BASE, 1.0).losses(halves)
-    return options[favoured([choice.losses(halves) for choice in options], base)]
+
+    def with_its_strength(trial: Trial, name: str) -> Choice:
+        options = [Choice(trial, name, strength) for strength in trial.halves[name][0]]
+        return options[favoured([choice.losses(halves) for choice in options], base)]
+
+    found = [with_its_strength(trial, name) for trial in trials for name in rows if name in trial.halves]
+    return min(found, key=lambda choice: interval_of_mean(choice.losses(halves) - base)[1])
 
 
 def may_gain(trials: Sequence[Trial], rows: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.evaluation.metrics import LOSS, Gathered, Residuals, probabilities
 from stages.evaluation.rows import BASE, Members, Row
-from stages.evaluation.statistics import interval_of_mean, minimum
+from stages.evaluation.statistics import TAIL, interval_of_mean, minimum
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, concatenate, take
@@ -22,19 +22,23 @@ from stages.tasks.losses import REGRESSION
 OnProgress = Callable[[int], None]
 COLDEST, HOTTEST = 0.05, 20.0
 
+# Outside the intervals that a row's strength is fitted by, on each side.
+FITTED_TAIL = 0.005
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row's strength, the one with the lowest mean loss on validation samples (of equal ones the smallest), and the mean loss
-    of every strength tried."""
+    """A row's strength, the one that validation samples favour, and the mean loss of every strength tried."""
 
     strength: float
     losses: Mapping[float, float]
 
     @classmethod
-    def of(cls, losses: Mapping[float, float]) -> "Fitted":
-        """By the mean loss at each strength, in ascending order."""
-        return cls(min(losses, key=losses.get), losses)
+    def of(cls, losses: Mapping[float, np.ndarray], base: np.ndarray) -> "Fitted":
+        """By the losses at each strength, in ascending order, and the base's, (n,) each. Of strengths there are many, and a few
+        samples always favour some large one that goes far wrong elsewhere: 99 % intervals decide."""
+        place = favoured(list(losses.values()), base, tail=FITTED_TAIL)
+        return cls(list(losses)[place], {strength: float(values.mean()) for strength, values in losses.items()})
 
 
 def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> Tensor:
@@ -158,17 +162,20 @@ class CrossFitted:
         return cls((second, first), tried[0][second].joined(tried[1][first]), losses)
 
 
-def favoured(options: Sequence[np.ndarray], base: np.ndarray) -> int:
+def favoured(options: Sequence[np.ndarray], base: np.ndarray, tail: float = TAIL) -> int:
     """The place of the option that some samples favour, from their losses with each option and with the base, (n,) each.
 
-    The surest gain is the option whose 95 % interval of the mean difference to the base has the lowest upper end. Of all that
-    are as good (they surely gain, and not surely less), the one that changes losses least is favoured. The lowest mean would be
-    that of an option which is right, by chance, on the few samples that the base is wrong about, and goes far wrong elsewhere.
+    The surest gain is the option whose interval (of 95 %, by default) of the mean difference to the base has the lowest upper
+    end. Of all that are as good (they surely gain, and not surely less), the one that changes losses least is favoured. The
+    lowest mean would be that of an option which is right, by chance, on the few samples that the base is wrong about, and goes
+    far wrong elsewhere.
     """
-    ends = [interval_of_mean(losses - base)[1] for losses in options]
+    ends = [interval_of_mean(losses - base, tail)[1] for losses in options]
     surest = ends.index(min(ends))
     as_good = [
-        place for place, losses in enumerate(options) if ends[place] < 0 and interval_of_mean(losses - options[surest])[0] <= 0
+        place
+        for place, losses in enumerate(options)
+        if ends[place] < 0 and interval_of_mean(losses - options[surest], tail)[0] <= 0
     ]
     return min(as_good or [surest], key=lambda place: np.square(options[place] - base).mean())
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from stages.evaluation import rows as row
-from stages.evaluation.comparison import Fitted, OnProgress, fit_temperature, scaled, validation_losses
+from stages.evaluation.comparison import FITTED_TAIL, Fitted, OnProgress, fit_temperature, scaled, validation_losses
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import interval_of_mean
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
@@ -61,10 +61,10 @@ class OnValidation:
         return [name for name, strength in found.items() if row.predicts(name) and self._gains(name, strength)]
 
     def _gains(self, name: str, strength: float) -> bool:
-        """Whether a row is better than the base by as much as counts, and beyond doubt (paired 95 % interval)."""
+        """Whether a row is better than the base by as much as counts, and beyond doubt (paired 99 % interval)."""
         base = self.tried[row.BASE][1.0]
         differences = self.tried[name][strength] - base
-        _, high = interval_of_mean(differences)
+        _, high = interval_of_mean(differences, FITTED_TAIL)
         return bool(high < 0 and differences.mean() <= -SMALLEST_GAIN * abs(base.mean()))
 
     def best(self, rows: Sequence[Row]) -> str | None:
@@ -131,6 +131,6 @@ def fit_rows(
     grids = {one.name: grid if one.name in free else fixed.get(one.name, (1.0,)) for one in wanted}
     on_progress = progress("validation samples × rows", len(validation.order) * len(wanted))
     tried = at_once.whole(lambda size: validation_losses(subject, validation, wanted, grids, size, on_progress))
-    means = {name: {strength: float(values.mean()) for strength, values in one.items()} for name, one in tried.items()}
-    fitted = {one.name: Fitted.of(means[one.name]) for one in wanted if one.validated}
+    base = tried[row.BASE][1.0]
+    fitted = {one.name: Fitted.of(tried[one.name], base) for one in wanted if one.validated}
     return list(rows), OnValidation(asked, tried, fitted, temperature, normalised, len(validation.order))

@@ -26,7 +26,7 @@ def headroom(trials: Sequence[Trial], chosen: Mapping[str, Chosen], *, more: str
     kind, start = headroom_of(losses, [name for name in CHOSEN if may_gain(trials, CHOSEN[name])]), {}
     text = _sentence(kind, chosen, trials[0].metric)
     if kind == X:
-        best = starting_point(trials, {choice.trial.layer for choice in chosen[NEIGHBOURS].choices})
+        best = starting_point([choice.trial for choice in chosen[NEIGHBOURS].choices])
         start = {"select-layer.layer": best.layer} | {f"collect.{key}": value for key, value in best.settings.items()}
         text += f"; start with {best.layer} and {settings_text(best.settings)}" + _doubt(chosen[NEIGHBOURS])
         if seen:
@@ -64,11 +64,11 @@ def headroom_of(losses: Mapping[str, Estimate], open_to: Collection[str]) -> str
     return UNKNOWN if LABELS in open_to else NONE
 
 
-def starting_point(trials: Sequence[Trial], layers: Collection[str]) -> Trial:
-    """On that of the `layers` which all samples favour, the trial whose neighbours do best; of the settings that do as well
-    (paired 95 % interval), those that overfit least: a strength can make more of a small delta, but few samples do not show
-    how wrong a large one may go."""
-    layer = choice_of([trial for trial in trials if trial.layer in layers], CHOSEN[NEIGHBOURS]).trial.layer
+def starting_point(trials: Sequence[Trial]) -> Trial:
+    """Of the trials that the halves of the samples have chosen, on that of their layers which all samples favour, the one whose
+    neighbours do best; where both do as well (paired 95 % interval), the one that overfits least: a strength can make more of a
+    small delta, but few samples do not show how wrong a large one may go."""
+    layer = choice_of(trials, CHOSEN[NEIGHBOURS]).trial.layer
     same = [trial for trial in trials if trial.layer == layer]
     with_x = [trial for trial in same if trial.gains_by_x] or same
     best = min(with_x, key=lambda trial: trial.losses[trial.neighbour].value)
@@ -101,7 +101,10 @@ def _sentence(kind: str, chosen: Mapping[str, Chosen], metric: str) -> str:
         count = chosen[BASE].loss.samples
         return f"too few samples to tell: {figures}; with {count:,} samples a gain of {100 * PART:g} % may be missed"
     gained = gains({name: found.loss for name, found in chosen.items()}, NEIGHBOURS)
-    same = f"; one mean delta for all does as well ({mean})" if gained else ", no gain beyond chance"
+    better = chosen[MEAN_DELTA].loss.value < chosen[NEIGHBOURS].loss.value
+    same = (
+        f"; one mean delta for all does {'better' if better else 'as well'} ({mean})" if gained else ", no gain beyond chance"
+    )
     if kind == LABELS:
         return f"no headroom for x in sight: {figures}{same}"
     return f"no headroom: {figures}{same}; a larger collect.lr or more collect.steps may show some"

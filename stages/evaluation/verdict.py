@@ -182,11 +182,14 @@ def _undecided(
     smallest: float,
     figures: str,
 ) -> Verdict:
-    """Too few samples to tell the ensemble from the base, or from the best of the rivals that are open."""
+    """Too few samples to tell the ensemble from the base and the rivals that are open."""
     samples = estimates[row.BASE].samples
     needed = samples_to_decide([comparisons[name] for name in open_ones], samples, smallest)
     name = row.BASE if row.BASE in open_ones else min(open_ones, key=lambda other: estimates[other].value)
-    than = "the base" if name == row.BASE else f"{name} ({figure(estimates[name].value)})"
+    # The number of samples is that which the hardest one to tell takes.
+    hardest = max((name, *open_ones), key=lambda other: comparisons[other].times_too_wide(smallest)[0])
+    told = dict.fromkeys([name, hardest] if needed else [name])
+    than = _listed(["the base" if other == row.BASE else f"{other} ({figure(estimates[other].value)})" for other in told])
     how_many = f", about {rounded(needed):,} would" if needed else ""
     if needed is None and all(comparisons[other].has_interval for other in open_ones):
         how_many = f", more than {MOST_SAMPLES:,} would"

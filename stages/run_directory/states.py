@@ -189,6 +189,8 @@ class States:
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json")
         changes = identity_changes(manifest.identity, identity)
         if changes:
+            # Whoever sets back what changed keeps it only as far as it went.
+            changes += tuple(filter(None, [extent_change(manifest.extents, extent_settings(self.project, spec))[1]]))
             return StageState(
                 spec.name, STALE, "; ".join(f"{change}{_by_scores(change, manifest)}" for change in changes), changes
             )
@@ -248,7 +250,8 @@ def redo_command(state: StageState, project: Project) -> str:
     given = [
         text for text in project.overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed
     ]
-    flags = set_flags([*changed.values(), *given])
+    repeated = {text for text in project.overrides if text.startswith(("task.", "run."))}
+    flags = set_flags(text for text in (*changed.values(), *given) if text not in repeated)
     if "weights" in state.sources:
         flags += f" --weights {shlex.quote(state.sources['weights'].path)}"
         flags += f" --weights-key {shlex.quote(key)}" if key else ""

@@ -29,7 +29,7 @@ def with_row(name):
         ((DOES_NOT, SHUFFLED), None, KEEP),
         ((DOES_NOT, LONGER), BASE, f"train the base longer first: {TRAIN}"),
         ((DOES_NOT, LONGER), LONGER, f"train the base longer first: {TRAIN}"),
-        ((DOES_NOT, LONGER), BLENDED, f"train the base longer first: {TRAIN}; or {with_row(BLENDED)}"),
+        ((DOES_NOT, LONGER), BLENDED, f"{with_row(BLENDED)}; or train the base longer: {TRAIN}"),
         ((UNDECIDED, LONGER), None, f"train the base longer first: {TRAIN}"),
         ((UNDECIDED, None), BLENDED, MORE),
         ((UNDECIDED, TEMPERATURE), ENSEMBLE, MORE),

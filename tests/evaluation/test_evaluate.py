@@ -27,8 +27,6 @@ def test_ocd_helps_where_the_layers_input_tells_the_residual(helped):
     assert results["verdict"].startswith("OCD helps: mse ")
     for name in ("base", "random training deltas", "shuffled conditioning"):
         assert results["comparisons"][name]["interval"][1] < 0, name
-    rows = rows_of(results)
-    assert rows["overfitted on test"]["metrics"]["mse"]["mean"] < rows["ocd ensemble"]["metrics"]["mse"]["mean"]
 
 
 def test_ocd_does_not_help_where_labels_know_nothing_of_x(hopeless_run):

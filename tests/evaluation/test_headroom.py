@@ -173,16 +173,19 @@ def test_a_trial_gains_by_x(losses, found):
 
 def test_it_starts_where_neighbours_do_best_and_as_gently_as_does_as_well():
     harsh, gentle = trial("b.weight", lr=0.3, labels=0.1, nearest=0.25), trial("b.weight", lr=0.2, labels=0.2, nearest=0.25)
-    others = [
-        trial("a.weight", labels=0.01),
-        trial("c.weight", nearest=0.3),
-        trial("b.weight", lr=0.1, labels=0.3, nearest=0.4),
-    ]
-    layers = {"a.weight", "b.weight", "c.weight"}
-    assert starting_point([*others, harsh, gentle], layers) is gentle
-    assert starting_point([gentle, harsh, *others], layers) is gentle
-    # A layer that no half of the samples favours is none to start with.
-    assert starting_point([gentle, harsh, *others], {"a.weight", "c.weight"}).layer == "c.weight"
+    assert starting_point([harsh, gentle]) is starting_point([gentle, harsh]) is gentle
+    assert starting_point([harsh, harsh]) is harsh
+    other = trial("c.weight", labels=0.01, nearest=0.3)
+    assert starting_point([other, gentle]) is starting_point([gentle, other]) is gentle
+    weak = trial("b.weight", lr=0.1, labels=0.3, nearest=0.4)
+    assert starting_point([weak, harsh]) is harsh
+
+
+def test_it_starts_with_what_the_halves_have_chosen():
+    """Settings that do as well on all samples, and that no half has chosen, are none to start with."""
+    found = said(trial(labels=0.1, nearest=0.25), trial(lr=0.05, labels=0.3, nearest=0.2505))
+    favoured = [one["settings"]["lr"] for one in found["chosen"]["neighbours"]["favoured"]]
+    assert found["start_with"]["collect.lr"] in favoured
 
 
 # What is said
@@ -233,6 +236,7 @@ def test_headroom_that_only_labels_reach():
     same = said(trial(nearest=0.3, mean=0.3))
     assert same["headroom"] == "labels"
     assert same["verdict"].endswith("; one mean delta for all does as well (0.3)")
+    assert said(trial(nearest=0.3, mean=0.2))["verdict"].endswith("; one mean delta for all does better (0.2)")
 
 
 def test_no_headroom():

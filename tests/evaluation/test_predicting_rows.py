@@ -158,7 +158,8 @@ def test_parts_of_a_row(ocd, judged):
 
 
 def test_an_answer_is_redone_where_evaluate_has_other_neighbours(ocd, project):
-    folder, row = project(rows=90, until="train-scale"), ("--row", "nearest k blended")
+    # So few samples would favour none.
+    folder, row = project({"evaluate": {"strengths": [1.0]}}, rows=90, until="train-scale"), ("--row", "nearest k blended")
     ocd(folder, "evaluate", "--quiet")
     ocd(folder, "infer", *row, "--quiet")
     before = folder.predictions("test+nearest-k-blended")
