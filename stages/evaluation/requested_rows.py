@@ -6,6 +6,7 @@ from typing import Any
 
 from stages.evaluation import rows as row
 from stages.evaluation.from_run import make_subject, with_denoiser
+from stages.evaluation.plain_network import plain_network_row
 from stages.evaluation.rows import Row, elsewhere_row, output_row
 from stages.evaluation.run_cost import stage_seconds
 from stages.evaluation.subject import Batch, Subject
@@ -26,7 +27,7 @@ LONGEST_S = 180.0
 TRIED = 3
 # Training the base for as long again is cheap below so much, however fast the other stages were.
 CHEAP_S = 60.0
-TRAINED = (row.ALTERNATIVE, row.REGRESSION_ROW, row.WITH_X, row.LONGER)
+TRAINED = (row.ALTERNATIVE, row.REGRESSION_ROW, row.WITH_X, row.PLAIN, row.LONGER)
 
 LeftOut = dict[str, str]
 
@@ -65,7 +66,13 @@ def requested_row(context: RunContext, subject: Subject, name: str) -> Row | str
     Raises:
         OcdError: as `requested_rows`; a layer or a network that will not do.
     """
-    makers = {row.ALTERNATIVE: _alternative, row.REGRESSION_ROW: _regression, row.WITH_X: _with_x, row.LONGER: _longer}
+    makers = {
+        row.ALTERNATIVE: _alternative,
+        row.REGRESSION_ROW: _regression,
+        row.WITH_X: _with_x,
+        row.PLAIN: plain_network_row,
+        row.LONGER: _longer,
+    }
     return makers[name](context, subject)
 
 

@@ -19,7 +19,7 @@ NEAREST, NEAREST_INPUT = "nearest neighbour", "nearest neighbour in layer input"
 BLENDED, BLENDED_INPUT = "nearest k blended", "nearest k blended in layer input"
 ORACLE, ORACLE_ALL = "overfitted on test", "overfitted on test, all layers"
 ALTERNATIVE, REGRESSION_ROW, LONGER = "alternative layer", "deterministic hypernetwork", "base trained for as long again"
-WITH_X = "ocd conditioned on x"
+WITH_X, PLAIN = "ocd conditioned on x", "plain network on I(x)"
 RANDOM_DIRECTION, MEAN_DELTA, CLASS_MEAN = "random direction", "mean delta", "mean delta of class"
 NO_SCALING, MEAN_NETWORK = "no scaling", "mean network"
 IN_X, IN_LAYER_INPUT = "x", "layer_input"
@@ -30,7 +30,7 @@ KINDS = {NEAREST: IN_X, NEAREST_INPUT: IN_LAYER_INPUT, BLENDED: IN_X, BLENDED_IN
 OF_THE_PAPER = (BASE, ORACLE, ORACLE_ALL, NEAREST, NO_SCALING, ALTERNATIVE)
 OURS = (ONE_DRAW, ENSEMBLE, VALIDATED, MEAN_NETWORK, WITH_X)
 SCEPTICAL = (TEMPERATURE, RANDOM_DIRECTION, RANDOM_TRAINING, MEAN_DELTA, CLASS_MEAN)
-FURTHER = (NEAREST_INPUT, BLENDED, BLENDED_INPUT, SHUFFLED, REGRESSION_ROW, LONGER)
+FURTHER = (NEAREST_INPUT, BLENDED, BLENDED_INPUT, SHUFFLED, REGRESSION_ROW, PLAIN, LONGER)
 TABLE = OF_THE_PAPER + OURS + SCEPTICAL + FURTHER
 # What nobody predicts with: these know the labels, and those show what chance does.
 OF_LABELS, CONTROLS = (ORACLE, ORACLE_ALL), (RANDOM_DIRECTION, RANDOM_TRAINING, SHUFFLED)

@@ -238,6 +238,7 @@ RequestedRow = Literal[
     "alternative layer",
     "deterministic hypernetwork",
     "ocd conditioned on x",
+    "plain network on I(x)",
     "base trained for as long again",
 ]
 

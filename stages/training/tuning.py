@@ -27,8 +27,8 @@ STAGE = "train-diffusion"
 Precision = Callable[[], AbstractContextManager[Any]]
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
 SAMPLE_STEPS = 10
-# Held-out rows that its loss is computed on.
-HELD_OUT_ROWS = 16
+# Held-out rows that its loss is computed on: so many, or so many times the samples of a step, which are cheap where it has many.
+FEWEST_HELD_OUT, STEPS_HELD_OUT = 16, 4
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Tuning:
     def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision = nullcontext) -> float:
         """The loss on held-out rows, `size` at once, the same draws every time."""
         denoiser.eval()
-        rows = torch.arange(len(held_out))
-        rows = rows[torch.linspace(0, len(rows) - 1, min(HELD_OUT_ROWS, len(rows))).long()]
+        count = min(len(held_out), max(FEWEST_HELD_OUT, STEPS_HELD_OUT * self.samples))
+        rows = torch.linspace(0, len(held_out) - 1, count).long()
         found = [
             self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge tuning"), precision)
             for part in rows.split(min(size, self.samples))

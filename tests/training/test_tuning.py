@@ -226,8 +226,9 @@ def test_predicted_lengths_come_first(ocd, project):
     found = ocd.json(folder, "run", "--until", "train-diffusion", *words)["stages"]
     assert list(found)[-2:] == ["train-scale", "train-diffusion"]
     assert folder.read("train-diffusion/denoiser.json")["lengthens"]
-    ocd(folder, "train-scale", "--force", "--set", "train-scale.width=8")
-    assert "train-diffusion is stale: scale" in ocd(folder, "train-diffusion", *words, code=3).stderr
+    narrow = ("--set", "train-scale.width=8")
+    ocd(folder, "train-scale", "--force", *narrow)
+    assert "train-diffusion is stale: content of scale was " in ocd(folder, "train-diffusion", *words, *narrow, code=3).stderr
 
 
 def test_tuning_that_would_never_begin_is_refused(ocd, project):

@@ -1,0 +1,158 @@
+"""A plain network from the conditioning to the output: what can be had without changing a weight."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.diffusion.conditioning import ConditioningEncoder, Fields
+from stages.diffusion.denoisers import DENSE_BLOCKS, UNETS, VECTOR_WIDTH
+from stages.diffusion.mlp import ModulatedBlock
+from stages.evaluation import rows as row
+from stages.evaluation.rows import Row, output_row
+from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
+from stages.foundation.files import remove
+from stages.foundation.seeds import global_seed
+from stages.foundation.tensors import load_tensors
+from stages.lifecycle.branches import BRANCHES
+from stages.lifecycle.context import RunContext
+from stages.run_directory.folders import folder_of
+from stages.run_directory.format import DenoiserDescription
+from stages.run_directory.pipeline import AUTO
+from stages.store.reader import StoreReader
+from stages.tasks.loader import losses
+from stages.tasks.views import has_views
+from stages.training.batches import NOTHING, TrainingBatches
+from stages.training.plan import Plan
+from stages.training.run import TrainingRun
+from stages.training.trainer import Trainer
+
+FOLDER, STAGE = "plain-network", "train-diffusion"
+
+
+class PlainNetwork(nn.Module):
+    """The trunk of the vector denoiser, from the conditioning to a change of the output; it begins at zero.
+
+    Args:
+        widths: numbers of each field.
+        numbers: of an output.
+    """
+
+    def __init__(self, widths: dict[str, int], numbers: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.encoder = ConditioningEncoder(widths, width)
+        self.embed = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.blocks = nn.ModuleList(ModulatedBlock(width) for _ in range(blocks))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, numbers))
+        nn.init.zeros_(self.leave[-1].weight)
+        nn.init.zeros_(self.leave[-1].bias)
+
+    def forward(self, fields: Fields) -> Tensor:
+        """Fields (B, …) to (B, numbers)."""
+        hidden = e = self.embed(self.encoder(fields))
+        for block in self.blocks:
+            hidden = block(hidden, e)
+        return self.leave(hidden)
+
+
+def plain_network_row(context: RunContext, subject: Subject) -> Row | str:
+    """f_θ(x) + g(I(x)), g trained by the task's loss on the samples, in the batches and for the steps that the denoiser had; or
+    why there is none.
+
+    Raises:
+        ComputeError: a loss that is not finite.
+    """
+    if has_views(context.task):
+        return "the task shows samples in parts, of which a network of the conditioning alone knows nothing"
+    example = Batch(subject, EvaluatedSamples(context.splits["all"], torch.arange(1)), torch.arange(1)).first.output
+    if not isinstance(example, Tensor) or not example.is_floating_point():
+        return "the base's output is not one tensor"
+    network = _Training(context, subject, example[0].numel()).network()
+
+    def predict(batch: Batch) -> Tensor:
+        return _changed(batch, network)
+
+    return output_row(row.PLAIN, predict)
+
+
+def _changed(batch: Batch, network: PlainNetwork) -> Tensor:
+    """The base's output with the network's change, (B, …)."""
+    output = batch.first.output
+    return output + network(batch.fields).view_as(output).to(output)
+
+
+class _Training:
+    """Trains the network in a folder of its own, where it goes on after a stop, and is found when asked for again."""
+
+    def __init__(self, context: RunContext, subject: Subject, numbers: int) -> None:
+        self._context, self._subject = context, subject
+        manifest = context.manifest_of(STAGE)
+        self._settings, self._steps, self._fingerprint = (
+            manifest.identity.settings,
+            manifest.summary["steps"],
+            manifest.content,
+        )
+        collect = folder_of(context.project, "collect")
+        reader = StoreReader(collect.found, context.manifest_of("collect").store)
+        self._samples = torch.from_numpy(reader.read("sample_index"))
+        self._batches = TrainingBatches(
+            reader,
+            deltas=NOTHING,
+            held_out=self._of("held_out"),
+            batch_size=self._of("batch_size"),
+            seed=context.seed,
+            device=torch.device("cpu"),
+            memory=AUTO,
+        )
+        known = DenoiserDescription.read(context.file_of(STAGE, "denoiser.json"))
+        plain = known.preset in UNETS
+        size = (VECTOR_WIDTH, DENSE_BLOCKS) if plain else (known.width, known.blocks)
+        with global_seed(context.seed, "evaluate", row.PLAIN):
+            self._network = PlainNetwork(known.fields, numbers, *size)
+        self._network.encoder.normalise.fit(self._batches.parts())
+        self._network.to(context.device)
+
+    def _of(self, name: str) -> Any:
+        """A setting that the denoiser was trained with."""
+        return self._settings[f"{STAGE}.{name}"]
+
+    def network(self) -> PlainNetwork:
+        """The best averaged weights."""
+        table, report = self._context.project.settings.train_diffusion, self._context.report
+        optimizer = torch.optim.AdamW(self._network.parameters(), lr=self._of("lr"), weight_decay=0.0, fused=True)
+        trainer = Trainer(self._network, optimizer, self._step_losses)
+        plan = Plan(self._steps, table.evaluate_steps, table.checkpoint_steps, 0, table.checkpoint_minutes)
+        report.start(row.PLAIN)
+        run = TrainingRun(self._folder(), self._fingerprint, trainer, lambda: self._figures(trainer.averaged), plan, report)
+        trained = run.run()
+        self._network.load_state_dict(load_tensors(trained.snapshot))
+        return self._network.eval().requires_grad_(False)
+
+    def _folder(self) -> Path:
+        """Where it is trained; those of other denoisers are of no use any more."""
+        branches = self._context.project.run_path / BRANCHES
+        folder = branches / f"{FOLDER}-{self._fingerprint[:12]}"
+        for other in branches.glob(f"{FOLDER}-*"):
+            if other != folder:
+                remove(other)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _step_losses(self, step: int) -> Iterator[Tensor]:
+        batch = next(self._batches.batches(step))
+        yield self._losses(self._network, self._samples[batch.numbers]).mean()
+
+    def _losses(self, network: PlainNetwork, samples: Tensor) -> Tensor:
+        """The task's losses of some training samples, (B,)."""
+        batch = Batch(self._subject, EvaluatedSamples(self._context.splits["all"], samples), samples)
+        return losses(self._context.task, _changed(batch, network), batch.y)
+
+    @torch.no_grad()
+    def _figures(self, network: PlainNetwork) -> dict[str, float]:
+        """The mean loss of the samples held out."""
+        network.eval()
+        samples = self._samples[self._batches.held_out.numbers]
+        found = [self._losses(network, part) for part in samples.split(self._batches.batch_size)]
+        return {"score": float(torch.cat(found).double().mean())}
