@@ -27,7 +27,7 @@ STAGE = "train-diffusion"
 Precision = Callable[[], AbstractContextManager[Any]]
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
 SAMPLE_STEPS = 10
-# Held-out rows that its loss is computed on: so many, or so many times the samples of a step, which are cheap where it has many.
+# Held-out rows that its loss is computed on: so many, or so many times the samples of a step, cheap where it has many.
 FEWEST_HELD_OUT, STEPS_HELD_OUT = 16, 4
 
 
