@@ -29,7 +29,7 @@ def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False)
             return f"train the base longer first: {longer}"
         return f"{with_best}; or train the base longer: {longer}"
     if found.outcome == UNDECIDED and not found.absent:
-        return "evaluate on more test samples"
+        return "evaluate on more test samples" + ("" if spoken_for else f"; until then {with_best}")
     if not spoken_for:
         return with_best
     if found.rival_gains and row.predicts(found.rival):

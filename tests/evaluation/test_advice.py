@@ -31,7 +31,7 @@ def with_row(name):
         ((DOES_NOT, LONGER), LONGER, f"train the base longer first: {TRAIN}"),
         ((DOES_NOT, LONGER), BLENDED, f"{with_row(BLENDED)}; or train the base longer: {TRAIN}"),
         ((UNDECIDED, LONGER), None, f"train the base longer first: {TRAIN}"),
-        ((UNDECIDED, None), BLENDED, MORE),
+        ((UNDECIDED, None), BLENDED, f"{MORE}; until then {with_row(BLENDED)}"),
         ((UNDECIDED, TEMPERATURE), ENSEMBLE, MORE),
     ],
 )
