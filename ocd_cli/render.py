@@ -159,14 +159,14 @@ def _training(out: Console, summary: dict[str, Any]) -> None:
         f"cosine of a generated delta with the true one {figure(summary['cosine'])}, "
         f"with another sample's conditioning {figure(summary['cosine_shuffled'])}{of}"
     )
-    if (used := summary.get("uses_conditioning", True)) is None:
+    if "held_out_task_loss" in summary:
+        found = figure(summary["held_out_task_loss"])
+        out.print(f"held-out loss of the task with generated deltas {found} (the base: 1 on average)")
+        out.print("tuned by that loss, deltas need not be near the true ones")
+    elif (used := summary.get("uses_conditioning", True)) is None:
         out.print(f"{_samples(compared, 'held-out ')} do not tell whether a sample's own conditioning is used")
     elif not used:
         out.print("the denoiser has learned little or nothing from the conditioning: expect no gain")
-    if "held_out_task_loss" in summary:
-        out.print(
-            f"held-out loss of the task with generated deltas {figure(summary['held_out_task_loss'])} (the base: 1 on average)"
-        )
 
 
 def _scale(out: Console, summary: dict[str, Any]) -> None:
