@@ -94,20 +94,21 @@ class Collect(Stage):
             raise not_finite(int(found["sample_index"][int(bad.argmax())]))
 
     def resolved(self) -> dict[str, Any]:
-        return {STORE_SETTING: FACTORED if self.overfitter.factored else DENSE}
+        return {STORE_SETTING: FACTORED if self.overfitter.one_product else DENSE}
 
     @property
     def _factored(self) -> bool:
-        """Whether the store has factors: as the work was begun, or as it would be."""
+        """Whether the store has factors: as the work was begun, or as it would be where there is none."""
         work = getattr(self, "unfinished", None)
-        asked = work.begun.identity.settings[STORE_SETTING] if work else self.settings.store
-        return self.overfitter.factored if asked == AUTO else asked == FACTORED
+        identity = work.begun.identity if work else self._state(force=False).identity
+        asked = identity.settings[STORE_SETTING] if identity else self.settings.store
+        return self.overfitter.one_product if asked == AUTO else asked == FACTORED
 
     def _require_factors(self) -> None:
-        if not self.overfitter.factored:
+        if not self.overfitter.one_product:
             raise SettingsError(
                 f"collect.store = 'factored' needs deltas that are one outer product: {self.overfitter.why_dense}",
-                "use --set collect.store=dense",
+                "use --set collect.store=dense" + (" --force" if self.settings.store == AUTO else ""),
             )
 
     def auto_threads(self) -> int:

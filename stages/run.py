@@ -10,8 +10,8 @@ from stages.run_directory.project import Project
 from stages.run_directory.states import MISSING
 
 
-def stages_between(start: str | None, until: str | None) -> tuple[str, ...]:
-    """The stages from `start` to `until`, both included.
+def stages_between(project: Project, start: str | None, until: str | None) -> list[str]:
+    """The stages from `start` to `until`, both included, in the order that the project's settings need.
 
     Raises:
         SettingsError: an unknown stage, or an end before the start.
@@ -19,10 +19,12 @@ def stages_between(start: str | None, until: str | None) -> tuple[str, ...]:
     for option, name in (("--from", start), ("--until", until)):
         if name is not None and name not in ORDER:
             raise SettingsError(f"{option} {name}: unknown stage", f"the stages are {', '.join(ORDER)}")
-    first, last = ORDER.index(start or ORDER[0]), ORDER.index(until or ORDER[-1])
-    if last < first:
+    last = ORDER.index(until or ORDER[-1])
+    if last < ORDER.index(start or ORDER[0]):
         raise SettingsError(f"--until {until} comes before --from {start}", f"the order is {', '.join(ORDER)}")
-    return ORDER[first : last + 1]
+    # Where the two trainings change places, the end is where all of these are done.
+    order = in_turn(project)
+    return order[order.index(start or ORDER[0]) : max(map(order.index, ORDER[: last + 1])) + 1]
 
 
 def run(
@@ -45,7 +47,7 @@ def run(
     Raises:
         OcdError: the first stage's that fails.
     """
-    for name in in_turn(project, stages_between(start, until)):
+    for name in stages_between(project, start, until):
         if name == "evaluate" and name not in (start, until) and name not in spec_of(project, "infer").reads:
             continue
         try:

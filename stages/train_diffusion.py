@@ -27,6 +27,7 @@ from stages.run_directory.folders import folder_of
 from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
+from stages.run_directory.states import PARTIAL
 from stages.store.reader import StoreReader
 from stages.training.batches import TrainingBatches
 from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
@@ -117,8 +118,8 @@ class TrainDiffusion(Stage):
 
     def plan(self) -> dict[str, Any]:
         # What goes on keeps what it was begun with.
-        found = self._state(force=False).identity
-        planned = self.decided(self._own(found.settings)) if found else self._planned
+        found = self._state(force=False)
+        planned = self.decided(self._own(found.identity.settings)) if found.state == PARTIAL else self._planned
         memory = training_bytes(planned.sketch, self.micro_batch(planned), planned.half)
         what = f"train {planned.parameters:,} parameters on {self._store.samples:,} deltas, "
         what += f"at most {self.settings.max_steps:,} steps, in about {memory / 2**30:.1f} GiB of memory beside the store"
@@ -183,7 +184,8 @@ class TrainDiffusion(Stage):
     def _why(self, settings: DenoiserSettings) -> str:
         """What decided the preset, where that was not the user."""
         size = "×".join(map(str, settings.shape))
-        return f" (auto, for deltas of {size})" if self.settings.preset == AUTO else ""
+        of_what = "deltas of which the store keeps factors" if settings.preset == VECTOR else f"deltas of {size}"
+        return f" (auto, for {of_what})" if self.settings.preset == AUTO else ""
 
     def training(self, settings: DenoiserSettings, micro: int) -> Training:
         """What takes part in the training, `micro` deltas at once."""

@@ -14,10 +14,10 @@ class Denoiser(nn.Module):
     """The interface: `encode` once per sample, then `forward` at every step.
 
     Attributes:
-        shape: (out, in) of a delta.
+        shape: of what it is shown: (out, in) of a delta, or (out, 1) of an output vector.
         encoder: the conditioning's encoder, whose statistics are fitted before training.
         prediction: what `forward` returns, "x0", "epsilon", or "mean" (a clean unit delta from the conditioning alone).
-        length: of one that is tuned, which may change lengths, too.
+        length: what changes predicted lengths, of a denoiser that is tuned.
     """
 
     shape: tuple[int, int]

@@ -28,17 +28,22 @@ FITTED_TAIL = 0.005
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row's strength, the one that validation samples favour, and the mean loss of every strength tried."""
+    """A row's strength, chosen on validation samples, and the mean loss of every strength tried."""
 
     strength: float
     losses: Mapping[float, float]
 
     @classmethod
-    def of(cls, losses: Mapping[float, np.ndarray], base: np.ndarray) -> "Fitted":
-        """By the losses at each strength, in ascending order, and the base's, (n,) each. Of strengths there are many, and a few
-        samples always favour some large one that goes far wrong elsewhere: 99 % intervals decide."""
-        place = favoured(list(losses.values()), base, tail=FITTED_TAIL)
-        return cls(list(losses)[place], {strength: float(values.mean()) for strength, values in losses.items()})
+    def of(cls, losses: Mapping[float, np.ndarray], base: np.ndarray | None = None) -> "Fitted":
+        """By the losses at each strength, in ascending order, (n,) each: the lowest mean, of equal ones the smallest strength.
+
+        With the base's losses, (n,), the strength that is `favoured` by 99 % intervals: of strengths there are many, and a few
+        samples always have the lowest mean at some large one that goes far wrong elsewhere.
+        """
+        means = {strength: float(values.mean()) for strength, values in losses.items()}
+        if base is None:
+            return cls(min(means, key=means.get), means)
+        return cls(list(losses)[favoured(list(losses.values()), base, tail=FITTED_TAIL)], means)
 
 
 def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> Tensor:

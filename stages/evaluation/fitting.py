@@ -12,7 +12,7 @@ from stages.evaluation.comparison import FITTED_TAIL, Fitted, OnProgress, fit_te
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import interval_of_mean
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
-from stages.evaluation.verdict import SMALLEST_GAIN
+from stages.evaluation.verdict import RIVALS, SMALLEST_GAIN
 from stages.foundation.memory import AtOnce
 from stages.foundation.numbers import ROUNDING
 from stages.run_directory.format import Strength
@@ -132,5 +132,10 @@ def fit_rows(
     on_progress = progress("validation samples × rows", len(validation.order) * len(wanted))
     tried = at_once.whole(lambda size: validation_losses(subject, validation, wanted, grids, size, on_progress))
     base = tried[row.BASE][1.0]
-    fitted = {one.name: Fitted.of(tried[one.name], base) for one in wanted if one.validated}
+    # What OCD has to beat is to be as good as it can be.
+    fitted = {
+        one.name: Fitted.of(tried[one.name], None if one.name in (*RIVALS, *row.CONTROLS) else base)
+        for one in wanted
+        if one.validated
+    }
     return list(rows), OnValidation(asked, tried, fitted, temperature, normalised, len(validation.order))

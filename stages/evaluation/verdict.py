@@ -18,8 +18,8 @@ RIVALS = (*NEEDED, row.MEAN_DELTA, row.LONGER)
 NEIGHBOURS = (row.NEAREST, row.NEAREST_INPUT, row.BLENDED, row.BLENDED_INPUT)
 # The share of the base's loss below which a gain is none worth the trouble: to leave no room for more is to have no gain.
 SMALLEST_GAIN = 0.01
-# One outcome is said from up to six comparisons. Each interval leaves out 1 %, so that it is wrong in about 5 of 100.
-TAIL, COVERED = 0.005, "99 %"
+# Any one of up to six comparisons can end in a word that is wrong: each interval leaves out 1 %, half of it on either side.
+VERDICT_TAIL, COVERED = 0.005, "99 %"
 # More samples than that nobody has.
 MOST_SAMPLES = 10**7
 
@@ -99,7 +99,7 @@ def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
 
 def _comparison(ours: Estimate, other: Estimate) -> Comparison:
     """The paired difference of two rows; what is rounding of their losses is none."""
-    difference, interval = ours.minus(other, TAIL)
+    difference, interval = ours.minus(other, VERDICT_TAIL)
     smallest = ROUNDING * abs(other.value)
     low, high, difference = (0.0 if abs(value) < smallest else value for value in (*interval, difference))
     return Comparison(difference, (low, high))
@@ -186,9 +186,13 @@ def _undecided(
     samples = estimates[row.BASE].samples
     needed = samples_to_decide([comparisons[name] for name in open_ones], samples, smallest)
     name = row.BASE if row.BASE in open_ones else min(open_ones, key=lambda other: estimates[other].value)
-    # The number of samples is that which the hardest one to tell takes.
-    hardest = max((name, *open_ones), key=lambda other: comparisons[other].times_too_wide(smallest)[0])
-    told = dict.fromkeys([name, hardest] if needed else [name])
+    # The rows that this number of samples tells it from: the hardest one to favour it against, or one without a gain.
+    widths = {other: comparisons[other].times_too_wide(smallest) for other in (name, *open_ones)}
+    hardest = max(widths, key=lambda other: widths[other][0])
+    without = min(widths, key=lambda other: widths[other][1])
+    told = [name]
+    if needed:
+        told = dict.fromkeys((name, hardest)) if widths[hardest][0] <= widths[without][1] else [without]
     than = _listed(["the base" if other == row.BASE else f"{other} ({figure(estimates[other].value)})" for other in told])
     how_many = f", about {rounded(needed):,} would" if needed else ""
     if needed is None and all(comparisons[other].has_interval for other in open_ones):

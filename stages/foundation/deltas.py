@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Deltas:
-    """Deltas of B samples, E of each or one; the axis of members may be missing.
+    """Deltas of B samples, E of each, or one of each without the axis E.
 
     Attributes:
-        values: the deltas, (B, E, out, in), or their output vectors u, (B, E, out), where `inputs` are given.
-        inputs: h (B, in) of deltas u hᵀ.
+        values: the deltas, (B, E, out, in), or, where `inputs` are given, vectors v of deltas v wᵀ, (B, E, out).
+        inputs: w, (B, in): what the layer sees, h, or of length 1, h/‖h‖.
     """
 
     values: Tensor
@@ -20,7 +20,7 @@ class Deltas:
 
     @classmethod
     def of(cls, deltas: "Deltas | Tensor") -> "Deltas":
-        """Matrices as they are."""
+        """Deltas of matrices (B, E, out, in), or those given as they are."""
         return deltas if isinstance(deltas, Deltas) else cls(deltas)
 
     def member(self, which: int | slice) -> "Deltas":
@@ -47,8 +47,10 @@ class Deltas:
         return self.values.unsqueeze(-1) * members.unsqueeze(-2)
 
     def shift(self, seen: Tensor) -> Tensor:
-        """(seen · h) u of outer products, one a sample: what a Linear's output changes by where it sees (B·R, …, in), R rows a
-        sample, as (B·R, …, out)."""
+        """What a Linear's output changes by with outer products, one a sample: (seen · w) v.
+
+        `seen` is (B·R, …, in), with R rows of each sample, to (B·R, …, out).
+        """
         rows = seen.reshape(len(self.values), -1, seen.shape[-1])
         along = torch.einsum("bri,bi->br", rows, self.inputs.to(seen))
         shift = along.unsqueeze(2) * self.values.to(seen).unsqueeze(1)

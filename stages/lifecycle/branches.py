@@ -34,13 +34,14 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
 
 def bring_up(project: Project, branch: Project, names: Iterable[str], report: Report) -> None:
     """Bring stages of a branch up to date: those that are the project's own are linked, others made; stale ones are redone.
-    In the project every one of `names`, in the pipeline's order, is done.
+    In the project every one of `names` is done.
 
     Raises:
         OcdError: the first that fails; it goes on where it was when the branch is asked for again.
     """
     prepare_run(branch)
-    for name in in_turn(branch, names):
+    wanted = set(names)
+    for name in (name for name in in_turn(branch) if name in wanted):
         if _to_link(project, branch, name):
             _link(project, branch, name)
         state = _state(branch, name)

@@ -76,7 +76,7 @@ class SgdDescent(OuterProductDescent):
 
     def __init__(self, *args: Any, bias: Tensor | None = None, factored: bool = False) -> None:
         super().__init__(*args)
-        self._factored = factored
+        self._factored = factored and not self._recipe.weight_decay
         self._change = torch.zeros_like(self._start)
         self._momentum = torch.zeros_like(self._start)
         self._share = self._share_momentum = 0.0

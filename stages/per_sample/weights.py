@@ -207,8 +207,8 @@ class Substitution:
         return at
 
     def shifted(self, x: Tree, vectors: Tensor) -> Tree:
-        """The outputs where the layer, a Linear that sees one vector h a sample, has the delta u (h/‖h‖)ᵀ: its output shifts by
-        ‖h‖ u. Differentiable in u, (B, out)."""
+        """The outputs where the layer, a Linear that sees one vector h of each of the inputs x, has the delta u (h/‖h‖)ᵀ: its
+        output shifts by ‖h‖ u. Differentiable in u, (B, out)."""
 
         def compute(input: Tensor) -> Tensor:
             along = vectors.to(input).view(len(vectors), *[1] * (input.dim() - 2), -1)

@@ -1,7 +1,6 @@
 """The stages as data: their order, what each reads, and where its folder lies. Imports neither torch nor zarr."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,12 +103,12 @@ def spec_of(project: Project, name: str) -> StageSpec:
     return spec
 
 
-def in_turn(project: Project, names: Iterable[str]) -> list[str]:
-    """Stages so that each comes after what it reads: train-scale before a denoiser that is tuned."""
-    names = list(names)
-    if "train-diffusion" in names and "train-scale" in spec_of(project, "train-diffusion").reads:
-        names = [name for name in names if name != "train-scale"]
-        names.insert(names.index("train-diffusion"), "train-scale")
+def in_turn(project: Project) -> list[str]:
+    """The stages so that each comes after what it reads: train-scale before a denoiser that is tuned."""
+    if "train-scale" not in spec_of(project, "train-diffusion").reads:
+        return list(ORDER)
+    names = [name for name in ORDER if name != "train-scale"]
+    names.insert(names.index("train-diffusion"), "train-scale")
     return names
 
 

@@ -189,8 +189,8 @@ class States:
             return StageState(spec.name, STALE, f"content changed: {folder.name}/manifest.json")
         changes = identity_changes(manifest.identity, identity)
         if changes:
-            # Whoever sets back what changed keeps it only as far as it went.
-            changes += tuple(filter(None, [extent_change(manifest.extents, extent_settings(self.project, spec))[1]]))
+            further = extent_change(manifest.extents, extent_settings(self.project, spec))[1]
+            changes += (further,) if further and further.setting not in [change.setting for change in changes] else ()
             return StageState(
                 spec.name, STALE, "; ".join(f"{change}{_by_scores(change, manifest)}" for change in changes), changes
             )
@@ -280,7 +280,7 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
         ArtifactError: with the state of each stage that is not done, and the commands to type.
     """
     wanted = _closure(states.project, names)
-    needed = in_turn(states.project, (name for name in ORDER if name in wanted))
+    needed = [name for name in in_turn(states.project) if name in wanted]
     wrong = [state for name in needed if (state := states.of(name)).state != DONE]
     if not wrong:
         return

@@ -66,15 +66,19 @@ class Ranks:
         if self.count == 1:
             return loss
         wanted = [p for p in network.parameters() if p.requires_grad]
+        has = torch.tensor([p.grad is not None for p in wanted]).to(wanted[0])
         for p in wanted:
             # A share may be empty, where there are more ranks than samples.
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = torch.cat([*(p.grad.flatten() for p in wanted), loss.to(wanted[0].dtype).view(1)])
+        flat = torch.cat([*(p.grad.flatten() for p in wanted), has, loss.to(wanted[0].dtype).view(1)])
         self._talk(lambda: dist.all_reduce(flat))
         start = 0
         for p in wanted:
             p.grad.copy_(flat[start : start + p.numel()].view_as(p))
             start += p.numel()
+        # What no rank has a gradient of is left alone, as by one process: an optimizer counts the steps of the others.
+        for p, count in zip(wanted, flat[start:-1].tolist(), strict=True):
+            p.grad = p.grad if count else None
         return flat[-1].double()
 
     def agree(self, value: Any = None) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
@@ -14,9 +15,12 @@ from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoising import drawn_with_gradient
 from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
+from stages.foundation.deltas import Deltas
 from stages.foundation.seeds import generator, seed_of
 from stages.foundation.trees import Tree, to_device
 from stages.overfitting.overfitter import Overfitter
+from stages.per_sample.capture import LAYER_INPUT
+from stages.per_sample.weights import Substitution
 from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.protocol import Task
@@ -98,9 +102,12 @@ class Tuning:
         return losses(self.task, self._outputs(x, deltas), y) / self.loss_size
 
     def _outputs(self, x: Tree, deltas: Tensor) -> Tree:
-        """The model's with deltas (B, out, in), or with u hᵀ/‖h‖ of output vectors u (B, out, 1)."""
+        """The model's with deltas (B, out, in), or with u hᵀ/‖h‖ of output vectors u (B, out, 1), h of the x that is shown."""
         method, layer = self.overfitter.method, self.overfitter.layer
         if self.vectors:
-            return method.shifted(x, deltas.flatten(1))
+            if isinstance(method, Substitution):
+                return method.shifted(x, deltas.flatten(1))
+            seen = self.overfitter.first_pass(x).captured[LAYER_INPUT].flatten(1).float()
+            deltas = Deltas(deltas.squeeze(2), F.normalize(seen, dim=1)).matrices()
         weight = layer.weight(self.overfitter.model)
         return method(x, weight + deltas.reshape(len(deltas), *layer.shape).to(weight))

@@ -22,6 +22,7 @@ from common import entry, main, project, seconds
 from stages.collect import collect
 from stages.infer import Infer
 from stages.lifecycle.context import RunContext
+from stages.per_sample.capture import LAYER_INPUT, capture
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
 from stages.prediction.predictor import load_generator
@@ -86,7 +87,8 @@ def loop_seconds(context: RunContext, samples: int) -> float:
         for row, x in enumerate(given[:count]):
             for member in range(MEMBERS):
                 fields = condition(context.task, base, layer, x)[1]
-                delta = generate(fields, [row], range(member, member + 1))[0]
+                seen = capture(base, layer, context.forward, x)[1][LAYER_INPUT]
+                delta = generate(fields, [row], range(member, member + 1), seen=seen)[0].matrices()
                 model = copy.deepcopy(base)
                 weight = model.get_parameter(layer.name)
                 weight += delta.view(weight.shape)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stages.evaluation.choosing import CHOSEN, LABELS, NEIGHBOURS, Trial, choice_of, choose, gains, may_gain
-from stages.evaluation.comparison import favoured
+from stages.evaluation.comparison import Fitted, favoured
 from stages.evaluation.headroom import headroom, headroom_of, starting_point
 from stages.evaluation.rows import BASE, BLENDED, MEAN_DELTA, NEAREST, NEAREST_INPUT, ORACLE
 from stages.evaluation.statistics import Estimate, Mean, estimates, interval_of_mean
@@ -272,3 +272,17 @@ def test_of_such_samples_a_gain_is_a_finding_with_a_caveat():
     found = said(trial(nearest=0.3), seen=True)
     assert found["headroom"] == "x"
     assert found["verdict"].endswith("; the base was probably trained on these samples: on others the gain may be another")
+
+
+def test_rivals_have_the_strength_that_suits_them_best():
+    """What OCD has to beat is not held back for want of certainty; what is to predict is."""
+    draw = np.random.default_rng(0)
+    base = 1 + draw.exponential(1, 60)
+    losses = {0.0: base, 1.0: base - 0.05 + draw.normal(0, 0.4, 60), 2.0: base - 0.04 + draw.normal(0, 0.8, 60)}
+    lowest = min(losses, key=lambda strength: losses[strength].mean())
+    assert lowest != 0
+    assert Fitted.of(losses).strength == lowest
+    assert Fitted.of(losses, base).strength == 0
+    sure = losses | {1.0: base - 0.3}
+    assert Fitted.of(sure, base).strength == 1.0
+    assert Fitted.of(sure, base).losses[1.0] == pytest.approx((base - 0.3).mean())

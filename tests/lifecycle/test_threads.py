@@ -49,7 +49,7 @@ def two_threads():
 def test_all_libraries_have_the_stages_threads(asking, ocd, two_threads):
     before, path = counts(), asking.root / "threads.json"
     assert 2 in before.values()
-    for stage in ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer", "probe"):
+    for stage in ("train-base", "select-layer", "collect", "train-scale", "train-diffusion", "infer", "probe"):
         path.unlink(missing_ok=True)
         ocd(asking, stage)
         if stage != "train-scale":

@@ -10,6 +10,7 @@ from folders import reader_of
 from trainings import PRESETS, QUICK, losses_of, words
 
 from stages.diffusion.denoisers import auto_preset
+from stages.foundation.tensors import load_tensors
 from stages.run_directory.project import load_project
 from stages.training.batches import TrainingBatches
 from stages.training.denoiser import decide
@@ -42,13 +43,18 @@ TUNED = {"tune_after": 20, "tune_samples": 3}
 def test_two_ranks_train_as_one_process(ocd, untrained, preset, more):
     """Nine rows of a batch: one rank has four, the other five; of three that are tuned one and two."""
     wanted = QUICK | PRESETS[preset] | more
+    ocd(untrained, "train-scale", "--quiet")
     losses, scores = losses_of(ocd, untrained, *words(wanted))
+    weights = load_tensors(untrained.run / "train-diffusion" / "denoiser.safetensors")
     done = ranks(untrained, 2, *words(wanted), "--force")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train-diffusion: done") == 1
     rows = untrained.read("train-diffusion/metrics.jsonl")
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
     assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-4)
+    # Sums in another order, forty steps long.
+    for name, value in load_tensors(untrained.run / "train-diffusion" / "denoiser.safetensors").items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
     # One process goes on where two were.
     assert "continues from step 40" in ocd(untrained, "train-diffusion", *words(wanted | {"max_steps": 50})).stderr
 

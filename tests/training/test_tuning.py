@@ -228,6 +228,12 @@ def test_predicted_lengths_come_first(ocd, project):
     found = ocd.json(folder, "run", "--until", "train-diffusion", *words)["stages"]
     assert list(found)[-2:] == ["train-scale", "train-diffusion"]
     assert folder.read("train-diffusion/denoiser.json")["lengthens"]
+    # Where the scale network begins, the denoiser that reads it follows.
+    again = ocd.json(folder, "run", "--from", "train-scale", "--until", "train-scale", "--force", *words)["stages"]
+    assert list(again) == ["train-scale", "train-diffusion"]
+    assert list(ocd.json(folder, "run", "--from", "train-diffusion", "--until", "train-diffusion", *words)["stages"]) == [
+        "train-diffusion"
+    ]
     narrow = ("--set", "train-scale.width=8")
     ocd(folder, "train-scale", "--force", *narrow)
     assert "train-diffusion is stale: content of scale was " in ocd(folder, "train-diffusion", *words, *narrow, code=3).stderr

@@ -1,5 +1,7 @@
 """Tuning at the edges: whatever the denoiser has come to, and whatever the rows hold, losses and gradients are finite."""
 
+import math
+
 import pytest
 import torch
 from networks import describe, random, shaken
@@ -11,6 +13,7 @@ from stages.diffusion.sampler import in_the_ball
 from stages.diffusion.schedule import make_schedule
 from stages.per_sample.layer import find_layer
 from stages.per_sample.runner import Runner
+from stages.per_sample.weights import Vmap
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.losses import LOSSES
 from stages.tasks.protocol import Task
@@ -40,7 +43,7 @@ def tuning_of(loss, preset, x):
     layer = find_layer(model, "0.weight")
     runner = Runner(model, layer, lambda net, given: net(given), x[:2] + 1)
     y = LABELS.get(loss, (random(COUNT, 3) > 0).float())
-    schedule = make_schedule("ddpm", denoised_shape(preset, SHAPE)[0], "x0")
+    schedule = make_schedule("ddpm", math.prod(denoised_shape(preset, SHAPE)), "epsilon" if preset == "small" else "x0")
     options = {"samples": COUNT, "vectors": preset == VECTOR}
     rows = torch.arange(COUNT)
     return Tuning(Scored(loss), lambda fields: 0 * fields["activation"][:, 0], runner, Split(ArrayDataset(x, y)), rows, 1.0,
@@ -48,7 +51,7 @@ def tuning_of(loss, preset, x):
 
 
 def rows_of(x):
-    """Rows of which one is all zeros, one is huge, and one has a delta that is as good as none."""
+    """Rows of which one is all zeros, and one is huge."""
     fields = {"layer_input": x, "activation": x[:, :3], "base_output": x[:, :3]}
     return DeltaBatch(fields, torch.ones(COUNT), random(COUNT, *SHAPE), torch.arange(COUNT))
 
@@ -73,6 +76,17 @@ def test_losses_and_gradients_are_finite(preset, loss, size):
         assert torch.isfinite(losses).all(), step
         assert all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None), step
     assert torch.isfinite(torch.tensor(tuning.held_out_loss(denoiser, rows, COUNT)))
+
+
+def test_output_vectors_where_the_layer_is_not_substituted():
+    x = random(COUNT, 4)
+    torch.manual_seed(0)
+    denoiser = shaken(make_denoiser({**describe(VECTOR, SHAPE, FIELDS, width=16), "lengthens": True}))
+    tuning, rows = tuning_of("mse", VECTOR, x), rows_of(x)
+    wanted = tuning(denoiser, rows, 3)
+    runner = tuning.overfitter
+    runner.method = Vmap(runner.model, runner.layer, runner.forward)
+    torch.testing.assert_close(tuning(denoiser, rows, 3), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_ball_leaves_what_is_in_it():

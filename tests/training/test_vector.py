@@ -43,6 +43,27 @@ def test_deltas_that_are_no_outer_products_are_kept_whole(ocd, project, change):
     assert not (folder.run / "train-diffusion.wip").exists()
 
 
+def test_what_a_denoiser_was_is_not_asked_of_another_store(ocd, project):
+    """What `auto` had come to with factors does not count where the deltas are whole now."""
+    folder = project(HELPING, "train-diffusion", code="planted")
+    adam = ("--set", "collect.optimizer=adam", "--set", "collect.lr=0.01")
+    ocd(folder, "collect", "--force", *adam)
+    assert "train-diffusion (stale; needs --force): train " in ocd(folder, "train-diffusion", "--dry-run", *adam).stdout
+    ocd(folder, "train-diffusion", "--force", *adam)
+    assert ocd.json(folder, "train-diffusion", *adam)["preset"] == "mlp"
+
+
+def test_parts_go_on_with_the_store_that_was_begun(ocd, project):
+    """As matrices there are more blocks, and so more parts, than there would be of factors."""
+    folder = project(
+        HELPING | {"collect": {"optimizer": "sgd", "lr": 0.3, "block_samples": 40}}, "select-layer", code="planted"
+    )
+    ocd(folder, "collect", "--part", "1/2", "--set", "collect.store=dense")
+    ocd(folder, "collect", "--part", "2/2")
+    assert folder.read("collect/manifest.json")["identity"]["settings"]["collect.store"] == "dense"
+    assert StoreReader.of(folder.run / "collect").description.arrays["delta"].factors is None
+
+
 def test_a_store_from_before_stays_as_it_was_made(ocd, project):
     """More samples go into it as the first ones did, whatever `auto` stands for now."""
     folder = project(HELPING, "collect", code="planted")
