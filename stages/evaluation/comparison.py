@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.evaluation.metrics import LOSS, Gathered, Residuals, probabilities
 from stages.evaluation.rows import BASE, Members, Row
-from stages.evaluation.statistics import TAIL, interval_of_mean, minimum
+from stages.evaluation.statistics import interval_of_mean, minimum
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.foundation.seeds import generator
 from stages.foundation.trees import Tree, batch_size, concatenate, take
@@ -21,9 +21,6 @@ from stages.tasks.losses import REGRESSION
 # Told of the samples times rows done so far.
 OnProgress = Callable[[int], None]
 COLDEST, HOTTEST = 0.05, 20.0
-
-# Outside the intervals that a row's strength is fitted by, on each side.
-FITTED_TAIL = 0.005
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,13 @@ class Fitted:
     def of(cls, losses: Mapping[float, np.ndarray], base: np.ndarray | None = None) -> "Fitted":
         """By the losses at each strength, in ascending order, (n,) each: the lowest mean, of equal ones the smallest strength.
 
-        With the base's losses, (n,), the strength that is `favoured` by 99 % intervals: of strengths there are many, and a few
-        samples always have the lowest mean at some large one that goes far wrong elsewhere.
+        With the base's losses, (n,), the strength that is `favoured`: of strengths there are many, and a few samples always have
+        the lowest mean at some large one that goes far wrong elsewhere.
         """
         means = {strength: float(values.mean()) for strength, values in losses.items()}
         if base is None:
             return cls(min(means, key=means.get), means)
-        return cls(list(losses)[favoured(list(losses.values()), base, tail=FITTED_TAIL)], means)
+        return cls(list(losses)[favoured(list(losses.values()), base)], means)
 
 
 def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> Tensor:
@@ -167,20 +164,18 @@ class CrossFitted:
         return cls((second, first), tried[0][second].joined(tried[1][first]), losses)
 
 
-def favoured(options: Sequence[np.ndarray], base: np.ndarray, tail: float = TAIL) -> int:
+def favoured(options: Sequence[np.ndarray], base: np.ndarray) -> int:
     """The place of the option that some samples favour, from their losses with each option and with the base, (n,) each.
 
-    The surest gain is the option whose interval (of 95 %, by default) of the mean difference to the base has the lowest upper
-    end. Of all that are as good (they surely gain, and not surely less), the one that changes losses least is favoured. The
+    The surest gain is the option whose 95 % interval of the mean difference to the base has the lowest upper end. Of all that
+    are as good (they surely gain, and not surely less), the one that changes losses least is favoured. The
     lowest mean would be that of an option which is right, by chance, on the few samples that the base is wrong about, and goes
     far wrong elsewhere.
     """
-    ends = [interval_of_mean(losses - base, tail)[1] for losses in options]
+    ends = [interval_of_mean(losses - base)[1] for losses in options]
     surest = ends.index(min(ends))
     as_good = [
-        place
-        for place, losses in enumerate(options)
-        if ends[place] < 0 and interval_of_mean(losses - options[surest], tail)[0] <= 0
+        place for place, losses in enumerate(options) if ends[place] < 0 and interval_of_mean(losses - options[surest])[0] <= 0
     ]
     return min(as_good or [surest], key=lambda place: np.square(options[place] - base).mean())
 

@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from stages.evaluation import rows as row
-from stages.evaluation.comparison import FITTED_TAIL, Fitted, OnProgress, fit_temperature, scaled, validation_losses
+from stages.evaluation.comparison import Fitted, OnProgress, fit_temperature, scaled, validation_losses
 from stages.evaluation.rows import Row
 from stages.evaluation.statistics import interval_of_mean
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
-from stages.evaluation.verdict import RIVALS, SMALLEST_GAIN
+from stages.evaluation.verdict import RIVALS, SMALLEST_GAIN, VERDICT_TAIL
 from stages.foundation.memory import AtOnce
 from stages.foundation.numbers import ROUNDING
 from stages.run_directory.format import Strength
@@ -64,7 +64,7 @@ class OnValidation:
         """Whether a row is better than the base by as much as counts, and beyond doubt (paired 99 % interval)."""
         base = self.tried[row.BASE][1.0]
         differences = self.tried[name][strength] - base
-        _, high = interval_of_mean(differences, FITTED_TAIL)
+        _, high = interval_of_mean(differences, VERDICT_TAIL)
         return bool(high < 0 and differences.mean() <= -SMALLEST_GAIN * abs(base.mean()))
 
     def best(self, rows: Sequence[Row]) -> str | None:
