@@ -21,7 +21,13 @@ ROWS = [
     "nearest k blended in layer input",
     "shuffled conditioning",
 ]
-COSTLY = ["alternative layer", "deterministic hypernetwork", "ocd conditioned on x", "base trained for as long again"]
+COSTLY = [
+    "alternative layer",
+    "deterministic hypernetwork",
+    "ocd conditioned on x",
+    "plain network on I(x)",
+    "base trained for as long again",
+]
 
 
 def evaluated(ocd, folder, *args):

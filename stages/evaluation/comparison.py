@@ -31,16 +31,20 @@ class Fitted:
     losses: Mapping[float, float]
 
     @classmethod
-    def of(cls, losses: Mapping[float, np.ndarray], base: np.ndarray | None = None) -> "Fitted":
-        """By the losses at each strength, in ascending order, (n,) each: the lowest mean, of equal ones the smallest strength.
-
-        With the base's losses, (n,), the strength that is `favoured`: of strengths there are many, and a few samples always have
-        the lowest mean at some large one that goes far wrong elsewhere.
-        """
+    def of(cls, losses: Mapping[float, np.ndarray], *, as_is: bool = True) -> "Fitted":
+        """By the losses at each strength, in ascending order, (n,) each. Where deltas are to be taken `as_is`, of the strengths
+        whose mean is within one standard error (of the paired difference) of the lowest mean, the one nearest to 1: a few
+        samples always have the lowest mean at some large strength that goes far wrong elsewhere (the rule of one standard
+        error, Breiman et al., 1984). Else the one with the lowest mean."""
         means = {strength: float(values.mean()) for strength, values in losses.items()}
-        if base is None:
-            return cls(min(means, key=means.get), means)
-        return cls(list(losses)[favoured(list(losses.values()), base)], means)
+        lowest = min(means, key=means.get)
+
+        def is_near(strength: float) -> bool:
+            above = losses[strength] - losses[lowest]
+            return bool(np.isfinite(above).all() and above.mean() <= above.std(ddof=1) / len(above) ** 0.5)
+
+        near = [strength for strength in losses if as_is and is_near(strength)]
+        return cls(min(near, key=lambda strength: abs(strength - 1), default=lowest), means)
 
 
 def seeded_order(count: int, seed: int, what: str, most: int | None = None) -> Tensor:
@@ -168,9 +172,8 @@ def favoured(options: Sequence[np.ndarray], base: np.ndarray) -> int:
     """The place of the option that some samples favour, from their losses with each option and with the base, (n,) each.
 
     The surest gain is the option whose 95 % interval of the mean difference to the base has the lowest upper end. Of all that
-    are as good (they surely gain, and not surely less), the one that changes losses least is favoured. The
-    lowest mean would be that of an option which is right, by chance, on the few samples that the base is wrong about, and goes
-    far wrong elsewhere.
+    are as good (they surely gain, and not surely less), the one that changes losses least is favoured. The lowest mean would be
+    that of an option which is right, by chance, on the few samples that the base is wrong about, and goes far wrong elsewhere.
     """
     ends = [interval_of_mean(losses - base)[1] for losses in options]
     surest = ends.index(min(ends))

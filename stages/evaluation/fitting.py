@@ -131,11 +131,7 @@ def fit_rows(
     grids = {one.name: grid if one.name in free else fixed.get(one.name, (1.0,)) for one in wanted}
     on_progress = progress("validation samples × rows", len(validation.order) * len(wanted))
     tried = at_once.whole(lambda size: validation_losses(subject, validation, wanted, grids, size, on_progress))
-    base = tried[row.BASE][1.0]
     # What OCD has to beat is to be as good as it can be.
-    fitted = {
-        one.name: Fitted.of(tried[one.name], None if one.name in (*RIVALS, *row.CONTROLS) else base)
-        for one in wanted
-        if one.validated
-    }
+    at_its_best = (*RIVALS, *row.CONTROLS)
+    fitted = {one.name: Fitted.of(tried[one.name], as_is=one.name not in at_its_best) for one in wanted if one.validated}
     return list(rows), OnValidation(asked, tried, fitted, temperature, normalised, len(validation.order))

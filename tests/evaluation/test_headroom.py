@@ -278,11 +278,12 @@ def test_rivals_have_the_strength_that_suits_them_best():
     """What OCD has to beat is not held back for want of certainty; what is to predict is."""
     draw = np.random.default_rng(0)
     base = 1 + draw.exponential(1, 60)
-    losses = {0.0: base, 1.0: base - 0.05 + draw.normal(0, 0.4, 60), 2.0: base - 0.04 + draw.normal(0, 0.8, 60)}
-    lowest = min(losses, key=lambda strength: losses[strength].mean())
-    assert lowest != 0
-    assert Fitted.of(losses).strength == lowest
-    assert Fitted.of(losses, base).strength == 0
-    sure = losses | {1.0: base - 0.3}
-    assert Fitted.of(sure, base).strength == 1.0
-    assert Fitted.of(sure, base).losses[1.0] == pytest.approx((base - 0.3).mean())
+    losses = {0.0: base, 1.0: base - 0.20 + draw.normal(0, 0.1, 60), 2.0: base - 0.25 + draw.normal(0, 0.9, 60)}
+    losses[2.0] -= losses[2.0].mean() - losses[1.0].mean() + 0.05
+    assert Fitted.of(losses, as_is=False).strength == 2.0
+    # The larger one is less than its standard error, 0.12, better.
+    assert Fitted.of(losses).strength == 1.0
+    assert Fitted.of(losses | {2.0: base - 0.6}).strength == 2.0
+    assert Fitted.of(losses | {2.0: np.full(60, np.inf)}).strength == 1.0
+    assert Fitted.of({0.0: base, 0.5: base - 0.3, 1.0: base + 0.3}).strength == 0.5
+    assert Fitted.of(losses).losses[0.0] == pytest.approx(base.mean())

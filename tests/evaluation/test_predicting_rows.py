@@ -6,7 +6,13 @@ import torch
 from evaluating import evaluated, rows_of
 from folders import own_task, reader_of, states
 
-TRAINED = ("alternative layer", "deterministic hypernetwork", "ocd conditioned on x", "base trained for as long again")
+TRAINED = (
+    "alternative layer",
+    "deterministic hypernetwork",
+    "ocd conditioned on x",
+    "plain network on I(x)",
+    "base trained for as long again",
+)
 CONTROLS = ("random direction", "random training deltas", "shuffled conditioning")
 
 
