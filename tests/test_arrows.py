@@ -19,7 +19,7 @@ ALLOWED = {
     "tasks": "foundation per_sample",
     "overfitting": "foundation per_sample store tasks",
     "lifecycle": "foundation per_sample run_directory store tasks",
-    "training": "diffusion foundation overfitting run_directory store tasks",
+    "training": "diffusion foundation overfitting per_sample run_directory store tasks",
     "prediction": "diffusion foundation lifecycle per_sample run_directory store tasks training",
     "evaluation": "diffusion foundation lifecycle overfitting per_sample prediction run_directory store tasks training",
 }

@@ -35,7 +35,7 @@ class Fitted:
         """By the losses at each strength, in ascending order, (n,) each. Where deltas are to be taken `as_is`, of the strengths
         whose mean is within one standard error (of the paired difference) of the lowest mean, the one nearest to 1: a few
         samples always have the lowest mean at some large strength that goes far wrong elsewhere (the rule of one standard
-        error, Breiman et al., 1984). Else the one with the lowest mean."""
+        error, Breiman et al., 1984). Else, and where that is the base, the one with the lowest mean."""
         means = {strength: float(values.mean()) for strength, values in losses.items()}
         lowest = min(means, key=means.get)
 
@@ -43,7 +43,7 @@ class Fitted:
             above = losses[strength] - losses[lowest]
             return bool(np.isfinite(above).all() and above.mean() <= above.std(ddof=1) / len(above) ** 0.5)
 
-        near = [strength for strength in losses if as_is and is_near(strength)]
+        near = [strength for strength in losses if as_is and lowest and is_near(strength)]
         return cls(min(near, key=lambda strength: abs(strength - 1), default=lowest), means)
 
 

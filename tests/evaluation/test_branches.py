@@ -30,7 +30,7 @@ def test_costly_rows_come_from_branches_that_share_what_they_can(ocd, roomy):
         "conditioned-on-x": ["train-base", "select-layer"],
         "base-trained-longer": [],
     }
-    assert {path.name for path in branches.iterdir()} == set(shared)
+    assert {path.name for path in branches.iterdir() if not path.name.startswith("plain-network-")} == set(shared)
     for name, stages in shared.items():
         for stage in stages:
             same = [(run / stage / "manifest.json").read_bytes() for run in (roomy.run, branches / name)]

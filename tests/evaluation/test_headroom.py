@@ -286,4 +286,6 @@ def test_rivals_have_the_strength_that_suits_them_best():
     assert Fitted.of(losses | {2.0: base - 0.6}).strength == 2.0
     assert Fitted.of(losses | {2.0: np.full(60, np.inf)}).strength == 1.0
     assert Fitted.of({0.0: base, 0.5: base - 0.3, 1.0: base + 0.3}).strength == 0.5
+    # Where nothing is better than the base, nothing is what is taken.
+    assert Fitted.of({0.0: base, 1.0: base + 0.01 + draw.normal(0, 0.001, 60)}).strength == 0
     assert Fitted.of(losses).losses[0.0] == pytest.approx(base.mean())
