@@ -185,8 +185,8 @@ class Probe:
         if self._context.validation_is_given:
             return "give more samples with task.validation, or in the Task's validation()"
         return (
-            "give samples with task.validation, or hold more of train out with a larger task.validation_fraction, which then "
-            "trains no base"
+            "give samples with task.validation, or hold more of train out with a larger task.validation_fraction, which leaves "
+            "fewer to train the base on"
         )
 
     def _grid(self) -> list[dict[str, Any]]:

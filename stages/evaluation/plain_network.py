@@ -1,5 +1,6 @@
 """A plain network from the conditioning to the output: what can be had without changing a weight."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from stages.tasks.views import has_views
 from stages.training.batches import NOTHING, TrainingBatches
 from stages.training.plan import Plan
 from stages.training.run import TrainingRun
-from stages.training.trainer import Trainer
+from stages.training.trainer import Stream, Trainer
 
 FOLDER, STAGE = "plain-network", "train-diffusion"
 
@@ -89,11 +90,8 @@ class _Training:
     def __init__(self, context: RunContext, subject: Subject, numbers: int) -> None:
         self._context, self._subject = context, subject
         manifest = context.manifest_of(STAGE)
-        self._settings, self._steps, self._fingerprint = (
-            manifest.identity.settings,
-            manifest.summary["steps"],
-            manifest.content,
-        )
+        self._settings, self._steps = manifest.identity.settings, manifest.summary["steps"]
+        self._fingerprint = manifest.content
         collect = folder_of(context.project, "collect")
         reader = StoreReader(collect.found, context.manifest_of("collect").store)
         self._samples = torch.from_numpy(reader.read("sample_index"))
@@ -106,9 +104,10 @@ class _Training:
             device=torch.device("cpu"),
             memory=AUTO,
         )
+        self._stream = Stream(self._batches.batches)
         known = DenoiserDescription.read(context.file_of(STAGE, "denoiser.json"))
-        plain = known.preset in UNETS
-        size = (VECTOR_WIDTH, DENSE_BLOCKS) if plain else (known.width, known.blocks)
+        # A U-Net's width counts channels.
+        size = (VECTOR_WIDTH, DENSE_BLOCKS) if known.preset in UNETS else (known.width, known.blocks)
         with global_seed(context.seed, "evaluate", row.PLAIN):
             self._network = PlainNetwork(known.fields, numbers, *size)
         self._network.encoder.normalise.fit(self._batches.parts())
@@ -126,7 +125,8 @@ class _Training:
         plan = Plan(self._steps, table.evaluate_steps, table.checkpoint_steps, 0, table.checkpoint_minutes)
         report.start(row.PLAIN)
         run = TrainingRun(self._folder(), self._fingerprint, trainer, lambda: self._figures(trainer.averaged), plan, report)
-        trained = run.run()
+        with contextlib.closing(self._stream):
+            trained = run.run()
         self._network.load_state_dict(load_tensors(trained.snapshot))
         return self._network.eval().requires_grad_(False)
 
@@ -141,8 +141,7 @@ class _Training:
         return folder
 
     def _step_losses(self, step: int) -> Iterator[Tensor]:
-        batch = next(self._batches.batches(step))
-        yield self._losses(self._network, self._samples[batch.numbers]).mean()
+        yield self._losses(self._network, self._samples[self._stream.at(step).numbers]).mean()
 
     def _losses(self, network: PlainNetwork, samples: Tensor) -> Tensor:
         """The task's losses of some training samples, (B,)."""
