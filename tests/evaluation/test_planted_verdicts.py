@@ -23,7 +23,12 @@ PLANTED = {
     "harms": ({"collect": {"lr": 0.3}, "infer": {"strength": 2.0}}, {"known": 0.0, "noise": 1.0}, "harms"),
     "undecided for want of samples": ({"collect": {"lr": 0.1}}, {"known": 0.25, "noise": 1.0, "test": 16}, "undecided"),
     "helps, but a longer base does more": (
-        {"train-base": {"epochs": 8, "lr": 0.01}, "select-layer": {"layer": "2.weight"}},
+        {
+            "train-base": {"epochs": 8, "lr": 0.01},
+            "select-layer": {"layer": "2.weight"},
+            # So short a training keeps part of what OCD could gain: clearly less than the longer base does.
+            "train-diffusion": {"max_steps": 120, "evaluate_steps": 120},
+        },
         {"known": 1.0, "noise": 0.1, "hidden": 32, "test": 400},
         "does not help",
     ),
