@@ -11,7 +11,6 @@ from stages.diffusion.delta_batch import usable_split
 from stages.diffusion.generate import DeltaGenerator
 from stages.evaluation import rows as row
 from stages.evaluation.metrics import probabilities
-from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.rows import Row
 from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
@@ -28,6 +27,7 @@ from stages.prediction.predictor import HALF_ROWS, in_half, load_generator
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
+from stages.tasks.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.tasks.user_code import user_code
 from stages.tasks.views import any_views
 

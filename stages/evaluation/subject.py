@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stages.evaluation.neighbours import Neighbours
 from stages.foundation.deltas import Deltas
 from stages.foundation.trees import Tree, to_device
 from stages.overfitting.overfitter import Overfitter
@@ -17,6 +16,7 @@ from stages.per_sample.layer import Layer
 from stages.per_sample.runner import FirstPass
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import Split
+from stages.tasks.neighbours import Neighbours
 from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 

@@ -13,7 +13,6 @@ from stages.evaluation import rows as row
 from stages.evaluation.choosing import Trial
 from stages.evaluation.comparison import cross_fitted, seeded_order
 from stages.evaluation.from_run import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
-from stages.evaluation.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.evaluation.planned_cost import cost_of_run
 from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
@@ -25,6 +24,7 @@ from stages.lifecycle.context import RunContext
 from stages.per_sample.layer import Layer
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split
+from stages.tasks.neighbours import Neighbours, input_blocks, nearest, places_of
 
 # Training samples that neighbours are looked for among: as many as the base sees in so many seconds.
 SEARCH_S, MOST_SEARCHED, FEWEST_SEARCHED = 2.0, 20_000, 256

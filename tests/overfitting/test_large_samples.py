@@ -8,11 +8,10 @@ from folders import store
 from overfitters import RECIPES, forward, overfitter_of
 from torch import nn
 
-from stages.evaluation import neighbours
 from stages.overfitting.batch_size import LARGEST, LEAST, SMALLEST, auto_batch_size, sample_bytes
 from stages.per_sample.pass_size import largest_output
 from stages.store.delta_store import FEWEST_BLOCKS, LARGEST_BLOCK, SMALL_BLOCK, ArraySpec, block_rows
-from stages.tasks import scoring
+from stages.tasks import neighbours, scoring
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.losses import REGRESSION, mse
 from stages.tasks.protocol import Task

@@ -8,7 +8,6 @@ from overfitters import forward
 from refusals import refusal
 from torch import nn
 
-from stages.evaluation.neighbours import input_blocks, nearest, places_of
 from stages.foundation.errors import TaskError
 from stages.infer import open_run
 from stages.per_sample.capture import capture
@@ -16,6 +15,7 @@ from stages.per_sample.layer import find_layer
 from stages.tasks.conditioning import condition
 from stages.tasks.data import ArrayDataset, Split
 from stages.tasks.modules import load_object
+from stages.tasks.neighbours import input_blocks, nearest, places_of
 from stages.tasks.protocol import Task
 
 SETTINGS = {"select-layer": {"layer": "fc.weight", "draws": 0}, "evaluate": {"resamples": 100, "strengths": [0.0, 1.0]}}

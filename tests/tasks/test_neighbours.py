@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from overfitters import random
 
-from stages.evaluation.neighbours import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, Neighbours, flat_inputs, input_blocks, nearest
 from stages.tasks.data import ArrayDataset, Split
+from stages.tasks.neighbours import CANDIDATES_AT_ONCE, QUERIES_AT_ONCE, Neighbours, flat_inputs, input_blocks, nearest
 from stages.tasks.protocol import Task
 
 CPU = torch.device("cpu")
