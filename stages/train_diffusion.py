@@ -21,28 +21,25 @@ from stages.foundation.torch_state import repeatable, usual_torch
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
-from stages.overfitting.collector import make_overfitter
-from stages.prediction.predictor import load_scale
-from stages.run_directory.folders import folder_of
+from stages.prediction.for_training import neighbour_search, store_of, tuning_of
 from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.run_directory.states import PARTIAL
-from stages.store.reader import StoreReader
+from stages.training.bank import BANK_FILE
 from stages.training.batches import TrainingBatches
 from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
 from stages.training.memory import training_bytes
 from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
+from stages.training.retrieval import WHERE
 from stages.training.run import TrainingRun, take_up_training
+from stages.training.store_neighbours import NeighbourSearch
 from stages.training.trainer import threads_for
-from stages.training.tuning import Tuning
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"
 # Predicting nothing gives 1: a hundred times as much is no bad batch.
 LARGEST_LOSS = 100.0
-# Samples that the methods of running the model are tried on.
-PROBE = 2
 
 
 def train_diffusion(
@@ -104,7 +101,12 @@ class TrainDiffusion(Stage):
 
     def decided(self, known: dict[str, Any]) -> DenoiserSettings:
         """The settings with every `auto` decided, those in `known` as they have been."""
-        return decide(self.context.project, self._store, known, self.context.device)
+        context, near = self.context, self._search.described[0] if self._search else None
+        return decide(context.project, self._store, known, context.device, near)
+
+    @cached_property
+    def _search(self) -> NeighbourSearch | None:
+        return neighbour_search(self.context)
 
     def resolved(self) -> dict[str, Any]:
         return {f"{self.name}.{key}": value for key, value in self._planned.decided.items()}
@@ -146,6 +148,9 @@ class TrainDiffusion(Stage):
     def begin(self, finished: Path | None) -> None:
         """Settle what is in memory at once; take up a finished training's last checkpoint, where there is one."""
         work, settings = self.unfinished, self._denoiser
+        if self._search:
+            # Before the other processes look for what is found.
+            self._search.found  # noqa: B018
         require_space(work.path, 40 * settings.parameters)
         take_up_training(finished, work.path)
         micro = self.micro_batch(settings)
@@ -189,34 +194,16 @@ class TrainDiffusion(Stage):
 
     def training(self, settings: DenoiserSettings, micro: int) -> Training:
         """What takes part in the training, `micro` deltas at once."""
-        reader = StoreReader(folder_of(self.context.project, "collect").found, self._store)
+        reader = store_of(self.context)
 
         def smaller(left: int) -> None:
             self.report.message(f"memory ran out: from here on {left} deltas at once")
             if self.ranks.leads:
                 self.unfinished.change_execution(micro_batch_size=left)
 
-        tuning = self._tuning(settings, reader) if self.settings.tune_after else None
-        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, self.report, tuning)
-
-    def _tuning(self, settings: DenoiserSettings, reader: StoreReader) -> Tuning:
-        context, rows = self.context, self.context.splits["train"]
-        probe = rows.batch([i % len(rows) for i in range(PROBE)])
-        collect = context.project.settings.collect
-        # Some losses are negative, such as a density's. Where the base fits everything, in units of 1e-12.
-        loss_size = max(1e-12, float(abs(reader.read("base_loss").astype(float)).mean()))
-        return Tuning(
-            task=context.task,
-            scale=load_scale(context),
-            overfitter=make_overfitter(context.task, context.base_to_overfit(), context.layer, collect, probe),
-            split=context.splits["all"],
-            sample_index=torch.from_numpy(reader.read("sample_index")),
-            loss_size=loss_size,
-            schedule=settings.schedule,
-            seed=context.seed,
-            samples=self.settings.tune_samples,
-            vectors=settings.preset == VECTOR,
-        )
+        near = self._search.found if self._search else None
+        tuning = tuning_of(self.context, settings, near) if self.settings.tune_after else None
+        return Training(settings, reader, micro, self.context.device, self.ranks, smaller, self.report, tuning, near)
 
     def _run(self, folder: Path, fingerprint: str, settings: DenoiserSettings, training: Training) -> Trained:
         table, trainer = self.settings, training.trainer
@@ -249,7 +236,12 @@ class TrainDiffusion(Stage):
 
     def _result(self, folder: Path, trained: Trained, settings: DenoiserSettings, batches: TrainingBatches) -> WorkResult:
         link_or_copy(trained.snapshot, folder / DENOISER_FILE)
-        settings.description.write(folder / DESCRIPTION_FILE)
+        description = settings.description
+        if self._search:
+            near = self._search.found
+            description = description.changed(neighbours=near.known)
+            link_or_copy(near.bank_file, folder / BANK_FILE)
+        description.write(folder / DESCRIPTION_FILE)
         best = trained.best
         summary = {
             "steps": trained.steps,
@@ -265,8 +257,11 @@ class TrainDiffusion(Stage):
             "parameters": settings.parameters,
             **{key: getattr(settings.description, key) for key in ("preset", "prediction", "schedule")},
         }
-        content = digest([sha256_file(folder / DENOISER_FILE), settings.description.as_json()])
-        return WorkResult(summary, content, {"train-diffusion.max_steps": trained.extent(self.settings.max_steps)})
+        files = [DENOISER_FILE, *([BANK_FILE] if description.neighbours else [])]
+        content = digest([*(sha256_file(folder / name) for name in files), description.as_json()])
+        extents = {"train-diffusion.max_steps": trained.extent(self.settings.max_steps)}
+        where = {WHERE: description.neighbours.where} if description.neighbours else {}
+        return WorkResult(summary, content, extents, chosen=where)
 
 
 def _conditioning(best: dict[str, Any], batches: TrainingBatches) -> dict[str, Any]:

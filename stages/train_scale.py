@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.delta_batch import DeltaBatch
+from stages.diffusion.neighbour_encoder import NEIGHBOURS
 from stages.diffusion.scale import LOG, ScaleNetwork, scale_loss
 from stages.foundation.background import read_ahead
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
@@ -18,14 +20,17 @@ from stages.foundation.seeds import global_seed
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
-from stages.run_directory.folders import folder_of
-from stages.run_directory.format import ScaleDescription, StoreDescription
+from stages.prediction.for_training import neighbour_search, store_of
+from stages.run_directory.descriptions import ScaleDescription
+from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
-from stages.store.reader import StoreReader, field_widths
+from stages.store.reader import field_widths
 from stages.training.batches import NOTHING, TrainingBatches
+from stages.training.encoders import build_scale
 from stages.training.plan import Plan, Trained
 from stages.training.run import TrainingRun, take_up_training
+from stages.training.store_neighbours import NeighbourSearch
 from stages.training.trainer import Stream, Trainer, threads_for
 
 SCALE_FILE, DESCRIPTION_FILE = "scale.safetensors", "scale.json"
@@ -133,7 +138,7 @@ class TrainScale(Stage):
     def _network(self, batches: TrainingBatches) -> ScaleNetwork:
         """New, with the statistics of what it learns from."""
         with global_seed(self.context.seed, "train-scale", "network"):
-            network = ScaleNetwork(field_widths(self._store), self.settings.width)
+            network = build_scale(self._description)
         network.fit(batches.parts(), batches.rho)
         return network.to(self.context.device)
 
@@ -146,17 +151,32 @@ class TrainScale(Stage):
     def _batches(self) -> TrainingBatches:
         context, settings = self.context, self.settings
         return TrainingBatches(
-            StoreReader(folder_of(context.project, "collect").found, self._store),
+            store_of(context),
             deltas=NOTHING,
             held_out=settings.held_out,
             batch_size=settings.batch_size,
             seed=context.seed,
             device=context.device,
             memory=AUTO,
+            neighbours=self._search.found if self._search else None,
+        )
+
+    @cached_property
+    def _search(self) -> NeighbourSearch | None:
+        return neighbour_search(self.context)
+
+    @cached_property
+    def _description(self) -> ScaleDescription:
+        fields, width = field_widths(self._store), self.settings.width
+        if self._search is None:
+            return ScaleDescription(fields=fields, width=width)
+        encoder = self._search.described[0]
+        return ScaleDescription(
+            fields=fields | {NEIGHBOURS: math.prod(encoder.shape)}, width=width, encoders={NEIGHBOURS: encoder}
         )
 
     def _result(self, folder: Path, trained: Trained, batches: TrainingBatches) -> WorkResult:
-        description = ScaleDescription(fields=field_widths(self._store), width=self.settings.width)
+        description = self._description
         link_or_copy(trained.snapshot, folder / SCALE_FILE)
         description.write(folder / DESCRIPTION_FILE)
         best = trained.best

@@ -20,7 +20,7 @@ ALLOWED = {
     "overfitting": "foundation per_sample store tasks",
     "lifecycle": "foundation per_sample run_directory store tasks",
     "training": "diffusion foundation overfitting per_sample run_directory store tasks",
-    "prediction": "diffusion foundation lifecycle per_sample run_directory store tasks training",
+    "prediction": "diffusion foundation lifecycle overfitting per_sample run_directory store tasks training",
     "evaluation": "diffusion foundation lifecycle overfitting per_sample prediction run_directory store tasks training",
 }
 

@@ -1,13 +1,12 @@
 """What every denoiser is: a network that sees a noisy unit delta, t and the conditioning."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from stages.diffusion.conditioning import ConditioningEncoder, Fields
 
-LARGEST_LOG_FACTOR = math.log(8)
+# No part of a predicted length is smaller than this.
+SMALLEST_PART = 1 / 8
 
 
 class Denoiser(nn.Module):
@@ -17,7 +16,7 @@ class Denoiser(nn.Module):
         shape: of what it is shown: (out, in) of a delta, or (out, 1) of an output vector.
         encoder: the conditioning's encoder, whose statistics are fitted before training.
         prediction: what `forward` returns, "x0", "epsilon", or "mean" (a clean unit delta from the conditioning alone).
-        length: what changes predicted lengths, of a denoiser that is tuned.
+        lengths: what changes predicted lengths, of a denoiser that is tuned.
     """
 
     shape: tuple[int, int]
@@ -26,12 +25,12 @@ class Denoiser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.length: LengthFactor | None = None
+        self.lengths: Lengths | None = None
 
-    def length_factor(self, encoded: Tensor) -> Tensor | float:
-        """What predicted lengths are multiplied by: the encoded conditioning (B, E) to (B,); 1 for a denoiser that is not
-        tuned."""
-        return 1.0 if self.length is None else self.length(encoded)
+    def length(self, encoded: Tensor, rho: Tensor) -> Tensor:
+        """How long a delta is made, by the encoded conditioning (B, E) and the scale network's ρ̂, (B,), to (B,): as that has
+        it, unless the denoiser is tuned."""
+        return rho if self.lengths is None else self.lengths(encoded, rho)
 
     def encode(self, fields: Fields) -> Tensor:
         """What is constant during sampling: fields (B, …) to (B, E)."""
@@ -42,21 +41,23 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
 
-class LengthFactor(nn.Module):
-    """exp of an MLP of the encoded conditioning, (B, E) to (B,), between 1/8 and 8; it begins at 1.
+class Lengths(nn.Module):
+    """max(ρ̂ + ρ̄ g(e), ρ̂/8) with an MLP g of the encoded conditioning, (B, E) to (B,), which begins at 0.
 
-    Of E numbers the first `dim` are the encoder's.
+    A sum: where ρ̂ is small, as of a sample that the base takes for an easy one, no factor of it would learn.
+    Of E numbers the first `dim` are the encoder's; ρ̄ is the mean ρ of the rows that train.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.register_buffer("mean", torch.ones(()))
         self.dim, self.body = dim, nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
         nn.init.zeros_(self.body[-1].weight)
         nn.init.zeros_(self.body[-1].bias)
 
-    def forward(self, encoded: Tensor) -> Tensor:
+    def forward(self, encoded: Tensor, rho: Tensor) -> Tensor:
         found = self.body(encoded[:, : self.dim]).squeeze(1).float()
-        return (LARGEST_LOG_FACTOR * torch.tanh(found / LARGEST_LOG_FACTOR)).exp()
+        return torch.maximum(rho + self.mean * found, SMALLEST_PART * rho)
 
 
 def unit(deltas: Tensor) -> Tensor:

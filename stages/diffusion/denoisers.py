@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.diffusion.conditioning import ConditioningEncoder
-from stages.diffusion.denoiser import Denoiser, LengthFactor
+from stages.diffusion.denoiser import Denoiser, Lengths
 from stages.diffusion.encoders import Encoders, make_encoders
 from stages.diffusion.factored import FactoredDenoiser
 from stages.diffusion.mlp import MlpDenoiser
@@ -115,7 +115,7 @@ def make_denoiser(
     """
     denoiser = _network(description, weights, modules)
     if description.get("lengthens"):
-        denoiser.length = LengthFactor(denoiser.encoder.dim)
+        denoiser.lengths = Lengths(denoiser.encoder.dim)
     return denoiser
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.diffusion.neighbour_encoder import NEIGHBOURS, NeighbourEncoder
 from stages.foundation.errors import DataError, SettingsError
 
 LINEAR, PICTURE, SOUND = "linear", "vgg11", "spectrogram"
@@ -120,6 +121,7 @@ def _seen(features: Vgg11, pictures: Tensor) -> Tensor:
     return features(pictures.expand(-1, 3, -1, -1)).mean((2, 3))
 
 
+# What a field may be encoded by; `neighbours` is no field of the store.
 KINDS = {PICTURE: PictureEncoder, SOUND: SoundEncoder}
 # (shape of the field, width) -> encoder
 Encoders = Callable[[tuple[int, ...], int], nn.Module]
@@ -136,5 +138,8 @@ def make_encoders(
     made = {}
     for name, entry in described.items():
         kind, shape = entry["kind"], tuple(entry["shape"])
-        made[name] = KINDS[kind](shape, dim, weights) if kind in KINDS else (modules or {})[kind](shape, dim)
+        if kind == NEIGHBOURS:
+            made[name] = NeighbourEncoder(shape, dim)
+        else:
+            made[name] = KINDS[kind](shape, dim, weights) if kind in KINDS else (modules or {})[kind](shape, dim)
     return made

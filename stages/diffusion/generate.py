@@ -70,7 +70,7 @@ class DeltaGenerator:
         """
         count, shape = len(members), self.denoiser.shape
         encoded = self.denoiser.encode(fields)
-        rho = self.scale(fields).exp() * self.denoiser.length_factor(encoded)
+        rho = self.denoiser.length(encoded, self.scale(fields).exp())
         encoded = encoded.repeat_interleave(count, dim=0)
 
         def denoise(noisy: Tensor, t: Tensor) -> Tensor:

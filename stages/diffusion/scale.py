@@ -1,7 +1,7 @@
 """The scale network ρ(x, I(x)): how long the delta is (Eq. 2 and 10)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,20 @@ LOG, PAPER = "log", "paper"
 
 
 class ScaleNetwork(nn.Module):
-    """An MLP from the normalised fields, side by side, to log ρ; it begins at the training set's mean of log ρ."""
+    """An MLP from the normalised fields, side by side, to log ρ; it begins at the training set's mean of log ρ.
 
-    def __init__(self, widths: dict[str, int], width: int) -> None:
+    Args:
+        widths: numbers of each field.
+        given: encoders of fields that have one of their own, normalised field (B, numbers) to (B, width).
+    """
+
+    def __init__(self, widths: dict[str, int], width: int, given: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
-        self.normalise = NormalisedFields(widths)
-        self.body = nn.Sequential(
-            nn.Linear(sum(widths.values()), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
-        )
+        given = given or {}
+        shared = {name: encoder.channels for name, encoder in given.items() if hasattr(encoder, "channels")}
+        self.normalise, self.encoders = NormalisedFields(widths, shared), nn.ModuleDict(given)
+        seen = sum(width if name in given else numbers for name, numbers in widths.items())
+        self.body = nn.Sequential(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
         nn.init.zeros_(self.body[-1].weight)
         nn.init.zeros_(self.body[-1].bias)
         self.register_buffer("mean_log_rho", torch.zeros(()))
@@ -34,7 +40,8 @@ class ScaleNetwork(nn.Module):
 
     def forward(self, fields: Fields) -> Tensor:
         """log ρ̂ of samples: fields (B, …) to (B,)."""
-        values = torch.cat(list(self.normalise(fields).values()), dim=1)
+        normalised = self.normalise(fields).items()
+        values = torch.cat([self.encoders[name](one) if name in self.encoders else one for name, one in normalised], dim=1)
         return self.mean_log_rho + self.scale_log_rho * self.body(values).squeeze(1)
 
 

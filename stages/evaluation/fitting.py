@@ -15,7 +15,7 @@ from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
 from stages.evaluation.verdict import RIVALS, SMALLEST_GAIN, VERDICT_TAIL
 from stages.foundation.memory import AtOnce
 from stages.foundation.numbers import ROUNDING
-from stages.run_directory.format import Strength
+from stages.run_directory.descriptions import Strength
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.scoring import finite
 

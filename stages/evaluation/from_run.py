@@ -23,7 +23,7 @@ from stages.lifecycle.context import RunContext
 from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.collector import Collector, make_overfitter
 from stages.per_sample.layer import Layer
-from stages.prediction.predictor import HALF_ROWS, in_half, load_generator
+from stages.prediction.predictor import HALF_ROWS, in_half, load_generator, load_retrieval
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
@@ -69,6 +69,7 @@ def make_subject(context: RunContext, layer: Layer, **settings: Any) -> Subject:
 
 def with_denoiser(subject: Subject, context: RunContext, training: StoredDeltas | None, members: int) -> Subject:
     """The same model with the denoiser and the scale network of a finished run."""
+    subject = dataclasses.replace(subject, retrieve=load_retrieval(context, subject.overfitter))
     rows = context.splits["all"]
     few = EvaluatedSamples(rows, torch.arange(min(HALF_ROWS, len(rows))))
 

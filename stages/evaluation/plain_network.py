@@ -19,8 +19,8 @@ from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_tensors
 from stages.lifecycle.branches import BRANCHES
 from stages.lifecycle.context import RunContext
+from stages.run_directory.descriptions import DenoiserDescription
 from stages.run_directory.folders import folder_of
-from stages.run_directory.format import DenoiserDescription
 from stages.run_directory.pipeline import AUTO
 from stages.store.reader import StoreReader
 from stages.tasks.loader import losses
@@ -81,7 +81,7 @@ def plain_network_row(context: RunContext, subject: Subject) -> Row | str:
 def _changed(batch: Batch, network: PlainNetwork) -> Tensor:
     """The base's output with the network's change, (B, …)."""
     output = batch.first.output
-    return output + network(batch.fields).view_as(output).to(output)
+    return output + network(batch.seen).view_as(output).to(output)
 
 
 class _Training:

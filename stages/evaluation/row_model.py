@@ -22,8 +22,8 @@ from stages.foundation.trees import Tree
 from stages.lifecycle.context import RunContext
 from stages.prediction.personalised import Prediction
 from stages.prediction.predictor import STRENGTH_FILE
+from stages.run_directory.descriptions import Strength
 from stages.run_directory.folders import folder_of
-from stages.run_directory.format import Strength
 from stages.run_directory.pipeline import AUTO
 from stages.store.reader import StoreReader
 from stages.tasks.data import Split

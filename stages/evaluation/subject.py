@@ -23,6 +23,8 @@ from stages.tasks.user_code import user_code
 # conditioning {name: (B, …)}, row numbers (B,), members, and `seen`, what the layer sees (B, …) -> B times E deltas of strength
 # 1, and predicted rho (B,)
 Generate = Callable[..., tuple[Deltas, Tensor]]
+# x (B, …), the base's pass over it, conditioning -> conditioning with what is said of neighbours
+Retrieve = Callable[[Tree, FirstPass, dict[str, Tensor]], dict[str, Tensor]]
 # split, positions (B,), their (x, y) -> deltas (B, out, in), overfitted on the labels, and which are degenerate (B,) bool
 OverfitSamples = Callable[[Split, Tensor, tuple[Tree, Tree]], tuple[Tensor, Tensor]]
 
@@ -53,6 +55,7 @@ class Subject:
         overfit: the deltas that labels give.
         generate: the deltas that the conditioning gives; None before there is a denoiser.
         ensemble: members E.
+        retrieve: adds what is said of neighbours to the conditioning, where the denoiser knows of them.
     """
 
     task: Task
@@ -65,6 +68,7 @@ class Subject:
     generate: Generate | None = None
     ensemble: int = 1
     training: TrainingDeltas | None = None
+    retrieve: Retrieve | None = None
 
     def combine(self, members: Tree) -> Tree:
         """The members' combination: (E, B, …) to (B, …)."""
@@ -134,10 +138,16 @@ class Batch:
         return fields_of(subject.task, kind, self.x, self.first.output, self.first.captured)[0]
 
     @cached_property
+    def seen(self) -> dict[str, Tensor]:
+        """What the networks see: the conditioning, and what is said of neighbours, each (B, …)."""
+        retrieve = self.subject.retrieve
+        return self.fields if retrieve is None else retrieve(self.x, self.first, self.fields)
+
+    @cached_property
     def generated(self) -> tuple[Deltas, Tensor]:
         """Generated deltas of strength 1, B times E, and their predicted ρ, (B,)."""
         members, seen = range(self.subject.ensemble), self.first.captured[LAYER_INPUT]
-        return self.subject.generate(self.fields, self.rows, members, seen=seen)
+        return self.subject.generate(self.seen, self.rows, members, seen=seen)
 
     @property
     def partners(self) -> Tensor:

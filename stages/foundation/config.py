@@ -173,6 +173,13 @@ class TrainDiffusionTable(Table):
         "Gaussian noise on the normalised conditioning while training, which keeps few samples from being learned by heart",
         ge=0,
     )
+    neighbours: int = identity(
+        0, "nearest other training samples whose deltas and errors condition both networks; 0: none, as in the paper", ge=0
+    )
+    neighbours_in: Literal["auto", "coordinates", "x", "layer_input"] = identity(
+        "auto",
+        "where samples are near: the task's coordinates(), x, or what the layer sees; auto: where held-out deltas are nearest",
+    )
     tune_after: int = identity(
         0,
         "steps on the deltas, after which the denoiser is tuned by the task's own loss with its deltas applied; 0: never",

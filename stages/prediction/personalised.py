@@ -13,10 +13,10 @@ from stages.foundation.deltas import Deltas
 from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree, batch_size
 from stages.per_sample.capture import LAYER_INPUT
-from stages.per_sample.runner import Runner
+from stages.per_sample.runner import FirstPass, Runner
 
-# x (B, …), the base's output, the captured fields -> conditioning {name: (B, …)}
-Condition = Callable[[Tree, Tree, dict[str, Tensor]], dict[str, Tensor]]
+# x (B, …) and the base's own pass over it -> conditioning {name: (B, …)}
+Condition = Callable[[Tree, FirstPass], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class PersonalisedModel:
         members = range(first_member, first_member + (ensemble or self.ensemble))
         x = self._prepare(x)
         first = self.runner.first_pass(x)
-        conditioning = self._condition(x, first.output, first.captured)
+        conditioning = self._condition(x, first)
         rows = range(batch_size(x)) if rows is None else rows
         deltas, rho = self.generate(conditioning, rows, members, noise, first.captured[LAYER_INPUT])
         outputs = self.runner.members_along(first, x, deltas)(1.0)

@@ -18,17 +18,19 @@ from stages.foundation.memory import AtOnce, free_on_gpu
 from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, concatenate, leaves, to_device, tree_map
 from stages.lifecycle.context import RunContext
-from stages.per_sample.runner import Runner
+from stages.per_sample.runner import FirstPass, Runner
 from stages.per_sample.self_check import equal
 from stages.prediction.personalised import PersonalisedModel
-from stages.run_directory.format import DenoiserDescription, ScaleDescription, Strength
+from stages.run_directory.descriptions import DenoiserDescription, ScaleDescription, Strength
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import as_float32, check_like
 from stages.tasks.user_code import user_code
-from stages.training.encoders import build_denoiser
+from stages.training.bank import BANK_FILE, Bank
+from stages.training.encoders import build_denoiser, build_scale
 from stages.training.memory import activation_bytes
+from stages.training.retrieval import Retrieval
 
 STRENGTH_FILE = "strength.json"
 # Memory that the denoiser's activations may take: on a CPU more at once is no faster; on a GPU a share of what is free, since
@@ -50,8 +52,11 @@ def load_personalised(context: RunContext, strength: float | None = None) -> tup
     runner = Runner(base, layer, context.forward, to_device(concatenate([sample, sample]), device), watched=task.watched)
     kind = type(layer.module(base))
 
-    def conditioned(x: Tree, output: Tree, captured: dict[str, Tensor]) -> dict[str, Tensor]:
-        return fields_of(task, kind, x, output, captured)[0]
+    retrieval = load_retrieval(context, runner)
+
+    def conditioned(x: Tree, first: FirstPass) -> dict[str, Tensor]:
+        fields = fields_of(task, kind, x, first.output, first.captured)[0]
+        return fields if retrieval is None else retrieval(x, first, fields)
 
     def prepared(x: Tree) -> Tree:
         x = tree_map(as_float32, x)
@@ -120,6 +125,19 @@ def load_generator(context: RunContext, strength: float | None = None) -> DeltaG
     )
 
 
+def load_retrieval(context: RunContext, runner: Runner) -> Retrieval | None:
+    """What adds to the conditioning what is said of neighbours; None where the denoiser knows of none.
+
+    Raises:
+        ArtifactError: the bank is missing or damaged.
+    """
+    known = DenoiserDescription.read(context.file_of("train-diffusion", "denoiser.json")).neighbours
+    if known is None:
+        return None
+    bank = Bank.read(context.file_of("train-diffusion", BANK_FILE))
+    return Retrieval(context.task, runner, bank.to(context.device), known)
+
+
 def load_scale(context: RunContext) -> ScaleNetwork:
     """The trained scale network.
 
@@ -127,7 +145,7 @@ def load_scale(context: RunContext) -> ScaleNetwork:
         ArtifactError: it is missing or damaged.
     """
     description = ScaleDescription.read(context.file_of("train-scale", "scale.json"))
-    scale = ScaleNetwork(description.fields, description.width)
+    scale = build_scale(description)
     _load(scale, context.file_of("train-scale", "scale.safetensors"))
     return scale.to(context.device).eval().requires_grad_(False)
 

@@ -78,17 +78,25 @@ STAGES = {
     )
 }
 ORDER = tuple(STAGES)
+TRAININGS = ("train-diffusion", "train-scale")
+# What train-scale goes by beside its own settings, where neighbours are told of.
+NEIGHBOURS = ("train-diffusion.neighbours", "train-diffusion.neighbours_in", "train-diffusion.held_out")
 # What all predictions need.
 LEARNED = ORDER[: ORDER.index("train-scale") + 1]
 
 
 def spec_of(project: Project, name: str) -> StageSpec:
     """A stage's place in the pipeline; predictions with another row of `evaluate`, or at the strength that it fitted, come
-    after it, and a denoiser that is tuned reads what the task's loss is computed from, and predicted lengths."""
+    after it; a denoiser that is tuned reads what the task's loss is computed from, and predicted lengths; and trainings that
+    are told of neighbours read samples and run the base."""
     spec = STAGES[name]
-    if name == "train-diffusion" and project.settings.train_diffusion.tune_after:
-        reads = (*STAGES["collect"].reads, *spec.reads, "train-scale")
-        return dataclasses.replace(spec, reads=reads, data=("train",), task=True)
+    diffusion = project.settings.train_diffusion
+    tuned, near = name == "train-diffusion" and diffusion.tune_after, name in TRAININGS and diffusion.neighbours
+    if tuned or near:
+        reads = (*STAGES["collect"].reads, *spec.reads, *(["train-scale"] if tuned else []))
+        data = ("train", "validation") if tuned else ("train",)
+        settings = (*spec.settings, *(NEIGHBOURS if near and name != "train-diffusion" else ()))
+        return dataclasses.replace(spec, reads=reads, data=data, task=True, settings=settings)
     if name == "infer" and project.settings.infer.row != OWN_ROW:
         # Neighbours are looked for among the training samples, and a task's own rows may be trained on both. How many they are
         # is not in what it takes from evaluate.

@@ -14,6 +14,10 @@ from stages.tasks.protocol import Task
 from stages.tasks.user_code import user_code
 
 QUERIES_AT_ONCE, CANDIDATES_AT_ONCE = 2048, 4096
+# Of the quick search, and how many candidates are looked at closely beside twice those that are asked for.
+QUICK_QUERIES, QUICK_CANDIDATES, MORE = 1024, 16384, 16
+# Numbers of the differences that are looked at closely at once.
+CLOSE_NUMBERS = 1 << 24
 # Numbers of a block of candidates: large inputs come in smaller blocks.
 BLOCK_NUMBERS = 1 << 24
 
@@ -66,6 +70,95 @@ def nearest(
         row = torch.cat([row, numbers.expand(len(queries), -1)], dim=1).gather(1, picked)
         on_progress(start + len(block))
     return Neighbours(distance.clamp_min(0).sqrt().to(queries.dtype), row)
+
+
+def nearest_of(
+    queries: Tensor,
+    candidates: Tensor,
+    k: int,
+    excluded: Tensor | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Neighbours:
+    """As `nearest`, of candidates in memory, quickly: a list by products in single precision, of which the k are taken by the
+    differences themselves; where rounding could have kept one off the list, by `nearest`.
+
+    Args:
+        queries: (N, d) float32.
+        candidates: (M, d) float32.
+        k: how many; fewer where there are fewer candidates.
+        excluded: pairs (query, candidate) that do not count, (P, 2).
+        on_progress: told of the queries answered so far.
+
+    Returns:
+        what was found; a candidate that does not count has distance inf.
+    """
+    centre = candidates.mean(0)
+    points = candidates - centre
+    squares, numbers = points.square().sum(1), points.shape[1]
+    # |fl(q·c) − q·c| ≤ d ε ‖q‖ ‖c‖ (Higham, 2002, Sec. 3.1), twice, and as much again for the squares and the centre.
+    rounding = 4 * numbers * torch.finfo(torch.float32).eps
+    distances, rows = [], []
+    for start in range(0, len(queries), QUICK_QUERIES):
+        asked = queries[start : start + QUICK_QUERIES]
+        pairs = None if excluded is None else _pairs_of(excluded, start, len(asked))
+        seen = asked - centre
+        value, row = _shortlist(seen, points, squares, min(2 * k + MORE, len(points)), pairs)
+        distance = _distances(asked, candidates, row).masked_fill(value == torch.inf, torch.inf)
+        distance, order = distance.sort(dim=1, stable=True)
+        distance, picked = distance[:, :k], row.gather(1, order)[:, :k]
+        if row.shape[1] < len(points):
+            own = seen.square().sum(1)
+            least = value[:, -1] + own - rounding * (own + squares.max())
+            for place in torch.nonzero(~(distance[:, -1].square() <= least)).flatten().tolist():
+                distance[place], picked[place] = _exactly(asked[place], candidates, k, pairs, place)
+        distances.append(distance)
+        rows.append(picked)
+        on_progress(start + len(asked))
+    return Neighbours(torch.cat(distances).float(), torch.cat(rows))
+
+
+def _pairs_of(excluded: Tensor, start: int, count: int) -> Tensor:
+    """The pairs of some queries, these counted from 0."""
+    return excluded[(excluded[:, 0] >= start) & (excluded[:, 0] < start + count)] - torch.tensor(
+        [start, 0], device=excluded.device
+    )
+
+
+def _shortlist(queries: Tensor, points: Tensor, squares: Tensor, count: int, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The `count` candidates of the smallest ‖c‖² − 2 q·c, with these values, in single precision: (N, count) each."""
+    values, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(points), QUICK_CANDIDATES):
+        block = slice(start, start + QUICK_CANDIDATES)
+        found = torch.addmm(squares[block], queries, points[block].T, alpha=-2)
+        if excluded is not None:
+            here = excluded[(excluded[:, 1] >= start) & (excluded[:, 1] < start + found.shape[1])]
+            found[here[:, 0], here[:, 1] - start] = torch.inf
+        value, row = found.topk(min(count, found.shape[1]), dim=1, largest=False)
+        values, rows = torch.cat([values, value], dim=1), torch.cat([rows, row + start], dim=1)
+        values, order = values.topk(min(count, values.shape[1]), dim=1, largest=False)
+        rows = rows.gather(1, order)
+    return values, rows
+
+
+def _distances(queries: Tensor, candidates: Tensor, rows: Tensor) -> Tensor:
+    """‖q − c‖ of each query and some candidates of its own, (N, n), in float64."""
+    size = max(1, CLOSE_NUMBERS // (rows.shape[1] * queries.shape[1]))
+    parts = zip(queries.split(size), rows.split(size), strict=True)
+    return torch.cat([(part.unsqueeze(1) - candidates[row]).double().norm(dim=2) for part, row in parts])
+
+
+def _exactly(query: Tensor, candidates: Tensor, k: int, excluded: Tensor | None, place: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of one query by `nearest`: distances and rows, (k,) each."""
+    none = torch.empty(0, dtype=torch.long, device=query.device)
+    left_out = none if excluded is None else excluded[excluded[:, 0] == place, 1]
+    blocks = (
+        (start, candidates[start : start + CANDIDATES_AT_ONCE]) for start in range(0, len(candidates), CANDIDATES_AT_ONCE)
+    )
+    found = nearest(query.unsqueeze(0), blocks, k + len(left_out))
+    counted = ~torch.isin(found.row[0], left_out)
+    distance, row = found.distance[0][counted][:k].double(), found.row[0][counted][:k]
+    short = k - len(row)
+    return torch.cat([distance, distance.new_full((short,), torch.inf)]), torch.cat([row, left_out[:short]])
 
 
 def _squared(queries: Tensor, block: Tensor) -> Tensor:

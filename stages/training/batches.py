@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.diffusion.conditioning import Fields
 from stages.diffusion.delta_batch import DeltaBatch, usable_split
+from stages.diffusion.neighbour_encoder import NEIGHBOURS
 from stages.foundation.files import available_memory
 from stages.foundation.memory import free_on_gpu
 from stages.foundation.processes import local_count
@@ -14,6 +16,7 @@ from stages.run_directory.pipeline import AUTO
 from stages.store.delta_store import DELTA, FACTORS
 from stages.store.reader import StoreReader
 from stages.store.shuffler import Rows, Shuffler, in_batches
+from stages.training.store_neighbours import StoreNeighbours
 
 # Rows that are shuffled among each other lie in a buffer of this size; it decides the order, so it is no setting.
 BUFFER_BYTES = 512 << 20
@@ -34,6 +37,7 @@ class TrainingBatches:
         deltas: what is wanted of them beside the conditioning; of output vectors (B, out, 1) is made.
         held_out: part held out.
         memory: GiB that the store may take, or "auto".
+        neighbours: of the store's rows, what is said of them is a further field.
 
     Raises:
         ComputeError: fewer than two rows are usable.
@@ -50,8 +54,9 @@ class TrainingBatches:
         seed: int,
         device: torch.device,
         memory: float | str,
+        neighbours: StoreNeighbours | None = None,
     ) -> None:
-        self._reader, self._device = reader, device
+        self._reader, self._device, self._neighbours = reader, device, neighbours
         arrays = reader.description.arrays
         factors = arrays[DELTA].factors
         self._of_delta = {NOTHING: [], VECTORS: FACTORS[:1], WHOLE: factors or [DELTA]}[deltas]
@@ -67,6 +72,8 @@ class TrainingBatches:
         buffer_blocks = max(1, BUFFER_BYTES // (reader.block_samples * reader.nbytes(self._names) // len(reader)))
         self._shuffler = Shuffler(len(reader), reader.block_samples, seed, buffer_blocks, self._usable)
         self._resident: dict[str, Tensor] | Rows | None = self._load(memory)
+        if neighbours is not None and self._on_gpu:
+            self._neighbours = neighbours.to(device)
         self.held_out = self._some(held.numpy())
 
     @property
@@ -74,7 +81,11 @@ class TrainingBatches:
         """Where the rows lie, for people."""
         if self._resident is None:
             return "read from the disk while training"
-        return "kept on the GPU" if isinstance(next(iter(self._resident.values())), Tensor) else "kept in memory"
+        return "kept on the GPU" if self._on_gpu else "kept in memory"
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._resident is not None and isinstance(next(iter(self._resident.values())), Tensor)
 
     def _load(self, memory: float | str) -> dict[str, Tensor] | Rows | None:
         """The whole store, where it may be kept."""
@@ -101,8 +112,9 @@ class TrainingBatches:
         for start, stop in self._spans():
             kept = self._usable[start:stop]
             if kept.any():
-                fields = {name: self._reader.read(name, start, stop)[kept] for name in self._reader.field_names()}
-                yield {name: torch.from_numpy(value) for name, value in fields.items()}
+                read = {name: self._reader.read(name, start, stop)[kept] for name in self._reader.field_names()}
+                fields = {name: torch.from_numpy(value) for name, value in read.items()}
+                yield self._with_neighbours(start + np.flatnonzero(kept), fields)
 
     @property
     def rho(self) -> Tensor:
@@ -133,7 +145,7 @@ class TrainingBatches:
         if self._resident is None:
             found = self._reader.take(self._names, rows)
             return self._batch(found.pop("row"), found)
-        if isinstance(next(iter(self._resident.values())), Tensor):
+        if self._on_gpu:
             # Page-locked, for a copy that would otherwise wait for all that the GPU has before it.
             at = torch.from_numpy(rows).pin_memory().to(self._device, non_blocking=True)
             return self._batch(rows, {name: value[at] for name, value in self._resident.items()})
@@ -146,4 +158,10 @@ class TrainingBatches:
             deltas = left[:, :, None] * right[:, None, :]
         else:
             deltas = left.reshape(*left.shape[:2], -1) if left is not None else None
-        return DeltaBatch(tensors, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))
+        fields = self._with_neighbours(numbers, tensors)
+        return DeltaBatch(fields, torch.from_numpy(self._rho[numbers]), deltas, torch.from_numpy(numbers))
+
+    def _with_neighbours(self, numbers: np.ndarray, fields: Fields) -> Fields:
+        if self._neighbours is None:
+            return fields
+        return fields | {NEIGHBOURS: self._neighbours.tokens(torch.from_numpy(numbers), fields)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import UNETS, VECTOR, auto_preset, denoised_shape, resolve
 from stages.diffusion.denoising import step_draws
+from stages.diffusion.neighbour_encoder import NEIGHBOURS
 from stages.diffusion.schedule import NoiseSchedule, make_schedule
 from stages.foundation.background import made_ahead, read_ahead
 from stages.foundation.config import TrainDiffusionTable
@@ -24,7 +25,8 @@ from stages.foundation.memory import free_on_gpu
 from stages.foundation.processes import cores, local_count
 from stages.foundation.progress import Report
 from stages.foundation.seeds import global_seed
-from stages.run_directory.format import DenoiserDescription, StoreDescription
+from stages.run_directory.descriptions import DenoiserDescription, EncoderDescription
+from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
 from stages.store.delta_store import DELTA
@@ -34,6 +36,7 @@ from stages.training.denoising_steps import DenoisingSteps, Ready
 from stages.training.encoders import build_denoiser, described_encoders
 from stages.training.memory import operations, parameters, training_bytes
 from stages.training.ranks import Ranks
+from stages.training.store_neighbours import StoreNeighbours
 from stages.training.trainer import Trainer
 from stages.training.tuning import Tuning
 
@@ -108,8 +111,15 @@ class DenoiserSettings:
         return make_schedule(self.description.schedule, rows * columns, self.description.prediction)
 
 
-def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any], device: torch.device) -> DenoiserSettings:
-    """Decide every `auto` of `[train-diffusion]`; `decided` are settings by name, as unfinished work was begun with them.
+def decide(
+    project: Project,
+    store: StoreDescription,
+    decided: Mapping[str, Any],
+    device: torch.device,
+    neighbours: EncoderDescription | None = None,
+) -> DenoiserSettings:
+    """Decide every `auto` of `[train-diffusion]`; `decided` are settings by name, as unfinished work was begun with them;
+    `neighbours` is the encoder of what is said of them, where it is.
 
     Raises:
         SettingsError: settings that do not go together, encoders of fields that do not exist.
@@ -121,6 +131,9 @@ def decide(project: Project, store: StoreDescription, decided: Mapping[str, Any]
     shapes["lengthens"] = bool(settings["tune_after"])
     if encoders := described_encoders(project, store):
         shapes["encoders"] = encoders
+    if neighbours is not None:
+        shapes["fields"][NEIGHBOURS] = math.prod(neighbours.shape)
+        shapes["encoders"] = {**encoders, NEIGHBOURS: neighbours.as_json()}
 
     factors = store.arrays[DELTA].factors
     if settings["preset"] == VECTOR and not factors:
@@ -183,10 +196,12 @@ class Training:
         smaller: Callable[[int], None],
         report: Report,
         tuning: Tuning | None = None,
+        neighbours: StoreNeighbours | None = None,
     ) -> None:
         self._settings, self._device, self._ranks, self._report = settings, device, ranks, report
         table = settings.table
         wanted = {"held_out": table.held_out, "batch_size": settings.batch_size, "memory": table.store_memory}
+        wanted["neighbours"] = neighbours
         deltas = VECTORS if settings.preset == VECTOR else WHOLE
         self.batches = TrainingBatches(reader, deltas=deltas, seed=settings.seed, device=device, **wanted)
         self.denoiser = self._new_denoiser()
@@ -213,6 +228,8 @@ class Training:
             denoiser = settings.make(begin=True)
         denoiser.encoder.normalise.fit(self.batches.parts())
         denoiser.encoder.noise = settings.table.conditioning_noise
+        if denoiser.lengths is not None:
+            denoiser.lengths.mean.fill_(float(self.batches.rho.double().mean()))
         if self._device.type == "cuda" and settings.preset in UNETS:
             return denoiser.to(self._device, memory_format=torch.channels_last)
         return denoiser.to(self._device)

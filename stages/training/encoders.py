@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.denoisers import make_denoiser
-from stages.diffusion.encoders import KINDS, LINEAR
+from stages.diffusion.encoders import KINDS, LINEAR, make_encoders
+from stages.diffusion.scale import ScaleNetwork
 from stages.foundation.errors import ComputeError, DataError, SettingsError, TaskError
 from stages.foundation.specs import is_code
 from stages.foundation.tensors import load_tensors
-from stages.run_directory.format import DenoiserDescription, StoreDescription
+from stages.run_directory.descriptions import DenoiserDescription, ScaleDescription
+from stages.run_directory.format import StoreDescription
 from stages.run_directory.project import Project
 from stages.run_directory.sources import encoder_weights
 from stages.tasks.modules import load_object
@@ -50,6 +52,12 @@ def build_denoiser(project: Project, description: DenoiserDescription, *, begin:
     own = {entry.kind for entry in description.encoders.values() if is_code(entry.kind)}
     modules = {kind: _loaded(project, kind) for kind in sorted(own)}
     return make_denoiser(description.as_json(), _weights(project) if begin else None, modules)
+
+
+def build_scale(description: ScaleDescription) -> ScaleNetwork:
+    """The scale network of a description."""
+    described = {name: entry.as_json() for name, entry in description.encoders.items()}
+    return ScaleNetwork(description.fields, description.width, make_encoders(described, description.width))
 
 
 class OwnEncoder(nn.Module):

@@ -36,11 +36,25 @@ FEWEST_HELD_OUT, STEPS_HELD_OUT = 16, 4
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Validation samples that tuning is judged on: the base has not learned their labels, as those of the store's rows.
+
+    Attributes:
+        rows: their conditioning; `numbers` are their positions in the split.
+        loss_size: the mean size of the base's losses there.
+    """
+
+    split: Split
+    rows: DeltaBatch
+    loss_size: float
+
+
+@dataclass(frozen=True)
 class Tuning:
     """L(f_{θ + ρ̂·Ω̂_0}(x), y) / L̄: the loss with a delta that the denoiser draws, in units of the base's.
 
-    The delta has the length that is predicted, as it will be: ρ̂ of the scale network, times the denoiser's own factor, which is
-    tuned with it. Of large samples the task shows a part.
+    The delta has the length that is predicted, as it will be: ρ̂ of the scale network, changed by the denoiser's own `Lengths`,
+    which are tuned with it. Of large samples the task shows a part.
 
     Attributes:
         scale: fields to log ρ̂, (B,), as it has been trained.
@@ -50,6 +64,7 @@ class Tuning:
         loss_size: L̄, the mean size of the base's losses over the store.
         samples: rows of a step.
         vectors: the denoiser draws output vectors.
+        judged: what it is judged on; None: the store's held-out rows.
     """
 
     task: Task
@@ -62,29 +77,46 @@ class Tuning:
     seed: int
     samples: int
     vectors: bool = False
+    judged: Judged | None = None
 
     def __call__(self, denoiser: Denoiser, rows: DeltaBatch, step: int, precision: Precision = nullcontext) -> Tensor:
         """The losses of a step, (B,), after as many passes of the sampler as the step draws; the denoiser's run in `precision`,
         the model's as it is."""
         passes = 1 + seed_of(self.seed, STAGE, "passes", step) % SAMPLE_STEPS
-        return self._losses(denoiser, rows, passes, (STAGE, "tune", step), precision)
+        given = self.split.batch(self.sample_index[rows.numbers])
+        return self._losses(denoiser, rows, given, passes, (STAGE, "tune", step), precision) / self.loss_size
 
     @torch.no_grad()
     def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision = nullcontext) -> float:
-        """The loss on held-out rows, `size` at once, the same draws every time."""
+        """The loss on validation samples, or on held-out rows, `size` at once, the same draws every time."""
         denoiser.eval()
-        count = min(len(held_out), max(FEWEST_HELD_OUT, STEPS_HELD_OUT * self.samples))
-        rows = torch.linspace(0, len(held_out) - 1, count).long()
+        rows, split, unit = held_out.take(self.spread(len(held_out))), self.split, self.loss_size
+        positions = self.sample_index[rows.numbers]
+        if self.judged is not None:
+            rows, split, unit = self.judged.rows, self.judged.split, self.judged.loss_size
+            positions = rows.numbers
         found = [
-            self._losses(denoiser, held_out.take(part), SAMPLE_STEPS, (STAGE, "judge tuning"), precision)
-            for part in rows.split(min(size, self.samples))
+            self._losses(
+                denoiser, rows.take(part), split.batch(positions[part]), SAMPLE_STEPS, (STAGE, "judge tuning"), precision
+            )
+            for part in torch.arange(len(rows)).split(min(size, self.samples))
         ]
-        return float(torch.cat(found).mean())
+        return float(torch.cat(found).mean()) / unit
+
+    def spread(self, count: int) -> Tensor:
+        """Which of so many samples it is judged on, evenly spread."""
+        return torch.linspace(0, count - 1, min(count, max(FEWEST_HELD_OUT, STEPS_HELD_OUT * self.samples))).long()
 
     def _losses(
-        self, denoiser: Denoiser, rows: DeltaBatch, passes: int, seed: tuple[str | int, ...], precision: Precision
+        self,
+        denoiser: Denoiser,
+        rows: DeltaBatch,
+        given: tuple[Tree, Tree],
+        passes: int,
+        seed: tuple[str | int, ...],
+        precision: Precision,
     ) -> Tensor:
-        """(B,)."""
+        """Of samples given as (x, y), (B,)."""
         device, shape = next(denoiser.parameters()).device, denoiser.shape
         numbers = rows.numbers.tolist()
         seeds = [(self.seed, *seed, number) for number in numbers]
@@ -93,13 +125,12 @@ class Tuning:
         with precision():
             encoded = denoiser.encode(on.fields)
             drawn = drawn_with_gradient(denoiser, self.schedule, encoded, noise, passes, SAMPLE_STEPS)
-            factor = denoiser.length_factor(encoded)
-        with torch.no_grad():
-            rho = self.scale(on.fields).exp()
-        deltas = drawn * (factor * rho / (shape[0] * shape[1]) ** 0.5).view(-1, 1, 1)
-        given = self.split.batch(self.sample_index[numbers])
+            with torch.no_grad():
+                rho = self.scale(on.fields).exp()
+            length = denoiser.length(encoded, rho)
+        deltas = drawn * (length / (shape[0] * shape[1]) ** 0.5).view(-1, 1, 1)
         x, y = (to_device(tree, device) for tree in glances_of(self.task, *given, seeds))
-        return losses(self.task, self._outputs(x, deltas), y) / self.loss_size
+        return losses(self.task, self._outputs(x, deltas), y)
 
     def _outputs(self, x: Tree, deltas: Tensor) -> Tree:
         """The model's with deltas (B, out, in), or with u hᵀ/‖h‖ of output vectors u (B, out, 1), h of the x that is shown."""

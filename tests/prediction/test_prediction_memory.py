@@ -9,7 +9,7 @@ from networks import describe, make
 
 from stages.prediction import predicting, predictor
 from stages.prediction.predicting import prediction_batch
-from stages.run_directory.format import DenoiserDescription
+from stages.run_directory.descriptions import DenoiserDescription
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NUMEL = 84 * 120

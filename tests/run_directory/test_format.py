@@ -6,11 +6,11 @@ import pytest
 from refusals import refusal
 
 from stages.foundation.errors import ArtifactError
+from stages.run_directory.descriptions import DenoiserDescription
 from stages.run_directory.format import (
     FORMAT_VERSION,
     BlockRecord,
     ChunkRecord,
-    DenoiserDescription,
     Identity,
     Manifest,
     RunRecord,

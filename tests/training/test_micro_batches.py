@@ -16,7 +16,7 @@ from stages.diffusion.mlp import MlpDenoiser
 from stages.diffusion.schedule import X0, make_schedule
 from stages.foundation.config import TrainDiffusionTable
 from stages.foundation.errors import ComputeError
-from stages.run_directory.format import DenoiserDescription
+from stages.run_directory.descriptions import DenoiserDescription
 from stages.training import denoiser as denoiser_training
 from stages.training.denoiser import MEMORY_SHARE, MOST_ON_CPU, DenoiserSettings, micro_batch
 from stages.training.denoising_steps import DenoisingSteps

@@ -1,0 +1,108 @@
+"""What trainings take from a run beside its store: the model under other deltas, and what is said of neighbours."""
+
+import dataclasses
+
+import torch
+
+from stages.diffusion.delta_batch import DeltaBatch
+from stages.diffusion.denoisers import VECTOR
+from stages.foundation.trees import to_device
+from stages.lifecycle.branches import BRANCHES
+from stages.lifecycle.context import RunContext
+from stages.overfitting.collector import make_overfitter
+from stages.overfitting.overfitter import Overfitter
+from stages.prediction.predictor import load_scale
+from stages.run_directory.folders import folder_of
+from stages.store.reader import StoreReader
+from stages.tasks.conditioning import fields_of
+from stages.tasks.data import Split
+from stages.tasks.loader import losses
+from stages.training.denoiser import DenoiserSettings
+from stages.training.retrieval import Retrieval
+from stages.training.store_neighbours import NeighbourSearch, StoreNeighbours
+from stages.training.tuning import Judged, Tuning
+
+# Samples that the methods of running the model are tried on.
+PROBE = 2
+JUDGED_AT_ONCE = 64
+# Where the base fits everything, losses are in units of it.
+SMALLEST_LOSS = 1e-12
+
+
+def store_of(context: RunContext) -> StoreReader:
+    """The finished delta store."""
+    return StoreReader(folder_of(context.project, "collect").found, context.manifest_of("collect").store)
+
+
+def overfitter_of(context: RunContext) -> Overfitter:
+    """What runs the base with a weight for each sample."""
+    rows = context.splits["train"]
+    probe = rows.batch([i % len(rows) for i in range(PROBE)])
+    collect = context.project.settings.collect
+    return make_overfitter(context.task, context.base_to_overfit(), context.layer, collect, probe)
+
+
+def neighbour_search(context: RunContext) -> NeighbourSearch | None:
+    """How the neighbours of the store's rows are found; None where none are asked for."""
+    settings = context.project.settings.train_diffusion
+    if not settings.neighbours:
+        return None
+    return NeighbourSearch(
+        task=context.task,
+        overfitter=overfitter_of(context),
+        split=context.splits["all"],
+        reader=store_of(context),
+        settings=settings,
+        seed=context.seed,
+        content=context.manifest_of("collect").content,
+        folder=context.project.run_path / BRANCHES,
+        device=context.device,
+        report=context.report,
+    )
+
+
+def tuning_of(context: RunContext, settings: DenoiserSettings, neighbours: StoreNeighbours | None) -> Tuning:
+    """Tuning by the task's loss, with the lengths that the scale network predicts, judged on validation samples where the run
+    has such as nothing has learned from.
+
+    Raises:
+        ArtifactError: there is no scale network, or it is damaged.
+    """
+    reader, judged_on = store_of(context), _unseen_split(context)
+    # Some losses are negative, such as a density's.
+    loss_size = max(SMALLEST_LOSS, float(abs(reader.read("base_loss").astype(float)).mean()))
+    tuning = Tuning(
+        task=context.task,
+        scale=load_scale(context),
+        overfitter=overfitter_of(context),
+        split=context.splits["all"],
+        sample_index=torch.from_numpy(reader.read("sample_index")),
+        loss_size=loss_size,
+        schedule=settings.schedule,
+        seed=context.seed,
+        samples=settings.table.tune_samples,
+        vectors=settings.preset == VECTOR,
+    )
+    return tuning if judged_on is None else dataclasses.replace(tuning, judged=_judged(context, tuning, judged_on, neighbours))
+
+
+def _unseen_split(context: RunContext) -> Split | None:
+    """The validation samples, where neither the base nor the store has learned from their labels."""
+    of_store = context.project.settings.collect.split != "train"
+    return None if of_store or context.validation_is_seen else context.splits["validation"]
+
+
+@torch.no_grad()
+def _judged(context: RunContext, tuning: Tuning, split: Split, neighbours: StoreNeighbours | None) -> Judged:
+    task, runner, parts, total = context.task, tuning.overfitter, [], 0.0
+    retrieve = None if neighbours is None else Retrieval(task, runner, neighbours.bank.to(context.device), neighbours.known)
+    positions = tuning.spread(len(split))
+    for part in positions.split(JUDGED_AT_ONCE):
+        x, y = (to_device(tree, context.device) for tree in split.batch(part))
+        first = runner.first_pass(x)
+        fields = fields_of(task, type(context.layer.module(context.base)), x, first.output, first.captured)[0]
+        parts.append(fields if retrieve is None else retrieve(x, first, fields))
+        total += float(losses(task, first.output, y).double().abs().sum())
+    fields = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    rows = DeltaBatch(fields, torch.ones(len(positions)), numbers=positions)
+    return Judged(split, rows, max(SMALLEST_LOSS, total / len(positions)))

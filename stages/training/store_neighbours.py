@@ -1,0 +1,232 @@
+"""The neighbours of a store's rows, found once and kept beside the run: both trainings read them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.diffusion.conditioning import Fields
+from stages.diffusion.delta_batch import usable_split
+from stages.foundation.config import TrainDiffusionTable
+from stages.foundation.errors import ArtifactError
+from stages.foundation.files import digest, remove
+from stages.foundation.progress import Report
+from stages.foundation.tensors import load_tensors, save_tensors
+from stages.foundation.trees import Tree, to_device
+from stages.overfitting.overfitter import Overfitter
+from stages.run_directory.descriptions import EncoderDescription, NeighboursDescription
+from stages.run_directory.pipeline import AUTO
+from stages.store.delta_store import DELTA, FACTORS
+from stages.store.reader import StoreReader, field_widths
+from stages.tasks.data import Split
+from stages.tasks.neighbours import Neighbours
+from stages.tasks.protocol import Task
+from stages.tasks.residual import residual
+from stages.training.bank import BANK_FILE, WIDEST, Bank, directions, identities, narrowed
+from stages.training.retrieval import caused, place, places, require_enough, told_of_neighbours
+
+FOUND_FILE, KNOWN_FILE = "found.safetensors", "known.json"
+AT_ONCE, QUERIES_AT_ONCE = 256, 4096
+
+
+@dataclass(frozen=True)
+class StoreNeighbours:
+    """What is said of the neighbours of a store's N rows.
+
+    Attributes:
+        bank: what they are rows of; `bank_file` holds it.
+        found: (N, k); row −1 of those that no training draws.
+        effects: what neighbours' deltas cause, (N, k, numbers), or None.
+    """
+
+    bank: Bank
+    bank_file: Path
+    known: NeighboursDescription
+    found: Neighbours
+    effects: Tensor | None
+
+    def tokens(self, rows: Tensor, fields: Fields) -> Tensor:
+        """Of some rows (B,) with their conditioning (B, …): (B, C, k), on the conditioning's device."""
+        device = self.bank.tensors["log_rho"].device
+        own, at = {name: value.to(device) for name, value in fields.items()}, rows.to(device)
+        found = Neighbours(self.found.distance[at], self.found.row[at])
+        effects = None if self.effects is None else self.effects[at]
+        return self.bank.tokens(own, found, effects).to(next(iter(fields.values())).device)
+
+    def to(self, device: torch.device) -> "StoreNeighbours":
+        found = Neighbours(self.found.distance.to(device), self.found.row.to(device))
+        effects = None if self.effects is None else self.effects.to(device)
+        return StoreNeighbours(self.bank.to(device), self.bank_file, self.known, found, effects)
+
+
+@dataclass(frozen=True)
+class NeighbourSearch:
+    """What the neighbours of a store's rows are found with.
+
+    Attributes:
+        overfitter: runs the base.
+        split: all training samples, which the store's `sample_index` counts.
+        settings: how many, where, and what is held out.
+        content: of the store, what tells it from others.
+        folder: where what was found is kept.
+    """
+
+    task: Task
+    overfitter: Overfitter
+    split: Split
+    reader: StoreReader
+    settings: TrainDiffusionTable
+    seed: int
+    content: str
+    folder: Path
+    device: torch.device
+    report: Report
+
+    @cached_property
+    def described(self) -> tuple[EncoderDescription, bool]:
+        """The encoder of the field `neighbours`, and whether effects are told."""
+        widths, given = field_widths(self.reader.description), self.split.batch([0, len(self.split) - 1])
+        store, count = self.reader.description, self.settings.neighbours
+        return told_of_neighbours(self.task, self.overfitter, store, widths, count, given)
+
+    @cached_property
+    def found(self) -> StoreNeighbours:
+        """As kept, or found now.
+
+        Raises:
+            SettingsError: there are not so many, or nothing tells where samples are near.
+        """
+        asked = [self.content, self.settings.neighbours, self.settings.neighbours_in, self.settings.held_out, self.seed]
+        folder = self.folder / f"neighbours-{digest(asked)[:12]}"
+        try:
+            return self._kept(folder)
+        except ArtifactError:
+            for other in self.folder.glob("neighbours-*"):
+                remove(other)
+        folder.mkdir(parents=True)
+        self._find(folder)
+        return self._kept(folder)
+
+    def _kept(self, folder: Path) -> StoreNeighbours:
+        known, bank = NeighboursDescription.read(folder / KNOWN_FILE), Bank.read(folder / BANK_FILE)
+        tensors = load_tensors(folder / FOUND_FILE)
+        found = Neighbours(tensors["distance"], tensors["row"])
+        return StoreNeighbours(bank, folder / BANK_FILE, known, found, tensors.get("effects"))
+
+    def _find(self, folder: Path) -> None:
+        """Make the bank, look for every row's neighbours in it, and write both; what makes them whole is written last."""
+        effects = self.described[1]
+        asked, of_bank, held = self._rows()
+        lying, identity, errors = self._read(asked)
+        rows = asked[of_bank]
+        kept = {"identity": identity[of_bank], **self._of_store(rows, effects)}
+        kept |= {} if errors is None else {"residual": errors[of_bank]}
+        banks = {where: Bank(kept | {"place": at[of_bank]}) for where, at in lying.items()}
+        where = self._nearest_deltas(banks, lying, identity, asked, held)
+        bank, near = banks[where], self._near(banks[where], lying[where], identity)
+        spread = near.spread(asked, len(self.reader))
+        tensors = {"distance": spread.distance, "row": spread.row}
+        if effects:
+            caused_by = self._caused(bank, asked, near.row)
+            tensors["effects"] = torch.zeros(len(self.reader), *caused_by.shape[1:])
+            tensors["effects"][asked] = caused_by
+        save_tensors(folder / BANK_FILE, bank.tensors)
+        save_tensors(folder / FOUND_FILE, tensors)
+        NeighboursDescription(count=self.settings.neighbours, where=where, effects=effects).write(folder / KNOWN_FILE)
+
+    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows that a training draws or holds out, ascending; which of them the bank has, the first of each sample that
+        trains; and which are held out."""
+        known = [torch.from_numpy(self.reader.read(name)) for name in ("degenerate", "rho", "sample_index")]
+        train, held = usable_split(*known, self.settings.held_out, self.seed)
+        samples, group = known[2][train].unique(return_inverse=True)
+        first = torch.full((len(samples),), len(self.reader)).scatter_reduce(0, group, train, "amin")
+        asked = torch.cat([train, held]).sort().values
+        return asked, torch.isin(asked, first), torch.isin(asked, held)
+
+    def _batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Tree, Tree]]:
+        """Rows with x and y of their samples, part by part, on the device."""
+        index = torch.from_numpy(self.reader.read("sample_index"))
+        for part in rows.split(AT_ONCE):
+            x, y = (to_device(tree, self.device) for tree in self.split.batch(index[part]))
+            yield part, x, y
+
+    def _fields(self, rows: Tensor) -> Fields:
+        """Their conditioning as the store has it, (n, …) each."""
+        found = self.reader.take(self.reader.field_names(), rows.numpy())
+        return {name: torch.from_numpy(found[name]) for name in self.reader.field_names()}
+
+    @torch.no_grad()
+    def _read(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """Where samples lie, by what they can be near in; what tells equal ones; and how far the base is from their labels."""
+        lying: dict[str, list[Tensor]] = {}
+        same, errors = [], []
+        for part, x, y in self._batches(rows):
+            fields, wanted = (
+                {name: value.to(self.device) for name, value in self._fields(part).items()},
+                self.settings.neighbours_in,
+            )
+            for where in places(self.task, x, fields) if wanted == AUTO else [wanted]:
+                lying.setdefault(where, []).append(place(self.task, x, fields, where).cpu())
+            same.append(identities(x))
+            error = residual(self.task, self.overfitter.first_pass(x).output, y)
+            errors += [error.cpu()] if error is not None and error.shape[1] <= WIDEST else []
+        joined = {where: torch.cat(parts) for where, parts in lying.items()}
+        return joined, torch.cat(same), torch.cat(errors) if errors else None
+
+    def _of_store(self, rows: Tensor, whole: bool) -> dict[str, Tensor]:
+        """What the bank has from the store: conditioning, ρ, directions, and the deltas themselves, if `whole`."""
+        factors = self.reader.description.arrays[DELTA].factors
+        names = list(factors or [DELTA])
+        parts: dict[str, list[Tensor]] = {}
+        for part in rows.split(self.reader.block_samples):
+            found = {name: torch.from_numpy(value) for name, value in self.reader.take(names, part.numpy()).items()}
+            kept = {"conditioning": narrowed(self._fields(part)), "direction": directions(found[names[0]])}
+            for name, value in (kept | ({name: found[name] for name in names} if whole else {})).items():
+                parts.setdefault(name, []).append(value)
+        rho = torch.from_numpy(self.reader.read("rho"))[rows]
+        return {"log_rho": rho.log(), **{name: torch.cat(values) for name, values in parts.items()}}
+
+    def _near(self, bank: Bank, at: Tensor, identity: Tensor) -> Neighbours:
+        """The neighbours of samples at places (n, d)."""
+        count, parts = self.settings.neighbours, []
+        for part in torch.arange(len(at)).split(QUERIES_AT_ONCE):
+            found = bank.find(at[part].to(self.device), identity[part], count)
+            parts.append(require_enough(Neighbours(found.distance.cpu(), found.row.cpu()), count, bank))
+            self.report.progress(int(part[-1]) + 1, len(at), "neighbours")
+        return Neighbours(*(torch.cat([getattr(part, name) for part in parts]) for name in ("distance", "row")))
+
+    def _nearest_deltas(
+        self, banks: dict[str, Bank], lying: dict[str, Tensor], identity: Tensor, asked: Tensor, held: Tensor
+    ) -> str:
+        """Of what samples can be near in, that in which neighbours' deltas, blended by 1/distance, point most nearly where the
+        held-out rows' own do, by the mean cosine."""
+        if len(banks) == 1:
+            return next(iter(banks))
+        name = FACTORS[0] if self.reader.description.arrays[DELTA].factors else DELTA
+        own = directions(torch.from_numpy(self.reader.take([name], asked[held].numpy())[name]))
+        cosines = {}
+        for where, bank in banks.items():
+            near = self._near(bank, lying[where][held], identity[held])
+            weights = F.normalize(1 / near.distance.clamp_min(1e-6), p=1, dim=1)
+            blended = torch.einsum("nk,nkp->np", weights, bank.tensors["direction"][near.row])
+            cosines[where] = float(F.cosine_similarity(blended, own).mean())
+        best = max(cosines, key=cosines.get)
+        said = ", ".join(f"{value:.3f} in {where}" for where, value in cosines.items())
+        self.report.message(f"neighbours in {best}: cosine of held-out deltas with their neighbours' {said}")
+        return best
+
+    @torch.no_grad()
+    def _caused(self, bank: Bank, rows: Tensor, near: Tensor) -> Tensor:
+        """What the deltas of each row's neighbours cause for it, (n, k, numbers)."""
+        bank, done, parts = bank.to(self.device), 0, []
+        for part, x, _ in self._batches(rows):
+            first = self.overfitter.first_pass(x)
+            parts.append(caused(self.overfitter, bank, x, first, near[done : done + len(part)].to(self.device)).cpu())
+            done += len(part)
+            self.report.progress(done, len(rows), "samples under their neighbours' deltas")
+        return torch.cat(parts)
