@@ -29,6 +29,7 @@ from stages.store.reader import field_widths
 from stages.training.batches import NOTHING, TrainingBatches
 from stages.training.encoders import build_scale
 from stages.training.plan import Plan, Trained
+from stages.training.retrieval import WHERE
 from stages.training.run import TrainingRun, take_up_training
 from stages.training.store_neighbours import NeighbourSearch
 from stages.training.trainer import Stream, Trainer, threads_for
@@ -193,4 +194,6 @@ class TrainScale(Stage):
             "samples": batches.count,
         }
         content = digest([sha256_file(folder / SCALE_FILE), description.as_json()])
-        return WorkResult(summary, content, {"train-scale.max_steps": trained.extent(self.settings.max_steps)})
+        extents = {"train-scale.max_steps": trained.extent(self.settings.max_steps)}
+        where = {WHERE: self._search.found.known.where} if self._search else {}
+        return WorkResult(summary, content, extents, chosen=where)

@@ -178,7 +178,7 @@ class TrainDiffusionTable(Table):
     )
     neighbours_in: Literal["auto", "coordinates", "x", "layer_input"] = identity(
         "auto",
-        "where samples are near: the task's coordinates(), x, or what the layer sees; auto: where held-out deltas are nearest",
+        "what samples are near in; auto: the task's coordinates() where it has them, else x, else what the layer sees",
     )
     tune_after: int = identity(
         0,

@@ -107,9 +107,10 @@ def nearest_of(
         distance, order = distance.sort(dim=1, stable=True)
         distance, picked = distance[:, :k], row.gather(1, order)[:, :k]
         if row.shape[1] < len(points):
-            own = seen.square().sum(1)
-            least = value[:, -1] + own - rounding * (own + squares.max())
-            for place in torch.nonzero(~(distance[:, -1].square() <= least)).flatten().tolist():
+            own, furthest = seen.square().sum(1), distance[:, -1]
+            # A candidate further from the centre than ‖q‖ and the furthest together is no nearer, whatever rounding does.
+            least = value[:, -1] + own - rounding * (own + (own.sqrt() + furthest).square())
+            for place in torch.nonzero(~(furthest.square() <= least)).flatten().tolist():
                 distance[place], picked[place] = _exactly(asked[place], candidates, k, pairs, place)
         distances.append(distance)
         rows.append(picked)

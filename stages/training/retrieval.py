@@ -76,11 +76,12 @@ def place(task: Task, x: Tree, fields: Mapping[str, Tensor], where: str) -> Tens
     return found @ projection.to(found) / found.shape[1] ** 0.5
 
 
-def places(task: Task, x: Tree, fields: Mapping[str, Tensor]) -> list[str]:
-    """Where samples can be near: in the task's coordinates, else in x; and in what the layer sees.
+def best_place(task: Task, x: Tree, fields: Mapping[str, Tensor]) -> str:
+    """What samples are near in unless it is named: the task's coordinates, else x, which tell what the conditioning does not;
+    else what the layer sees.
 
     Raises:
-        SettingsError: nowhere.
+        SettingsError: nothing tells.
     """
     found = [name for name, value in _places(task, x, fields).items() if value is not None]
     if not found:
@@ -88,7 +89,7 @@ def places(task: Task, x: Tree, fields: Mapping[str, Tensor]) -> list[str]:
             f"{COUNT}: nothing tells which samples are near: x holds integers, and there is no field {LAYER_INPUT}",
             f"give the task coordinates(), or leave {COUNT} out",
         )
-    return [name for name in found if name != IN_X or IN_COORDINATES not in found]
+    return found[0]
 
 
 def _places(task: Task, x: Tree, fields: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

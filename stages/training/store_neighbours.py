@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
@@ -20,14 +19,14 @@ from stages.foundation.trees import Tree, to_device
 from stages.overfitting.overfitter import Overfitter
 from stages.run_directory.descriptions import EncoderDescription, NeighboursDescription
 from stages.run_directory.pipeline import AUTO
-from stages.store.delta_store import DELTA, FACTORS
+from stages.store.delta_store import DELTA
 from stages.store.reader import StoreReader, field_widths
 from stages.tasks.data import Split
 from stages.tasks.neighbours import Neighbours
 from stages.tasks.protocol import Task
 from stages.tasks.residual import residual
 from stages.training.bank import BANK_FILE, WIDEST, Bank, directions, identities, narrowed
-from stages.training.retrieval import caused, place, places, require_enough, told_of_neighbours
+from stages.training.retrieval import best_place, caused, place, require_enough, told_of_neighbours
 
 FOUND_FILE, KNOWN_FILE = "found.safetensors", "known.json"
 AT_ONCE, QUERIES_AT_ONCE = 256, 4096
@@ -120,33 +119,28 @@ class NeighbourSearch:
     def _find(self, folder: Path) -> None:
         """Make the bank, look for every row's neighbours in it, and write both; what makes them whole is written last."""
         effects = self.described[1]
-        asked, of_bank, held = self._rows()
-        lying, identity, errors = self._read(asked)
-        rows = asked[of_bank]
-        kept = {"identity": identity[of_bank], **self._of_store(rows, effects)}
-        kept |= {} if errors is None else {"residual": errors[of_bank]}
-        banks = {where: Bank(kept | {"place": at[of_bank]}) for where, at in lying.items()}
-        where = self._nearest_deltas(banks, lying, identity, asked, held)
-        bank, near = banks[where], self._near(banks[where], lying[where], identity)
+        asked, of_bank = self._rows()
+        where, lying, identity, errors = self._read(asked)
+        kept = {"place": lying[of_bank], "identity": identity[of_bank], **self._of_store(asked[of_bank], effects)}
+        bank = Bank(kept if errors is None else kept | {"residual": errors[of_bank]})
+        near = self._near(bank, lying, identity)
         spread = near.spread(asked, len(self.reader))
         tensors = {"distance": spread.distance, "row": spread.row}
         if effects:
-            caused_by = self._caused(bank, asked, near.row)
-            tensors["effects"] = torch.zeros(len(self.reader), *caused_by.shape[1:])
-            tensors["effects"][asked] = caused_by
+            tensors["effects"] = self._caused(bank, asked, near.row)
         save_tensors(folder / BANK_FILE, bank.tensors)
         save_tensors(folder / FOUND_FILE, tensors)
         NeighboursDescription(count=self.settings.neighbours, where=where, effects=effects).write(folder / KNOWN_FILE)
 
-    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows that a training draws or holds out, ascending; which of them the bank has, the first of each sample that
-        trains; and which are held out."""
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The rows that a training draws or holds out, ascending; and which of them the bank has, the first of each sample that
+        trains."""
         known = [torch.from_numpy(self.reader.read(name)) for name in ("degenerate", "rho", "sample_index")]
         train, held = usable_split(*known, self.settings.held_out, self.seed)
         samples, group = known[2][train].unique(return_inverse=True)
         first = torch.full((len(samples),), len(self.reader)).scatter_reduce(0, group, train, "amin")
         asked = torch.cat([train, held]).sort().values
-        return asked, torch.isin(asked, first), torch.isin(asked, held)
+        return asked, torch.isin(asked, first)
 
     def _batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Tree, Tree]]:
         """Rows with x and y of their samples, part by part, on the device."""
@@ -161,22 +155,17 @@ class NeighbourSearch:
         return {name: torch.from_numpy(found[name]) for name in self.reader.field_names()}
 
     @torch.no_grad()
-    def _read(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """Where samples lie, by what they can be near in; what tells equal ones; and how far the base is from their labels."""
-        lying: dict[str, list[Tensor]] = {}
-        same, errors = [], []
+    def _read(self, rows: Tensor) -> tuple[str, Tensor, Tensor, Tensor | None]:
+        """What samples are near in, where they lie there, what tells equal ones, and how far the base is from their labels."""
+        where, parts = self.settings.neighbours_in, []
         for part, x, y in self._batches(rows):
-            fields, wanted = (
-                {name: value.to(self.device) for name, value in self._fields(part).items()},
-                self.settings.neighbours_in,
-            )
-            for where in places(self.task, x, fields) if wanted == AUTO else [wanted]:
-                lying.setdefault(where, []).append(place(self.task, x, fields, where).cpu())
-            same.append(identities(x))
+            fields = {name: value.to(self.device) for name, value in self._fields(part).items()}
+            where = best_place(self.task, x, fields) if where == AUTO else where
             error = residual(self.task, self.overfitter.first_pass(x).output, y)
-            errors += [error.cpu()] if error is not None and error.shape[1] <= WIDEST else []
-        joined = {where: torch.cat(parts) for where, parts in lying.items()}
-        return joined, torch.cat(same), torch.cat(errors) if errors else None
+            told = error is not None and error.shape[1] <= WIDEST
+            parts.append((place(self.task, x, fields, where).cpu(), identities(x), error.cpu() if told else None))
+        lying, same, errors = zip(*parts, strict=True)
+        return where, torch.cat(lying), torch.cat(same), None if errors[0] is None else torch.cat(errors)
 
     def _of_store(self, rows: Tensor, whole: bool) -> dict[str, Tensor]:
         """What the bank has from the store: conditioning, ρ, directions, and the deltas themselves, if `whole`."""
@@ -200,33 +189,15 @@ class NeighbourSearch:
             self.report.progress(int(part[-1]) + 1, len(at), "neighbours")
         return Neighbours(*(torch.cat([getattr(part, name) for part in parts]) for name in ("distance", "row")))
 
-    def _nearest_deltas(
-        self, banks: dict[str, Bank], lying: dict[str, Tensor], identity: Tensor, asked: Tensor, held: Tensor
-    ) -> str:
-        """Of what samples can be near in, that in which neighbours' deltas, blended by 1/distance, point most nearly where the
-        held-out rows' own do, by the mean cosine."""
-        if len(banks) == 1:
-            return next(iter(banks))
-        name = FACTORS[0] if self.reader.description.arrays[DELTA].factors else DELTA
-        own = directions(torch.from_numpy(self.reader.take([name], asked[held].numpy())[name]))
-        cosines = {}
-        for where, bank in banks.items():
-            near = self._near(bank, lying[where][held], identity[held])
-            weights = F.normalize(1 / near.distance.clamp_min(1e-6), p=1, dim=1)
-            blended = torch.einsum("nk,nkp->np", weights, bank.tensors["direction"][near.row])
-            cosines[where] = float(F.cosine_similarity(blended, own).mean())
-        best = max(cosines, key=cosines.get)
-        said = ", ".join(f"{value:.3f} in {where}" for where, value in cosines.items())
-        self.report.message(f"neighbours in {best}: cosine of held-out deltas with their neighbours' {said}")
-        return best
-
     @torch.no_grad()
     def _caused(self, bank: Bank, rows: Tensor, near: Tensor) -> Tensor:
-        """What the deltas of each row's neighbours cause for it, (n, k, numbers)."""
+        """What the deltas of each row's neighbours cause for it, (N, k, numbers); zero for other rows."""
         bank, done, parts = bank.to(self.device), 0, []
         for part, x, _ in self._batches(rows):
             first = self.overfitter.first_pass(x)
             parts.append(caused(self.overfitter, bank, x, first, near[done : done + len(part)].to(self.device)).cpu())
             done += len(part)
             self.report.progress(done, len(rows), "samples under their neighbours' deltas")
-        return torch.cat(parts)
+        found = torch.zeros(len(self.reader), *parts[0].shape[1:])
+        found[rows] = torch.cat(parts)
+        return found

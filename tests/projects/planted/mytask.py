@@ -78,3 +78,35 @@ class Seeded(Hopeless):
 
     def loss(self, output, y):
         return mse(output, y)
+
+
+class Local(Hopeless):
+    """A label with an offset that each cell of x has by chance, or each sample of its own: neighbours tell it, or nobody does.
+
+    Args:
+        cells: along each of two axes; 0: the offsets are each sample's own.
+        copies: of the first training sample, with other labels.
+    """
+
+    kind, sizes = REGRESSION, {"train": 600, "validation": 200, "test": 300}
+
+    def __init__(self, cells=6, copies=0):
+        self.cells, self.copies = cells, copies
+
+    def model(self):
+        return nn.Sequential(nn.Linear(2, 2, bias=False))
+
+    def points(self, name):
+        draw = generator("local", name)
+        x = torch.rand(self.sizes[name], 2, generator=draw)
+        if self.copies and name == "train":
+            x[: self.copies + 1] = x[0]
+        chance = torch.randn(len(x), 2, generator=draw)
+        if self.cells:
+            offsets = torch.randn(self.cells**2, 2, generator=generator("local", "cells"))
+            place = (x * self.cells).long().clamp_max(self.cells - 1)
+            chance = offsets[place[:, 0] * self.cells + place[:, 1]] + 0.1 * chance
+        return ArrayDataset(x, x.flip(1) + chance)
+
+    def loss(self, output, y):
+        return mse(output, y)
