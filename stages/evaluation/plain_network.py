@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.diffusion.conditioning import ConditioningEncoder, Fields
+from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoisers import DENSE_BLOCKS, UNETS, VECTOR_WIDTH
+from stages.diffusion.encoders import make_encoders
 from stages.diffusion.mlp import ModulatedBlock
+from stages.diffusion.neighbour_encoder import NEIGHBOURS
 from stages.evaluation import rows as row
 from stages.evaluation.rows import Row, output_row
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
@@ -19,10 +22,10 @@ from stages.foundation.seeds import global_seed
 from stages.foundation.tensors import load_tensors
 from stages.lifecycle.branches import BRANCHES
 from stages.lifecycle.context import RunContext
+from stages.prediction.for_training import judged_on, neighbour_search, store_of
 from stages.run_directory.descriptions import DenoiserDescription
-from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
-from stages.store.reader import StoreReader
+from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.views import has_views
 from stages.training.batches import NOTHING, TrainingBatches
@@ -37,13 +40,14 @@ class PlainNetwork(nn.Module):
     """The trunk of the vector denoiser, from the conditioning to a change of the output; it begins at zero.
 
     Args:
-        widths: numbers of each field.
+        known: the denoiser, whose fields it sees, neighbours among them.
         numbers: of an output.
     """
 
-    def __init__(self, widths: dict[str, int], numbers: int, width: int, blocks: int) -> None:
+    def __init__(self, known: DenoiserDescription, numbers: int, width: int, blocks: int) -> None:
         super().__init__()
-        self.encoder = ConditioningEncoder(widths, width)
+        near = {name: entry.as_json() for name, entry in known.encoders.items() if name == NEIGHBOURS}
+        self.encoder = ConditioningEncoder(known.fields, width, make_encoders(near, width))
         self.embed = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.blocks = nn.ModuleList(ModulatedBlock(width) for _ in range(blocks))
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, numbers))
@@ -73,15 +77,15 @@ def plain_network_row(context: RunContext, subject: Subject) -> Row | str:
     network = _Training(context, subject, example[0].numel()).network()
 
     def predict(batch: Batch) -> Tensor:
-        return _changed(batch, network)
+        return _changed(batch, network, batch.seen)
 
     return output_row(row.PLAIN, predict)
 
 
-def _changed(batch: Batch, network: PlainNetwork) -> Tensor:
-    """The base's output with the network's change, (B, …)."""
+def _changed(batch: Batch, network: PlainNetwork, fields: Fields) -> Tensor:
+    """The base's output with the network's change by what is seen of the samples, (B, …)."""
     output = batch.first.output
-    return output + network(batch.seen).view_as(output).to(output)
+    return output + network(fields).view_as(output).to(output)
 
 
 class _Training:
@@ -92,8 +96,7 @@ class _Training:
         manifest = context.manifest_of(STAGE)
         self._settings, self._steps = manifest.identity.settings, manifest.summary["steps"]
         self._fingerprint = manifest.content
-        collect = folder_of(context.project, "collect")
-        reader = StoreReader(collect.found, context.manifest_of("collect").store)
+        reader, search = store_of(context), neighbour_search(context)
         self._samples = torch.from_numpy(reader.read("sample_index"))
         self._batches = TrainingBatches(
             reader,
@@ -103,14 +106,19 @@ class _Training:
             seed=context.seed,
             device=torch.device("cpu"),
             memory=AUTO,
+            neighbours=search.found if search else None,
         )
         self._stream = Stream(self._batches.batches)
+        near, self._judged = search.found if search else None, None
+        if self._of("tune_after"):
+            self._judged = judged_on(context, subject.overfitter, self._of("tune_samples"), near)
         known = DenoiserDescription.read(context.file_of(STAGE, "denoiser.json"))
         # A U-Net's width counts channels.
         size = (VECTOR_WIDTH, DENSE_BLOCKS) if known.preset in UNETS else (known.width, known.blocks)
         with global_seed(context.seed, "evaluate", row.PLAIN):
-            self._network = PlainNetwork(known.fields, numbers, *size)
+            self._network = PlainNetwork(known, numbers, *size)
         self._network.encoder.normalise.fit(self._batches.parts())
+        self._network.encoder.noise = self._of("conditioning_noise")
         self._network.to(context.device)
 
     def _of(self, name: str) -> Any:
@@ -141,17 +149,23 @@ class _Training:
         return folder
 
     def _step_losses(self, step: int) -> Iterator[Tensor]:
-        yield self._losses(self._network, self._samples[self._stream.at(step).numbers]).mean()
+        rows = self._stream.at(step)
+        with global_seed(self._context.seed, "evaluate", row.PLAIN, step):
+            yield self._losses(self._network, rows, self._context.splits["all"], self._samples[rows.numbers]).mean()
 
-    def _losses(self, network: PlainNetwork, samples: Tensor) -> Tensor:
-        """The task's losses of some training samples, (B,)."""
-        batch = Batch(self._subject, EvaluatedSamples(self._context.splits["all"], samples), samples)
-        return losses(self._context.task, _changed(batch, network), batch.y)
+    def _losses(self, network: PlainNetwork, rows: DeltaBatch, split: Split, positions: Tensor) -> Tensor:
+        """The task's losses of samples at positions of a split, of which `rows` are seen, (B,)."""
+        batch = Batch(self._subject, EvaluatedSamples(split, positions), positions)
+        return losses(self._context.task, _changed(batch, network, rows.to(self._context.device).fields), batch.y)
 
     @torch.no_grad()
     def _figures(self, network: PlainNetwork) -> dict[str, float]:
-        """The mean loss of the samples held out."""
+        """The mean loss of the samples that a denoiser is judged on."""
         network.eval()
-        samples = self._samples[self._batches.held_out.numbers]
-        found = [self._losses(network, part) for part in samples.split(self._batches.batch_size)]
+        rows, split = self._batches.held_out, self._context.splits["all"]
+        positions = self._samples[rows.numbers]
+        if self._judged is not None:
+            rows, split, positions = self._judged.rows, self._judged.split, self._judged.rows.numbers
+        parts = torch.arange(len(rows)).split(self._batches.batch_size)
+        found = [self._losses(network, rows.take(part), split, positions[part]) for part in parts]
         return {"score": float(torch.cat(found).double().mean())}

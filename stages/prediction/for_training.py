@@ -20,7 +20,7 @@ from stages.tasks.loader import losses
 from stages.training.denoiser import DenoiserSettings
 from stages.training.retrieval import Retrieval
 from stages.training.store_neighbours import NeighbourSearch, StoreNeighbours
-from stages.training.tuning import Judged, Tuning
+from stages.training.tuning import Judged, Tuning, spread
 
 # Samples that the methods of running the model are tried on.
 PROBE = 2
@@ -68,7 +68,7 @@ def tuning_of(context: RunContext, settings: DenoiserSettings, neighbours: Store
     Raises:
         ArtifactError: there is no scale network, or it is damaged.
     """
-    reader, judged_on = store_of(context), _unseen_split(context)
+    reader = store_of(context)
     # Some losses are negative, such as a density's.
     loss_size = max(SMALLEST_LOSS, float(abs(reader.read("base_loss").astype(float)).mean()))
     tuning = Tuning(
@@ -83,7 +83,7 @@ def tuning_of(context: RunContext, settings: DenoiserSettings, neighbours: Store
         samples=settings.table.tune_samples,
         vectors=settings.preset == VECTOR,
     )
-    return tuning if judged_on is None else dataclasses.replace(tuning, judged=_judged(context, tuning, judged_on, neighbours))
+    return dataclasses.replace(tuning, judged=judged_on(context, tuning.overfitter, tuning.samples, neighbours))
 
 
 def _unseen_split(context: RunContext) -> Split | None:
@@ -93,10 +93,13 @@ def _unseen_split(context: RunContext) -> Split | None:
 
 
 @torch.no_grad()
-def _judged(context: RunContext, tuning: Tuning, split: Split, neighbours: StoreNeighbours | None) -> Judged:
-    task, runner, parts, total = context.task, tuning.overfitter, [], 0.0
+def judged_on(context: RunContext, runner: Overfitter, samples: int, neighbours: StoreNeighbours | None) -> Judged | None:
+    """Validation samples that tuning with so many `samples` a step is judged on; None where something has learned from them."""
+    if (split := _unseen_split(context)) is None:
+        return None
+    task, parts, total = context.task, [], 0.0
     retrieve = None if neighbours is None else Retrieval(task, runner, neighbours.bank.to(context.device), neighbours.known)
-    positions = tuning.spread(len(split))
+    positions = spread(len(split), samples)
     for part in positions.split(JUDGED_AT_ONCE):
         x, y = (to_device(tree, context.device) for tree in split.batch(part))
         first = runner.first_pass(x)

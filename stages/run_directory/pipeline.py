@@ -125,7 +125,13 @@ def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manif
     settings = project.settings
     tables = [(spec.name, settings.table(spec.name))] + ([("task", settings.task)] if spec.task else [])
     known = recorded.identity.settings if recorded else {}
+    # What an earlier version made without a setting is what it makes by the setting's default.
+    unheard = {
+        f"{name}.{key}" for name, table in tables for key in table.of_kind(IDENTITY) if table.is_default(key)
+    } - known.keys()
     found = {f"{name}.{key}": value for name, table in tables for key, value in table.of_kind(IDENTITY).items()}
+    if recorded:
+        found = {key: value for key, value in found.items() if key not in unheard}
     for name in spec.settings:
         table, _, key = name.partition(".")
         found[name] = getattr(settings.table(table), key)

@@ -35,6 +35,11 @@ SAMPLE_STEPS = 10
 FEWEST_HELD_OUT, STEPS_HELD_OUT = 16, 4
 
 
+def spread(count: int, samples: int) -> Tensor:
+    """Which of `count` samples tuning with so many `samples` a step is judged on, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, max(FEWEST_HELD_OUT, STEPS_HELD_OUT * samples))).long()
+
+
 @dataclass(frozen=True)
 class Judged:
     """Validation samples that tuning is judged on: the base has not learned their labels, as those of the store's rows.
@@ -90,7 +95,7 @@ class Tuning:
     def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision = nullcontext) -> float:
         """The loss on validation samples, or on held-out rows, `size` at once, the same draws every time."""
         denoiser.eval()
-        rows, split, unit = held_out.take(self.spread(len(held_out))), self.split, self.loss_size
+        rows, split, unit = held_out.take(spread(len(held_out), self.samples)), self.split, self.loss_size
         positions = self.sample_index[rows.numbers]
         if self.judged is not None:
             rows, split, unit = self.judged.rows, self.judged.split, self.judged.loss_size
@@ -102,10 +107,6 @@ class Tuning:
             for part in torch.arange(len(rows)).split(min(size, self.samples))
         ]
         return float(torch.cat(found).mean()) / unit
-
-    def spread(self, count: int) -> Tensor:
-        """Which of so many samples it is judged on, evenly spread."""
-        return torch.linspace(0, count - 1, min(count, max(FEWEST_HELD_OUT, STEPS_HELD_OUT * self.samples))).long()
 
     def _losses(
         self,
