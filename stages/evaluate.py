@@ -16,6 +16,7 @@ from stages.evaluation.comparison import compare, fit_variances, seeded_order
 from stages.evaluation.fitting import OnValidation, fit_rows
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS, Gathered
+from stages.evaluation.nearest_labels import nearest_labels_row
 from stages.evaluation.requested_rows import LeftOut, longer_settings, requested_rows, seed_branches, whole_network_row
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
@@ -146,7 +147,11 @@ class Evaluate(Stage):
 
     @cached_property
     def _class_means(self) -> Tensor | str:
-        return from_run.class_means(self.subject, self.training, Batch(self.subject, self._test, self._test.order[:2]))
+        return from_run.class_means(self.subject, self.training, self._example)
+
+    @property
+    def _example(self) -> Batch:
+        return Batch(self.subject, self._test, self._test.order[:2])
 
     @cached_property
     def _at_once(self) -> AtOnce:
@@ -185,6 +190,11 @@ class Evaluate(Stage):
         rows = row.base_and_oracle() + row.generated_rows(training.mean_rho)
         made, left_out = from_run.training_rows(subject, training, self._class_means, missing)
         rows += made
+        labels = nearest_labels_row(training, self.context.splits["all"], self._example, missing)
+        if isinstance(labels, str):
+            left_out[row.NEAREST_LABELS] = labels
+        else:
+            rows.append(labels)
         whole = whole_network_row(self.context, len(self._test.order))
         if isinstance(whole, str):
             left_out[row.ORACLE_ALL] = whole

@@ -20,13 +20,16 @@ ROWS = [
     "nearest k blended",
     "nearest k blended in layer input",
     "shuffled conditioning",
+    "nearest neighbours' labels",
 ]
 COSTLY = [
     "alternative layer",
     "deterministic hypernetwork",
     "ocd conditioned on x",
+    "ocd by the paper's objective",
     "plain network on I(x)",
     "base trained for as long again",
+    "deep ensemble",
 ]
 
 

@@ -4,14 +4,16 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from stages.evaluation import rows as row
 from stages.evaluation.from_run import make_subject, with_denoiser
 from stages.evaluation.plain_network import plain_network_row
-from stages.evaluation.rows import Row, elsewhere_row, output_row
+from stages.evaluation.rows import Members, Row, elsewhere_row, output_row
 from stages.evaluation.run_cost import stage_seconds
 from stages.evaluation.subject import Batch, Subject
 from stages.foundation.errors import ComputeError, SettingsError, TaskError
-from stages.foundation.trees import Tree, concatenate, take, to_device
+from stages.foundation.trees import Tree, concatenate, take, to_device, tree_map
 from stages.lifecycle.branches import branch_of, bring_up
 from stages.lifecycle.context import BASE_FILE, RunContext
 from stages.overfitting.recipe import recipe_of
@@ -27,7 +29,9 @@ LONGEST_S = 180.0
 TRIED = 3
 # Training the base for as long again is cheap below so much, however fast the other stages were.
 CHEAP_S = 60.0
-TRAINED = (row.ALTERNATIVE, row.REGRESSION_ROW, row.WITH_X, row.PLAIN, row.LONGER)
+TRAINED = (row.ALTERNATIVE, row.REGRESSION_ROW, row.WITH_X, row.BY_PAPER, row.PLAIN, row.LONGER, row.DEEP)
+# Bases of a deep ensemble, the run's own among them.
+ENSEMBLE_OF = 5
 
 LeftOut = dict[str, str]
 
@@ -70,8 +74,10 @@ def requested_row(context: RunContext, subject: Subject, name: str) -> Row | str
         row.ALTERNATIVE: _alternative,
         row.REGRESSION_ROW: _regression,
         row.WITH_X: _with_x,
+        row.BY_PAPER: _by_paper,
         row.PLAIN: plain_network_row,
         row.LONGER: _longer,
+        row.DEEP: _deep_ensemble,
     }
     return makers[name](context, subject)
 
@@ -111,6 +117,34 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
     branch = _branch(context, "conditioned-on-x", {"collect.condition_on_x": True}, LEARNED)
     other = with_denoiser(make_subject(branch, branch.layer), branch, None, subject.ensemble)
     return elsewhere_row(row.WITH_X, other)
+
+
+def _by_paper(context: RunContext, subject: Subject) -> Row | str:
+    """OCD without what goes beyond the paper: neighbours, and tuning by the task's loss."""
+    table = context.project.settings.train_diffusion
+    if not (table.neighbours or table.tune_after):
+        return "the run's own denoiser is trained by it"
+    values = {"train-diffusion.neighbours": 0, "train-diffusion.tune_after": 0}
+    branch = _branch(context, "paper-objective", values, LEARNED)
+    return elsewhere_row(row.BY_PAPER, with_denoiser(subject, branch, None, subject.ensemble))
+
+
+def _deep_ensemble(context: RunContext, subject: Subject) -> Row | str:
+    """The base and four more, trained with other seeds (Lakshminarayanan et al., 2017)."""
+    if "weights" in context.manifest_of("train-base").sources:
+        return "the base was imported: others like it cannot be trained"
+    seeds = range(context.seed + 1, context.seed + ENSEMBLE_OF)
+    # Every base learns from the same samples.
+    given = context.project.settings.task.validation_seed
+    same = {"task.validation_seed": context.seed if given is None else given}
+    branches = [_branch(context, f"deep-ensemble-{seed}", {"run.seed": seed, **same}, ("train-base",)) for seed in seeds]
+    models = [context.base, *(branch.another_base() for branch in branches)]
+
+    def members(batch: Batch) -> Members:
+        outputs = tree_map(lambda *parts: torch.stack(parts), *(context.forward(model, batch.x) for model in models))
+        return lambda strength: outputs
+
+    return Row(row.DEEP, members)
 
 
 def _longer_takes_too_long(context: RunContext) -> str | None:

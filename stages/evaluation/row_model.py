@@ -12,6 +12,7 @@ from stages.evaluation import from_run
 from stages.evaluation import rows as row
 from stages.evaluation.comparison import combined
 from stages.evaluation.fitting import temperature_row
+from stages.evaluation.nearest_labels import nearest_labels_row
 from stages.evaluation.requested_rows import TRAINED, requested_row
 from stages.evaluation.rows import Row
 from stages.evaluation.stored_deltas import StoredDeltas
@@ -135,9 +136,12 @@ def _row(context: RunContext, subject: Subject, training: StoredDeltas, name: st
         return found
     if name == row.MEAN_DELTA:
         return row.mean_row(training.mean.to(subject.device))
-    if name == row.CLASS_MEAN:
+    if name in (row.CLASS_MEAN, row.NEAREST_LABELS):
         test = context.test_split
         example = Batch(subject, EvaluatedSamples(test, torch.arange(len(test))), torch.arange(min(2, len(test))))
+    if name == row.NEAREST_LABELS:
+        return nearest_labels_row(training, context.splits["all"], example, {})
+    if name == row.CLASS_MEAN:
         return from_run.class_mean_row(from_run.class_means(subject, training, example))
     if name == row.TEMPERATURE:
         known = _known(context)

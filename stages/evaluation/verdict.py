@@ -18,6 +18,8 @@ RIVALS = (*NEEDED, row.MEAN_DELTA, row.LONGER)
 NEIGHBOURS = (row.NEAREST, row.NEAREST_INPUT, row.BLENDED, row.BLENDED_INPUT)
 # The share of the base's loss below which a gain is none worth the trouble: to leave no room for more is to have no gain.
 SMALLEST_GAIN = 0.01
+# What changes no weight of the base.
+OTHERWISE = (row.PLAIN, row.NEAREST_LABELS, row.DEEP)
 # Any one of up to six comparisons can end in a word that is wrong: each interval leaves out 1 %, half of it on either side.
 VERDICT_TAIL, COVERED = 0.005, "99 %"
 # More samples than that nobody has.
@@ -91,7 +93,7 @@ class Verdict:
 
 def compared_with(estimates: Mapping[str, Estimate]) -> dict[str, Comparison]:
     """OCD's ensemble against every row that the verdict speaks of, by name; `estimates` are of the loss."""
-    names = (row.BASE, *RIVALS, *NEIGHBOURS, row.PLAIN, *_further(estimates))
+    names = (row.BASE, *RIVALS, *NEIGHBOURS, *OTHERWISE, *_further(estimates))
     if row.ENSEMBLE not in estimates:
         return {}
     return {name: _comparison(estimates[row.ENSEMBLE], estimates[name]) for name in names if name in estimates}
@@ -117,16 +119,16 @@ def verdict(
     - `helps`: the interval favours the ensemble against the base and each rival.
     - `undecided`: anything else, for want of samples or of a rival to compare with.
 
-    Beside it stand the best of the neighbours, the plain network and the best of the task's own rows, where they are better
-    than the base, and what OCD has at its validated strength, where that is better than the ensemble. A task without classes
-    has no temperature to scale by; `metric` is what the loss is called, and `estimates` are of it.
+    Beside it stand the best of the neighbours' deltas, of what changes no weight of the base, and of the task's own rows,
+    where they are better than the base, and what OCD has at its validated strength, where that is better than the ensemble. A
+    task without classes has no temperature to scale by; `metric` is what the loss is called, and `estimates` are of it.
     """
     needed = [name for name in NEEDED if classes or name != row.TEMPERATURE]
     asked = [name for name in RIVALS if name in comparisons and (classes or name != row.TEMPERATURE)]
     values = figure(estimates[row.BASE].value), figure(estimates[row.ENSEMBLE].value)
     figures = f"{metric} {' → '.join(values)}, {_interval(comparisons[row.BASE])}"
     found = _decided(comparisons, estimates, asked, [name for name in needed if name not in comparisons], figures)
-    beside = "".join(_beside(names, comparisons, estimates) for names in (NEIGHBOURS, (row.PLAIN,), _further(estimates)))
+    beside = "".join(_beside(names, comparisons, estimates) for names in (NEIGHBOURS, OTHERWISE, _further(estimates)))
     validated = estimates.get(row.VALIDATED)
     better = validated and _comparison(validated, estimates[row.ENSEMBLE]).favours
     if better and _comparison(validated, estimates[row.BASE]).difference < 0:

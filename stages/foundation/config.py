@@ -90,6 +90,9 @@ class TaskTable(Table):
     test: str | None = execution(None, "the same, for testing")
     validation: str | None = execution(None, "the same, for early stopping; without, a part of train is held out")
     validation_fraction: float = identity(0.1, "part of train held out when validation is not set", gt=0, lt=1)
+    validation_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = identity(
+        None, "seed that chooses it, by default run.seed; the same for runs that are to be compared"
+    )
 
 
 class TrainBaseTable(Table):
@@ -254,7 +257,9 @@ RequestedRow = Literal[
     "deterministic hypernetwork",
     "ocd conditioned on x",
     "plain network on I(x)",
+    "ocd by the paper's objective",
     "base trained for as long again",
+    "deep ensemble",
 ]
 
 

@@ -143,8 +143,8 @@ def _how(project: Project) -> str:
 
 def _spelled(name: str) -> str:
     """A row's name as part of a file's: words joined by hyphens, and, where that could be another name's, a few digits."""
-    spelled = re.sub(r"[^\w-]+", "-", name).strip("-")[:LONGEST_NAME]
-    plain = spelled.replace("-", " ") == name and spelled not in ("", "row-auto", "strength-auto")
+    spelled = re.sub(r"[^\w-]+", "-", name.replace("'", "")).strip("-")[:LONGEST_NAME]
+    plain = spelled.replace("-", " ") == name.replace("'", "") and spelled not in ("", "row-auto", "strength-auto")
     return spelled if plain else f"{spelled}-{digest(name)[:6]}".lstrip("-")
 
 

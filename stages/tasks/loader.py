@@ -60,6 +60,7 @@ def load_splits(task: Task, settings: TaskTable, seed: int) -> dict[str, Split]:
     whole = Split(dataset, name="train")
     if held_out is not None:
         return {"train": whole, "all": whole, "validation": Split(held_out, name="validation")}
+    seed = seed if settings.validation_seed is None else settings.validation_seed
     train, validation = split_rows(len(whole), settings.validation_fraction, seed)
     return {"train": whole.select(train), "validation": whole.select(validation), "all": whole}
 

@@ -69,7 +69,7 @@ def test_auto_is_the_row_of_the_lowest_validation_loss(ocd, judged):
     assert best == "base" or losses[best] <= min(losses.values()) * (1 + 1e-6) < losses["base"]
     found = ocd.json(folder, "infer", "--row", "auto")
     assert found["row"] == best
-    mine, named = (folder.predictions(f"test+{name}") for name in ("row-auto", best.replace(" ", "-")))
+    mine, named = (folder.predictions(f"test+{name}") for name in ("row-auto", best.replace(" ", "-").replace("'", "")))
     assert all(np.array_equal(mine[name], named[name]) for name in mine)
     assert states(ocd, folder, "infer.row=auto")["infer"] == "done"
     assert "up to date" in ocd(folder, "infer", "--row", "auto").stdout
