@@ -21,10 +21,12 @@ class NeighbourEncoder(nn.Module):
         super().__init__()
         # Normalised by the number, over samples and neighbours.
         self.channels, self._shape = shape[0], tuple(shape)
-        self._heads = HEADS if dim % HEADS == 0 else 1
-        self.token = nn.Sequential(nn.Linear(shape[0], dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.key_value, self.leave = nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.query = nn.Parameter(torch.randn(dim) / (dim // self._heads) ** 0.25)
+        # Half as wide: there are k of them to each sample.
+        inner = max(1, dim // 2)
+        self._heads = HEADS if inner % HEADS == 0 else 1
+        self.token = nn.Sequential(nn.Linear(shape[0], inner), nn.SiLU(), nn.Linear(inner, inner))
+        self.key_value, self.leave = nn.Linear(inner, 2 * inner), nn.Linear(inner, dim)
+        self.query = nn.Parameter(torch.randn(inner) / (inner // self._heads) ** 0.25)
 
     def forward(self, values: Tensor) -> Tensor:
         """Normalised numbers (B, C·k) to (B, dim)."""

@@ -111,7 +111,7 @@ class _Training:
         self._stream = Stream(self._batches.batches)
         near, self._judged = search.found if search else None, None
         if self._of("tune_after"):
-            self._judged = judged_on(context, subject.overfitter, self._of("tune_samples"), near)
+            self._judged = judged_on(context, subject.overfitter, self._of("tune_samples") * self._of("evaluate_steps"), near)
         known = DenoiserDescription.read(context.file_of(STAGE, "denoiser.json"))
         # A U-Net's width counts channels.
         size = (VECTOR_WIDTH, DENSE_BLOCKS) if known.preset in UNETS else (known.width, known.blocks)

@@ -81,9 +81,10 @@ def tuning_of(context: RunContext, settings: DenoiserSettings, neighbours: Store
         schedule=settings.schedule,
         seed=context.seed,
         samples=settings.table.tune_samples,
+        between=settings.table.tune_samples * settings.table.evaluate_steps,
         vectors=settings.preset == VECTOR,
     )
-    return dataclasses.replace(tuning, judged=judged_on(context, tuning.overfitter, tuning.samples, neighbours))
+    return dataclasses.replace(tuning, judged=judged_on(context, tuning.overfitter, tuning.between, neighbours))
 
 
 def _unseen_split(context: RunContext) -> Split | None:
@@ -94,7 +95,8 @@ def _unseen_split(context: RunContext) -> Split | None:
 
 @torch.no_grad()
 def judged_on(context: RunContext, runner: Overfitter, samples: int, neighbours: StoreNeighbours | None) -> Judged | None:
-    """Validation samples that tuning with so many `samples` a step is judged on; None where something has learned from them."""
+    """Validation samples that tuning is judged on, where `samples` are used between two evaluations; None where something has
+    learned from them."""
     if (split := _unseen_split(context)) is None:
         return None
     task, parts, total = context.task, [], 0.0

@@ -31,13 +31,13 @@ STAGE = "train-diffusion"
 Precision = Callable[[], AbstractContextManager[Any]]
 # Steps of the sampler that deltas are drawn with, as `[infer]` has it by default.
 SAMPLE_STEPS = 10
-# Held-out rows that its loss is computed on: so many, or so many times the samples of a step, cheap where it has many.
-FEWEST_HELD_OUT, STEPS_HELD_OUT = 16, 4
+# Samples that it is judged on: so many, or this part of those of the steps between two evaluations, a small part of the work.
+FEWEST_JUDGED, PART_JUDGED = 16, 0.1
 
 
 def spread(count: int, samples: int) -> Tensor:
-    """Which of `count` samples tuning with so many `samples` a step is judged on, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, max(FEWEST_HELD_OUT, STEPS_HELD_OUT * samples))).long()
+    """Which of `count` samples tuning is judged on, where `samples` are used between two evaluations; evenly spread."""
+    return torch.linspace(0, count - 1, min(count, max(FEWEST_JUDGED, int(PART_JUDGED * samples)))).long()
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Tuning:
         sample_index: of each row of the store, its sample's position there, (N,).
         loss_size: L̄, the mean size of the base's losses over the store.
         samples: rows of a step.
+        between: rows of the steps between two evaluations.
         vectors: the denoiser draws output vectors.
         judged: what it is judged on; None: the store's held-out rows.
     """
@@ -81,6 +82,7 @@ class Tuning:
     schedule: NoiseSchedule
     seed: int
     samples: int
+    between: int
     vectors: bool = False
     judged: Judged | None = None
 
@@ -95,7 +97,7 @@ class Tuning:
     def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision = nullcontext) -> float:
         """The loss on validation samples, or on held-out rows, `size` at once, the same draws every time."""
         denoiser.eval()
-        rows, split, unit = held_out.take(spread(len(held_out), self.samples)), self.split, self.loss_size
+        rows, split, unit = held_out.take(spread(len(held_out), self.between)), self.split, self.loss_size
         positions = self.sample_index[rows.numbers]
         if self.judged is not None:
             rows, split, unit = self.judged.rows, self.judged.split, self.judged.loss_size
