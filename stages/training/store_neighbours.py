@@ -10,8 +10,9 @@ from torch import Tensor
 
 from stages.diffusion.conditioning import Fields
 from stages.diffusion.delta_batch import usable_split
+from stages.diffusion.neighbour_encoder import NEIGHBOURS
 from stages.foundation.config import TrainDiffusionTable
-from stages.foundation.errors import ArtifactError
+from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.files import digest, remove
 from stages.foundation.progress import Report
 from stages.foundation.tensors import load_tensors, save_tensors
@@ -26,7 +27,7 @@ from stages.tasks.neighbours import Neighbours
 from stages.tasks.protocol import Task
 from stages.tasks.residual import residual
 from stages.training.bank import BANK_FILE, WIDEST, Bank, directions, identities, narrowed
-from stages.training.retrieval import best_place, caused, place, require_enough, told_of_neighbours
+from stages.training.retrieval import COUNT, best_place, caused, place, require_enough, told_of_neighbours
 
 FOUND_FILE, KNOWN_FILE = "found.safetensors", "known.json"
 AT_ONCE, QUERIES_AT_ONCE = 256, 4096
@@ -89,6 +90,11 @@ class NeighbourSearch:
     def described(self) -> tuple[EncoderDescription, bool]:
         """The encoder of the field `neighbours`, and whether effects are told."""
         widths, given = field_widths(self.reader.description), self.split.batch([0, len(self.split) - 1])
+        if NEIGHBOURS in widths:
+            raise SettingsError(
+                f"{COUNT}: conditioning() gives a field named {NEIGHBOURS!r}, as the one that is to be added",
+                f"give it another name, or leave {COUNT} out",
+            )
         store, count = self.reader.description, self.settings.neighbours
         return told_of_neighbours(self.task, self.overfitter, store, widths, count, given)
 
@@ -182,7 +188,7 @@ class NeighbourSearch:
 
     def _near(self, bank: Bank, at: Tensor, identity: Tensor) -> Neighbours:
         """The neighbours of samples at places (n, d)."""
-        count, parts = self.settings.neighbours, []
+        count, parts, bank = self.settings.neighbours, [], bank.to(self.device)
         for part in torch.arange(len(at)).split(QUERIES_AT_ONCE):
             found = bank.find(at[part].to(self.device), identity[part], count)
             parts.append(require_enough(Neighbours(found.distance.cpu(), found.row.cpu()), count, bank))

@@ -9,6 +9,9 @@ from folders import Folder, flip, states, status
 from processes import stopped_at
 
 from stages.run_directory.folders import StageFolder
+from stages.run_directory.format import Manifest
+from stages.run_directory.pipeline import identity_settings, spec_of
+from stages.run_directory.project import load_project
 
 
 def test_nothing_run_and_then_one_stage_after_another(project, ocd):
@@ -171,3 +174,14 @@ def test_data_from_code_are_trusted_by_status_alone(project, ocd):
     (folder.root / "rows.txt").write_text(" ".join(map(str, range(31))))
     assert states(ocd, folder)["collect"] == "done"
     assert "content of train" in ocd(folder, "collect", code=3).stderr
+
+
+def test_a_setting_that_came_later_makes_nothing_stale_by_its_default(finished):
+    """A stage of an earlier version does not record it: by its default it is what it was, and by another value it is not."""
+    for overrides, heard in ((), False), (["train-diffusion.neighbours=3"], True):
+        project = load_project(finished.config, overrides=overrides)
+        spec, manifest = spec_of(project, "train-diffusion"), Manifest.read(finished.run / "train-diffusion/manifest.json")
+        known = {key: value for key, value in manifest.identity.settings.items() if "neighbours" not in key}
+        before = manifest.changed(identity=manifest.identity.changed(settings=known))
+        assert ("train-diffusion.neighbours" in identity_settings(project, spec, before)) == heard
+        assert "train-diffusion.neighbours" in identity_settings(project, spec, manifest)

@@ -103,7 +103,11 @@ def tuning(samples=3):
         method=lambda inputs, weights: torch.einsum("boi,bi->bo", weights, inputs),
     )
     index, schedule = torch.tensor([4, 4, 1, 1, 3, 3]), make_schedule("ddpm", 12, X0)
-    return Tuning(Fit(), predicted, overfitter, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, samples, 10 * samples), (x, y, base)
+    return Tuning(Fit(), predicted, overfitter, Split(ArrayDataset(x, y)), index, 0.5, schedule, 0, samples, 10 * samples), (
+        x,
+        y,
+        base,
+    )
 
 
 def some_rows(numbers):

@@ -44,7 +44,7 @@ def tuning_of(loss, preset, x):
     runner = Runner(model, layer, lambda net, given: net(given), x[:2] + 1)
     y = LABELS.get(loss, (random(COUNT, 3) > 0).float())
     schedule = make_schedule("ddpm", math.prod(denoised_shape(preset, SHAPE)), "epsilon" if preset == "small" else "x0")
-    options = {"samples": COUNT, "vectors": preset == VECTOR}
+    options = {"samples": COUNT, "between": 10 * COUNT, "vectors": preset == VECTOR}
     rows = torch.arange(COUNT)
     return Tuning(Scored(loss), lambda fields: 0 * fields["activation"][:, 0], runner, Split(ArrayDataset(x, y)), rows, 1.0,
                   schedule, 0, **options)  # fmt: skip
