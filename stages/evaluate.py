@@ -121,13 +121,14 @@ class Evaluate(Stage):
         base, settings = self.context.manifest_of("train-base").summary, longer_settings(self.context)
         project = self.context.project
         given = (text for text in project.overrides if text.startswith("train-base.") and text.split("=")[0] not in settings)
+        untried = self.subject.generate.vectors and row.PLAIN not in comparisons
         longer = f"ocd train-base{project.flags}{set_flags(given)}{as_flags(settings)} --force"
         return {
             "verdict": found.sentence,
             "outcome": found.outcome,
             "rival": found.rival,
             "samples_to_decide": found.samples,
-            "next": advice(found, best, longer=longer, weak=base.get("worse_than_constant", False)),
+            "next": advice(found, best, longer=longer, weak=base.get("worse_than_constant", False), untried=untried),
             "best": best,
             "comparisons": as_json(comparisons),
         }

@@ -9,13 +9,15 @@ from stages.evaluation.verdict import HELPS, UNDECIDED, Verdict
 AS_THE_VERDICT_SAYS = (row.ENSEMBLE, row.ONE_DRAW, row.NO_SCALING, row.MEAN_NETWORK)
 
 
-def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False) -> str:
+def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False, untried: bool = False) -> str:
     """What to do next, in a sentence.
 
     Args:
         best: the row that validation favours, where that is known; `base` where none gains enough.
         longer: the command that trains the base as the row of the longer base was.
         weak: whether the base is worse than a constant.
+        untried: a plain network was not tried, and a sample is one row, of which changing weights says no more than changing
+            the output.
     """
     with_best = f"predict with the row of the lowest validation loss, {best}: ocd infer --row auto"
     spoken_for = best in (None, row.BASE, *AS_THE_VERDICT_SAYS)
@@ -35,4 +37,7 @@ def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False)
     if found.rival_gains and row.predicts(found.rival):
         return f"predict with what has the gain: ocd infer --row {shlex.quote(found.rival)}"
     # Where there are validation samples, a row is absent for outputs of this form have none such: nothing is to be given.
-    return "predict with: ocd infer" if found.outcome == HELPS or found.absent else "use the base as it is"
+    if found.outcome != HELPS and not found.absent:
+        return "use the base as it is"
+    ask = f"ocd evaluate --add {shlex.quote(row.PLAIN)}"
+    return "predict with: ocd infer" + (f"; a plain network may do as much where a sample is one row: {ask}" if untried else "")

@@ -66,3 +66,9 @@ def test_a_rival_that_gains_predicts(rival, gains, said):
 def test_a_base_that_is_worse_than_a_constant_comes_before_all(outcome):
     said = advice(Verdict(outcome, "", LONGER), BLENDED, longer=TRAIN, weak=True)
     assert said == "mend the base first, which is worse than a constant; train-base says how"
+
+
+def test_a_plain_network_is_worth_a_trial_where_a_sample_is_one_row():
+    ask = "; a plain network may do as much where a sample is one row: ocd evaluate --add 'plain network on I(x)'"
+    assert advice(Verdict(HELPS, ""), None, longer=TRAIN, untried=True) == OCD + ask
+    assert advice(Verdict(HARMS, ""), None, longer=TRAIN, untried=True) == KEEP
