@@ -33,6 +33,7 @@ EXAMPLES = {
     "train": '"train.npz"',
     "test": '"test.npz"',
     "validation": '"validation.npz"',
+    "validation_seed": "0",
     "encoder_weights": '"vgg11.safetensors"',
 }
 

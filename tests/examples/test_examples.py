@@ -47,6 +47,7 @@ def test_mnist_reads_the_real_data(ocd, tmp_path, real_data):
     folder = example("mnist_lenet5", tmp_path)
     few = ("collect.samples=200", "train-diffusion.max_steps=20", "train-scale.max_steps=50", "select-layer.draws=20")
     few += ("task.args.classifier_epochs=1", "evaluate.samples=40", "evaluate.validation_samples=20")
+    few += ("train-diffusion.tune_after=10",)
     words = put(*few)
     ocd(folder, "run", "--until", "train-scale", *words)
     summary = folder.summary("collect")
