@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from stages.diffusion.conditioning import ConditioningEncoder, Fields
 
-# No part of a predicted length is smaller than this.
+# A tuned length is at least this part of ρ̂.
 SMALLEST_PART = 1 / 8
 
 

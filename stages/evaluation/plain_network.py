@@ -160,7 +160,7 @@ class _Training:
 
     @torch.no_grad()
     def _figures(self, network: PlainNetwork) -> dict[str, float]:
-        """The mean loss of the samples that a denoiser is judged on."""
+        """The mean loss of the samples that a tuned denoiser is judged on, else of the rows held out."""
         network.eval()
         rows, split = self._batches.held_out, self._context.splits["all"]
         positions = self._samples[rows.numbers]

@@ -120,7 +120,7 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
 
 
 def _by_paper(context: RunContext, subject: Subject) -> Row | str:
-    """OCD without what goes beyond the paper: neighbours, and tuning by the task's loss."""
+    """OCD without neighbours, and without tuning by the task's loss."""
     table = context.project.settings.train_diffusion
     if not (table.neighbours or table.tune_after):
         return "the run's own denoiser is trained by it"

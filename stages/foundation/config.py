@@ -43,14 +43,6 @@ class Table(BaseModel):
     )
     title: ClassVar[str]
 
-    def is_default(self, key: str) -> bool:
-        """Whether a setting, by its name in `ocd.toml`, is what it is by default."""
-        return any(
-            getattr(self, name) == info.get_default(call_default_factory=True)
-            for name, info in type(self).model_fields.items()
-            if (info.alias or name) == key
-        )
-
     def of_kind(self, kind: str) -> dict[str, Any]:
         """The settings of one class, by the names they have in `ocd.toml`."""
         return {

@@ -6,9 +6,11 @@ import torch
 
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoisers import VECTOR
+from stages.foundation.files import digest
 from stages.foundation.trees import to_device
 from stages.lifecycle.branches import BRANCHES
 from stages.lifecycle.context import RunContext
+from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.collector import make_overfitter
 from stages.overfitting.overfitter import Overfitter
 from stages.prediction.predictor import load_scale
@@ -19,12 +21,11 @@ from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.training.denoiser import DenoiserSettings
 from stages.training.retrieval import Retrieval
-from stages.training.store_neighbours import NeighbourSearch, StoreNeighbours
+from stages.training.store_neighbours import AT_ONCE_BYTES, MOST_AT_ONCE, NeighbourSearch, StoreNeighbours
 from stages.training.tuning import Judged, Tuning, spread
 
 # Samples that the methods of running the model are tried on.
 PROBE = 2
-JUDGED_AT_ONCE = 64
 # Where the base fits everything, losses are in units of it.
 SMALLEST_LOSS = 1e-12
 
@@ -47,6 +48,7 @@ def neighbour_search(context: RunContext) -> NeighbourSearch | None:
     settings = context.project.settings.train_diffusion
     if not settings.neighbours:
         return None
+    collected = context.manifest_of("collect")
     return NeighbourSearch(
         task=context.task,
         overfitter=overfitter_of(context),
@@ -54,7 +56,7 @@ def neighbour_search(context: RunContext) -> NeighbourSearch | None:
         reader=store_of(context),
         settings=settings,
         seed=context.seed,
-        content=context.manifest_of("collect").content,
+        made_by=digest([collected.content, collected.identity.as_json()]),
         folder=context.project.run_path / BRANCHES,
         device=context.device,
         report=context.report,
@@ -89,8 +91,10 @@ def tuning_of(context: RunContext, settings: DenoiserSettings, neighbours: Store
 
 def _unseen_split(context: RunContext) -> Split | None:
     """The validation samples, where neither the base nor the store has learned from their labels."""
-    of_store = context.project.settings.collect.split != "train"
-    return None if of_store or context.validation_is_seen else context.splits["validation"]
+    # All of train, too, holds no row of a validation set of its own.
+    split = context.project.settings.collect.split
+    apart = split == "train" or (split == "all" and context.validation_is_given)
+    return context.splits["validation"] if apart and not context.validation_is_seen else None
 
 
 @torch.no_grad()
@@ -102,7 +106,9 @@ def judged_on(context: RunContext, runner: Overfitter, samples: int, neighbours:
     task, parts, total = context.task, [], 0.0
     retrieve = None if neighbours is None else Retrieval(task, runner, neighbours.bank.to(context.device), neighbours.known)
     positions = spread(len(split), samples)
-    for part in positions.split(JUDGED_AT_ONCE):
+    few = to_device(split.inputs(positions[:1]), context.device)
+    at_once = max(1, min(MOST_AT_ONCE, AT_ONCE_BYTES // sample_bytes(runner, few, few, factored=True)))
+    for part in positions.split(at_once):
         x, y = (to_device(tree, context.device) for tree in split.batch(part))
         first = runner.first_pass(x)
         fields = fields_of(task, type(context.layer.module(context.base)), x, first.output, first.captured)[0]

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from stages.foundation.config import EXTENT, IDENTITY
+from stages.foundation.config import EXTENT, IDENTITY, Table
 from stages.run_directory.format import Begun, Manifest
 from stages.run_directory.project import Project
 
@@ -80,7 +80,7 @@ STAGES = {
 ORDER = tuple(STAGES)
 TRAININGS = ("train-diffusion", "train-scale")
 # What train-scale goes by beside its own settings, where neighbours are told of.
-NEIGHBOURS = ("train-diffusion.neighbours", "train-diffusion.neighbours_in", "train-diffusion.held_out")
+OF_NEIGHBOURS = ("train-diffusion.neighbours", "train-diffusion.neighbours_in", "train-diffusion.held_out")
 # What all predictions need.
 LEARNED = ORDER[: ORDER.index("train-scale") + 1]
 
@@ -95,7 +95,7 @@ def spec_of(project: Project, name: str) -> StageSpec:
     if tuned or near:
         reads = (*STAGES["collect"].reads, *spec.reads, *(["train-scale"] if tuned else []))
         data = ("train", "validation") if tuned else ("train",)
-        settings = (*spec.settings, *(NEIGHBOURS if near and name != "train-diffusion" else ()))
+        settings = (*spec.settings, *(OF_NEIGHBOURS if near and name != "train-diffusion" else ()))
         return dataclasses.replace(spec, reads=reads, data=data, task=True, settings=settings)
     if name == "infer" and project.settings.infer.row != OWN_ROW:
         # Neighbours are looked for among the training samples, and a task's own rows may be trained on both. How many they are
@@ -126,9 +126,7 @@ def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manif
     tables = [(spec.name, settings.table(spec.name))] + ([("task", settings.task)] if spec.task else [])
     known = recorded.identity.settings if recorded else {}
     # What an earlier version made without a setting is what it makes by the setting's default.
-    unheard = {
-        f"{name}.{key}" for name, table in tables for key in table.of_kind(IDENTITY) if table.is_default(key)
-    } - known.keys()
+    unheard = {f"{name}.{key}" for name, table in tables for key in _by_default(table)} - known.keys()
     found = {f"{name}.{key}": value for name, table in tables for key, value in table.of_kind(IDENTITY).items()}
     if recorded:
         found = {key: value for key, value in found.items() if key not in unheard}
@@ -149,6 +147,12 @@ def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manif
         key: known.get(key, value) if value == AUTO or (known.get(key) == AUTO and chosen.get(key) == value) else value
         for key, value in found.items()
     } | {key: known[key] for key in MORE_IS_FINE if key in known and key in found and _covers(known[key], found[key])}
+
+
+def _by_default(table: Table) -> list[str]:
+    """The settings of a table that are what they are by default."""
+    fields = type(table).model_fields.items()
+    return [info.alias or name for name, info in fields if getattr(table, name) == info.get_default(call_default_factory=True)]
 
 
 def chosen_by_scores(recorded: Begun | Manifest | None) -> str | None:

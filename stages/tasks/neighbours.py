@@ -94,9 +94,7 @@ def nearest_of(
     """
     centre = candidates.mean(0)
     points = candidates - centre
-    squares, numbers = points.square().sum(1), points.shape[1]
-    # |fl(q·c) − q·c| ≤ d ε ‖q‖ ‖c‖ (Higham, 2002, Sec. 3.1), twice, and as much again for the squares and the centre.
-    rounding = 4 * numbers * torch.finfo(torch.float32).eps
+    squares = points.square().sum(1)
     distances, rows = [], []
     for start in range(0, len(queries), QUICK_QUERIES):
         asked = queries[start : start + QUICK_QUERIES]
@@ -107,15 +105,22 @@ def nearest_of(
         distance, order = distance.sort(dim=1, stable=True)
         distance, picked = distance[:, :k], row.gather(1, order)[:, :k]
         if row.shape[1] < len(points):
-            own, furthest = seen.square().sum(1), distance[:, -1]
-            # A candidate further from the centre than ‖q‖ and the furthest together is no nearer, whatever rounding does.
-            least = value[:, -1] + own - rounding * (own + (own.sqrt() + furthest).square())
-            for place in torch.nonzero(~(furthest.square() <= least)).flatten().tolist():
+            for place in _unsure(value[:, -1], distance[:, -1], seen):
                 distance[place], picked[place] = _exactly(asked[place], candidates, k, pairs, place)
         distances.append(distance)
         rows.append(picked)
         on_progress(start + len(asked))
     return Neighbours(torch.cat(distances).float(), torch.cat(rows))
+
+
+def _unsure(last: Tensor, furthest: Tensor, seen: Tensor) -> list[int]:
+    """The queries (N, d), from the centre, for which rounding could have kept one of the k off the list, of which the `last`
+    values and the `furthest` distances are given, (N,) each."""
+    # |fl(q·c) − q·c| ≤ d ε ‖q‖ ‖c‖ (Higham, 2002, Sec. 3.1), twice, and as much again for the squares and the centre.
+    rounding, own = 4 * seen.shape[1] * torch.finfo(torch.float32).eps, seen.square().sum(1)
+    # A candidate further from the centre than ‖q‖ and the furthest together is no nearer, whatever rounding does.
+    least = last + own - rounding * (own + (own.sqrt() + furthest).square())
+    return torch.nonzero(~(furthest.square() <= least)).flatten().tolist()
 
 
 def _pairs_of(excluded: Tensor, start: int, count: int) -> Tensor:

@@ -9,11 +9,13 @@ from stages.tasks.classes import BINARY, OF_CLASSES, class_probabilities, logits
 from stages.tasks.losses import CLASSIFICATION
 from stages.tasks.protocol import Task
 
+WIDEST = 256
+
 
 def residual(task: Task, output: Tree, y: Tree) -> Tensor | None:
     """y − f(x), (B, numbers) float32: of classifiers, the labels' indicators minus the probabilities; None where outputs and
-    labels have other forms."""
-    if not isinstance(output, Tensor) or not isinstance(y, Tensor):
+    labels have other forms, or more than 256 numbers a sample."""
+    if not isinstance(output, Tensor) or not isinstance(y, Tensor) or output[0].numel() > WIDEST:
         return None
     if task.kind == CLASSIFICATION:
         form = logits_of(output, y)

@@ -1,5 +1,6 @@
 """The training side that a sample's neighbours are looked up in, and what is said of each neighbour."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,11 +108,12 @@ def narrowed(fields: Fields) -> Tensor:
 def _projected(values: Tensor, name: str) -> Tensor:
     if values.shape[1] <= WIDEST:
         return values
-    return values @ _projection(values.shape[1], PROJECTED, name).to(values)
+    return values @ projection(values.shape[1], PROJECTED, name).to(values)
 
 
-def _projection(width: int, count: int, name: str) -> Tensor:
-    """Fixed, whatever the run's seed: a bank may be read by another run."""
+@functools.lru_cache(maxsize=8)
+def projection(width: int, count: int, name: str) -> Tensor:
+    """A random matrix (width, count), the same whatever the run's seed: a branch with another seed may share a bank."""
     return torch.randn(width, count, generator=generator("projection", name)) / width**0.5
 
 
@@ -120,19 +122,18 @@ def directions(deltas: Tensor) -> Tensor:
     P δ Q of unit deltas, with fixed P and Q, (B, 64)."""
     if deltas.dim() == 2:
         return unit(deltas.unsqueeze(2)).squeeze(2)
-    left, right = (_projection(size, SIDE, name) for size, name in zip(deltas.shape[1:], ("left", "right"), strict=True))
+    left, right = (projection(size, SIDE, name) for size, name in zip(deltas.shape[1:], ("left", "right"), strict=True))
     return torch.einsum("boi,op,iq->bpq", unit(deltas), left, right).flatten(1)
 
 
 def identities(x: Tree) -> Tensor:
     """A number for each input, (B,) int64, equal where all of their numbers are."""
-    parts = [
-        leaf.detach().cpu().contiguous().flatten(1) if leaf.dim() > 1 else leaf.detach().cpu().unsqueeze(1)
-        for leaf in leaves(x).values()
-    ]
-    rows = [[np.ascontiguousarray(part[i].numpy()).tobytes() for part in parts] for i in range(batch_size(x))]
-    digests = [hashlib.blake2b(b"".join(row), digest_size=8).digest() for row in rows]
-    return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
+    rows = [leaf.detach().cpu().reshape(len(leaf), -1).contiguous() for leaf in leaves(x).values()]
+    # As bytes: numpy does not know bfloat16.
+    parts = [part.view(torch.uint8).numpy() for part in rows]
+    whole = (b"".join(part[i].tobytes() for part in parts) for i in range(batch_size(x)))
+    digests = b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in whole)
+    return torch.from_numpy(np.frombuffer(digests, np.int64).copy())
 
 
 def _equal_pairs(queries: Tensor, known: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor
 from stages.diffusion.conditioning import Fields
 from stages.diffusion.neighbour_encoder import NEIGHBOURS
 from stages.foundation.errors import SettingsError
-from stages.foundation.seeds import generator
-from stages.foundation.trees import Tree, to_device
+from stages.foundation.trees import Tree, leaves, to_device
 from stages.per_sample.capture import LAYER_INPUT
 from stages.per_sample.runner import FirstPass, Runner
 from stages.run_directory.descriptions import EncoderDescription, NeighboursDescription
@@ -20,7 +19,7 @@ from stages.tasks.neighbours import Neighbours, flat_inputs, places_of
 from stages.tasks.protocol import Task
 from stages.tasks.residual import residual
 from stages.tasks.user_code import user_code
-from stages.training.bank import MOST_DELTA_BYTES, WIDEST, Bank, identities, token_width
+from stages.training.bank import MOST_DELTA_BYTES, WIDEST, Bank, identities, projection, token_width
 
 COUNT, WHERE = "train-diffusion.neighbours", "train-diffusion.neighbours_in"
 IN_COORDINATES, IN_X = "coordinates", "x"
@@ -62,7 +61,7 @@ def place(task: Task, x: Tree, fields: Mapping[str, Tensor], where: str) -> Tens
         SettingsError: they lie nowhere there.
         TaskError: coordinates() gives something else.
     """
-    found = _places(task, x, fields).get(where)
+    found = _place(task, x, fields, where)
     if found is None:
         why = {
             IN_COORDINATES: "the task has no coordinates()",
@@ -72,8 +71,7 @@ def place(task: Task, x: Tree, fields: Mapping[str, Tensor], where: str) -> Tens
         raise SettingsError(f"{WHERE} = {where!r}, but {why[where]}", f"leave {WHERE} out, and it is chosen")
     if found.shape[1] <= WIDEST_PLACE:
         return found
-    projection = torch.randn(found.shape[1], PROJECTED_PLACE, generator=generator("projection", where))
-    return found @ projection.to(found) / found.shape[1] ** 0.5
+    return found @ projection(found.shape[1], PROJECTED_PLACE, where).to(found)
 
 
 def best_place(task: Task, x: Tree, fields: Mapping[str, Tensor]) -> str:
@@ -83,30 +81,33 @@ def best_place(task: Task, x: Tree, fields: Mapping[str, Tensor]) -> str:
     Raises:
         SettingsError: nothing tells.
     """
-    found = [name for name, value in _places(task, x, fields).items() if value is not None]
-    if not found:
+    found = (where for where in (IN_COORDINATES, IN_X, LAYER_INPUT) if _place(task, x, fields, where) is not None)
+    if (best := next(found, None)) is None:
         raise SettingsError(
             f"{COUNT}: nothing tells which samples are near: x holds integers, and there is no field {LAYER_INPUT}",
             f"give the task coordinates(), or leave {COUNT} out",
         )
-    return found[0]
+    return best
 
 
-def _places(task: Task, x: Tree, fields: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+def _place(task: Task, x: Tree, fields: Mapping[str, Tensor], where: str) -> Tensor | None:
+    if where == IN_X:
+        return flat_inputs(x)
+    if where == LAYER_INPUT:
+        seen = fields.get(LAYER_INPUT)
+        return None if seen is None else seen.flatten(1).float()
+    # On the CPU, as for the rows of evaluate: the user's code may not know of devices.
+    on_cpu = to_device(x, torch.device("cpu"))
     with user_code("coordinates()"):
-        has_coordinates = task.coordinates(x) is not None
-    seen = fields.get(LAYER_INPUT)
-    return {
-        IN_COORDINATES: places_of(task, x) if has_coordinates else None,
-        IN_X: flat_inputs(x),
-        LAYER_INPUT: None if seen is None else seen.flatten(1).float(),
-    }
+        if task.coordinates(on_cpu) is None:
+            return None
+    return places_of(task, on_cpu).to(next(iter(leaves(x).values())).device)
 
 
 def caused(runner: Runner, bank: Bank, x: Tree, first: FirstPass, row: Tensor) -> Tensor:
     """What the deltas of neighbours, rows (B, k) of the bank, change the outputs of samples x (B, …) by: (B, k, numbers)."""
     changed = runner.members_along(first, x, bank.deltas(row, first.captured[LAYER_INPUT]))(1.0)
-    return (changed - first.output).flatten(2).transpose(0, 1).float()
+    return (changed - first.output).reshape(*changed.shape[:2], -1).transpose(0, 1).float()
 
 
 def require_enough(found: Neighbours, count: int, bank: Bank) -> Neighbours:
@@ -126,16 +127,17 @@ def require_enough(found: Neighbours, count: int, bank: Bank) -> Neighbours:
 @torch.no_grad()
 def told_of_neighbours(
     task: Task, runner: Runner, store: StoreDescription, widths: Mapping[str, int], count: int, given: tuple[Tree, Tree]
-) -> tuple[EncoderDescription, bool]:
-    """The encoder of the field `neighbours`, and whether effects are told, as a few samples (x, y) show."""
+) -> tuple[EncoderDescription, int, bool]:
+    """The encoder of the field `neighbours`, the numbers of a residual, and whether effects are told, as a few samples (x, y)
+    show."""
     device = runner.layer.weight(runner.model).device
     x, y = (to_device(tree, device) for tree in given)
     output = runner.first_pass(x).output
     error = residual(task, output, y)
-    residuals = error.shape[1] if error is not None and error.shape[1] <= WIDEST else 0
+    residuals = 0 if error is None else error.shape[1]
     delta = store.arrays[DELTA]
     kept = bool(delta.factors) or 4 * torch.Size(delta.shape).numel() <= MOST_DELTA_BYTES
     few = isinstance(output, Tensor) and output.is_floating_point() and output[0].numel() <= WIDEST
     effects = output[0].numel() if few and kept else 0
     width = token_width(store, widths, residuals, effects)
-    return EncoderDescription(kind=NEIGHBOURS, shape=[width, count]), bool(effects)
+    return EncoderDescription(kind=NEIGHBOURS, shape=[width, count]), residuals, bool(effects)

@@ -1,5 +1,7 @@
 """The neighbours of a store's rows, found once and kept beside the run: both trainings read them."""
 
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,7 @@ from stages.foundation.files import digest, remove
 from stages.foundation.progress import Report
 from stages.foundation.tensors import load_tensors, save_tensors
 from stages.foundation.trees import Tree, to_device
+from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.overfitter import Overfitter
 from stages.run_directory.descriptions import EncoderDescription, NeighboursDescription
 from stages.run_directory.pipeline import AUTO
@@ -26,11 +29,13 @@ from stages.tasks.data import Split
 from stages.tasks.neighbours import Neighbours
 from stages.tasks.protocol import Task
 from stages.tasks.residual import residual
-from stages.training.bank import BANK_FILE, WIDEST, Bank, directions, identities, narrowed
+from stages.training.bank import BANK_FILE, Bank, directions, identities, narrowed
 from stages.training.retrieval import COUNT, best_place, caused, place, require_enough, told_of_neighbours
 
 FOUND_FILE, KNOWN_FILE = "found.safetensors", "known.json"
-AT_ONCE, QUERIES_AT_ONCE = 256, 4096
+QUERIES_AT_ONCE = 4096
+# Samples that the base is run over at once.
+AT_ONCE_BYTES, MOST_AT_ONCE = 512 << 20, 256
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class StoreNeighbours:
 
     Attributes:
         bank: what they are rows of; `bank_file` holds it.
-        found: (N, k); row −1 of those that no training draws.
+        found: (N, k); row −1 of degenerate rows.
         effects: what neighbours' deltas cause, (N, k, numbers), or None.
     """
 
@@ -71,7 +76,7 @@ class NeighbourSearch:
         overfitter: runs the base.
         split: all training samples, which the store's `sample_index` counts.
         settings: how many, where, and what is held out.
-        content: of the store, what tells it from others.
+        made_by: what tells the store, and the task's code, from others.
         folder: where what was found is kept.
     """
 
@@ -81,14 +86,14 @@ class NeighbourSearch:
     reader: StoreReader
     settings: TrainDiffusionTable
     seed: int
-    content: str
+    made_by: str
     folder: Path
     device: torch.device
     report: Report
 
     @cached_property
-    def described(self) -> tuple[EncoderDescription, bool]:
-        """The encoder of the field `neighbours`, and whether effects are told."""
+    def described(self) -> tuple[EncoderDescription, int, bool]:
+        """The encoder of the field `neighbours`, the numbers of a residual, and whether effects are told."""
         widths, given = field_widths(self.reader.description), self.split.batch([0, len(self.split) - 1])
         if NEIGHBOURS in widths:
             raise SettingsError(
@@ -105,15 +110,21 @@ class NeighbourSearch:
         Raises:
             SettingsError: there are not so many, or nothing tells where samples are near.
         """
-        asked = [self.content, self.settings.neighbours, self.settings.neighbours_in, self.settings.held_out, self.seed]
+        asked = [self.made_by, self.settings.neighbours, self.settings.neighbours_in, self.settings.held_out, self.seed]
         folder = self.folder / f"neighbours-{digest(asked)[:12]}"
         try:
             return self._kept(folder)
         except ArtifactError:
-            for other in self.folder.glob("neighbours-*"):
+            for other in self.folder.glob("neighbours-*[0-9a-f]"):
                 remove(other)
-        folder.mkdir(parents=True)
-        self._find(folder)
+        # Another training may be looking, too: who is whole first gives it the name.
+        making = folder.with_name(f"{folder.name}.{os.getpid()}.wip")
+        remove(making)
+        making.mkdir(parents=True)
+        self._find(making)
+        with contextlib.suppress(OSError):
+            making.rename(folder)
+        remove(making)
         return self._kept(folder)
 
     def _kept(self, folder: Path) -> StoreNeighbours:
@@ -124,7 +135,7 @@ class NeighbourSearch:
 
     def _find(self, folder: Path) -> None:
         """Make the bank, look for every row's neighbours in it, and write both; what makes them whole is written last."""
-        effects = self.described[1]
+        effects = self.described[2]
         asked, of_bank = self._rows()
         where, lying, identity, errors = self._read(asked)
         kept = {"place": lying[of_bank], "identity": identity[of_bank], **self._of_store(asked[of_bank], effects)}
@@ -151,7 +162,9 @@ class NeighbourSearch:
     def _batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Tree, Tree]]:
         """Rows with x and y of their samples, part by part, on the device."""
         index = torch.from_numpy(self.reader.read("sample_index"))
-        for part in rows.split(AT_ONCE):
+        few = to_device(self.split.inputs(index[rows[:1]]), self.device)
+        each = sample_bytes(self.overfitter, few, few, factored=True)
+        for part in rows.split(max(1, min(MOST_AT_ONCE, AT_ONCE_BYTES // each))):
             x, y = (to_device(tree, self.device) for tree in self.split.batch(index[part]))
             yield part, x, y
 
@@ -168,10 +181,12 @@ class NeighbourSearch:
             fields = {name: value.to(self.device) for name, value in self._fields(part).items()}
             where = best_place(self.task, x, fields) if where == AUTO else where
             error = residual(self.task, self.overfitter.first_pass(x).output, y)
-            told = error is not None and error.shape[1] <= WIDEST
-            parts.append((place(self.task, x, fields, where).cpu(), identities(x), error.cpu() if told else None))
-        lying, same, errors = zip(*parts, strict=True)
-        return where, torch.cat(lying), torch.cat(same), None if errors[0] is None else torch.cat(errors)
+            # Labels of some batches may have another form, such as one that is to be ignored.
+            told = error is not None and error.shape[1] == self.described[1]
+            error = error.cpu() if told else torch.zeros(len(part), self.described[1])
+            parts.append((place(self.task, x, fields, where).cpu(), identities(x), error))
+        lying, same, errors = (torch.cat(values) for values in zip(*parts, strict=True))
+        return where, lying, same, errors if self.described[1] else None
 
     def _of_store(self, rows: Tensor, whole: bool) -> dict[str, Tensor]:
         """What the bank has from the store: conditioning, ρ, directions, and the deltas themselves, if `whole`."""
@@ -197,7 +212,7 @@ class NeighbourSearch:
 
     @torch.no_grad()
     def _caused(self, bank: Bank, rows: Tensor, near: Tensor) -> Tensor:
-        """What the deltas of each row's neighbours cause for it, (N, k, numbers); zero for other rows."""
+        """What the deltas of each row's neighbours cause for it, (N, k, numbers); zero for degenerate rows."""
         bank, done, parts = bank.to(self.device), 0, []
         for part, x, _ in self._batches(rows):
             first = self.overfitter.first_pass(x)

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 from folders import own_task, put_all
+from overfitters import random
 from planted import FAST
+from torch import nn
 
 from stages.diffusion.neighbour_encoder import NeighbourEncoder
 from stages.foundation.progress import Silent
 from stages.lifecycle.context import RunContext
+from stages.per_sample.layer import find_layer
+from stages.per_sample.runner import Runner
 from stages.prediction.for_training import neighbour_search, overfitter_of, store_of
 from stages.prediction.open_run import open_run
 from stages.prediction.predictor import load_retrieval
 from stages.run_directory.project import load_project
 from stages.tasks.conditioning import fields_of
 from stages.training.bank import Bank, identities
-from stages.training.retrieval import best_place
+from stages.training.retrieval import best_place, caused
 
 NEAR = {"neighbours": 5}
 LOCAL = FAST | {
@@ -111,6 +115,31 @@ def test_what_neighbours_cause_is_the_base_under_their_deltas(kind, request):
         torch.testing.assert_close(found.effects[row, place], wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("last", [nn.Flatten(0), nn.Identity()], ids=["(B,)", "(B, 1)"])
+def test_outputs_may_be_one_number_a_sample(last):
+    torch.manual_seed(0)
+    model, x, deltas = (
+        nn.Sequential(nn.Linear(3, 1), last).eval().requires_grad_(False),
+        torch.randn(4, 3),
+        torch.randn(6, 1, 3),
+    )
+    runner = Runner(model, find_layer(model, "0.weight"), lambda net, given: net(given), x)
+    row = torch.tensor([[0, 5], [1, 2], [3, 3], [4, 0]])
+    found = caused(runner, Bank({"delta": deltas}), x, runner.first_pass(x), row)
+    torch.testing.assert_close(found, torch.einsum("bkoi,bi->bko", deltas[row], x))
+
+
+def test_what_tells_equal_inputs():
+    x = random(5, 2, 3, dtype=torch.float32)
+    x[3] = x[1]
+    found = identities(x)
+    assert found[3] == found[1]
+    assert len(found.unique()) == 4
+    half = identities({"a": x.bfloat16(), "b": torch.arange(5) // 3})
+    assert len(half.unique()) == 5
+    assert identities({"a": x.bfloat16(), "b": torch.zeros(5)}).unique().numel() == 4
+
+
 def test_the_order_of_neighbours_makes_no_difference():
     torch.manual_seed(0)
     encoder, values = NeighbourEncoder((7, 5), 16), torch.randn(3, 7, 5)
@@ -175,6 +204,18 @@ def test_what_cannot_be(ocd, near, tmp_path, changed, said):
         found = ocd(folder, stage, "--force", *put_all("train-diffusion", changed), code=2).stderr
         assert found.endswith(said)
         assert folder.manifest(stage)["content"] == near.manifest(stage)["content"]
+
+
+def test_other_places_are_looked_up_anew(ocd, near, tmp_path):
+    """coordinates() that change no delta change the neighbours."""
+    folder = near.copy(tmp_path / "copy")
+    code = folder.root / "mytask.py"
+    code.write_text(code.read_text() + "\n\nLocal.coordinates = lambda self, x: x[:, :1]\n")
+    for stage in ("train-base", "select-layer", "collect", "train-scale", "train-diffusion"):
+        ocd(folder, stage, "--force")
+    assert folder.manifest("collect")["content"] == near.manifest("collect")["content"]
+    assert Bank.read(folder.run / "train-diffusion/bank.safetensors").tensors["place"].shape[1] == 1
+    assert folder.read("train-diffusion/denoiser.json")["neighbours"]["where"] == "coordinates"
 
 
 def test_status_tells_train_scale_of_changed_neighbours(ocd, near, tmp_path):
