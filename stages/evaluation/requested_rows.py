@@ -1,5 +1,6 @@
 """Rows of `evaluate` that are made on request: most take a training, in a further run that reuses finished stages of this."""
 
+import shlex
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -30,6 +31,7 @@ TRIED = 3
 # Training the base for as long again is cheap below so much, however fast the other stages were.
 CHEAP_S = 60.0
 TRAINED = (row.ALTERNATIVE, row.REGRESSION_ROW, row.WITH_X, row.BY_PAPER, row.PLAIN, row.LONGER, row.DEEP)
+OWN_WAY = "the run's own denoiser is trained by it"
 # Bases of a deep ensemble, the run's own among them.
 ENSEMBLE_OF = 5
 
@@ -48,8 +50,10 @@ def requested_rows(context: RunContext, subject: Subject) -> tuple[list[Row], Le
     asked |= {row.LONGER} if too_long is None else set()
 
     def why_not(name: str) -> str:
+        if name == row.BY_PAPER and not _goes_beyond(context):
+            return OWN_WAY
         why = too_long if name == row.LONGER else "not asked for: it takes a training"
-        return f"{why}; ask with --add '{name}'"
+        return f"{why}; ask with --add {shlex.quote(name)}"
 
     for name in TRAINED:
         try:
@@ -121,12 +125,17 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
 
 def _by_paper(context: RunContext, subject: Subject) -> Row | str:
     """OCD without neighbours, and without tuning by the task's loss."""
-    table = context.project.settings.train_diffusion
-    if not (table.neighbours or table.tune_after):
-        return "the run's own denoiser is trained by it"
+    if not _goes_beyond(context):
+        return OWN_WAY
     values = {"train-diffusion.neighbours": 0, "train-diffusion.tune_after": 0}
     branch = _branch(context, "paper-objective", values, LEARNED)
     return elsewhere_row(row.BY_PAPER, with_denoiser(subject, branch, None, subject.ensemble))
+
+
+def _goes_beyond(context: RunContext) -> bool:
+    """Whether the run's denoiser is told of neighbours, or tuned."""
+    table = context.project.settings.train_diffusion
+    return bool(table.neighbours or table.tune_after)
 
 
 def _deep_ensemble(context: RunContext, subject: Subject) -> Row | str:
