@@ -33,10 +33,10 @@ from stages.foundation.tensors import save_arrays
 from stages.lifecycle.context import GIVE_VALIDATION, PROBABLY_SEEN, RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
+from stages.prediction.for_training import store_of
 from stages.prediction.predictor import STRENGTH_FILE
 from stages.run_directory.folders import folder_of
 from stages.run_directory.project import Project, as_flags, set_flags
-from stages.store.reader import StoreReader
 from stages.tasks.checks import check_task
 from stages.tasks.losses import CLASSIFICATION
 from stages.training.trainer import threads_for
@@ -137,8 +137,7 @@ class Evaluate(Stage):
 
     @cached_property
     def training(self) -> StoredDeltas:
-        store = self.context.manifest_of("collect").store
-        return StoredDeltas(StoreReader(folder_of(self.context.project, "collect").found, store))
+        return StoredDeltas(store_of(self.context))
 
     @cached_property
     def subject(self) -> Subject:

@@ -97,6 +97,7 @@ class _Training:
         self._settings, self._steps = manifest.identity.settings, manifest.summary["steps"]
         self._fingerprint = manifest.content
         reader, search = store_of(context), neighbour_search(context)
+        near, self._judged = search.found if search else None, None
         self._samples = torch.from_numpy(reader.read("sample_index"))
         self._batches = TrainingBatches(
             reader,
@@ -106,10 +107,9 @@ class _Training:
             seed=context.seed,
             device=torch.device("cpu"),
             memory=AUTO,
-            neighbours=search.found if search else None,
+            neighbours=near,
         )
         self._stream = Stream(self._batches.batches)
-        near, self._judged = search.found if search else None, None
         if self._of("tune_after"):
             self._judged = judged_on(context, subject.overfitter, self._of("tune_samples") * self._of("evaluate_steps"), near)
         known = DenoiserDescription.read(context.file_of(STAGE, "denoiser.json"))

@@ -21,12 +21,11 @@ from stages.foundation.errors import ArtifactError, SettingsError
 from stages.foundation.torch_state import usual_torch
 from stages.foundation.trees import Tree
 from stages.lifecycle.context import RunContext
+from stages.prediction.for_training import store_of
 from stages.prediction.personalised import Prediction
 from stages.prediction.predictor import STRENGTH_FILE
 from stages.run_directory.descriptions import Strength
-from stages.run_directory.folders import folder_of
 from stages.run_directory.pipeline import AUTO
-from stages.store.reader import StoreReader
 from stages.tasks.data import Split
 
 
@@ -122,7 +121,7 @@ def make_row_model(context: RunContext, name: str, inputs: Split) -> RowModel:
     Raises:
         OcdError: faults of the task; a stage of the row's branch fails.
     """
-    training = StoredDeltas(StoreReader(folder_of(context.project, "collect").found, context.manifest_of("collect").store))
+    training = StoredDeltas(store_of(context))
     ensemble = context.project.settings.infer.ensemble
     subject = from_run.with_denoiser(from_run.make_subject(context, context.layer), context, training, ensemble)
     made = _row(context, subject, training, name)

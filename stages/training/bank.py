@@ -66,15 +66,13 @@ class Bank:
         found = nearest_of(asked, known, k, _equal_pairs(of_asked, of_known))
         return Neighbours(found.distance.to(places), found.row.to(places.device))
 
-    def deltas(self, row: Tensor, seen: Tensor) -> Deltas | None:
-        """The deltas of rows (B, k), as they act on samples of which the layer sees (B, …); None where they are not kept.
+    def deltas(self, row: Tensor, seen: Tensor) -> Deltas:
+        """The deltas of rows (B, k), as they act on samples of which the layer sees (B, …).
 
         Of outer products u_j h_jᵀ that is (h_j·h) u_j hᵀ/‖h‖², for the layer sees h alone.
         """
         if DELTA in self.tensors:
             return Deltas(self.tensors[DELTA][row])
-        if FACTORS[0] not in self.tensors:
-            return None
         left, right = (self.tensors[name][row] for name in FACTORS)
         along = F.normalize(seen.flatten(1).to(left), dim=1)
         return Deltas(left * torch.einsum("bki,bi->bk", right, along).unsqueeze(2), along)

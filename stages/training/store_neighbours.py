@@ -176,17 +176,18 @@ class NeighbourSearch:
     @torch.no_grad()
     def _read(self, rows: Tensor) -> tuple[str, Tensor, Tensor, Tensor | None]:
         """What samples are near in, where they lie there, what tells equal ones, and how far the base is from their labels."""
-        where, parts = self.settings.neighbours_in, []
+        where, parts, numbers = self.settings.neighbours_in, [], self.described[1]
         for part, x, y in self._batches(rows):
             fields = {name: value.to(self.device) for name, value in self._fields(part).items()}
             where = best_place(self.task, x, fields) if where == AUTO else where
-            error = residual(self.task, self.overfitter.first_pass(x).output, y)
+            # The base is run for this alone.
+            error = residual(self.task, self.overfitter.first_pass(x).output, y) if numbers else None
             # Labels of some batches may have another form, such as one that is to be ignored.
-            told = error is not None and error.shape[1] == self.described[1]
-            error = error.cpu() if told else torch.zeros(len(part), self.described[1])
+            told = error is not None and error.shape[1] == numbers
+            error = error.cpu() if told else torch.zeros(len(part), numbers)
             parts.append((place(self.task, x, fields, where).cpu(), identities(x), error))
         lying, same, errors = (torch.cat(values) for values in zip(*parts, strict=True))
-        return where, lying, same, errors if self.described[1] else None
+        return where, lying, same, errors if numbers else None
 
     def _of_store(self, rows: Tensor, whole: bool) -> dict[str, Tensor]:
         """What the bank has from the store: conditioning, ρ, directions, and the deltas themselves, if `whole`."""
