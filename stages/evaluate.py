@@ -17,6 +17,7 @@ from stages.evaluation.fitting import OnValidation, fit_rows
 from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.nearest_labels import nearest_labels_row
+from stages.evaluation.neighbours import find_neighbours
 from stages.evaluation.requested_rows import LeftOut, longer_settings, requested_rows, seed_branches, whole_network_row
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
@@ -208,7 +209,7 @@ class Evaluate(Stage):
         training, whole, k = self.training, self.context.splits["all"], self.settings.neighbours
         on_progress = self._progress("neighbours", len(training))
         found, missing = self._at_once.whole(
-            lambda size: from_run.find_neighbours(self.subject, training, evaluated, whole, k, size, on_progress)
+            lambda size: find_neighbours(self.subject, training, evaluated, whole, k, size, on_progress)
         )
         return dataclasses.replace(evaluated, neighbours=found), missing
 

@@ -1,7 +1,7 @@
 """From a run to what its rows are compared on: the subject, the samples, the neighbours, the rows themselves."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from stages.foundation.errors import TaskError
 from stages.foundation.files import available_memory
 from stages.foundation.memory import free_on_gpu
 from stages.foundation.seeds import generator, global_seed
-from stages.foundation.trees import Tree, leaves, to_device
+from stages.foundation.trees import Tree, to_device
 from stages.lifecycle.context import RunContext
 from stages.overfitting.batch_size import sample_bytes
 from stages.overfitting.collector import Collector, make_overfitter
@@ -27,7 +27,6 @@ from stages.prediction.predictor import HALF_ROWS, in_half, load_generator, load
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
-from stages.tasks.neighbours import Neighbours, input_blocks, nearest, places_of
 from stages.tasks.user_code import user_code
 from stages.tasks.views import any_views
 
@@ -36,11 +35,8 @@ PROBE = 4
 BATCH_BYTES = 192 << 20
 FEWEST, LARGEST, LARGEST_ON_GPU = 2, 256, 1024
 MEMORY_SHARE = 0.25
-QUERY_NUMBERS = 1 << 27
 # Numbers that the classes' mean deltas may have, in float64.
 MOST_CLASSES, MOST_CLASS_NUMBERS = 1000, 1 << 27
-LAYER_INPUT = "layer_input"
-OnProgress = Callable[[int], None]
 
 
 def make_subject(context: RunContext, layer: Layer, **settings: Any) -> Subject:
@@ -100,70 +96,6 @@ def probe_of(context: RunContext) -> tuple[Tree, Tree]:
     """A few training samples to try things on."""
     rows = context.splits["train"]
     return rows.batch([i % len(rows) for i in range(PROBE)])
-
-
-def find_neighbours(
-    subject: Subject,
-    training: StoredDeltas,
-    evaluated: EvaluatedSamples,
-    split: Split,
-    k: int,
-    size: int,
-    on_progress: OnProgress,
-    kinds: Collection[str] = (row.IN_X, row.IN_LAYER_INPUT),
-) -> tuple[dict[str, Neighbours], dict[str, str]]:
-    """The k nearest training samples of the evaluated samples, counted as the store's samples, by distances of the `kinds`;
-    `split` holds them all.
-
-    Returns:
-        the neighbours, by what the distance is taken in, x and what the layer sees; and what they could not be found in, with
-        the reason.
-    """
-    found, missing = {}, {}
-    asked, numbers = evaluated.order.sort().values, training.sample_index[training.first_rows]
-    count, own = len(evaluated.split), own_rows(evaluated.split, split, asked, numbers)
-    if row.IN_X in kinds and places_of(subject.task, evaluated.split.inputs(asked[:1])) is None:
-        missing[row.IN_X] = "the inputs hold integers, whose distance means nothing"
-    elif row.IN_X in kinds:
-        in_x = _nearest_in_x(subject, evaluated.split, asked, split, numbers, own, k, on_progress)
-        found[row.IN_X] = in_x.spread(asked, count)
-    if row.IN_LAYER_INPUT not in kinds:
-        return found, missing
-    if (known := training.field(LAYER_INPUT)) is None:
-        return found, missing | {row.IN_LAYER_INPUT: "the store has no field layer_input"}
-    known = known[training.first_rows]
-    parts = [Batch(subject, evaluated, part).fields[LAYER_INPUT].flatten(1) for part in asked.split(size)]
-    candidates = ((start, known[start : start + 4096].to(subject.device)) for start in range(0, len(known), 4096))
-    found[row.IN_LAYER_INPUT] = nearest(torch.cat(parts), candidates, k, own=own).spread(asked, count)
-    return found, missing
-
-
-def _nearest_in_x(
-    subject: Subject,
-    evaluated: Split,
-    asked: Tensor,
-    split: Split,
-    numbers: Tensor,
-    own: Tensor | None,
-    k: int,
-    on_progress: OnProgress,
-) -> Neighbours:
-    """Of large inputs only as many as memory holds are compared with all training samples at a time."""
-    parts, numbers_each = [], sum(leaf[0].numel() for leaf in leaves(evaluated.inputs(asked[:1])).values())
-    for part in torch.arange(len(asked)).split(max(1, QUERY_NUMBERS // numbers_each)):
-        queries = places_of(subject.task, evaluated.inputs(asked[part])).to(subject.device)
-        blocks = input_blocks(subject.task, split, numbers, subject.device)
-        parts.append(nearest(queries, blocks, k, on_progress, None if own is None else own[part]))
-    return Neighbours(torch.cat([part.distance for part in parts]), torch.cat([part.row for part in parts]))
-
-
-def own_rows(evaluated: Split, training: Split, positions: Tensor, numbers: Tensor) -> Tensor | None:
-    """The place among `numbers` of each evaluated sample that is a training sample itself, −1 for the others, (N,); None where
-    the samples are of another data set."""
-    if evaluated.dataset is not training.dataset:
-        return None
-    places = {number: place for place, number in enumerate(numbers.tolist())}
-    return torch.tensor([places.get(number, -1) for number in evaluated.rows[positions].tolist()])
 
 
 def training_rows(

@@ -13,6 +13,7 @@ from stages.evaluation import rows as row
 from stages.evaluation.comparison import combined
 from stages.evaluation.fitting import temperature_row
 from stages.evaluation.nearest_labels import nearest_labels_row
+from stages.evaluation.neighbours import find_neighbours
 from stages.evaluation.requested_rows import TRAINED, requested_row
 from stages.evaluation.rows import Row
 from stages.evaluation.stored_deltas import StoredDeltas
@@ -102,7 +103,7 @@ class RowModel:
         if kind is None or not len(positions):
             return self
         training, report = self.subject.training, context.report
-        found, _ = from_run.find_neighbours(
+        found, _ = find_neighbours(
             self.subject,
             training,
             EvaluatedSamples(self.evaluated.split, positions),

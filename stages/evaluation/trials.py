@@ -12,7 +12,7 @@ from torch import Tensor
 from stages.evaluation import rows as row
 from stages.evaluation.choosing import Trial
 from stages.evaluation.comparison import cross_fitted, seeded_order
-from stages.evaluation.from_run import LAYER_INPUT, OverfittedOnDemand, make_subject, probe_of
+from stages.evaluation.from_run import OverfittedOnDemand, make_subject, probe_of
 from stages.evaluation.planned_cost import cost_of_run
 from stages.evaluation.results import estimate_all, row_records
 from stages.evaluation.rows import Row
@@ -21,6 +21,7 @@ from stages.evaluation.verdict import NEIGHBOURS as NEIGHBOUR_ROWS
 from stages.foundation.seeds import seed_of
 from stages.foundation.trees import to_device
 from stages.lifecycle.context import RunContext
+from stages.per_sample.capture import LAYER_INPUT
 from stages.per_sample.layer import Layer
 from stages.tasks.conditioning import check_condition
 from stages.tasks.data import Split

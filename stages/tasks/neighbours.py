@@ -72,45 +72,55 @@ def nearest(
     return Neighbours(distance.clamp_min(0).sqrt().to(queries.dtype), row)
 
 
-def nearest_of(
-    queries: Tensor,
-    candidates: Tensor,
-    k: int,
-    excluded: Tensor | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
-) -> Neighbours:
-    """As `nearest`, of candidates in memory, quickly: a list by products in single precision, of which the k are taken by the
-    differences themselves; where rounding could have kept one off the list, by `nearest`.
+class SearchIndex:
+    """Candidates in memory, (M, d), for a quick search: a list by products in single precision, of which the k are taken by the
+    differences themselves; where rounding could have kept one off the list, by `nearest`."""
 
-    Args:
-        queries: (N, d) float32.
-        candidates: (M, d) float32.
-        k: how many; fewer where there are fewer candidates.
-        excluded: pairs (query, candidate) that do not count, (P, 2).
-        on_progress: told of the queries answered so far.
+    def __init__(self, candidates: Tensor) -> None:
+        self._candidates = where_doubles_are(candidates.float())
+        self._centre = self._candidates.mean(0)
+        self._points = self._candidates - self._centre
+        self._squares = self._points.square().sum(1)
 
-    Returns:
-        what was found; a candidate that does not count has distance inf.
-    """
-    centre = candidates.mean(0)
-    points = candidates - centre
-    squares = points.square().sum(1)
-    distances, rows = [], []
-    for start in range(0, len(queries), QUICK_QUERIES):
-        asked = queries[start : start + QUICK_QUERIES]
-        pairs = None if excluded is None else _pairs_of(excluded, start, len(asked))
-        seen = asked - centre
-        value, row = _shortlist(seen, points, squares, min(2 * k + MORE, len(points)), pairs)
-        distance = _distances(asked, candidates, row).masked_fill(value == torch.inf, torch.inf)
+    def nearest(
+        self,
+        queries: Tensor,
+        k: int,
+        excluded: Tensor | None = None,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> Neighbours:
+        """As the function `nearest` finds them.
+
+        Args:
+            queries: (N, d).
+            k: how many; fewer where there are fewer candidates.
+            excluded: pairs (query, candidate) that do not count, (P, 2).
+            on_progress: told of the queries answered so far.
+
+        Returns:
+            what was found; a candidate that does not count has distance inf.
+        """
+        queries, distances, rows = where_doubles_are(queries.float()), [], []
+        for start in range(0, len(queries), QUICK_QUERIES):
+            asked = queries[start : start + QUICK_QUERIES]
+            pairs = None if excluded is None else _pairs_of(excluded, start, len(asked))
+            distance, row = self._nearest(asked, k, pairs)
+            distances.append(distance)
+            rows.append(row)
+            on_progress(start + len(asked))
+        return Neighbours(torch.cat(distances).float(), torch.cat(rows))
+
+    def _nearest(self, asked: Tensor, k: int, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Distances and rows of a few queries, (N, k) each."""
+        seen, count = asked - self._centre, len(self._points)
+        value, row = _shortlist(seen, self._points, self._squares, min(2 * k + MORE, count), pairs)
+        distance = _distances(asked, self._candidates, row).masked_fill(value == torch.inf, torch.inf)
         distance, order = distance.sort(dim=1, stable=True)
         distance, picked = distance[:, :k], row.gather(1, order)[:, :k]
-        if row.shape[1] < len(points):
+        if row.shape[1] < count:
             for place in _unsure(value[:, -1], distance[:, -1], seen):
-                distance[place], picked[place] = _exactly(asked[place], candidates, k, pairs, place)
-        distances.append(distance)
-        rows.append(picked)
-        on_progress(start + len(asked))
-    return Neighbours(torch.cat(distances).float(), torch.cat(rows))
+                distance[place], picked[place] = _exactly(asked[place], self._candidates, k, pairs, place)
+        return distance, picked
 
 
 def _unsure(last: Tensor, furthest: Tensor, seen: Tensor) -> list[int]:

@@ -20,7 +20,7 @@ from stages.foundation.tensors import load_tensors
 from stages.foundation.trees import Tree, batch_size, leaves
 from stages.run_directory.format import StoreDescription
 from stages.store.delta_store import DELTA, FACTORS
-from stages.tasks.neighbours import Neighbours, nearest_of
+from stages.tasks.neighbours import Neighbours, SearchIndex
 
 BANK_FILE = "bank.safetensors"
 # A field of more numbers is seen through so many fixed random projections; labels and outputs of more are left out.
@@ -60,11 +60,13 @@ class Bank:
 
     def find(self, places: Tensor, identities: Tensor, k: int) -> Neighbours:
         """The k nearest rows of samples at places (B, d); rows of the same x do not count."""
-        asked, known, of_asked, of_known = map(
-            where_doubles_are, (places, self.tensors["place"], identities.to(places.device), self.tensors["identity"])
-        )
-        found = nearest_of(asked, known, k, _equal_pairs(of_asked, of_known))
+        of_asked, of_known = map(where_doubles_are, (identities.to(places.device), self.tensors["identity"]))
+        found = self._index.nearest(places, k, _equal_pairs(of_asked, of_known))
         return Neighbours(found.distance.to(places), found.row.to(places.device))
+
+    @functools.cached_property
+    def _index(self) -> SearchIndex:
+        return SearchIndex(self.tensors["place"])
 
     def deltas(self, row: Tensor, seen: Tensor) -> Deltas:
         """The deltas of rows (B, k), as they act on samples of which the layer sees (B, …).

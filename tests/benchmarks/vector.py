@@ -18,7 +18,7 @@ from stages.collect import collect
 from stages.foundation.trees import Tree
 from stages.run_directory.project import Project
 from stages.select_layer import select_layer
-from stages.tasks.neighbours import nearest, nearest_of
+from stages.tasks.neighbours import SearchIndex, nearest
 from stages.train_base import train_base
 from stages.train_diffusion import train_diffusion
 from stages.train_scale import train_scale
@@ -67,7 +67,7 @@ def neighbour_search(folder: Path, device: str) -> dict[str, Any]:
     """Seconds for the eight nearest other pictures of each of 60,000, and the time of the search before, by some of them."""
     x: Tree = tasks.Mnist().arrays()[0][:SAMPLES].flatten(1).to(device)
     own = torch.arange(len(x), device=x.device)
-    quick = seconds(lambda: nearest_of(x, x, COUNT, torch.stack([own, own], dim=1)))
+    quick = seconds(lambda: SearchIndex(x).nearest(x, COUNT, torch.stack([own, own], dim=1)))
     blocks = ((start, x[start : start + 4096]) for start in range(0, len(x), 4096))
     slow = seconds(lambda: nearest(x[:ASKED], blocks, COUNT, own=own[:ASKED])) * len(x) / ASKED
     return entry(quick, 90, at_least=False, before=round(slow, 1), pictures=len(x), threads=torch.get_num_threads())

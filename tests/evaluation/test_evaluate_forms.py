@@ -5,7 +5,7 @@ import torch
 from folders import own_task
 
 from stages.evaluate import Evaluate
-from stages.evaluation.from_run import find_neighbours
+from stages.evaluation.neighbours import find_neighbours
 from stages.evaluation.rows import TABLE
 from stages.evaluation.subject import EvaluatedSamples
 from stages.lifecycle.context import RunContext

@@ -11,7 +11,7 @@ from processes import redone
 from trainings import rows_of
 
 from stages.evaluate import Evaluate
-from stages.evaluation.from_run import find_neighbours
+from stages.evaluation.neighbours import find_neighbours
 from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples
 from stages.foundation.seeds import generator

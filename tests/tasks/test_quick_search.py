@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from overfitters import random
 
 from stages.tasks import neighbours
-from stages.tasks.neighbours import nearest_of
+from stages.tasks.neighbours import SearchIndex
 
 F32 = {"dtype": torch.float32}
 
@@ -33,7 +33,7 @@ def test_it_finds_what_all_distances_find(queries, candidates, width, k, shift, 
     asked, known = random(queries, width, **F32) + shift, random(candidates, width, seed=1, **F32) + shift
     draw = torch.Generator().manual_seed(pairs)
     excluded = torch.stack([torch.randint(n, (pairs,), generator=draw) for n in (queries, candidates)], dim=1)
-    found = nearest_of(asked, known, k, excluded)
+    found = SearchIndex(known).nearest(asked, k, excluded)
     distance, row = slowly(asked, known, k, excluded)
     torch.testing.assert_close(found.distance.double(), distance, rtol=1e-5, atol=1e-5 * (1 + shift / 1e4))
     counted = torch.isfinite(distance)
@@ -46,10 +46,10 @@ def test_it_finds_what_all_distances_find(queries, candidates, width, k, shift, 
 def test_blocks_and_parts_make_no_difference(monkeypatch):
     asked, known = random(40, 5, **F32), random(300, 5, seed=1, **F32)
     pairs = torch.stack([torch.arange(40), torch.arange(40) * 7], dim=1)
-    wanted = nearest_of(asked, known, 4, pairs)
+    wanted = SearchIndex(known).nearest(asked, 4, pairs)
     monkeypatch.setattr(neighbours, "QUICK_QUERIES", 7)
     monkeypatch.setattr(neighbours, "QUICK_CANDIDATES", 64)
-    found = nearest_of(asked, known, 4, pairs)
+    found = SearchIndex(known).nearest(asked, 4, pairs)
     assert torch.equal(found.row, wanted.row)
     assert torch.equal(found.distance, wanted.distance)
 
@@ -63,7 +63,7 @@ def test_what_rounding_could_hide_is_looked_for_exactly(monkeypatch, spread):
     asked, sought = torch.ones(3, 8), []
     exactly = neighbours._exactly
     monkeypatch.setattr(neighbours, "_exactly", lambda *args: sought.append(1) or exactly(*args))
-    found = nearest_of(asked, known, 3)
+    found = SearchIndex(known).nearest(asked, 3)
     distance, row = slowly(asked, known, 3, torch.empty(0, 2, dtype=torch.long))
     assert torch.equal(found.row, row)
     torch.testing.assert_close(found.distance.double(), distance, rtol=1e-5, atol=0)
