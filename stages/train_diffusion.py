@@ -36,6 +36,7 @@ from stages.training.retrieval import WHERE
 from stages.training.run import TrainingRun, take_up_training
 from stages.training.store_neighbours import NeighbourSearch
 from stages.training.trainer import threads_for
+from stages.training.tuning_start import TuningStart
 
 DENOISER_FILE, DESCRIPTION_FILE = "denoiser.safetensors", "denoiser.json"
 # Predicting nothing gives 1: a hundred times as much is no bad batch.
@@ -130,7 +131,7 @@ class TrainDiffusion(Stage):
     def check(self) -> None:
         """Tuning begins before the end, and its task loads; the encoders fit their fields, and the training fits memory."""
         after, last = self.settings.tune_after, self.settings.max_steps
-        if after >= last:
+        if after != AUTO and after >= last:
             raise SettingsError(
                 f"train-diffusion.tune_after = {after:,}, but the training ends at max_steps = {last:,}: nothing is tuned",
                 f"give it fewer than {last:,} steps on deltas, or 0 for no tuning",
@@ -208,11 +209,12 @@ class TrainDiffusion(Stage):
     def _run(self, folder: Path, fingerprint: str, settings: DenoiserSettings, training: Training) -> Trained:
         table, trainer = self.settings, training.trainer
         # Of what tuning will do nothing is known before.
-        plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=table.tune_after)
+        start = TuningStart(training.steps.tune_from) if table.tune_after == AUTO else None
+        plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=0 if start else table.tune_after)
         evaluate = self._evaluation(settings, training)
         exactness = fast_float32() if settings.half else contextlib.nullcontext()
         with repeatable(self.context.device), exactness:
-            run = TrainingRun(folder, fingerprint, trainer, evaluate, plan, self.report, training.blame, self.ranks)
+            run = TrainingRun(folder, fingerprint, trainer, evaluate, plan, self.report, training.blame, self.ranks, start)
             try:
                 return run.run()
             finally:
@@ -248,7 +250,7 @@ class TrainDiffusion(Stage):
             "stopped_early": trained.stopped_early,
             "best_step": best["step"],
             "held_out_loss": best.get("denoising_loss", best["score"]),
-            **({"held_out_task_loss": best["score"]} if self.settings.tune_after else {}),
+            **self._tuned(trained),
             "held_out_samples": batches.held_out_samples,
             "cosine": best["cosine"],
             "cosine_shuffled": best["cosine_shuffled"],
@@ -260,8 +262,22 @@ class TrainDiffusion(Stage):
         files = [DENOISER_FILE, *([BANK_FILE] if description.neighbours else [])]
         content = digest([*(sha256_file(folder / name) for name in files), description.as_json()])
         extents = {"train-diffusion.max_steps": trained.extent(self.settings.max_steps)}
-        where = {WHERE: description.neighbours.where} if description.neighbours else {}
-        return WorkResult(summary, content, extents, chosen=where)
+        chosen = {WHERE: description.neighbours.where} if description.neighbours else {}
+        if trained.tuned_from is not None:
+            chosen |= {"train-diffusion.tune_after": trained.tuned_from}
+        return WorkResult(summary, content, extents, chosen=chosen)
+
+    def _tuned(self, trained: Trained) -> dict[str, Any]:
+        """Of a training that is tuned: the task's loss, and after which step that began; None where it never did."""
+        if not (after := self.settings.tune_after):
+            return {}
+        began = trained.tuned_from if after == AUTO else after
+        if began is None:
+            self.report.message(
+                f"tuning has not begun: at step {trained.steps:,} the held-out loss on deltas was still falling; go on with a "
+                f"larger --set {self.name}.max_steps=N, or name the step with --set {self.name}.tune_after=N"
+            )
+        return {"held_out_task_loss": trained.best["score"], "tuned_from": began}
 
 
 def _conditioning(best: dict[str, Any], batches: TrainingBatches) -> dict[str, Any]:

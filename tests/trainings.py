@@ -66,7 +66,12 @@ class Counter:
         self.step = step
 
 
-def run_of(folder, counter, blame=lambda step: "", score=lambda: 1.0, **plan):
-    """A short run of such a training, to be continued in the same folder."""
+def run_of(folder, counter, blame=lambda step: "", score=lambda: 1.0, start=None, **plan):
+    """A short run of such a training, to be continued in the same folder; `score` is the held-out loss, on deltas, too."""
     plan = Plan(**({"max_steps": 20, "evaluate_steps": 5, "checkpoint_steps": 6, "patience": 0} | plan))
-    return TrainingRun(folder, "print", counter, lambda: {"score": score()}, plan, Silent(), blame)
+
+    def figures():
+        found = score()
+        return {"score": found, "denoising_loss": found}
+
+    return TrainingRun(folder, "print", counter, figures, plan, Silent(), blame, start=start)

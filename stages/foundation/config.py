@@ -183,10 +183,10 @@ class TrainDiffusionTable(Table):
         "auto",
         "what samples are near in; auto: the task's coordinates() where it has them, else x, else what the layer sees",
     )
-    tune_after: int = identity(
+    tune_after: Annotated[int, Field(ge=0)] | Auto = identity(
         0,
-        "steps on the deltas, after which the denoiser is tuned by the task's own loss with its deltas applied; 0: never",
-        ge=0,
+        "steps on the deltas, after which the denoiser is tuned by the task's own loss with its deltas applied; 0: never; "
+        "auto: at the first evaluation at which the held-out loss on deltas has fallen by less than a tenth within two",
     )
     tune_samples: int = identity(4, "samples a step of tuning", ge=1)
     max_steps: int = extent(10_000, "gradient steps, at most", ge=1)

@@ -219,8 +219,8 @@ class BlockRecord(Hashed):
 
 class CheckpointRecord(Record):
     """`checkpoints/00000000.json`, written last: a checkpoint of a training, the best evaluation so far and the hash of its
-    snapshot, the score that patience waits from and evaluations since, losses since the last evaluation, and how much of the
-    metrics was written by then."""
+    snapshot, the score that patience waits from and evaluations since, losses since the last evaluation, how much of the
+    metrics was written by then; where the losses decide when tuning begins, after which step it did, and the last ones."""
 
     fingerprint: str
     step: int
@@ -231,6 +231,8 @@ class CheckpointRecord(Record):
     waited: int
     losses: list[float]
     metrics_bytes: int
+    tuned_from: int | None = None
+    losses_on_deltas: list[float] = []
 
 
 class Candidate(Record):

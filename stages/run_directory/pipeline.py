@@ -81,6 +81,8 @@ ORDER = tuple(STAGES)
 TRAININGS = ("train-diffusion", "train-scale")
 # What train-scale goes by beside its own settings, where neighbours are told of.
 OF_NEIGHBOURS = ("train-diffusion.neighbours", "train-diffusion.neighbours_in", "train-diffusion.held_out")
+# Where `auto` is recorded as it is: what it comes to is known when the stage ends, and its default is another value.
+DECIDED_LATE = ("train-diffusion.tune_after",)
 # What all predictions need.
 LEARNED = ORDER[: ORDER.index("train-scale") + 1]
 
@@ -144,9 +146,14 @@ def identity_settings(project: Project, spec: StageSpec, recorded: Begun | Manif
     # Naming what `auto` had come to is no change either.
     chosen = recorded.chosen if isinstance(recorded, Manifest) else {}
     return {
-        key: known.get(key, value) if value == AUTO or (known.get(key) == AUTO and chosen.get(key) == value) else value
+        key: known.get(key, value) if _same(key, value, known.get(key), chosen.get(key)) else value
         for key, value in found.items()
     } | {key: known[key] for key in MORE_IS_FINE if key in known and key in found and _covers(known[key], found[key])}
+
+
+def _same(key: str, asked: Any, known: Any, chosen: Any) -> bool:
+    """Whether a setting stands for what is recorded: `auto` for what it may have come to, and what it came to for `auto`."""
+    return (asked == AUTO and key not in DECIDED_LATE) or (known == AUTO and chosen == asked)
 
 
 def _by_default(table: Table) -> list[str]:

@@ -218,7 +218,7 @@ class Training:
             compiled=self._fuses or table.compile is True,
             plain=self._plain,
             tuning=tuning,
-            tune_after=table.tune_after,
+            tune_after=None if table.tune_after == AUTO else table.tune_after,
         )
         self.trainer = self._new_trainer()
 
@@ -260,7 +260,8 @@ class Training:
     def _ready(self, step: int) -> Iterator[Ready]:
         """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
         table, size = self._settings.table, self.batches.batch_size
-        on_deltas = max(0, table.tune_after - step) if table.tune_after else None
+        begins = self.steps.tune_after if self.steps.tuning else None
+        on_deltas = None if begins is None else max(0, begins - step)
         yield from itertools.islice(self._shares(self._ranks.share(size), step), on_deltas)
         yield from self._shares(self._ranks.share(min(table.tune_samples, size)), step + on_deltas)
 

@@ -34,7 +34,7 @@ class DenoisingSteps:
         half: bfloat16 autocast.
         smaller: hears of a micro-batch that had to be halved.
         compiled: whether the denoiser, or a part of it, is; where that fails, `plain` hears why, and training goes on without.
-        tuning: from the step `tune_after` on the whole loss, of batches of its own size.
+        tuning: after `tune_after` steps the whole loss, of batches of its own size; None: after those that `tune_from` tells.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class DenoisingSteps:
         compiled: bool = False,
         plain: Callable[[str], None] = lambda reason: None,
         tuning: Tuning | None = None,
-        tune_after: int = 0,
+        tune_after: int | None = 0,
     ) -> None:
         self._denoiser, self._schedule = denoiser, schedule
         self.batch_size, self._half, self._ranks, self._seed = batch_size, half, ranks, seed
         self.at_once = AtOnce(micro_batch, tell=smaller)
-        self.tuning, self._tune_after = tuning, tune_after
+        self.tuning, self.tune_after = tuning, tune_after
         self._device = next(denoiser.parameters()).device
         self._draws = denoiser.encoder.noise > 0 or any(
             isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0 for module in denoiser.modules()
@@ -121,7 +121,12 @@ class DenoisingSteps:
 
     @property
     def _tunes(self) -> bool:
-        return self.tuning is not None and self._step >= self._tune_after
+        return self.tuning is not None and self.tune_after is not None and self._step >= self.tune_after
+
+    def tune_from(self, step: int) -> None:
+        """Tune after so many steps; what is made ready for others is dropped."""
+        self.tune_after = step
+        self._stream.close()
 
     def _errors(self, rows: DeltaBatch, t: Tensor, noise: Tensor, step: int, number: int) -> Tensor:
         on = rows.to(self._device)

@@ -41,12 +41,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training ended: steps taken, whether patience ended it, the best evaluation and the snapshot made then."""
+    """How a training ended: steps taken, whether patience ended it, the best evaluation and the snapshot made then, and after
+    which step tuning began, where the losses decided it."""
 
     steps: int
     stopped_early: bool
     best: dict[str, Any]
     snapshot: Path
+    tuned_from: int | None = None
 
     def extent(self, asked: int) -> Extent:
         return Extent(value=asked, reached=self.steps, exhausted=self.stopped_early)

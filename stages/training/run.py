@@ -18,6 +18,7 @@ from stages.run_directory.format import CheckpointRecord
 from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
 from stages.training.trainer import LossUnderWay, Trainer
+from stages.training.tuning_start import TuningStart
 
 # Scores that have fallen by less than this share since patience began to wait do not make the training go on.
 WORTH_WAITING = 0.01
@@ -36,6 +37,7 @@ class TrainingRun:
         evaluate: figures of the averaged network, the one called "score" to be minimised.
         blame: which samples the loss of a step, counted from 1, was lost on, in words.
         ranks: the processes that share each batch: all of them take the steps, the first evaluates and writes.
+        start: what begins tuning, where the losses decide when.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class TrainingRun:
         report: Report,
         blame: Callable[[int], str] = lambda step: "",
         ranks: Ranks | None = None,
+        start: TuningStart | None = None,
     ) -> None:
+        self._start = start
         self._folder, self._fingerprint, self._trainer = folder, fingerprint, trainer
         self._evaluate, self._plan, self._report = evaluate, plan, report
         self._blame, self._ranks = blame, ranks or Ranks()
@@ -76,7 +80,8 @@ class TrainingRun:
             self._hear(0)
             if self._ranks.leads:
                 self._end()
-        return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best))
+        tuned_from = self._start.step if self._start else None
+        return Trained(self._trainer.step, self._exhausted(), self._best, self._best_path(self._best), tuned_from)
 
     def _take_up(self) -> None:
         """Begin all ranks where the newest checkpoint is."""
@@ -87,6 +92,12 @@ class TrainingRun:
             path = self._newest()
         if (path := self._ranks.agree(path)) is not None:
             self._trainer.restore(load_tensors(path), int(path.stem))
+        self._agree_on_tuning()
+
+    def _agree_on_tuning(self) -> None:
+        """The first rank, which evaluates, knows whether it has begun."""
+        if self._start is not None:
+            self._start.begin(self._ranks.agree(self._start.step))
 
     def _end(self) -> None:
         """The last checkpoint and evaluation."""
@@ -121,10 +132,14 @@ class TrainingRun:
         evaluates, writes = step % plan.evaluate_steps == 0, step % plan.checkpoint_steps == 0 or overdue
         # A GPU may have one step before it while the next is prepared; what is looked at or kept is known to be sound.
         self._hear(1 if trainer.runs_ahead and not (evaluates or writes) else 0)
+        if evaluates and self._ranks.leads:
+            loss = self._note_evaluation(step)["denoising_loss" if self._start else "score"]
+            if self._start:
+                self._start.look(step, loss)
+        if evaluates:
+            self._agree_on_tuning()
         if not self._ranks.leads:
             return
-        if evaluates:
-            self._note_evaluation(step)
         figures = {} if self._loss is None else {"loss": self._loss}
         figures |= {"held-out loss": self._best["score"]} if self._best else {}
         self._report.progress(step, plan.max_steps, "steps", **figures)
@@ -157,7 +172,7 @@ class TrainingRun:
         what += "" if not math.isfinite(loss) else f", more than {self._plan.largest_loss:.4g}: it has exploded"
         raise ComputeError(f"{what}{self._blame(step)}{checkpoint}", self._plan.advice)
 
-    def _note_evaluation(self, step: int) -> None:
+    def _note_evaluation(self, step: int) -> dict[str, float]:
         figures = self._evaluate()
         row = {"step": step, "loss": sum(self._losses) / len(self._losses), **figures}
         self._losses = []
@@ -166,7 +181,7 @@ class TrainingRun:
         score = figures["score"]
         if not math.isfinite(score):
             raise ComputeError(f"the held-out loss at step {step:,} is {score}", self._plan.advice)
-        early = step <= self._plan.patient_until
+        early = self._start.step is None if self._start else step <= self._plan.patient_until
         if early or self._mark is None or score < self._mark - WORTH_WAITING * abs(self._mark):
             self._mark, self._waited = score, 0
         else:
@@ -176,6 +191,7 @@ class TrainingRun:
             path = self._best_path(row)
             save_tensors(path, self._trainer.snapshot())
             self._best_hash = sha256_file(path)
+        return figures
 
     def _checkpoint(self) -> None:
         """Tensors first, the record last: a checkpoint without its record does not exist. The last two are kept."""
@@ -196,6 +212,8 @@ class TrainingRun:
             waited=self._waited,
             losses=self._losses,
             metrics_bytes=metrics.stat().st_size if metrics.exists() else 0,
+            tuned_from=self._start.step if self._start else None,
+            losses_on_deltas=self._start.losses if self._start else [],
         ).write(self._record_path(step))
         self._prune(2)
         self._written = time.monotonic()
@@ -246,6 +264,9 @@ class TrainingRun:
     def _continue_from(self, record: CheckpointRecord) -> None:
         self._best, self._losses, self._best_hash = record.best, list(record.losses), record.best_sha256
         self._mark, self._waited = record.mark, record.waited
+        if self._start is not None:
+            self._start.losses = list(record.losses_on_deltas)
+            self._start.begin(record.tuned_from)
         metrics = self._folder / METRICS
         if metrics.exists():
             write_bytes(metrics, metrics.read_bytes()[: record.metrics_bytes])

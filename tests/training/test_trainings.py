@@ -36,10 +36,13 @@ def ranks(folder, count, *more, timeout=120):
 
 
 TUNED = {"tune_after": 20, "tune_samples": 3}
+BY_ITSELF = TUNED | {"tune_after": "auto"}
 
 
 # Four starts of torch: 20 s.
-@pytest.mark.parametrize(("preset", "more"), [("mlp", TUNED), pytest.param("small", {}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("preset", "more"), [("mlp", TUNED), ("mlp", BY_ITSELF), pytest.param("small", {}, marks=pytest.mark.slow)]
+)
 def test_two_ranks_train_as_one_process(ocd, untrained, preset, more):
     """Nine rows of a batch: one rank has four, the other five; of three that are tuned one and two."""
     wanted = QUICK | PRESETS[preset] | more

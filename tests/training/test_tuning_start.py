@@ -1,0 +1,95 @@
+"""Tuning that begins when the held-out loss on deltas has all but stopped falling."""
+
+import pytest
+from folders import put_all
+from planted import HELPING
+from trainings import Counter, run_of
+
+from stages.foundation.errors import ComputeError
+from stages.training.tuning_start import TuningStart
+
+# At steps 5, 10, … 40; within two evaluations by 50 % or more, 20 %, 9 %; then it no longer matters.
+FALLING = (1.0, 0.99, 0.5, 0.49, 0.4, 0.445, 0.1, 0.01)
+
+
+def trained(folder, counter, **plan):
+    """A training with these losses on deltas: what tuning was told, and how it ended."""
+    told = []
+    found = run_of(
+        folder, counter, score=lambda: FALLING[counter.step // 5 - 1], start=TuningStart(told.append), max_steps=40, **plan
+    )
+    return told, found
+
+
+def test_it_begins_where_the_loss_has_all_but_stopped_falling(tmp_path):
+    told, run = trained(tmp_path, Counter())
+    assert (run.run().tuned_from, told) == (30, [30])
+
+
+@pytest.mark.parametrize("lost", [8, 23, 29, 31, 38])
+def test_what_was_stopped_goes_on_with_the_same_beginning(tmp_path, lost):
+    """Before it, at the evaluation itself, and after it."""
+    with pytest.raises(ComputeError):
+        trained(tmp_path, Counter({lost: float("nan")}))[1].run()
+    told, run = trained(tmp_path, Counter())
+    assert (run.run().tuned_from, told) == (30, [30])
+
+
+def test_patience_waits_for_it(tmp_path):
+    """Evaluations before it do not count as those without a gain."""
+    told, run = trained(tmp_path, Counter(), patience=1)
+    assert (run.run().steps, told) == (40, [30])
+
+
+def test_it_may_never_begin(tmp_path):
+    counter, told = Counter(), []
+    run = run_of(tmp_path, counter, score=lambda: 1 / counter.step, start=TuningStart(told.append))
+    assert (run.run().tuned_from, told) == (None, [])
+
+
+# Evaluated often: the loss on deltas falls by less than a tenth in so few steps long before it ends.
+AUTO = {"tune_after": "auto", "tune_samples": 16, "evaluate_steps": 5, "max_steps": 200, "conditioning_noise": 0.05}
+
+
+def planted(ocd, project):
+    folder = project(HELPING, "collect", code="planted")
+    ocd(folder, "train-scale")
+    return folder
+
+
+def test_a_training_begins_tuning_by_itself(ocd, project):
+    folder = planted(ocd, project)
+    words = put_all("train-diffusion", AUTO)
+    shown = ocd(folder, "train-diffusion", *words).stdout
+    found = ocd.json(folder, "train-diffusion", *words)
+    assert 0 < found["tuned_from"] < 200
+    assert found["tuned_from"] % 5 == 0
+    assert "tuned by that loss, deltas need not be near the true ones\n" in shown
+    before, after = (
+        [row["score"] for row in folder.read("train-diffusion/metrics.jsonl") if (row["step"] <= found["tuned_from"]) == early]
+        for early in (True, False)
+    )
+    assert min(after) < min(before)
+
+
+def test_one_that_goes_on_is_the_same_as_a_whole_one(ocd, project):
+    """Stopped before tuning begins, and after it."""
+    folder = planted(ocd, project)
+    words, weights = put_all("train-diffusion", AUTO), folder.run / "train-diffusion" / "denoiser.safetensors"
+    ocd(folder, "train-diffusion", *words)
+    whole, began = weights.read_bytes(), ocd.json(folder, "train-diffusion", *words)["tuned_from"]
+    for steps in (began - 7, began + 9):
+        ocd(folder, "train-diffusion", "--force", *words, "--set", f"train-diffusion.max_steps={steps}")
+        assert weights.read_bytes() != whole
+        ocd(folder, "train-diffusion", *words)
+        assert weights.read_bytes() == whole
+
+
+def test_one_that_has_not_begun_says_so(ocd, project):
+    folder = planted(ocd, project)
+    done = ocd(folder, "train-diffusion", *put_all("train-diffusion", AUTO | {"max_steps": 9}))
+    assert "not tuned: the held-out loss on deltas was still falling at the last step\n" in done.stdout
+    assert (
+        "tuning has not begun: at step 9 the held-out loss on deltas was still falling; go on with a larger "
+        "--set train-diffusion.max_steps=N, or name the step with --set train-diffusion.tune_after=N" in done.stderr
+    )
