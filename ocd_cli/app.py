@@ -1,7 +1,6 @@
 """The commands of `ocd`: each parses, makes one library call, and renders what it returns."""
 
 import importlib.metadata
-import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from ocd_cli.options import Shared, command, print_json, tell
 from ocd_cli.progress import ShownProgress
 from ocd_cli.render import console, show_result, show_status, show_verified
 from ocd_cli.streams import settle_streams
+from stages.foundation.allocator import keep_freed_memory
 from stages.foundation.errors import TryAgainError
 from stages.foundation.interruption import SIGNALS
 from stages.lifecycle.results import CommandResult, command_of
@@ -41,8 +41,7 @@ def options(
 
 def main() -> None:
     """Run the command line. Requests to end, of whatever kind, are interruptions: the run can go on."""
-    # Models of large tensors spend half their time having memory mapped page by page; torch reads this when it is imported.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
     settle_streams()
     for number in SIGNALS:
         # One that is ignored, as nohup has SIGHUP ignored, stays so.
