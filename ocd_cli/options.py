@@ -15,8 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from stages.foundation.config import Device
 from stages.foundation.errors import OcdError, SettingsError, TryAgainError
+from stages.foundation.setting import Device
 from stages.run_directory.project import Project, load_project
 
 

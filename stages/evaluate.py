@@ -18,7 +18,14 @@ from stages.evaluation.memorisation import memorisation
 from stages.evaluation.metrics import LOSS, Gathered
 from stages.evaluation.nearest_labels import nearest_labels_row
 from stages.evaluation.neighbours import find_neighbours
-from stages.evaluation.requested_rows import LeftOut, longer_settings, requested_rows, seed_branches, whole_network_row
+from stages.evaluation.requested_rows import (
+    LeftOut,
+    goes_beyond,
+    longer_settings,
+    requested_rows,
+    seed_branches,
+    whole_network_row,
+)
 from stages.evaluation.results import estimate_all, over_seeds, row_records
 from stages.evaluation.rows import Row
 from stages.evaluation.run_cost import cost
@@ -129,7 +136,14 @@ class Evaluate(Stage):
             "outcome": found.outcome,
             "rival": found.rival,
             "samples_to_decide": found.samples,
-            "next": advice(found, best, longer=longer, weak=base.get("worse_than_constant", False), untried=untried),
+            "next": advice(
+                found,
+                best,
+                longer=longer,
+                weak=base.get("worse_than_constant", False),
+                untried=untried,
+                by_paper=not goes_beyond(self.context),
+            ),
             "best": best,
             "comparisons": as_json(comparisons),
         }

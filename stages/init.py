@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from stages.foundation.config import Table, TaskTable, tables
+from stages.foundation.config import TaskTable, tables
 from stages.foundation.errors import SettingsError
 from stages.foundation.files import write_bytes
+from stages.foundation.setting import Table
 from stages.run_directory.project import CONFIG_NAME, check_settings, overridden, toml_value
 
 HEADER = """\

@@ -21,7 +21,8 @@ from stages.foundation.torch_state import repeatable, usual_torch
 from stages.lifecycle.context import RunContext
 from stages.lifecycle.results import CommandResult, WorkResult
 from stages.lifecycle.stage import Stage
-from stages.prediction.for_training import neighbour_search, store_of, tuning_of
+from stages.overfitting.overfitter import Overfitter
+from stages.prediction.for_training import auto_tune_samples, neighbour_search, overfitter_of, store_of, tuning_of
 from stages.run_directory.format import StoreDescription
 from stages.run_directory.pipeline import AUTO
 from stages.run_directory.project import Project
@@ -103,11 +104,19 @@ class TrainDiffusion(Stage):
     def decided(self, known: dict[str, Any]) -> DenoiserSettings:
         """The settings with every `auto` decided, those in `known` as they have been."""
         context, near = self.context, self._search.described[0] if self._search else None
-        return decide(context.project, self._store, known, context.device, near)
+        return decide(context.project, self._store, known, context.device, near, self._auto_tune_samples)
+
+    def _auto_tune_samples(self) -> int:
+        return auto_tune_samples(self.context, self._overfitter)
+
+    @cached_property
+    def _overfitter(self) -> Overfitter:
+        return overfitter_of(self.context)
 
     @cached_property
     def _search(self) -> NeighbourSearch | None:
-        return neighbour_search(self.context)
+        asked = self.settings.neighbours
+        return neighbour_search(self.context, self._overfitter) if asked else None
 
     def resolved(self) -> dict[str, Any]:
         return {f"{self.name}.{key}": value for key, value in self._planned.decided.items()}
@@ -203,7 +212,7 @@ class TrainDiffusion(Stage):
                 self.unfinished.change_execution(micro_batch_size=left)
 
         near = self._search.found if self._search else None
-        tuning = tuning_of(self.context, settings, near) if self.settings.tune_after else None
+        tuning = tuning_of(self.context, settings, near, self._overfitter) if self.settings.tune_after else None
         return Training(settings, reader, micro, self.context.device, self.ranks, smaller, self.report, tuning, near)
 
     def _run(self, folder: Path, fingerprint: str, settings: DenoiserSettings, training: Training) -> Trained:

@@ -8,8 +8,12 @@ from stages.evaluation.verdict import HELPS, UNDECIDED, Verdict
 # OCD's own rows that the verdict on its ensemble speaks for.
 AS_THE_VERDICT_SAYS = (row.ENSEMBLE, row.ONE_DRAW, row.NO_SCALING, row.MEAN_NETWORK)
 
+BY_TASK = 'write objective = "task" under [train-diffusion], then ocd run --from train-scale --force, and evaluate again'
 
-def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False, untried: bool = False) -> str:
+
+def advice(
+    found: Verdict, best: str | None, *, longer: str, weak: bool = False, untried: bool = False, by_paper: bool = False
+) -> str:
     """What to do next, in a sentence.
 
     Args:
@@ -18,6 +22,7 @@ def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False,
         weak: whether the base is worse than a constant.
         untried: a plain network was not tried, and a sample is one row, of which changing weights says no more than changing
             the output.
+        by_paper: the denoiser was trained by the paper's objective alone.
     """
     with_best = f"predict with the row of the lowest validation loss, {best}: ocd infer --row auto"
     spoken_for = best in (None, row.BASE, *AS_THE_VERDICT_SAYS)
@@ -38,6 +43,6 @@ def advice(found: Verdict, best: str | None, *, longer: str, weak: bool = False,
         return f"predict with what has the gain: ocd infer --row {shlex.quote(found.rival)}"
     # Where there are validation samples, a row is absent for outputs of this form have none such: nothing is to be given.
     if found.outcome != HELPS and not found.absent:
-        return "use the base as it is"
+        return "use the base as it is" + (f"; or train OCD by the task's own loss: {BY_TASK}" if by_paper else "")
     ask = f"ocd evaluate --add {shlex.quote(row.PLAIN)}"
     return "predict with: ocd infer" + (f"; a plain network may do as much where a sample is one row: {ask}" if untried else "")

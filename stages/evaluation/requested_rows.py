@@ -50,7 +50,7 @@ def requested_rows(context: RunContext, subject: Subject) -> tuple[list[Row], Le
     asked |= {row.LONGER} if too_long is None else set()
 
     def why_not(name: str) -> str:
-        if name == row.BY_PAPER and not _goes_beyond(context):
+        if name == row.BY_PAPER and not goes_beyond(context):
             return OWN_WAY
         why = too_long if name == row.LONGER else "not asked for: it takes a training"
         return f"{why}; ask with --add {shlex.quote(name)}"
@@ -125,14 +125,14 @@ def _with_x(context: RunContext, subject: Subject) -> Row | str:
 
 def _by_paper(context: RunContext, subject: Subject) -> Row | str:
     """OCD without neighbours, and without tuning by the task's loss."""
-    if not _goes_beyond(context):
+    if not goes_beyond(context):
         return OWN_WAY
     values = {"train-diffusion.neighbours": 0, "train-diffusion.tune_after": 0}
     branch = _branch(context, "paper-objective", values, LEARNED)
     return elsewhere_row(row.BY_PAPER, with_denoiser(subject, branch, None, subject.ensemble))
 
 
-def _goes_beyond(context: RunContext) -> bool:
+def goes_beyond(context: RunContext) -> bool:
     """Whether the run's denoiser is told of neighbours, or tuned."""
     table = context.project.settings.train_diffusion
     return bool(table.neighbours or table.tune_after)

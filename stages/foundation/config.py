@@ -1,55 +1,10 @@
-"""Every setting of `ocd.toml`: its default, range, unit, one-line meaning and class. The only home of a default.
-
-A setting has one of three classes. *Identity* decides what a result is: a change makes the stage stale. *Extent* says how
-far to go: larger continues, smaller is stale. *Execution* decides only how the work is done and never makes a stage stale.
-"""
+"""Every setting of `ocd.toml`: its default, range, unit, one-line meaning and class. The only home of a default."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-IDENTITY, EXTENT, EXECUTION = "identity", "extent", "execution"
-
-Auto = Literal["auto"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-# Bounds belong to the number alone: on the whole union they would be applied to the word, too.
-Count = Annotated[int, Field(ge=1)]
-
-
-def _setting(default: Any, kind: str, meaning: str, **bounds: Any) -> Any:
-    return Field(default, description=meaning, json_schema_extra={"kind": kind}, **bounds)
-
-
-def identity(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A setting that is part of what the result is."""
-    return _setting(default, IDENTITY, meaning, **bounds)
-
-
-def extent(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A setting that says how far to go."""
-    return _setting(default, EXTENT, meaning, **bounds)
-
-
-def execution(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A setting that only says how the work is done."""
-    return _setting(default, EXECUTION, meaning, **bounds)
-
-
-class Table(BaseModel):
-    """One table of `ocd.toml`: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), strict=True, allow_inf_nan=False
-    )
-    title: ClassVar[str]
-
-    def of_kind(self, kind: str) -> dict[str, Any]:
-        """The settings of one class, by the names they have in `ocd.toml`."""
-        return {
-            info.alias or name: getattr(self, name)
-            for name, info in type(self).model_fields.items()
-            if info.json_schema_extra["kind"] == kind
-        }
+from stages.foundation.setting import Auto, Count, Device, Table, execution, extent, identity
 
 
 class RunTable(Table):
@@ -136,6 +91,13 @@ class CollectTable(Table):
 
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
+    by_objective: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "task": {"neighbours": 5, "tune_after": "auto"}}
+    # What it changes is in the identity of the settings that it stands for.
+    objective: Literal["paper", "task"] = execution(
+        "paper",
+        "paper: on deltas alone (Alg. 1); task: then by the task's own loss, told of neighbours: neighbours = 5 and tune_after "
+        '= "auto", unless these are given',
+    )
     preset: Literal["auto", "mlp", "factored", "vector", "paper", "authors", "small"] = identity(
         "auto",
         "denoiser; auto: vector where the store has factors, else mlp for deltas of up to 4,096 numbers, else factored; "
@@ -188,7 +150,9 @@ class TrainDiffusionTable(Table):
         "steps on the deltas, after which the denoiser is tuned by the task's own loss with its deltas applied; 0: never; "
         "auto: at the first evaluation at which the held-out loss on deltas has fallen by less than a tenth within two",
     )
-    tune_samples: int = identity(4, "samples a step of tuning", ge=1)
+    tune_samples: Count | Auto = identity(
+        "auto", "samples a step of tuning, at most batch_size; auto: 64, fewer where a pass takes over a GiB, at least 4"
+    )
     max_steps: int = extent(10_000, "gradient steps, at most", ge=1)
     patience: int = identity(
         10, "evaluations in which the held-out loss falls by less than 1 % before stopping; 0: never stop early", ge=0
@@ -207,6 +171,13 @@ class TrainDiffusionTable(Table):
     )
     checkpoint_steps: int = execution(500, "steps between checkpoints", ge=1)
     checkpoint_minutes: float = execution(5.0, "minutes after which there is a checkpoint in any case", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_objective_has_it(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return cls.by_objective.get(str(given.get("objective")), {}) | given
 
 
 class TrainScaleTable(Table):

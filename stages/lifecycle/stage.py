@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from stages.foundation.config import EXECUTION
 from stages.foundation.current_device import on
 from stages.foundation.errors import ArtifactError, ComputeError, DataError, SettingsError, TaskError, TryAgainError
 from stages.foundation.files import disk_errors, remove, strays, sweep, sync_folder
 from stages.foundation.memory import taking_less_memory
 from stages.foundation.no_doubles import doubles_for
 from stages.foundation.progress import Logged, Report
+from stages.foundation.setting import EXECUTION
 from stages.foundation.threads import set_threads, threads_restored
 from stages.foundation.torch_state import usual_torch
 from stages.lifecycle.context import RunContext

@@ -19,6 +19,7 @@ from stages.store.reader import StoreReader
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import Split
 from stages.tasks.loader import losses
+from stages.tasks.views import glances_of
 from stages.training.denoiser import DenoiserSettings
 from stages.training.retrieval import Retrieval
 from stages.training.store_neighbours import AT_ONCE_BYTES, MOST_AT_ONCE, NeighbourSearch, StoreNeighbours
@@ -26,6 +27,8 @@ from stages.training.tuning import Judged, Tuning, spread
 
 # Samples that the methods of running the model are tried on.
 PROBE = 2
+# Samples of a step of tuning: as few as a view of many rows, and as many as its deltas' lengths settle with.
+FEWEST_TUNED, MOST_TUNED, TUNED_BYTES = 4, 64, 1 << 30
 # Where the base fits everything, losses are in units of it.
 SMALLEST_LOSS = 1e-12
 
@@ -43,15 +46,23 @@ def overfitter_of(context: RunContext) -> Overfitter:
     return make_overfitter(context.task, context.base_to_overfit(), context.layer, collect, probe)
 
 
-def neighbour_search(context: RunContext) -> NeighbourSearch | None:
-    """How the neighbours of the store's rows are found; None where none are asked for."""
+def auto_tune_samples(context: RunContext, overfitter: Overfitter) -> int:
+    """Samples of a step of tuning, unless they are named: by the memory of a pass over what the task shows of one."""
+    given = context.splits["train"].batch([0])
+    x, of_step = (to_device(tree, context.device) for tree in (given[0], glances_of(context.task, *given, [("glance", 0)])[0]))
+    each = sample_bytes(overfitter, x, of_step, factored=True)
+    return max(FEWEST_TUNED, min(MOST_TUNED, TUNED_BYTES // each))
+
+
+def neighbour_search(context: RunContext, overfitter: Overfitter | None = None) -> NeighbourSearch | None:
+    """How the neighbours of the store's rows are found; None where none are asked for. `overfitter`: if it is made already."""
     settings = context.project.settings.train_diffusion
     if not settings.neighbours:
         return None
     collected = context.manifest_of("collect")
     return NeighbourSearch(
         task=context.task,
-        overfitter=overfitter_of(context),
+        overfitter=overfitter or overfitter_of(context),
         split=context.splits["all"],
         reader=store_of(context),
         settings=settings,
@@ -63,7 +74,12 @@ def neighbour_search(context: RunContext) -> NeighbourSearch | None:
     )
 
 
-def tuning_of(context: RunContext, settings: DenoiserSettings, neighbours: StoreNeighbours | None) -> Tuning:
+def tuning_of(
+    context: RunContext,
+    settings: DenoiserSettings,
+    neighbours: StoreNeighbours | None,
+    overfitter: Overfitter | None = None,
+) -> Tuning:
     """Tuning by the task's loss, with the lengths that the scale network predicts, judged on validation samples where the run
     has such as nothing has learned from.
 
@@ -76,14 +92,14 @@ def tuning_of(context: RunContext, settings: DenoiserSettings, neighbours: Store
     tuning = Tuning(
         task=context.task,
         scale=load_scale(context),
-        overfitter=overfitter_of(context),
+        overfitter=overfitter or overfitter_of(context),
         split=context.splits["all"],
         sample_index=torch.from_numpy(reader.read("sample_index")),
         loss_size=loss_size,
         schedule=settings.schedule,
         seed=context.seed,
-        samples=settings.table.tune_samples,
-        between=settings.table.tune_samples * settings.table.evaluate_steps,
+        samples=settings.tune_samples,
+        between=settings.tune_samples * settings.table.evaluate_steps,
         vectors=settings.preset == VECTOR,
     )
     return dataclasses.replace(tuning, judged=judged_on(context, tuning.overfitter, tuning.between, neighbours))

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from stages.foundation.config import EXTENT, IDENTITY, Table
+from stages.foundation.setting import EXTENT, IDENTITY, Table
 from stages.run_directory.format import Begun, Manifest
 from stages.run_directory.project import Project
 

@@ -58,6 +58,7 @@ class DenoiserSettings:
     Attributes:
         table: the settings as given.
         batch_size: deltas a step.
+        tune_samples: samples a step of tuning; 0: there is none.
         half: bfloat16 autocast.
         make: builds the denoiser; `begin=True` as it is before the first step.
     """
@@ -66,6 +67,7 @@ class DenoiserSettings:
     description: DenoiserDescription
     lr: float
     batch_size: int
+    tune_samples: int
     half: bool
     seed: int
     make: Callable[..., Denoiser]
@@ -75,7 +77,9 @@ class DenoiserSettings:
         """What the `auto` settings stand for."""
         shapes = ("shape", "fields", "encoders", "schedule", "lengthens")
         kept = {key: value for key, value in self.description.as_json().items() if key not in shapes}
-        return {**kept, "lr": self.lr, "batch_size": self.batch_size, "precision": BFLOAT16 if self.half else FLOAT32}
+        precision = BFLOAT16 if self.half else FLOAT32
+        tuned = {"tune_samples": self.tune_samples} if self.tune_samples else {}
+        return {**kept, "lr": self.lr, "batch_size": self.batch_size, "precision": precision, **tuned}
 
     @property
     def preset(self) -> str:
@@ -117,9 +121,10 @@ def decide(
     decided: Mapping[str, Any],
     device: torch.device,
     neighbours: EncoderDescription | None = None,
+    tune_samples: Callable[[], int] = lambda: 0,
 ) -> DenoiserSettings:
     """Decide every `auto` of `[train-diffusion]`; `decided` are settings by name, as unfinished work was begun with them;
-    `neighbours` is the encoder of what is said of them, where it is.
+    `neighbours` is the encoder of what is said of them, where it is; `tune_samples` finds how many are tuned at once.
 
     Raises:
         SettingsError: settings that do not go together, encoders of fields that do not exist.
@@ -143,12 +148,15 @@ def decide(
             "Linear that sees one vector a sample",
         )
 
+    asked = settings["tune_samples"] if settings["tune_after"] else 0
+
     def made(preset: str) -> DenoiserSettings:
         found = resolve({**settings, "preset": preset}, shape)
         lr, batch_size = found.pop("lr"), found.pop("batch_size")
         description = DenoiserDescription(**found, **shapes)
         make = partial(build_denoiser, project, description)
-        return DenoiserSettings(table, description, lr, batch_size, half, project.seed, make)
+        tuned = tune_samples() if asked == AUTO else asked
+        return DenoiserSettings(table, description, lr, batch_size, tuned, half, project.seed, make)
 
     return made(auto_preset(shape, factors=bool(factors)) if settings["preset"] == AUTO else settings["preset"])
 
@@ -259,11 +267,11 @@ class Training:
 
     def _ready(self, step: int) -> Iterator[Ready]:
         """This rank's share of each batch from a step on, of tuning that of its first rows; made in a thread of its own."""
-        table, size = self._settings.table, self.batches.batch_size
+        size = self.batches.batch_size
         begins = self.steps.tune_after if self.steps.tuning else None
         on_deltas = None if begins is None else max(0, begins - step)
         yield from itertools.islice(self._shares(self._ranks.share(size), step), on_deltas)
-        yield from self._shares(self._ranks.share(min(table.tune_samples, size)), step + on_deltas)
+        yield from self._shares(self._ranks.share(min(self._settings.tune_samples, size)), step + on_deltas)
 
     def _shares(self, share: slice, step: int) -> Iterator[Ready]:
         """A part of each batch from a step on, with its draws, those of the whole batch."""

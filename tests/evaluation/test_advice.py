@@ -40,6 +40,13 @@ def test_what_to_do_next(found, best, said):
     assert advice(Verdict(outcome, "", *rival), best, longer=TRAIN) == said
 
 
+@pytest.mark.parametrize(("outcome", "more"), [(DOES_NOT, True), (HARMS, True), (HELPS, False), (UNDECIDED, False)])
+def test_what_the_paper_does_not_do_may_be_tried(outcome, more):
+    by_paper, beyond = (advice(Verdict(outcome, ""), BASE, longer=TRAIN, by_paper=which) for which in (True, False))
+    ask = '; or train OCD by the task\'s own loss: write objective = "task" under [train-diffusion], then '
+    assert by_paper == beyond + (f"{ask}ocd run --from train-scale --force, and evaluate again" if more else "")
+
+
 def test_what_is_missing_has_to_be_there_first():
     found = Verdict(UNDECIDED, "", absent=(TEMPERATURE,))
     assert advice(found, None, longer=TRAIN) == "give validation samples with task.validation, and evaluate again"

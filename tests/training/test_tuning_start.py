@@ -93,3 +93,20 @@ def test_one_that_has_not_begun_says_so(ocd, project):
         "tuning has not begun: at step 9 the held-out loss on deltas was still falling; go on with a larger "
         "--set train-diffusion.max_steps=N, or name the step with --set train-diffusion.tune_after=N" in done.stderr
     )
+
+
+def test_an_objective_is_one_word(ocd, project):
+    """It stands for two settings, which may still be named, and are what makes a denoiser stale."""
+    folder = project(HELPING, "collect", code="planted")
+    few = put_all("train-diffusion", {"max_steps": 40, "evaluate_steps": 10})
+    by_task = [*few, *put_all("train-diffusion", {"objective": "task"})]
+    ocd(folder, "run", "--until", "train-diffusion", *by_task)
+    begun = folder.read("train-diffusion/manifest.json")["identity"]["settings"]
+    assert (begun["train-diffusion.neighbours"], begun["train-diffusion.tune_after"]) == (5, "auto")
+    assert begun["train-diffusion.tune_samples"] == 64
+    same = [*few, *put_all("train-diffusion", {"neighbours": 5, "tune_after": "auto"})]
+    assert "up to date" in ocd(folder, "train-diffusion", *same).stdout
+    fewer = [*by_task, *put_all("train-diffusion", {"neighbours": 3})]
+    assert "stale: train-diffusion.neighbours was 5, is now 3\n" in ocd(folder, "train-diffusion", *fewer, code=3).stderr
+    paper = "stale: train-diffusion.neighbours was 5, is now 0; train-diffusion.tune_after was 'auto', is now 0\n"
+    assert paper in ocd(folder, "train-diffusion", *few, code=3).stderr
