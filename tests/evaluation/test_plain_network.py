@@ -1,5 +1,7 @@
 """The row of a plain network on the conditioning: what it learns, that it is trained once, and where there is none."""
 
+import re
+
 import numpy as np
 import pytest
 from folders import own_task
@@ -50,6 +52,38 @@ def test_it_predicts(ocd, make_run):
     (name,) = (path.name for path in (folder.run / "infer").glob("test+plain-network*"))
     found = folder.predictions(name)
     assert not np.array_equal(found["output"], found["base_output"])
+
+
+TUNED = {"max_steps": 300, "tune_after": 100, "evaluate_steps": 50, "batch_size": 64}
+
+
+def verdict_with_it(ocd, make_run, task, collect, base):
+    """What is said of a denoiser that is tuned, beside a plain network."""
+    tuned = HELPING["train-diffusion"] | TUNED
+    settings = HELPING | {"task": task, "train-base": base, "collect": collect, "train-diffusion": tuned}
+    folder = make_run(settings, "planted", "collect")
+    ocd(folder, "run", "--until", "train-diffusion")
+    return ocd.json(folder, "evaluate", *ADD)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_ties_where_a_sample_is_one_row(ocd, make_run, seed):
+    """As much of the label is chance as both can find: a change of weights says no more than a change of the output."""
+    task = own_task("mytask:Seeded", seed=seed, known=1.0, noise=1.0)
+    collect, base = {"optimizer": "sgd", "lr": 0.1, "steps": 3}, {"epochs": 12, "lr": 0.03, "batch_size": 40}
+    found = verdict_with_it(ocd, make_run, task, collect, base)
+    assert found["outcome"] == "helps"
+    assert re.search(rf"; {re.escape(PLAIN)} \([0-9.]+\) cannot be told from the ensemble$", found["verdict"])
+
+
+def test_it_cannot_do_as_much_where_a_sample_is_many_rows(ocd, make_run):
+    """One delta serves all rows of a sample, of which the conditioning, pooled over them, shows none."""
+    collect, base = {"optimizer": "sgd", "lr": 0.3, "steps": 5}, {"epochs": 20, "lr": 1e-2, "batch_size": 40}
+    found = verdict_with_it(ocd, make_run, own_task("mytask:Several"), collect, base)
+    assert found["outcome"] == "helps"
+    assert re.search(rf"; {re.escape(PLAIN)} \([0-9.]+\) is worse than the ensemble$", found["verdict"])
+    rows = {one["name"]: one["metrics"]["mse"]["mean"] for one in found["rows"]}
+    assert rows["ocd ensemble"] < 0.1 * rows[PLAIN]
 
 
 def test_where_samples_come_in_parts_there_is_none(ocd, project):

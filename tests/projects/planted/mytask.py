@@ -110,3 +110,18 @@ class Local(Hopeless):
 
     def loss(self, output, y):
         return mse(output, y)
+
+
+class Several(Planted):
+    """Samples of several rows: each sample turns its rows by an angle of its own, which the place of its rows tells. A change of
+    weights turns all of them; what is pooled over the rows knows none of them."""
+
+    rows = 12
+
+    def points(self, name):
+        draw = generator("several", name)
+        centre = torch.rand(self.sizes[name], 1, generator=draw) * 4 - 2
+        spread = torch.randn(self.sizes[name], self.rows, 2, generator=draw)
+        x = torch.cat([centre.unsqueeze(1) + 0.1 * spread[..., :1], spread[..., 1:], torch.ones_like(spread[..., :1])], dim=2)
+        y = torch.cat([centre.unsqueeze(1).sin() * x[..., 1:2], centre.unsqueeze(1).cos() * x[..., 1:2], x[..., :1]], dim=2)
+        return ArrayDataset(x, y)
