@@ -113,7 +113,7 @@ class Local(Hopeless):
 
 
 class Several(Planted):
-    """Samples of several rows: each sample turns its rows by an angle of its own, which the place of its rows tells. A change of
+    """Samples of several rows: each turns its rows by an angle of its own, which the place of its rows tells. A change of
     weights turns all of them; what is pooled over the rows knows none of them."""
 
     rows = 12
