@@ -250,6 +250,7 @@ def probe(
     layer: Annotated[list[str] | None, typer.Option(help="Try this parameter only; repeatable.", metavar="NAME")] = None,
     samples: Annotated[int | None, typer.Option(help="Held-out samples to look at (default: 400).", min=8)] = None,
     write: Annotated[bool, typer.Option("--write", help="Write what to start with into the settings file.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the small run, which trains OCD on 600 samples.")] = False,
 ) -> None:
     """Before anything costly: is there something to gain? Tries layers and settings on held-out samples; needs the base."""
     from ocd_cli.probe_tables import show_probe
@@ -258,7 +259,8 @@ def probe(
     project = shared.project()
     with closing(ShownProgress(shared.quiet)) as report:
         report.start("probe")
-        found = try_layers(project, layers=layer or (), samples=samples, write=write, dry_run=shared.dry_run, report=report)
+        options = {"layers": layer or (), "samples": samples, "write": write, "quick": quick, "dry_run": shared.dry_run}
+        found = try_layers(project, **options, report=report)
     if shared.as_json:
         print_json(found)
     elif shared.dry_run:

@@ -39,10 +39,21 @@ def show_probe(out: Console, found: dict[str, Any]) -> None:
         said = f"both halves choose {first}" if first == second else f"one half chooses {first}; the other {second}"
         out.print(f"{name}: {said}")
     out.print(found["verdict"])
+    if small := found["small_run"]:
+        out.print(_small_run(small))
     if found["start_with"]:
         _next(out, found)
     elif found["unchanged"]:
         out.print(f"nothing to recommend: {found['unchanged']} stays as it is", soft_wrap=True)
+
+
+def _small_run(small: dict[str, Any]) -> str:
+    """What OCD gained that was trained on a few samples."""
+    ways = ", and ".join(f"to {figure(way['mean'])} {name} ({_difference(way, 99)})" for name, way in small["ways"].items())
+    return (
+        f"a small run with {small['start']['select-layer.layer']}, {small['samples']:,} samples and {small['steps']:,} steps: "
+        f"the task's loss goes from {figure(small['base'])} {ways}"
+    )
 
 
 def _choice(choice: dict[str, Any]) -> str:
@@ -117,11 +128,12 @@ def _loss(entry: dict[str, Any]) -> str:
     return "not finite" if entry["mean"] is None else figure(entry["mean"])
 
 
-def _difference(entry: dict[str, Any]) -> str:
+def _difference(entry: dict[str, Any], share: int | None = None) -> str:
     if entry["difference"] is None or entry["interval"] is None:
         return ""
     low, high = map(signed, entry["interval"])
-    return f"{signed(entry['difference'])} [{low}, {high}]"
+    of_what = "" if share is None else f", {share} % interval"
+    return f"{signed(entry['difference'])}{of_what} [{low}, {high}]"
 
 
 def _strengths(strengths: list[float], largest: float) -> str:

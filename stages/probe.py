@@ -5,9 +5,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stages.evaluation.choosing import Trial, choose
+from stages.evaluation.choosing import CHOSEN, NEIGHBOURS, Trial, choice_of, choose
 from stages.evaluation.comparison import seeded_order
 from stages.evaluation.headroom import headroom, settings_text
+from stages.evaluation.small_run import small_run
 from stages.evaluation.statistics import FEWEST_SAMPLES
 from stages.evaluation.subject import EvaluatedSamples
 from stages.evaluation.trials import LARGEST_BATCH, RESAMPLES, STRENGTHS, Trials
@@ -45,6 +46,7 @@ def probe(
     layers: Sequence[str] = (),
     samples: int | None = None,
     write: bool = False,
+    quick: bool = False,
     dry_run: bool = False,
     report: Report | None = None,
 ) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def probe(
         layers: parameter names, by default every candidate.
         samples: held-out samples to look at, by default 400.
         write: put what to start with into the settings file, where there is something to recommend.
+        quick: without the small run.
         dry_run: only say what would be tried.
 
     Returns:
@@ -76,7 +79,7 @@ def probe(
         probing = Probe(context, layers, samples or SAMPLES, report or Silent())
         if dry_run:
             return {"what": probing.plan() + (f" but what to start with, into {project.config_path}" if write else "")}
-        found = probing.run()
+        found = probing.run(quick=quick)
     return found | _recommended(project, found["start_with"], write)
 
 
@@ -122,19 +125,21 @@ class Probe:
         settings = ", ".join(map(settings_text, self._grid()))
         return f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples; nothing is written"
 
-    def run(self) -> dict[str, Any]:
+    def run(self, *, quick: bool) -> dict[str, Any]:
         """Try everything, choose by one half of the samples, look at the other.
 
         Returns:
             {"verdict", "headroom": "none" | "labels" | "x" | "unknown", "start_with": {setting: value}, "warnings": [text],
             "chosen": {"neighbours" | "mean delta" | "labels": {"mean", "difference", "interval", "favoured": by each half of
-            the samples}}, "metric", "samples", "searched", "strengths": those tried, "tried": [{"layer", "settings", "rows",
-            "strengths": {row: those of the halves}, "cost"}], "left_out": [{"name", "reason"}]}.
+            the samples}}, "small_run": what `small_run` finds, and {"start": the layer and settings}, or None, "metric",
+            "samples", "searched", "strengths": those tried, "tried": [{"layer", "settings", "rows", "strengths": {row: those of
+            the halves}, "cost"}], "left_out": [{"name", "reason"}]}.
         """
         tried, left_out = self._try_all()
         trials = [trial for trial, _ in tried]
         seen, base = self._context.validation_is_seen, self._context.manifest_of("train-base").summary
         found = headroom(trials, choose(trials, RESAMPLES, self._trials.rng()), more=self._more(), seen=seen)
+        found |= {"small_run": None} if quick else self._small_run(found, tried, left_out)
         if base.get("worse_than_constant"):
             # Whatever lowers such a loss gains.
             found |= {
@@ -152,6 +157,26 @@ class Probe:
             "tried": [record for _, record in tried],
             "left_out": left_out,
         }
+
+    def _small_run(
+        self, found: dict[str, Any], tried: Sequence[tuple[Trial, dict[str, Any]]], left_out: list[dict[str, str]]
+    ) -> dict[str, Any]:
+        """What a small run gives with the recommended settings, or with those of the surest gain; and what to start with, if it
+        gains."""
+        best, start = choice_of([trial for trial, _ in tried], CHOSEN[NEIGHBOURS]).trial, found["start_with"]
+        start = start or {"select-layer.layer": best.layer} | {f"collect.{key}": value for key, value in best.settings.items()}
+        cost = next(record["cost"] for trial, record in tried if trial is best)
+        self._report.message(f"a small run with {start['select-layer.layer']}")
+        try:
+            small = small_run(self._context, start, self._evaluated, cost["collect_seconds"] / cost["samples"])
+        except (OcdError, RuntimeError) as error:
+            message = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
+            left_out.append({"name": "a small run", "reason": message.splitlines()[0]})
+            return {"small_run": None}
+        gains = any(way["gains"] for way in small["ways"].values())
+        if gains and not self._context.validation_is_seen:
+            found["start_with"] = start | {"train-diffusion.objective": "task"}
+        return {"small_run": small | {"start": start}, "start_with": found["start_with"]}
 
     def _try_all(self) -> tuple[list[tuple[Trial, dict[str, Any]]], list[dict[str, str]]]:
         """Settings in the order of the grid, each with every layer, until the time is over; and what is left out, with the

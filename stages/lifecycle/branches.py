@@ -1,6 +1,7 @@
 """Branches: further runs of the same project with other settings, under `branches/`, that share what they can."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from stages.foundation.files import link_or_copy, remove
@@ -15,8 +16,8 @@ from stages.run_directory.states import DONE, MISSING, PARTIAL, States
 BRANCHES = "branches"
 
 
-def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project:
-    """The project with other settings ("table.key" to value) and a run directory of its own.
+def branch_of(project: Project, name: str, values: Mapping[str, Any], folder: Path | None = None) -> Project:
+    """The project with other settings ("table.key" to value) and a run directory of its own, by default under `branches`.
 
     Raises:
         SettingsError: a value that cannot be.
@@ -29,7 +30,7 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any]) -> Project
         table, _, setting = key.partition(".")
         raw[table][setting] = value
     settings = check_settings(raw, f"branch {name} of {project.config_path}")
-    return Project(settings, project.config_path, project.run_path / BRANCHES / name, project.overrides)
+    return Project(settings, project.config_path, folder or project.run_path / BRANCHES / name, project.overrides)
 
 
 def bring_up(project: Project, branch: Project, names: Iterable[str], report: Report) -> None:

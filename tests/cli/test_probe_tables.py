@@ -56,6 +56,7 @@ def shown(*trials, width=80, **values):
         "warnings": [],
         "chosen": {"neighbours": {"favoured": [CHOICE, CHOICE]}, "labels": {"favoured": [CHOICE, OTHER]}},
         "verdict": "no headroom",
+        "small_run": None,
         "start_with": {},
         "written": None,
         "unchanged": None,
@@ -124,3 +125,15 @@ def test_what_to_paste_is_one_line():
     assert "the other fc2.weight, sgd 0.005 × 3" in " ".join(" ".join(lines).split())
     lines = shown(trial(), start_with=start, next="ocd run", written="/here/ocd.toml").splitlines()
     assert lines[-2:] == ["written into /here/ocd.toml: select-layer.layer = fc1.weight, collect.lr = 0.005", "next: ocd run"]
+
+
+def test_a_small_run_is_one_sentence():
+    ways = {
+        "without neighbours": {"mean": 0.15, "difference": -0.0166, "interval": [-0.03, 0.002], "gains": False},
+        "with neighbours": {"mean": 0.11, "difference": -0.0566, "interval": [-0.08, -0.04], "gains": True},
+    }
+    small = {"samples": 600, "steps": 300, "base": 0.1666, "ways": ways, "start": {"select-layer.layer": "fc1.weight"}}
+    assert (
+        "a small run with fc1.weight, 600 samples and 300 steps: the task's loss goes from 0.1666 to 0.15 without neighbours "
+        "(-0.0166, 99 % interval [-0.03, +0.002]), and to 0.11 with neighbours (-0.0566, 99 % interval [-0.08, -0.04])"
+    ) in " ".join(shown(trial(), small_run=small).split())

@@ -40,7 +40,7 @@ def evaluated(ocd, make_run):
     def results(name):
         if name not in found:
             folder = make_run(settings_of(FORMS[name]), "forms", "train-scale")
-            ocd(folder, "probe", "--quiet", "--samples", 10)
+            ocd(folder, "probe", "--quick", "--quiet", "--samples", 10)
             result = ocd.json(folder, "evaluate")
             found[name] = result, {entry["name"]: entry["reason"] for entry in result["left_out"]}, folder
         return found[name]

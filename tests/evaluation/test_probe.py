@@ -8,6 +8,7 @@ import pytest
 from folders import put, toml
 from planted import HELPING, HOPELESS
 
+from stages.evaluation import small_run
 from stages.foundation.config import tables
 from stages.run_directory.project import load_project
 
@@ -36,7 +37,7 @@ def without(make_run):
 
 def test_headroom_for_x(ocd, with_headroom):
     before = with_headroom.files()
-    shown = ocd(with_headroom, "probe")
+    shown = ocd(with_headroom, "probe", "--quick")
     assert with_headroom.files() == before
     assert "headroom for x: with the deltas of nearest training samples " in " ".join(shown.stdout.split())
     *_, flags = shown.stdout.splitlines()
@@ -55,7 +56,7 @@ def test_what_to_start_with_is_written_into_the_settings(ocd, with_headroom, tmp
     assert planned.endswith(f"nothing is written but what to start with, into {folder.config}\n")
     assert folder.config.read_text() == before
     # A flag that the trials had is part of what is recommended; the recommendation wins over one of the same name.
-    shown = ocd(folder, "probe", "--write", *put("collect.lr=1e-9", "collect.max_steps=7")).stdout
+    shown = ocd(folder, "probe", "--quick", "--write", *put("collect.lr=1e-9", "collect.max_steps=7")).stdout
     start = load_project(folder.config).settings
     assert (start.select_layer.layer, start.collect.max_steps) == ("0.weight", 7)
     assert start.collect.lr in (0.005, 0.05, 0.002, 0.0005)
@@ -67,14 +68,14 @@ def test_what_to_start_with_is_written_into_the_settings(ocd, with_headroom, tmp
 
 def test_a_settings_file_that_cannot_be_written_is_told_of_before_the_work(ocd, with_headroom, monkeypatch):
     monkeypatch.setattr(os, "access", lambda place, kind: kind != os.W_OK)
-    shown = ocd(with_headroom, "probe", "--write", code=2)
+    shown = ocd(with_headroom, "probe", "--quick", "--write", code=2)
     assert shown.stderr.endswith(
         f"error: {with_headroom.config} cannot be written: Permission denied\n  make it writable, or leave out --write\n"
     )
 
 
 def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
-    found = ocd.json(without, "probe")
+    found = ocd.json(without, "probe", "--quick")
     assert found["headroom"] == "labels"
     assert found["verdict"].startswith(
         "no headroom for x in sight: with the deltas of the true labels cross_entropy goes from "
@@ -86,14 +87,14 @@ def test_no_headroom_for_x_where_labels_know_nothing_of_it(ocd, without):
 
 def test_a_weak_base_comes_first(ocd, make_run):
     """After one epoch it is worse than a constant: whatever lowers its loss gains."""
-    found = ocd.json(make_run(HELPING, "planted", "train-base"), "probe", "--samples", 100)
+    found = ocd.json(make_run(HELPING, "planted", "train-base"), "probe", "--quick", "--samples", 100)
     assert found["verdict"].startswith("mend the base first, which is worse than a constant; as it is, headroom for x: ")
     assert any(text.startswith("train-base: the base is worse than a constant: ") for text in found["warnings"])
     assert (found["start_with"], found["next"]) == ({}, "")
 
 
 def test_no_headroom_at_all(ocd, without):
-    found = ocd.json(without, "probe", "--set", "collect.lr=1e-12", "--layer", "2.weight")
+    found = ocd.json(without, "probe", "--quick", "--set", "collect.lr=1e-12", "--layer", "2.weight")
     mine = found["tried"][0]
     assert mine["settings"] == {"optimizer": "adam", "lr": 1e-12, "steps": 3}
     figures = {row["name"]: row["metrics"]["cross_entropy"]["mean"] for row in mine["rows"]}
@@ -102,7 +103,7 @@ def test_no_headroom_at_all(ocd, without):
 
 def test_what_it_finds_is_what_the_stages_do(ocd, without):
     """The loss with the true labels' deltas is that of collecting the same samples with the same settings."""
-    found = ocd.json(without, "probe", "--layer", "2.weight", "--samples", 1000)
+    found = ocd.json(without, "probe", "--quick", "--layer", "2.weight", "--samples", 1000)
     assert found["samples"] == 200
     (mine, *others) = found["tried"]
     assert mine["settings"] == {"optimizer": "adam", "lr": 0.005, "steps": 3}
@@ -124,13 +125,13 @@ def test_what_it_finds_is_what_the_stages_do(ocd, without):
 
 def test_with_nothing_to_recommend_the_settings_stay(ocd, without):
     before = without.config.read_bytes()
-    shown = ocd(without, "probe", "--write", "--layer", "2.weight", "--samples", 20).stdout
+    shown = ocd(without, "probe", "--quick", "--write", "--layer", "2.weight", "--samples", 20).stdout
     assert shown.endswith(f"nothing to recommend: {without.config} stays as it is\n")
     assert without.config.read_bytes() == before
 
 
 def test_named_layers_alone(ocd, without):
-    found = ocd.json(without, "probe", "--layer", "0.weight", "--samples", 20)
+    found = ocd.json(without, "probe", "--quick", "--layer", "0.weight", "--samples", 20)
     assert {entry["layer"] for entry in found["tried"]} == {"0.weight"}
     assert found["samples"] == 20
 
@@ -141,7 +142,7 @@ def test_layers_of_every_kind_and_inputs_without_a_distance(ocd, project):
     for name in ("train", "test"):
         folder.save(f"{name}.npz", draw.integers(0, 20, (120, 7)), draw.integers(0, 3, 120))
     ocd(folder, "train-base", "--quiet")
-    found = ocd.json(folder, "probe", "--samples", 12)
+    found = ocd.json(folder, "probe", "--quick", "--samples", 12)
     assert {entry["layer"] for entry in found["tried"]} >= {"words.weight", "body.weight_ih_l0", "head.weight"}
     for entry in found["tried"]:
         names = {row["name"] for row in entry["rows"]}
@@ -150,7 +151,7 @@ def test_layers_of_every_kind_and_inputs_without_a_distance(ocd, project):
 
 
 def test_its_own_settings_come_first(ocd, without):
-    found = ocd.json(without, "probe", "--layer", "2.weight", "--samples", 8, "--set", "collect.steps=1")
+    found = ocd.json(without, "probe", "--quick", "--layer", "2.weight", "--samples", 8, "--set", "collect.steps=1")
     assert [entry["settings"]["steps"] for entry in found["tried"]] == [1, 3, 3, 3, 3]
     assert set(tables()["collect"].model_fields) >= set(found["tried"][0]["settings"])
     assert toml(found["tried"][0]["settings"]["lr"]) == "0.005"
@@ -165,6 +166,36 @@ def test_a_dry_run_tries_nothing(ocd, without):
 
 def test_what_it_suggests_is_accepted_whatever_stood_there(ocd, without):
     momentum = ("--set", "collect.optimizer=sgd", "--set", "collect.momentum=0.9")
-    found = ocd.json(without, "probe", "--layer", "2.weight", "--samples", 8, *momentum)
+    found = ocd.json(without, "probe", "--quick", "--layer", "2.weight", "--samples", 8, *momentum)
     assert "momentum" not in found["tried"][0]["settings"]
     assert all(entry["settings"]["momentum"] == 0 for entry in found["tried"][1:])
+
+
+def test_a_small_run_gains_where_x_tells_the_error(ocd, with_headroom, tmp_path):
+    """It uses the run's own stages in a folder of its own, and recommends the objective that gained."""
+    before = with_headroom.files()
+    found = ocd.json(with_headroom, "probe", "--layer", "0.weight")
+    assert with_headroom.files() == before
+    small = found["small_run"]
+    assert (small["samples"], small["start"]["select-layer.layer"]) == (400, "0.weight")
+    for way in small["ways"].values():
+        assert way["gains"]
+        assert way["mean"] < 0.5 * small["base"]
+        assert way["difference"] == pytest.approx(way["mean"] - small["base"])
+    assert found["start_with"]["train-diffusion.objective"] == "task"
+    assert found["next"].endswith(" --set train-diffusion.objective=task")
+
+
+def test_a_small_run_that_does_not_gain_recommends_nothing(ocd, without):
+    """Labels independent of x."""
+    found = ocd.json(without, "probe", "--layer", "2.weight")
+    assert not any(way["gains"] for way in found["small_run"]["ways"].values())
+    assert (found["start_with"], found["next"]) == ({}, "")
+
+
+def test_a_small_run_that_takes_long_is_left_out(ocd, with_headroom, monkeypatch):
+    monkeypatch.setattr(small_run, "LONGEST_S", 1e-6)
+    found = ocd.json(with_headroom, "probe", "--layer", "0.weight", "--samples", 20)
+    assert found["small_run"] is None
+    (entry,) = (one for one in found["left_out"] if one["name"] == "a small run")
+    assert entry["reason"].startswith("it would take about ")

@@ -17,7 +17,7 @@ def test_how_often_it_says_headroom_for_x(task, fewest, most, ocd, tmp_path):
         settings = task | {"run": {"seed": seed}, "task": task["task"] | {"args": {"draw": seed}}}
         folder = make_folder(tmp_path / str(seed), settings, "planted")
         ocd(folder, "train-base", "--quiet")
-        found.append(ocd.json(folder, "probe"))
+        found.append(ocd.json(folder, "probe", "--quick"))
         neighbours = found[-1]["chosen"]["neighbours"]
         low, high = neighbours["interval"]
         print(f"{seed:2} {found[-1]['headroom']:8} {neighbours['difference']:+.4f} [{low:+.4f}, {high:+.4f}]")

@@ -52,11 +52,11 @@ def wine(tmp_path):
 
 def test_rows_that_imported_weights_have_fitted_show_nothing(ocd, wine):
     ocd(wine, "train-base", "--quiet")
-    found = ocd.json(wine, "probe")
+    found = ocd.json(wine, "probe", "--quick")
     assert found["warnings"] == [f"{PROBABLY_SEEN}; {GIVE_VALIDATION}"]
     assert found["headroom"] == "unknown"
     assert found["verdict"].startswith("no finding: the base was probably trained on these samples")
-    shown = " ".join(ocd(wine, "probe", "--layer", "2.weight").stdout.split())
+    shown = " ".join(ocd(wine, "probe", "--quick", "--layer", "2.weight").stdout.split())
     assert shown.count(f"warning: {PROBABLY_SEEN}; {GIVE_VALIDATION}") == 1
 
 
@@ -64,7 +64,7 @@ def test_headroom_for_x_that_the_test_split_confirms(ocd, tmp_path):
     folder = example("digits", tmp_path)
     words = put("task.validation_fraction=0.3", "train-base.epochs=20")
     ocd(folder, "train-base", "--quiet", *words)
-    found = ocd.json(folder, "probe", "--layer", "fc1.weight", *words)
+    found = ocd.json(folder, "probe", "--quick", "--layer", "fc1.weight", *words)
     assert found["headroom"] == "x"
     assert not any(PROBABLY_SEEN in text for text in found["warnings"])
     chosen = found["chosen"]["neighbours"]
