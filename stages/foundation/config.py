@@ -153,6 +153,9 @@ class TrainDiffusionTable(Table):
     tune_samples: Count | Auto = identity(
         "auto", "samples a step of tuning, at most batch_size; auto: 64, fewer where a pass takes over a GiB, at least 4"
     )
+    tune_members: int = identity(
+        1, "draws of each sample in tuning, by the loss of all together: of their combination, or the fair energy score", ge=1
+    )
     max_steps: int = extent(10_000, "gradient steps, at most", ge=1)
     patience: int = identity(
         10, "evaluations in which the held-out loss falls by less than 1 % before stopping; 0: never stop early", ge=0

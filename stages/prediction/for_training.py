@@ -7,7 +7,7 @@ import torch
 from stages.diffusion.delta_batch import DeltaBatch
 from stages.diffusion.denoisers import VECTOR
 from stages.foundation.files import digest
-from stages.foundation.trees import to_device
+from stages.foundation.trees import Tree, to_device, tree_map
 from stages.lifecycle.branches import BRANCHES
 from stages.lifecycle.context import RunContext
 from stages.overfitting.batch_size import sample_bytes
@@ -21,6 +21,7 @@ from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.views import glances_of
 from stages.training.denoiser import DenoiserSettings
+from stages.training.members_loss import has_energy_score, members_loss
 from stages.training.retrieval import Retrieval
 from stages.training.store_neighbours import AT_ONCE_BYTES, MOST_AT_ONCE, NeighbourSearch, StoreNeighbours
 from stages.training.tuning import Judged, Tuning, spread
@@ -88,21 +89,37 @@ def tuning_of(
     """
     reader = store_of(context)
     # Some losses are negative, such as a density's.
-    loss_size = max(SMALLEST_LOSS, float(abs(reader.read("base_loss").astype(float)).mean()))
+    sizes, overfitter = abs(reader.read("base_loss").astype(float)), overfitter or overfitter_of(context)
+    if (members := settings.table.tune_members) > 1 and _is_by_distance(context, overfitter):
+        # Of squared errors; the unit of other losses is about right.
+        sizes **= 0.5
     tuning = Tuning(
         task=context.task,
         scale=load_scale(context),
-        overfitter=overfitter or overfitter_of(context),
+        overfitter=overfitter,
         split=context.splits["all"],
         sample_index=torch.from_numpy(reader.read("sample_index")),
-        loss_size=loss_size,
+        loss_size=max(SMALLEST_LOSS, float(sizes.mean())),
         schedule=settings.schedule,
         seed=context.seed,
         samples=settings.tune_samples,
         between=settings.tune_samples * settings.table.evaluate_steps,
+        members=members,
         vectors=settings.preset == VECTOR,
     )
-    return dataclasses.replace(tuning, judged=judged_on(context, tuning.overfitter, tuning.between, neighbours))
+    return dataclasses.replace(tuning, judged=judged_on(context, overfitter, tuning.between, neighbours, members))
+
+
+@torch.no_grad()
+def _is_by_distance(context: RunContext, runner: Overfitter) -> bool:
+    """Whether members are tuned by their distance from the label."""
+    x, y = (to_device(tree, context.device) for tree in context.splits["train"].batch([0]))
+    return has_energy_score(context.task, _as_member(runner.first_pass(x).output), y)
+
+
+def _as_member(output: Tree) -> Tree:
+    """One member's, (1, B, …)."""
+    return tree_map(lambda leaf: leaf.unsqueeze(0), output)
 
 
 def _unseen_split(context: RunContext) -> Split | None:
@@ -114,7 +131,9 @@ def _unseen_split(context: RunContext) -> Split | None:
 
 
 @torch.no_grad()
-def judged_on(context: RunContext, runner: Overfitter, samples: int, neighbours: StoreNeighbours | None) -> Judged | None:
+def judged_on(
+    context: RunContext, runner: Overfitter, samples: int, neighbours: StoreNeighbours | None, members: int = 1
+) -> Judged | None:
     """Validation samples that tuning is judged on, where `samples` are used between two evaluations; None where something has
     learned from them."""
     if (split := _unseen_split(context)) is None:
@@ -129,7 +148,8 @@ def judged_on(context: RunContext, runner: Overfitter, samples: int, neighbours:
         first = runner.first_pass(x)
         fields = fields_of(task, type(context.layer.module(context.base)), x, first.output, first.captured)[0]
         parts.append(fields if retrieve is None else retrieve(x, first, fields))
-        total += float(losses(task, first.output, y).double().abs().sum())
+        own = losses(task, first.output, y) if members == 1 else members_loss(task, _as_member(first.output), y)
+        total += float(own.double().abs().sum())
     fields = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     rows = DeltaBatch(fields, torch.ones(len(positions)), numbers=positions)
     return Judged(split, rows, max(SMALLEST_LOSS, total / len(positions)))

@@ -17,7 +17,7 @@ from stages.diffusion.sampler import Noise
 from stages.diffusion.schedule import NoiseSchedule
 from stages.foundation.deltas import Deltas
 from stages.foundation.seeds import generator, seed_of
-from stages.foundation.trees import Tree, to_device
+from stages.foundation.trees import Tree, repeat_batch, to_device, tree_map
 from stages.overfitting.overfitter import Overfitter
 from stages.per_sample.capture import LAYER_INPUT
 from stages.per_sample.weights import Substitution
@@ -25,6 +25,7 @@ from stages.tasks.data import Split
 from stages.tasks.loader import losses
 from stages.tasks.protocol import Task
 from stages.tasks.views import glances_of
+from stages.training.members_loss import members_loss
 
 STAGE = "train-diffusion"
 # Makes the context that the denoiser's passes run in.
@@ -69,6 +70,7 @@ class Tuning:
         loss_size: L̄, the mean size of the base's losses over the store.
         samples: rows of a step.
         between: rows of the steps between two evaluations.
+        members: drawn of each row, whose loss is that of all of them together.
         vectors: the denoiser draws output vectors.
         judged: what it is judged on; None: the store's held-out rows.
     """
@@ -83,6 +85,7 @@ class Tuning:
     seed: int
     samples: int
     between: int
+    members: int = 1
     vectors: bool = False
     judged: Judged | None = None
 
@@ -123,17 +126,24 @@ class Tuning:
         device, shape = next(denoiser.parameters()).device, denoiser.shape
         numbers = rows.numbers.tolist()
         seeds = [(self.seed, *seed, number) for number in numbers]
-        noise = Noise([generator(*one) for one in seeds], shape, device).draw()
+        # The first member's noise is what it is where there is one alone.
+        of_members = [(*one, *([member] if member else [])) for member in range(self.members) for one in seeds]
+        noise = Noise([generator(*one) for one in of_members], shape, device).draw()
         on = rows.to(device)
         with precision():
             encoded = denoiser.encode(on.fields)
-            drawn = drawn_with_gradient(denoiser, self.schedule, encoded, noise, passes, SAMPLE_STEPS)
+            every = encoded.repeat(self.members, 1)
+            drawn = drawn_with_gradient(denoiser, self.schedule, every, noise, passes, SAMPLE_STEPS)
             with torch.no_grad():
                 rho = self.scale(on.fields).exp()
-            length = denoiser.length(encoded, rho)
+            length = denoiser.length(encoded, rho).repeat(self.members)
         deltas = drawn * (length / (shape[0] * shape[1]) ** 0.5).view(-1, 1, 1)
         x, y = (to_device(tree, device) for tree in glances_of(self.task, *given, seeds))
-        return losses(self.task, self._outputs(x, deltas), y)
+        if self.members == 1:
+            return losses(self.task, self._outputs(x, deltas), y)
+        outputs = self._outputs(repeat_batch(x, self.members), deltas)
+        by_member = tree_map(lambda leaf: leaf.unflatten(0, (self.members, -1)), outputs)
+        return members_loss(self.task, by_member, y)
 
     def _outputs(self, x: Tree, deltas: Tensor) -> Tree:
         """The model's with deltas (B, out, in), or with u hᵀ/‖h‖ of output vectors u (B, out, 1), h of the x that is shown."""
