@@ -32,7 +32,7 @@ from stages.evaluation.run_cost import cost
 from stages.evaluation.statistics import Estimate
 from stages.evaluation.stored_deltas import StoredDeltas
 from stages.evaluation.subject import Batch, EvaluatedSamples, Subject
-from stages.evaluation.verdict import as_json, compared_with, verdict
+from stages.evaluation.verdict import VERDICT_TAIL, as_json, compared_with, verdict
 from stages.foundation.files import digest, read_json, write_json
 from stages.foundation.memory import AtOnce
 from stages.foundation.progress import Report
@@ -146,6 +146,8 @@ class Evaluate(Stage):
             ),
             "best": best,
             "comparisons": as_json(comparisons),
+            # Of the rows' own intervals it is 0.95.
+            "confidence": 1 - 2 * VERDICT_TAIL,
         }
 
     # What is compared.

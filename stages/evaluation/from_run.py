@@ -27,6 +27,7 @@ from stages.prediction.predictor import HALF_ROWS, in_half, load_generator, load
 from stages.run_directory.pipeline import AUTO
 from stages.tasks.data import Split
 from stages.tasks.losses import CLASSIFICATION
+from stages.tasks.protocol import uses_default
 from stages.tasks.user_code import user_code
 from stages.tasks.views import any_views
 
@@ -171,6 +172,9 @@ def extra_rows(context: RunContext, taken: set[str]) -> list[Row]:
         TaskError: the task raises, or names a row as one in `taken`.
     """
     splits = (context.splits["train"], context.splits["validation"])
+    if not uses_default(context.task, "extra_rows"):
+        # They may take a training, of which nothing else is heard.
+        context.report.message("the task's own rows: extra_rows()")
     with user_code("extra_rows()"), global_seed(context.seed, "evaluate", "extra_rows"):
         found = context.task.extra_rows(context.base, *splits, seed=context.seed, device=context.device)
     if not isinstance(found, dict) or not all(callable(predict) for predict in found.values()):

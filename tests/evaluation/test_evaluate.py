@@ -27,6 +27,7 @@ def test_ocd_helps_where_the_layers_input_tells_the_residual(helped):
     assert results["verdict"].startswith("OCD helps: mse ")
     for name in ("base", "random training deltas", "shuffled conditioning"):
         assert results["comparisons"][name]["interval"][1] < 0, name
+    assert results["confidence"] == 0.99
 
 
 def test_ocd_does_not_help_where_labels_know_nothing_of_x(hopeless_run):
@@ -169,6 +170,7 @@ def test_a_task_adds_rows(ocd, project):
 def test_faults_of_extra_rows(ocd, project):
     folder = project({"task": own_task("task:ExtraRow", row="base", samples=90)}, code="tasks", until="train-scale")
     shown = ocd(folder, "evaluate", code=2)
+    assert "the task's own rows: extra_rows()\n" in shown.stderr
     assert "extra_rows() gave a row named 'base', which ocd has itself" in shown.stderr
     assert not (folder.run / "evaluate").exists()
 
