@@ -35,6 +35,8 @@ PROBE = 4
 # Deltas of a batch, all members of it, with what is computed from them.
 BATCH_BYTES = 192 << 20
 FEWEST, LARGEST, LARGEST_ON_GPU = 2, 256, 1024
+# Of a batch on a CPU, with what its passes keep.
+PASS_BYTES = 512 << 20
 MEMORY_SHARE = 0.25
 # Numbers that the classes' mean deltas may have, in float64.
 MOST_CLASSES, MOST_CLASS_NUMBERS = 1000, 1 << 27
@@ -80,7 +82,8 @@ def with_denoiser(subject: Subject, context: RunContext, training: StoredDeltas 
 
 
 def samples_at_once(context: RunContext, subject: Subject) -> int:
-    """Samples of a batch: as `[evaluate] batch_size` says, or as many as memory holds with all their members."""
+    """Samples of a batch: as `[evaluate] batch_size` says, or as many as memory holds with all their members; on a CPU fewer,
+    for tensors that memory has to be mapped for anew cost more than a larger batch gains."""
     setting = context.project.settings.evaluate.batch_size
     if setting != AUTO:
         return setting
@@ -90,7 +93,8 @@ def samples_at_once(context: RunContext, subject: Subject) -> int:
     each = members + sample_bytes(subject.overfitter, x, of_step, factored=False)
     if context.device.type == "cuda":
         return max(FEWEST, min(LARGEST_ON_GPU, int(MEMORY_SHARE * free_on_gpu(context.device)) // each))
-    return max(FEWEST, min(LARGEST, BATCH_BYTES // members, int(MEMORY_SHARE * (available_memory() or BATCH_BYTES)) // each))
+    room = min(PASS_BYTES, int(MEMORY_SHARE * (available_memory() or BATCH_BYTES)))
+    return max(1, min(LARGEST, BATCH_BYTES // members, room // each))
 
 
 def probe_of(context: RunContext) -> tuple[Tree, Tree]:

@@ -161,7 +161,7 @@ def test_parts_redo_a_stale_answer(answered, ocd):
 
 def test_what_a_running_part_keeps_off(ready, start, ocd, whole):
     # Slow enough to be at work until the last of the others has been turned away, also on a busy machine.
-    part = start(ready, "infer", "--part", "1/2", delay=0.1)
+    part = start(ready, "infer", "--part", "1/2", delay=0.5)
     wait_until(lambda: (ready.run / WIP / "blocks").exists())
     for words, says in (
         (["--part", "1/2"], "infer/test --part 1/2 is in use by process {pid} on "),
