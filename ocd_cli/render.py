@@ -160,8 +160,11 @@ def _training(out: Console, summary: dict[str, Any]) -> None:
         f"with another sample's conditioning {figure(summary['cosine_shuffled'])}{of}"
     )
     if "held_out_task_loss" in summary:
-        found = figure(summary["held_out_task_loss"])
-        out.print(f"held-out loss of the task with generated deltas {found} (the base: 1 on average)")
+        found, judged = figure(summary["held_out_task_loss"]), summary.get("judged_samples")
+        of = f", of {_samples(judged, '')}" if judged else ""
+        out.print(f"held-out loss of the task with generated deltas {found} (the base: 1 on average{of})")
+        if summary["held_out_task_loss"] >= 1:
+            out.print("that is no better than the base: expect no gain")
         out.print(_of_tuning(summary["best_step"], summary.get("tuned_from", 0)))
     elif (used := summary.get("uses_conditioning", True)) is None:
         out.print(f"{_samples(compared, 'held-out ')} do not tell whether a sample's own conditioning is used")
@@ -172,7 +175,7 @@ def _training(out: Console, summary: dict[str, Any]) -> None:
 def _of_tuning(kept: int, began: int | None) -> str:
     """What tuning did to the weights of the step that is kept; of a run of before it is not known when it began."""
     if began is None:
-        return "not tuned: the held-out loss on deltas was still falling at the last step"
+        return "nothing is tuned: the training ended before tuning began"
     if kept <= began > 0:
         return f"tuning from step {began:,} on lowered it no further: the weights of step {kept:,} are kept"
     return "tuned by that loss, deltas need not be near the true ones"

@@ -41,10 +41,10 @@ def show_evaluation(out: Console, found: dict[str, Any]) -> None:
         difference = "" if row["name"] == "base" else _interval(loss, ROUNDING * abs(base or 0), narrow=out.width < NARROW)
         table.add_row(row["name"], str(row["members"]), strength, mean, difference, *cells)
     out.print(table)
-    out.print(
-        f"{found['samples']:,} test samples; ✓: strength fitted on {found['validation_samples']:,} validation samples; "
-        f"{metric}: mean ± standard error"
+    fitted = (
+        f"✓: strength fitted on {found['validation_samples']:,} validation samples; " if found["validation_samples"] else ""
     )
+    out.print(f"{found['samples']:,} test samples; {fitted}{metric}: mean ± standard error")
     if len(shown) < len(others):
         out.print(f"not shown for want of width: {', '.join(others[len(shown) :])}; results.json has them")
     for entry in found["left_out"]:

@@ -140,6 +140,7 @@ class Evaluate(Stage):
                 found,
                 best,
                 longer=longer,
+                flags=project.all_flags,
                 weak=base.get("worse_than_constant", False),
                 untried=untried,
                 by_paper=not goes_beyond(self.context),

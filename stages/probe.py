@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.evaluation.choosing import CHOSEN, NEIGHBOURS, Trial, choice_of, choose
 from stages.evaluation.comparison import seeded_order
-from stages.evaluation.headroom import headroom, settings_text
+from stages.evaluation.headroom import headroom, settings_text, start_of
 from stages.evaluation.small_run import small_run
 from stages.evaluation.statistics import FEWEST_SAMPLES
 from stages.evaluation.subject import EvaluatedSamples
@@ -78,9 +78,14 @@ def probe(
             set_threads(project.settings.run.threads)
         probing = Probe(context, layers, samples or SAMPLES, report or Silent())
         if dry_run:
-            return {"what": probing.plan() + (f" but what to start with, into {project.config_path}" if write else "")}
+            return {"what": probing.plan(write=write, quick=quick)}
         found = probing.run(quick=quick)
     return found | _recommended(project, found["start_with"], write)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what is wrong."""
+    return (getattr(error, "message", "") or f"{type(error).__name__}: {error}").splitlines()[0]
 
 
 def _recommended(project: Project, best: dict[str, Any], write: bool) -> dict[str, Any]:
@@ -120,10 +125,11 @@ class Probe:
         self._began = time.monotonic()
         self._sizes: dict[str, AtOnce] = {}
 
-    def plan(self) -> str:
+    def plan(self, *, write: bool, quick: bool) -> str:
         names = ", ".join(layer.name for layer in self._layers)
-        settings = ", ".join(map(settings_text, self._grid()))
-        return f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples; nothing is written"
+        settings, small = ", ".join(map(settings_text, self._grid())), "" if quick else ", then a small run"
+        what = f"try {settings} on {names}, with {len(self._evaluated.order):,} held-out samples{small}; nothing is written"
+        return what + (f" but what to start with, into {self._context.project.config_path}" if write else "")
 
     def run(self, *, quick: bool) -> dict[str, Any]:
         """Try everything, choose by one half of the samples, look at the other.
@@ -139,7 +145,9 @@ class Probe:
         trials = [trial for trial, _ in tried]
         seen, base = self._context.validation_is_seen, self._context.manifest_of("train-base").summary
         found = headroom(trials, choose(trials, RESAMPLES, self._trials.rng()), more=self._more(), seen=seen)
-        found |= {"small_run": None} if quick else self._small_run(found, tried, left_out)
+        # Where there is no finding either way, it would be none.
+        without = quick or seen or base.get("worse_than_constant")
+        found |= {"small_run": None} if without else self._small_run(found, tried, left_out)
         if base.get("worse_than_constant"):
             # Whatever lowers such a loss gains.
             found |= {
@@ -161,22 +169,20 @@ class Probe:
     def _small_run(
         self, found: dict[str, Any], tried: Sequence[tuple[Trial, dict[str, Any]]], left_out: list[dict[str, str]]
     ) -> dict[str, Any]:
-        """What a small run gives with the recommended settings, or with those of the surest gain; and what to start with, if it
-        gains."""
-        best, start = choice_of([trial for trial, _ in tried], CHOSEN[NEIGHBOURS]).trial, found["start_with"]
-        start = start or {"select-layer.layer": best.layer} | {f"collect.{key}": value for key, value in best.settings.items()}
-        cost = next(record["cost"] for trial, record in tried if trial is best)
+        """What a small run gives with the recommended settings, or with those of the surest gain; and what to start with: where it
+        gains, also as it was trained."""
+        starts = {id(trial): start_of(trial) for trial, _ in tried}
+        start = found["start_with"] or starts[id(choice_of([trial for trial, _ in tried], CHOSEN[NEIGHBOURS]).trial)]
+        cost = next(record["cost"] for trial, record in tried if starts[id(trial)] == start)
         self._report.message(f"a small run with {start['select-layer.layer']}")
         try:
-            small = small_run(self._context, start, self._evaluated, cost["collect_seconds"] / cost["samples"])
+            small = small_run(self._context, start, self._evaluated, cost)
         except (OcdError, RuntimeError) as error:
-            message = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
-            left_out.append({"name": "a small run", "reason": message.splitlines()[0]})
+            left_out.append({"name": "a small run", "reason": _reason(error)})
             return {"small_run": None}
-        gains = any(way["gains"] for way in small["ways"].values())
-        if gains and not self._context.validation_is_seen:
-            found["start_with"] = start | {"train-diffusion.objective": "task"}
-        return {"small_run": small | {"start": start}, "start_with": found["start_with"]}
+        learned = small.pop("settings")
+        start_with = start | learned if learned else found["start_with"]
+        return {"small_run": small | {"start": start}, "start_with": start_with}
 
     def _try_all(self) -> tuple[list[tuple[Trial, dict[str, Any]]], list[dict[str, str]]]:
         """Settings in the order of the grid, each with every layer, until the time is over; and what is left out, with the
@@ -195,8 +201,7 @@ class Probe:
             except (OcdError, RuntimeError) as error:
                 # Whatever it is that torch or this layer cannot do: another one may do.
                 refused.add(layer.name)
-                message = getattr(error, "message", "") or f"{type(error).__name__}: {error}"
-                left_out.append({"name": layer.name, "reason": message.splitlines()[0]})
+                left_out.append({"name": layer.name, "reason": _reason(error)})
             self._report.progress(number + 1, len(combinations), "layers × settings")
         if not tried:
             raise OcdError(f"no layer can be tried: {left_out[0]['reason']}", "name another with --layer")

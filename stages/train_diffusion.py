@@ -218,8 +218,8 @@ class TrainDiffusion(Stage):
     def _run(self, folder: Path, fingerprint: str, settings: DenoiserSettings, training: Training) -> Trained:
         table, trainer = self.settings, training.trainer
         # Of what tuning will do nothing is known before.
-        start = TuningStart(training.steps.tune_from) if table.tune_after == AUTO else None
-        plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=0 if start else table.tune_after)
+        start = TuningStart(training.steps.tune_from) if settings.tune_after == AUTO else None
+        plan = Plan.of(table, self.name, LARGEST_LOSS, settings.lr, patient_until=0 if start else settings.tune_after)
         evaluate = self._evaluation(settings, training)
         exactness = fast_float32() if settings.half else contextlib.nullcontext()
         with repeatable(self.context.device), exactness:
@@ -241,7 +241,12 @@ class TrainDiffusion(Stage):
                 return found
             own = training.batches.held_out
             score = steps.at_once.whole(lambda size: steps.tuning.held_out_loss(averaged, own, size, steps.precision))
-            return {**found, "score": score, "denoising_loss": found["score"]}
+            return {
+                **found,
+                "score": score,
+                "denoising_loss": found["score"],
+                "judged_samples": steps.tuning.judged_samples(own),
+            }
 
         return figures
 
@@ -259,7 +264,7 @@ class TrainDiffusion(Stage):
             "stopped_early": trained.stopped_early,
             "best_step": best["step"],
             "held_out_loss": best.get("denoising_loss", best["score"]),
-            **self._tuned(trained),
+            **self._tuned(trained, settings.tune_after),
             "held_out_samples": batches.held_out_samples,
             "cosine": best["cosine"],
             "cosine_shuffled": best["cosine_shuffled"],
@@ -276,17 +281,20 @@ class TrainDiffusion(Stage):
             chosen |= {"train-diffusion.tune_after": trained.tuned_from}
         return WorkResult(summary, content, extents, chosen=chosen)
 
-    def _tuned(self, trained: Trained) -> dict[str, Any]:
-        """Of a training that is tuned: the task's loss, and after which step that began; None where it never did."""
-        if not (after := self.settings.tune_after):
+    def _tuned(self, trained: Trained, after: int | str) -> dict[str, Any]:
+        """Of a training that is tuned: the task's loss, on how many samples, and after which step that began; None where no step
+        was tuned."""
+        if not after:
             return {}
         began = trained.tuned_from if after == AUTO else after
-        if began is None:
+        if began is None or began >= trained.steps:
             self.report.message(
-                f"tuning has not begun: at step {trained.steps:,} the held-out loss on deltas was still falling; go on with a "
-                f"larger --set {self.name}.max_steps=N, or name the step with --set {self.name}.tune_after=N"
+                f"nothing is tuned: by step {trained.steps:,} it had not begun; go on with a larger --set {self.name}.max_steps=N, "
+                f"or name the step with --set {self.name}.tune_after=N"
             )
-        return {"held_out_task_loss": trained.best["score"], "tuned_from": began}
+            began = None
+        judged = trained.best.get("judged_samples")
+        return {"held_out_task_loss": trained.best["score"], "judged_samples": judged, "tuned_from": began}
 
 
 def _conditioning(best: dict[str, Any], batches: TrainingBatches) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class OnValidation:
 
     def at_the_edge(self) -> list[str]:
         """The rows that predict best at the largest strength tried, and gain."""
-        found = {name: one.strength for name, one in self.fitted.items() if 0 < one.strength == max(one.losses)}
+        largest = max((max(one.losses) for one in self.fitted.values()), default=0)
+        found = {name: one.strength for name, one in self.fitted.items() if 0 < one.strength == largest}
         return [name for name, strength in found.items() if row.predicts(name) and self._gains(name, strength)]
 
     def _gains(self, name: str, strength: float) -> bool:
@@ -129,6 +130,11 @@ def fit_rows(
     fixed = dict.fromkeys(AS_ASKED, (asked,))
     wanted = [one for one in rows if row.predicts(one.name) or one.validated]
     grids = {one.name: grid if one.name in free else fixed.get(one.name, (1.0,)) for one in wanted}
+    if subject.generate.denoiser.lengths is not None:
+        # The task's loss has chosen the lengths. Where validation samples hold no error of OCD's, larger ones would only seem to
+        # gain: they make rare errors worse.
+        shorter = tuple(strength for strength in grid if strength <= 1) or (1.0,)
+        grids |= {name: shorter for name in (row.VALIDATED, *AS_ASKED) if name in free and name in grids}
     on_progress = progress("validation samples × rows", len(validation.order) * len(wanted))
     tried = at_once.whole(lambda size: validation_losses(subject, validation, wanted, grids, size, on_progress))
     # What OCD has to beat is to be as good as it can be.

@@ -27,7 +27,7 @@ def headroom(trials: Sequence[Trial], chosen: Mapping[str, Chosen], *, more: str
     text = _sentence(kind, chosen, trials[0].metric)
     if kind == X:
         best = starting_point([choice.trial for choice in chosen[NEIGHBOURS].choices])
-        start = {"select-layer.layer": best.layer} | {f"collect.{key}": value for key, value in best.settings.items()}
+        start = start_of(best)
         text += f"; start with {best.layer} and {settings_text(best.settings)}" + _doubt(chosen[NEIGHBOURS])
         if seen:
             text += "; the base was probably trained on these samples: on others the gain may be another"
@@ -77,6 +77,11 @@ def starting_point(trials: Sequence[Trial]) -> Trial:
         return trial.losses[trial.neighbour].minus(best.losses[best.neighbour])[1][0] <= 0
 
     return max(filter(does_as_well, with_x), key=lambda trial: trial.losses[ORACLE].value, default=best)
+
+
+def start_of(trial: Trial) -> dict[str, Any]:
+    """Its layer and settings, by dotted name."""
+    return {"select-layer.layer": trial.layer} | {f"collect.{key}": value for key, value in trial.settings.items()}
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

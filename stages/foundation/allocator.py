@@ -17,6 +17,6 @@ def keep_freed_memory() -> None:
     """
     settled = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not settled else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+    # Before 2.35 so large a threshold is refused; another setting alone would end glibc's own adapting.
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

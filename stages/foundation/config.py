@@ -6,6 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from stages.foundation.setting import Auto, Count, Device, Table, execution, extent, identity
 
+# What `train-diffusion.objective` stands for.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "task": {"neighbours": 5, "tune_after": "auto", "conditioning_noise": 0.3},
+}
+
 
 class RunTable(Table):
     title: ClassVar[str] = "where the results go, and what every stage shares"
@@ -91,12 +97,11 @@ class CollectTable(Table):
 
 class TrainDiffusionTable(Table):
     title: ClassVar[str] = "the conditional diffusion model of the unit delta (Alg. 1)"
-    by_objective: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}, "task": {"neighbours": 5, "tune_after": "auto"}}
     # What it changes is in the identity of the settings that it stands for.
     objective: Literal["paper", "task"] = execution(
         "paper",
-        "paper: on deltas alone (Alg. 1); task: then by the task's own loss, told of neighbours: neighbours = 5 and tune_after "
-        '= "auto", unless these are given',
+        "stands for other settings, unless these are given; paper: on deltas alone (Alg. 1); task: then by the task's own loss, "
+        'told of neighbours: neighbours = 5, tune_after = "auto", conditioning_noise = 0.3',
     )
     preset: Literal["auto", "mlp", "factored", "vector", "paper", "authors", "small"] = identity(
         "auto",
@@ -180,7 +185,7 @@ class TrainDiffusionTable(Table):
     def _as_the_objective_has_it(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return cls.by_objective.get(str(given.get("objective")), {}) | given
+        return OBJECTIVES.get(str(given.get("objective")), {}) | given
 
 
 class TrainScaleTable(Table):

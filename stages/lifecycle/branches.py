@@ -59,13 +59,19 @@ def _state(branch: Project, name: str) -> str:
 def _to_link(project: Project, branch: Project, name: str) -> bool:
     """Whether the branch is to take the project's own result: it would be the same, and the branch has not got it (or what goes
     on from it)."""
-    if not _is_shared(project, branch, name):
+    if not _is_shared(project, branch, name) or _goes_less_far(project, branch, name):
         return False
     if _state(branch, name) != DONE:
         return True
     as_far = extent_settings(branch, STAGES[name]) == extent_settings(project, STAGES[name])
     mine, its = folder_of(branch, name).manifest(), folder_of(project, name).manifest()
     return as_far and mine.content != its.content
+
+
+def _goes_less_far(project: Project, branch: Project, name: str) -> bool:
+    """Whether the branch asks for less than the project's own result holds: it would be made anew."""
+    mine, its = (extent_settings(one, STAGES[name]) for one in (branch, project))
+    return any(isinstance(asked, int) and (its[key] == "all" or asked < its[key]) for key, asked in mine.items())
 
 
 def _is_shared(project: Project, branch: Project, name: str) -> bool:

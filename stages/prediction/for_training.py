@@ -15,6 +15,7 @@ from stages.overfitting.collector import make_overfitter
 from stages.overfitting.overfitter import Overfitter
 from stages.prediction.predictor import load_scale
 from stages.run_directory.folders import folder_of
+from stages.run_directory.pipeline import AUTO
 from stages.store.reader import StoreReader
 from stages.tasks.conditioning import fields_of
 from stages.tasks.data import Split
@@ -51,7 +52,8 @@ def auto_tune_samples(context: RunContext, overfitter: Overfitter) -> int:
     """Samples of a step of tuning, unless they are named: by the memory of a pass over what the task shows of one."""
     given = context.splits["train"].batch([0])
     x, of_step = (to_device(tree, context.device) for tree in (given[0], glances_of(context.task, *given, [("glance", 0)])[0]))
-    each = sample_bytes(overfitter, x, of_step, factored=True)
+    table = context.project.settings.train_diffusion
+    each = table.tune_members * sample_bytes(overfitter, x, of_step, factored=table.preset in (AUTO, VECTOR))
     return max(FEWEST_TUNED, min(MOST_TUNED, TUNED_BYTES // each))
 
 

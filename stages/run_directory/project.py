@@ -37,6 +37,11 @@ class Project:
         return "".join(f" {part}" for part in parts)
 
     @property
+    def all_flags(self) -> str:
+        """The same, with all that `--set` gave."""
+        return self.flags + set_flags(text for text in self.overrides if not text.startswith(("task.", "run.")))
+
+    @property
     def root(self) -> Path:
         """The folder of `ocd.toml`: relative paths and the user's modules start here."""
         return self.config_path.parent

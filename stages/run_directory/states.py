@@ -242,14 +242,13 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
 
 
 def redo_command(state: StageState, project: Project) -> str:
-    """The command that redoes a stale stage as it would be made now: run and task, changed settings, further ones of the stage
-    that were given beside them, and imported weights are repeated."""
+    """The command that redoes a stale stage as it would be made now: run and task, changed settings, further ones that were
+    given beside them, and imported weights are repeated."""
     changed = {change.setting: text for change in state.changes if (text := change.redone_by)}
     key = project.settings.task.weights_key or (state.identity and state.identity.settings.get("task.weights_key"))
     changed.pop("task.weights_key", None)
-    given = [
-        text for text in project.overrides if text.startswith(f"{state.name}.") and text.split("=")[0].strip() not in changed
-    ]
+    # Also those of other stages, which it reads.
+    given = [text for text in project.overrides if text.split("=")[0].strip() not in changed]
     repeated = {text for text in project.overrides if text.startswith(("task.", "run."))}
     flags = set_flags(text for text in (*changed.values(), *given) if text not in repeated)
     if "weights" in state.sources:
@@ -286,7 +285,7 @@ def require_done(states: States, names: tuple[str, ...], wanting: str) -> None:
         return
     lines = [f"  {state.name} is {state.state}{': ' + state.detail if state.detail else ''}" for state in wrong]
     commands = " && ".join(
-        redo_command(state, states.project) if state.state == STALE else f"ocd {state.name}{states.project.flags}"
+        redo_command(state, states.project) if state.state == STALE else f"ocd {state.name}{states.project.all_flags}"
         for state in wrong
     )
     hint = ways_out([state for state in wrong if state.state == STALE], commands) or f"run: {commands}"

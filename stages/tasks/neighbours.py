@@ -101,6 +101,7 @@ class SearchIndex:
             what was found; a candidate that does not count has distance inf.
         """
         queries, distances, rows = where_doubles_are(queries.float()), [], []
+        excluded = None if excluded is None else excluded.to(queries.device)
         for start in range(0, len(queries), QUICK_QUERIES):
             asked = queries[start : start + QUICK_QUERIES]
             pairs = None if excluded is None else _pairs_of(excluded, start, len(asked))
@@ -118,8 +119,8 @@ class SearchIndex:
         distance, order = distance.sort(dim=1, stable=True)
         distance, picked = distance[:, :k], row.gather(1, order)[:, :k]
         if row.shape[1] < count:
-            for place in _unsure(value[:, -1], distance[:, -1], seen):
-                distance[place], picked[place] = _exactly(asked[place], self._candidates, k, pairs, place)
+            if places := _unsure(value[:, -1], distance[:, -1], seen):
+                distance[places], picked[places] = _exactly(asked, self._candidates, k, pairs, places)
         return distance, picked
 
 
@@ -163,18 +164,22 @@ def _distances(queries: Tensor, candidates: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([(part.unsqueeze(1) - candidates[row]).double().norm(dim=2) for part, row in parts])
 
 
-def _exactly(query: Tensor, candidates: Tensor, k: int, excluded: Tensor | None, place: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of one query by `nearest`: distances and rows, (k,) each."""
-    none = torch.empty(0, dtype=torch.long, device=query.device)
-    left_out = none if excluded is None else excluded[excluded[:, 0] == place, 1]
+def _exactly(queries: Tensor, candidates: Tensor, k: int, excluded: Tensor | None, places: list[int]) -> tuple[Tensor, Tensor]:
+    """The k nearest of some of the queries by `nearest`: distances and rows, (n, k) each."""
+    none = torch.empty(0, dtype=torch.long, device=queries.device)
+    left_out = [none if excluded is None else excluded[excluded[:, 0] == place, 1] for place in places]
     blocks = (
         (start, candidates[start : start + CANDIDATES_AT_ONCE]) for start in range(0, len(candidates), CANDIDATES_AT_ONCE)
     )
-    found = nearest(query.unsqueeze(0), blocks, k + len(left_out))
-    counted = ~torch.isin(found.row[0], left_out)
-    distance, row = found.distance[0][counted][:k].double(), found.row[0][counted][:k]
-    short = k - len(row)
-    return torch.cat([distance, distance.new_full((short,), torch.inf)]), torch.cat([row, left_out[:short]])
+    found = nearest(queries[places], blocks, k + max(map(len, left_out)))
+    distances, rows = [], []
+    for distance, row, without in zip(found.distance.double(), found.row, left_out, strict=True):
+        counted = ~torch.isin(row, without)
+        distance, row = distance[counted][:k], row[counted][:k]
+        short = k - len(row)
+        distances.append(torch.cat([distance, distance.new_full((short,), torch.inf)]))
+        rows.append(torch.cat([row, without[:short]]))
+    return torch.stack(distances), torch.stack(rows)
 
 
 def _squared(queries: Tensor, block: Tensor) -> Tensor:

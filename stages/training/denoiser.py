@@ -58,6 +58,7 @@ class DenoiserSettings:
     Attributes:
         table: the settings as given.
         batch_size: deltas a step.
+        tune_after: steps on deltas before tuning, 0 for none, or `auto`, as the work was begun with.
         tune_samples: samples a step of tuning; 0: there is none.
         half: bfloat16 autocast.
         make: builds the denoiser; `begin=True` as it is before the first step.
@@ -67,6 +68,7 @@ class DenoiserSettings:
     description: DenoiserDescription
     lr: float
     batch_size: int
+    tune_after: int | str
     tune_samples: int
     half: bool
     seed: int
@@ -156,7 +158,7 @@ def decide(
         description = DenoiserDescription(**found, **shapes)
         make = partial(build_denoiser, project, description)
         tuned = tune_samples() if asked == AUTO else asked
-        return DenoiserSettings(table, description, lr, batch_size, tuned, half, project.seed, make)
+        return DenoiserSettings(table, description, lr, batch_size, settings["tune_after"], tuned, half, project.seed, make)
 
     return made(auto_preset(shape, factors=bool(factors)) if settings["preset"] == AUTO else settings["preset"])
 
@@ -226,7 +228,7 @@ class Training:
             compiled=self._fuses or table.compile is True,
             plain=self._plain,
             tuning=tuning,
-            tune_after=None if table.tune_after == AUTO else table.tune_after,
+            tune_after=None if settings.tune_after == AUTO else settings.tune_after,
         )
         self.trainer = self._new_trainer()
 

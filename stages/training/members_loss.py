@@ -51,4 +51,4 @@ def energy_score(outputs: Tensor, y: Tensor) -> Tensor:
 
 def _size(differences: Tensor) -> Tensor:
     """(m, B, …) to (m, B)."""
-    return (differences.flatten(2).square().mean(2) + SMALLEST).sqrt()
+    return (differences.reshape(*differences.shape[:2], -1).square().mean(2) + SMALLEST).sqrt()

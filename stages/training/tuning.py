@@ -96,6 +96,10 @@ class Tuning:
         given = self.split.batch(self.sample_index[rows.numbers])
         return self._losses(denoiser, rows, given, passes, (STAGE, "tune", step), precision) / self.loss_size
 
+    def judged_samples(self, held_out: DeltaBatch) -> int:
+        """How many samples the loss is of that it is judged by."""
+        return len(self.judged.rows) if self.judged is not None else len(spread(len(held_out), self.between))
+
     @torch.no_grad()
     def held_out_loss(self, denoiser: Denoiser, held_out: DeltaBatch, size: int, precision: Precision = nullcontext) -> float:
         """The loss on validation samples, or on held-out rows, `size` at once, the same draws every time."""

@@ -27,10 +27,10 @@ def with_row(name):
         ((HARMS,), MEAN_NETWORK, KEEP),
         ((HARMS,), BASE, KEEP),
         ((DOES_NOT, SHUFFLED), None, KEEP),
-        ((DOES_NOT, LONGER), BASE, f"train the base longer first: {TRAIN}"),
-        ((DOES_NOT, LONGER), LONGER, f"train the base longer first: {TRAIN}"),
+        ((DOES_NOT, LONGER), BASE, f"train the base longer first: {TRAIN}; and keep what it sets in ocd.toml"),
+        ((DOES_NOT, LONGER), LONGER, f"train the base longer first: {TRAIN}; and keep what it sets in ocd.toml"),
         ((DOES_NOT, LONGER), BLENDED, f"{with_row(BLENDED)}; or train the base longer: {TRAIN}"),
-        ((UNDECIDED, LONGER), None, f"train the base longer first: {TRAIN}"),
+        ((UNDECIDED, LONGER), None, f"train the base longer first: {TRAIN}; and keep what it sets in ocd.toml"),
         ((UNDECIDED, None), BLENDED, f"{MORE}; until then {with_row(BLENDED)}"),
         ((UNDECIDED, TEMPERATURE), ENSEMBLE, MORE),
     ],
@@ -79,3 +79,11 @@ def test_a_plain_network_is_worth_a_trial_where_a_sample_is_one_row():
     ask = "; a plain network may do as much where a sample is one row: ocd evaluate --add 'plain network on I(x)'"
     assert advice(Verdict(HELPS, ""), None, longer=TRAIN, untried=True) == OCD + ask
     assert advice(Verdict(HARMS, ""), None, longer=TRAIN, untried=True) == KEEP
+
+
+def test_every_command_repeats_the_flags():
+    flags = " --run other --set collect.lr=0.1"
+    for found, best in ((Verdict(HELPS, ""), ENSEMBLE), (Verdict(HELPS, ""), BLENDED), (Verdict(DOES_NOT, ""), BASE)):
+        plain, flagged = (advice(found, best, longer=TRAIN, flags=which, by_paper=True) for which in ("", flags))
+        assert flagged.replace(flags, "") == plain
+        assert flags in flagged or plain == KEEP

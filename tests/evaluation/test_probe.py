@@ -1,5 +1,6 @@
 """probe: tells headroom from none before anything is trained, and writes nothing."""
 
+import math
 import os
 import shlex
 
@@ -171,8 +172,9 @@ def test_what_it_suggests_is_accepted_whatever_stood_there(ocd, without):
     assert all(entry["settings"]["momentum"] == 0 for entry in found["tried"][1:])
 
 
-def test_a_small_run_gains_where_x_tells_the_error(ocd, with_headroom, tmp_path):
+def test_a_small_run_gains_where_x_tells_the_error(ocd, with_headroom, monkeypatch):
     """It uses the run's own stages in a folder of its own, and recommends the objective that gained."""
+    monkeypatch.setattr(small_run, "LONGEST_S", math.inf)
     before = with_headroom.files()
     found = ocd.json(with_headroom, "probe", "--layer", "0.weight")
     assert with_headroom.files() == before
@@ -182,15 +184,28 @@ def test_a_small_run_gains_where_x_tells_the_error(ocd, with_headroom, tmp_path)
         assert way["gains"]
         assert way["mean"] < 0.5 * small["base"]
         assert way["difference"] == pytest.approx(way["mean"] - small["base"])
-    assert found["start_with"]["train-diffusion.objective"] == "task"
-    assert found["next"].endswith(" --set train-diffusion.objective=task")
+    # As the way was trained whose gain is the surest.
+    start, ways = found["start_with"], small["ways"]
+    surest = min(ways, key=lambda name: ways[name]["interval"][1])
+    assert start["train-diffusion.objective"] == "task"
+    assert (start.get("train-diffusion.neighbours") == 0) == (surest == "without neighbours")
+    assert start["train-diffusion.conditioning_noise"] == 0.3
+    assert " --set train-diffusion.objective=task" in found["next"]
+    assert load_project(with_headroom.config, values=start).settings.train_diffusion.tune_after == "auto"
 
 
-def test_a_small_run_that_does_not_gain_recommends_nothing(ocd, without):
+def test_a_small_run_that_does_not_gain_recommends_nothing(ocd, without, monkeypatch):
     """Labels independent of x."""
+    monkeypatch.setattr(small_run, "LONGEST_S", math.inf)
     found = ocd.json(without, "probe", "--layer", "2.weight")
     assert not any(way["gains"] for way in found["small_run"]["ways"].values())
     assert (found["start_with"], found["next"]) == ({}, "")
+
+
+def test_a_small_run_that_would_be_no_finding_is_not_made(ocd, make_run):
+    found = ocd.json(make_run(HELPING, "planted", "train-base"), "probe", "--layer", "0.weight", "--samples", 30)
+    assert found["verdict"].startswith("mend the base first")
+    assert found["small_run"] is None
 
 
 def test_a_small_run_that_takes_long_is_left_out(ocd, with_headroom, monkeypatch):

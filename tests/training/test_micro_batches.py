@@ -32,7 +32,7 @@ def decided(preset=SMALL, batch_size=64, micro_batch_size="auto"):
     table = TrainDiffusionTable(micro_batch_size=micro_batch_size)
     description = describe(preset, (16, 16), FIELDS) | {"schedule": "ddpm"}
     record = DenoiserDescription(**{key: value for key, value in description.items() if key not in ("lr", "batch_size")})
-    return DenoiserSettings(table, record, 1e-3, batch_size, 0, False, 0, lambda: make_denoiser(description))
+    return DenoiserSettings(table, record, 1e-3, batch_size, 0, 0, False, 0, lambda: make_denoiser(description))
 
 
 def with_memory(monkeypatch, free):

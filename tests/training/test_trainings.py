@@ -36,7 +36,8 @@ def ranks(folder, count, *more, timeout=120):
 
 
 TUNED = {"tune_after": 20, "tune_samples": 3}
-BY_ITSELF = TUNED | {"tune_after": "auto"}
+# Evaluated so often that it begins.
+BY_ITSELF = TUNED | {"tune_after": "auto", "evaluate_steps": 3}
 
 
 # Four starts of torch: 20 s.
@@ -52,6 +53,8 @@ def test_two_ranks_train_as_one_process(ocd, untrained, preset, more):
     done = ranks(untrained, 2, *words(wanted), "--force")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train-diffusion: done") == 1
+    began = untrained.read("train-diffusion/manifest.json")["summary"].get("tuned_from")
+    assert began is None if preset == "small" else 0 < began < 40
     rows = untrained.read("train-diffusion/metrics.jsonl")
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-4)
     assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-4)

@@ -88,11 +88,36 @@ def test_one_that_goes_on_is_the_same_as_a_whole_one(ocd, project):
 def test_one_that_has_not_begun_says_so(ocd, project):
     folder = planted(ocd, project)
     done = ocd(folder, "train-diffusion", *put_all("train-diffusion", AUTO | {"max_steps": 9}))
-    assert "not tuned: the held-out loss on deltas was still falling at the last step\n" in done.stdout
+    assert "nothing is tuned: the training ended before tuning began\n" in done.stdout
     assert (
-        "tuning has not begun: at step 9 the held-out loss on deltas was still falling; go on with a larger "
-        "--set train-diffusion.max_steps=N, or name the step with --set train-diffusion.tune_after=N" in done.stderr
+        "nothing is tuned: by step 9 it had not begun; go on with a larger --set train-diffusion.max_steps=N, or name the "
+        "step with --set train-diffusion.tune_after=N" in done.stderr
     )
+
+
+def test_one_that_would_begin_at_its_last_step_has_not_begun(ocd, project):
+    folder = planted(ocd, project)
+    words = put_all("train-diffusion", AUTO)
+    ocd(folder, "train-diffusion", *words)
+    last = ocd.json(folder, "train-diffusion", *words)["tuned_from"]
+    ocd(folder, "train-diffusion", "--force", *words, *put_all("train-diffusion", {"max_steps": last}))
+    assert ocd.json(folder, "train-diffusion", *words, *put_all("train-diffusion", {"max_steps": last}))["tuned_from"] is None
+
+
+def test_naming_the_step_that_it_came_to_changes_nothing(ocd, project):
+    """Nor when it goes on so, and back."""
+    folder = planted(ocd, project)
+    words, weights = put_all("train-diffusion", AUTO), folder.run / "train-diffusion" / "denoiser.safetensors"
+    further = put_all("train-diffusion", {"max_steps": 220})
+    ocd(folder, "train-diffusion", *words, *further)
+    whole = weights.read_bytes()
+    ocd(folder, "train-diffusion", "--force", *words)
+    named = [*words, *put_all("train-diffusion", {"tune_after": ocd.json(folder, "train-diffusion", *words)["tuned_from"]})]
+    assert "up to date" in ocd(folder, "train-diffusion", *named).stdout
+    ocd(folder, "train-diffusion", *named, *further)
+    assert weights.read_bytes() == whole
+    for again in (named, words):
+        assert "up to date" in ocd(folder, "train-diffusion", *again, *further).stdout
 
 
 def test_an_objective_is_one_word(ocd, project):
@@ -104,9 +129,9 @@ def test_an_objective_is_one_word(ocd, project):
     begun = folder.read("train-diffusion/manifest.json")["identity"]["settings"]
     assert (begun["train-diffusion.neighbours"], begun["train-diffusion.tune_after"]) == (5, "auto")
     assert begun["train-diffusion.tune_samples"] == 64
-    same = [*few, *put_all("train-diffusion", {"neighbours": 5, "tune_after": "auto"})]
+    same = [*few, *put_all("train-diffusion", {"neighbours": 5, "tune_after": "auto", "conditioning_noise": 0.3})]
     assert "up to date" in ocd(folder, "train-diffusion", *same).stdout
     fewer = [*by_task, *put_all("train-diffusion", {"neighbours": 3})]
     assert "stale: train-diffusion.neighbours was 5, is now 3\n" in ocd(folder, "train-diffusion", *fewer, code=3).stderr
-    paper = "stale: train-diffusion.neighbours was 5, is now 0; train-diffusion.tune_after was 'auto', is now 0\n"
+    paper = "train-diffusion.neighbours was 5, is now 0; train-diffusion.tune_after was 'auto', is now 0\n"
     assert paper in ocd(folder, "train-diffusion", *few, code=3).stderr
