@@ -53,7 +53,6 @@ def probe(
     """Try layers and settings on held-out samples; the run directory stays as it is.
 
     Args:
-        project: only its base has to be there.
         layers: parameter names, by default every candidate.
         samples: held-out samples to look at, by default 400.
         write: put what to start with into the settings file, where there is something to recommend.
@@ -169,8 +168,8 @@ class Probe:
     def _small_run(
         self, found: dict[str, Any], tried: Sequence[tuple[Trial, dict[str, Any]]], left_out: list[dict[str, str]]
     ) -> dict[str, Any]:
-        """What a small run gives with the recommended settings, or with those of the surest gain; and what to start with: where it
-        gains, also as it was trained."""
+        """What a small run gives with the recommended settings, or with those of the surest gain; and what to start with: where
+        it gains, also as it was trained."""
         starts = {id(trial): start_of(trial) for trial, _ in tried}
         start = found["start_with"] or starts[id(choice_of([trial for trial, _ in tried], CHOSEN[NEIGHBOURS]).trial)]
         cost = next(record["cost"] for trial, record in tried if starts[id(trial)] == start)

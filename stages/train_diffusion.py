@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stages.diffusion.denoisers import VECTOR
-from stages.diffusion.denoising import SAMPLED_ROWS, held_out_figures, uses_conditioning
+from stages.diffusion.denoising import held_out_figures
 from stages.diffusion.schedule import schedule_warning
 from stages.foundation.errors import ComputeError, SettingsError
 from stages.foundation.files import digest, link_or_copy, require_space, sha256_file
@@ -29,13 +29,15 @@ from stages.run_directory.project import Project
 from stages.run_directory.states import PARTIAL
 from stages.training.bank import BANK_FILE
 from stages.training.batches import TrainingBatches
-from stages.training.denoiser import DenoiserSettings, Training, decide, micro_batch
+from stages.training.denoiser import DenoiserSettings, decide, micro_batch
+from stages.training.denoiser_training import Training
 from stages.training.memory import training_bytes
 from stages.training.plan import Plan, Trained
 from stages.training.ranks import Ranks
 from stages.training.retrieval import WHERE
 from stages.training.run import TrainingRun, take_up_training
 from stages.training.store_neighbours import NeighbourSearch
+from stages.training.summary import of_conditioning, of_tuning
 from stages.training.trainer import threads_for
 from stages.training.tuning_start import TuningStart
 
@@ -264,11 +266,11 @@ class TrainDiffusion(Stage):
             "stopped_early": trained.stopped_early,
             "best_step": best["step"],
             "held_out_loss": best.get("denoising_loss", best["score"]),
-            **self._tuned(trained, settings.tune_after),
+            **of_tuning(trained, settings.tune_after, self.report),
             "held_out_samples": batches.held_out_samples,
             "cosine": best["cosine"],
             "cosine_shuffled": best["cosine_shuffled"],
-            **_conditioning(best, batches),
+            **of_conditioning(best, batches),
             "samples": batches.count,
             "parameters": settings.parameters,
             **{key: getattr(settings.description, key) for key in ("preset", "prediction", "schedule")},
@@ -280,29 +282,3 @@ class TrainDiffusion(Stage):
         if trained.tuned_from is not None:
             chosen |= {"train-diffusion.tune_after": trained.tuned_from}
         return WorkResult(summary, content, extents, chosen=chosen)
-
-    def _tuned(self, trained: Trained, after: int | str) -> dict[str, Any]:
-        """Of a training that is tuned: the task's loss, on how many samples, and after which step that began; None where no step
-        was tuned."""
-        if not after:
-            return {}
-        began = trained.tuned_from if after == AUTO else after
-        if began is None or began >= trained.steps:
-            self.report.message(
-                f"nothing is tuned: by step {trained.steps:,} it had not begun; go on with a larger --set {self.name}.max_steps=N, "
-                f"or name the step with --set {self.name}.tune_after=N"
-            )
-            began = None
-        judged = trained.best.get("judged_samples")
-        return {"held_out_task_loss": trained.best["score"], "judged_samples": judged, "tuned_from": began}
-
-
-def _conditioning(best: dict[str, Any], batches: TrainingBatches) -> dict[str, Any]:
-    """How many samples the cosines are of, and whether these tell that a sample's own conditioning is used."""
-    rows, samples = len(batches.held_out), batches.held_out_samples
-    compared = min(rows, SAMPLED_ROWS) * samples // rows
-    # A checkpoint of before has no error; of several rows a sample, all of them may say the same.
-    own, shuffled, error = (best.get(name) for name in ("cosine", "cosine_shuffled", "cosine_error"))
-    known = None not in (own, shuffled, error)
-    used = uses_conditioning(own - shuffled, error * (rows / samples) ** 0.5, compared) if known else None
-    return {"cosine_samples": compared, "uses_conditioning": used}

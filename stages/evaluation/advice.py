@@ -45,6 +45,11 @@ def advice(
         return "evaluate on more test samples" + ("" if spoken_for else f"; until then {with_best}")
     if not spoken_for:
         return with_best
+    return _without_a_best_row(found, flags, untried=untried, by_paper=by_paper)
+
+
+def _without_a_best_row(found: Verdict, flags: str, *, untried: bool, by_paper: bool) -> str:
+    """Where validation samples favour nothing beyond what the verdict speaks for."""
     if found.rival_gains and row.predicts(found.rival):
         return f"predict with what has the gain: ocd infer --row {shlex.quote(found.rival)}{flags}"
     # Where there are validation samples, a row is absent for outputs of this form have none such: nothing is to be given.

@@ -131,8 +131,8 @@ def fit_rows(
     wanted = [one for one in rows if row.predicts(one.name) or one.validated]
     grids = {one.name: grid if one.name in free else fixed.get(one.name, (1.0,)) for one in wanted}
     if subject.generate.denoiser.lengths is not None:
-        # The task's loss has chosen the lengths. Where validation samples hold no error of OCD's, larger ones would only seem to
-        # gain: they make rare errors worse.
+        # The task's loss has chosen the lengths. Where OCD makes no error on validation samples, larger ones would only seem
+        # to gain: they make rare errors worse.
         shorter = tuple(strength for strength in grid if strength <= 1) or (1.0,)
         grids |= {name: shorter for name in (row.VALIDATED, *AS_ASKED) if name in free and name in grids}
     on_progress = progress("validation samples × rows", len(validation.order) * len(wanted))

@@ -100,7 +100,7 @@ class TrainDiffusionTable(Table):
     # What it changes is in the identity of the settings that it stands for.
     objective: Literal["paper", "task"] = execution(
         "paper",
-        "stands for other settings, unless these are given; paper: on deltas alone (Alg. 1); task: then by the task's own loss, "
+        "stands for other settings, unless these are given; paper: on deltas alone (Alg. 1); task: then by the task's loss, "
         'told of neighbours: neighbours = 5, tune_after = "auto", conditioning_noise = 0.3',
     )
     preset: Literal["auto", "mlp", "factored", "vector", "paper", "authors", "small"] = identity(

@@ -118,9 +118,8 @@ class SearchIndex:
         distance = _distances(asked, self._candidates, row).masked_fill(value == torch.inf, torch.inf)
         distance, order = distance.sort(dim=1, stable=True)
         distance, picked = distance[:, :k], row.gather(1, order)[:, :k]
-        if row.shape[1] < count:
-            if places := _unsure(value[:, -1], distance[:, -1], seen):
-                distance[places], picked[places] = _exactly(asked, self._candidates, k, pairs, places)
+        if row.shape[1] < count and (places := _unsure(value[:, -1], distance[:, -1], seen)):
+            distance[places], picked[places] = _exactly(asked, self._candidates, k, pairs, places)
         return distance, picked
 
 

@@ -34,7 +34,7 @@ class DenoisingSteps:
         half: bfloat16 autocast.
         smaller: hears of a micro-batch that had to be halved.
         compiled: whether the denoiser, or a part of it, is; where that fails, `plain` hears why, and training goes on without.
-        tuning: after `tune_after` steps the whole loss, of batches of its own size; None: after those that `tune_from` tells.
+        tuning: the whole loss after `tune_after` steps, of batches of its own size; None there: once `tune_from` is called.
     """
 
     def __init__(

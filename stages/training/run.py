@@ -133,9 +133,9 @@ class TrainingRun:
         # A GPU may have one step before it while the next is prepared; what is looked at or kept is known to be sound.
         self._hear(1 if trainer.runs_ahead and not (evaluates or writes) else 0)
         if evaluates and self._ranks.leads:
-            loss = self._note_evaluation(step)["denoising_loss" if self._start else "score"]
+            figures = self._note_evaluation(step)
             if self._start:
-                self._start.look(step, loss)
+                self._start.look(step, figures["denoising_loss"])
         if evaluates:
             self._agree_on_tuning()
         if not self._ranks.leads:

@@ -2,7 +2,8 @@
 or tuned by the task's own loss; each without neighbours and with them.
 
 `python tests/benchmarks/objectives.py PROJECT --seeds 3 [--set table.key=value …]` copies a project whose base may be trained,
-and trains the base, the layer's deltas and every way for each seed. What `--set` says holds for all ways.
+and trains the base, the layer's deltas and every way for each seed. What `--set` says holds for all ways. The tuned ways have
+chosen their weights by the same samples, so that small differences from the others mean nothing.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from common import seconds, show
 
 from stages.collect import collect
+from stages.foundation.trees import to_device
 from stages.lifecycle.context import RunContext
 from stages.prediction.predictor import load_personalised
 from stages.run_directory.project import load_project
@@ -44,7 +46,7 @@ def validation_losses(context: RunContext) -> tuple[float, float]:
     model, split, own, base = load_personalised(context)[0], context.splits["validation"], 0.0, 0.0
     for part in torch.arange(len(split)).split(AT_ONCE):
         x, y = split.batch(part)
-        found = model.predict(x, rows=part.tolist())
+        found, y = model.predict(x, rows=part.tolist()), to_device(y, model.device)
         own += float(losses(context.task, found.output, y).double().sum())
         base += float(losses(context.task, found.base_output, y).double().sum())
     return base / len(split), own / len(split)
@@ -73,14 +75,14 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / given.project.resolve().name
-        shutil.copytree(given.project, folder, ignore=shutil.ignore_patterns("run*", "__pycache__", ".venv"))
+        shutil.copytree(given.project, folder, ignore=shutil.ignore_patterns("run", "run-*", "__pycache__", ".venv"))
         seeds = [compared(folder, seed, given.set) for seed in range(given.seeds)]
     ways = {}
     for name in WAYS:
         ratios = [found[name]["of_base"] for found in seeds]
         spread = {"standard_deviation": round(statistics.stdev(ratios), 4)} if len(ratios) > 1 else {}
         ways[name] = {"of_base": round(statistics.mean(ratios), 4), **spread, "seeds": [found[name] for found in seeds]}
-    show(ways, "cpu")
+    show(ways, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from stages.run_directory.project import Project
 from stages.select_layer import select_layer
 from stages.train_base import train_base
 from stages.train_diffusion import TrainDiffusion
-from stages.training.denoiser import Training
+from stages.training.denoiser_training import Training
 from stages.training.memory import training_bytes
 
 QUICK = {"train-base.epochs": 1, "train-base.batch_size": 128, "select-layer.draws": 0, "select-layer.layer": "fc1.weight"}
