@@ -226,8 +226,11 @@ def test_predicted_lengths_come_first(ocd, project):
     """`run` trains the scale network before a denoiser that is tuned, and the stage alone asks for it."""
     folder, words = project(HELPING, "collect", code="planted"), put_all("train-diffusion", {"tune_after": 5, "max_steps": 10})
     stderr = ocd(folder, "train-diffusion", *words, code=3).stderr
+    # With the flags that the stages after it are given.
+    flags = " ".join(words)
     assert (
-        "error: train-diffusion needs stages that are not done:\n  train-scale is missing\n  run: ocd train-scale\n" in stderr
+        f"error: train-diffusion needs stages that are not done:\n  train-scale is missing\n  run: ocd train-scale {flags}\n"
+        in stderr
     )
     found = ocd.json(folder, "run", "--until", "train-diffusion", *words)["stages"]
     assert list(found)[-2:] == ["train-scale", "train-diffusion"]
