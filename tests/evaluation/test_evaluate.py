@@ -30,6 +30,14 @@ def test_ocd_helps_where_the_layers_input_tells_the_residual(helped):
     assert results["confidence"] == 0.99
 
 
+def test_of_a_tuned_denoiser_no_strength_above_one_is_tried(helped):
+    """Its lengths are what the task's loss has chosen; those of others are not."""
+    folder, results = helped
+    assert rows_of(results)["ocd validated strength"]["strength"] <= 1
+    assert max(map(float, folder.read("evaluate/strength.json")["losses"])) == 1
+    assert not any("ocd validated strength" in text for text in results["warnings"])
+
+
 def test_ocd_does_not_help_where_labels_know_nothing_of_x(hopeless_run):
     _, results = hopeless_run
     assert results["outcome"] in ("does not help", "harms")
