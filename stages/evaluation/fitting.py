@@ -69,9 +69,9 @@ class OnValidation:
         return bool(high < 0 and differences.mean() <= -SMALLEST_GAIN * abs(base.mean()))
 
     def best(self, rows: Sequence[Row]) -> str | None:
-        """Of the rows that predict, the one with the lowest loss (of those that are equal but for rounding the first); the base
-        where it does not gain, None where nothing was judged. Not the task's own rows, which are given the validation
-        samples to be made with."""
+        """Of the rows that predict, the one with the lowest loss (of those that are equal but for rounding the first), or the
+        ensemble where that gains and cannot be told from it; the base where it does not gain, None where nothing was judged.
+        Not the task's own rows, which are given the validation samples to be made with."""
         strengths = self.strengths(rows)
         names = [one.name for one in rows if row.predicts(one.name) and one.name in row.TABLE]
         known = {name: loss for name in names if (loss := self.loss_of(name, strengths)) is not None and math.isfinite(loss)}
@@ -79,7 +79,13 @@ class OnValidation:
             return None
         lowest = min(known.values())
         found = next(name for name, loss in known.items() if loss <= lowest + ROUNDING * abs(lowest))
-        return found if self._gains(found, strengths.get(found, 1.0)) else row.BASE
+        if not self._gains(found, strengths.get(found, 1.0)):
+            return row.BASE
+        if row.ENSEMBLE in known and self._gains(row.ENSEMBLE, strengths[row.ENSEMBLE]):
+            ours, other = (self.tried[name][strengths.get(name, 1.0)] for name in (row.ENSEMBLE, found))
+            # The lowest of twenty losses is lower by chance alone.
+            return found if interval_of_mean(other - ours, VERDICT_TAIL)[1] < 0 else row.ENSEMBLE
+        return found
 
     def record(self, rows: Sequence[Row], ensemble: int) -> Strength:
         """`strength.json`: what predicts, at which strength, and which row has the lowest loss."""
