@@ -57,7 +57,9 @@ def _small_run(small: dict[str, Any]) -> str:
 
 
 def _choice(choice: dict[str, Any]) -> str:
-    """What a half of the samples favours, in words."""
+    """What a half of the samples favours, in words; at strength 0 every layer and recipe is the base."""
+    if choice["strength"] == 0:
+        return "no delta, for none is sure to gain"
     row = "" if choice["row"] == LABELS else f", {choice['row']} × {choice['strength']:g}"
     return f"{choice['layer']}, {_recipe(choice['settings'])}{row}"
 

@@ -118,7 +118,7 @@ def _sentence(kind: str, chosen: Mapping[str, Chosen], metric: str) -> str:
 def _figures(chosen: Mapping[str, Chosen], name: str) -> str:
     loss = figure(chosen[name].loss.value)
     if not any(choice.strength for choice in chosen[name].choices):
-        return f"{loss} (no strength gains for sure)"
+        return f"{loss} (no strength is sure to gain)"
     difference, (low, high) = chosen[name].loss.minus(chosen[BASE].loss)
     return f"{loss} ({signed(difference)}, 95 % interval [{signed(low)}, {signed(high)}])"
 

@@ -137,3 +137,9 @@ def test_a_small_run_is_one_sentence():
         "a small run with fc1.weight, 600 samples and 300 steps: the task's loss goes from 0.1666 to 0.15 without neighbours "
         "(-0.0166, 99 % interval [-0.03, +0.002]), and to 0.11 with neighbours (-0.0566, 99 % interval [-0.08, -0.04])"
     ) in " ".join(shown(trial(), small_run=small).split())
+
+
+def test_a_half_that_favours_nothing_names_no_layer():
+    nothing = {"favoured": [CHOICE | {"strength": 0.0}, CHOICE]}
+    text = " ".join(shown(trial(), chosen={"neighbours": nothing, "labels": {"favoured": [CHOICE, OTHER]}}).split())
+    assert "neighbours: one half chooses no delta, for none is sure to gain; the other fc1.weight, sgd 0.005 × 3" in text

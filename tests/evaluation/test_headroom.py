@@ -258,7 +258,7 @@ def test_neighbours_that_are_best_left_alone():
     halves = {name: tuple({0.0: half[1.0] * 0 + 0.5, **half} for half in both) for name, both in made.halves.items()}
     halves[BASE] = tuple({1.0: half[0.0]} for half in halves[BASE])
     found = said(dataclasses.replace(made, halves=halves))
-    assert "training samples to 0.5 (no strength gains for sure), no gain beyond chance" in found["verdict"]
+    assert "training samples to 0.5 (no strength is sure to gain), no gain beyond chance" in found["verdict"]
 
 
 @pytest.mark.parametrize("values", [{}, {"labels": 0.5}, {"width": WIDE, "nearest": 0.4}])
