@@ -10,7 +10,7 @@ from stages.store.predictions import PredictionBlocks
 
 STAGES = ("train-base", "select-layer", "collect", "train-diffusion", "train-scale", "infer", "evaluate", "probe")
 DRAWS = {"probe": 1, "evaluate": 4}
-PROBE = ("--layer", "0.weight", "--samples", "8")
+PROBE = ("--quick", "--layer", "0.weight", "--samples", "8")
 
 
 def words_of(stage):
