@@ -95,6 +95,7 @@ def tuning_of(
     if (members := settings.table.tune_members) > 1 and _is_by_distance(context, overfitter):
         # Of squared errors; the unit of other losses is about right.
         sizes **= 0.5
+        context.report.message("members are tuned by the energy score of their outputs, in place of the task's loss")
     tuning = Tuning(
         task=context.task,
         scale=load_scale(context),

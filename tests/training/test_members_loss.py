@@ -41,6 +41,11 @@ def test_it_is_fair_and_proper(count):
     assert score(1.0) < min(score(0.5), score(0.0), score(1.6), score(1.0, shift=0.4)) - 0.01
 
 
+def test_one_number_a_sample_may_have_no_axis():
+    members, y = torch.randn(3, 4), torch.randn(4)
+    torch.testing.assert_close(energy_score(members, y), energy_score(members.unsqueeze(2), y.unsqueeze(1)))
+
+
 def test_members_that_coincide_have_a_gradient():
     members = torch.zeros(3, 2, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(energy_score(members, torch.zeros(2, 4)).sum(), members)
@@ -77,7 +82,8 @@ def test_members_are_tuned_together(ocd, project):
     folder = project(HELPING, "collect", code="planted")
     tuned = {"tune_after": 50, "max_steps": 150, "evaluate_steps": 50, "tune_members": 3, "conditioning_noise": 0.05}
     words = put_all("train-diffusion", tuned)
-    ocd(folder, "run", "--until", "train-diffusion", *words)
+    told = ocd(folder, "run", "--until", "train-diffusion", *words).stderr
+    assert "members are tuned by the energy score of their outputs, in place of the task's loss\n" in told
     found = ocd.json(folder, "train-diffusion", *words)
     assert 0 < found["held_out_task_loss"] < 0.8
     ocd(folder, "infer", *words)
