@@ -55,11 +55,14 @@ def small_run(
         for name, count in WAYS.items():
             branch = branch_of(context.project, name, {**start, **_short(count), **noise}, Path(folder))
             bring_up(context.project, branch, LEARNED, Silent())
-            base, own = _losses(RunContext(branch), evaluated)
+            base, own = losses_beside_base(RunContext(branch), evaluated)
             low, high = interval_of_mean(own - base, TAIL)
-            found = {"mean": float(own.mean()), "difference": float((own - base).mean()), "interval": [low, high]}
-            ways[name] = {key: finite(value) for key, value in found.items() if key != "interval"}
-            ways[name] |= {"interval": None if np.isinf(low) else [low, high], "gains": high < 0}
+            ways[name] = {
+                "mean": finite(float(own.mean())),
+                "difference": finite(float((own - base).mean())),
+                "interval": None if np.isinf(low) else [low, high],
+                "gains": high < 0,
+            }
             if high < surest:
                 surest, settings = high, {"train-diffusion.objective": "task"} | OWN_SETTINGS[name] | noise
     samples = min(SAMPLES, len(context.splits["train"]))
@@ -93,8 +96,8 @@ def _short(neighbours: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _losses(context: RunContext, evaluated: EvaluatedSamples) -> tuple[np.ndarray, np.ndarray]:
-    """Of the base and of OCD, sample by sample, (n,) each."""
+def losses_beside_base(context: RunContext, evaluated: EvaluatedSamples) -> tuple[np.ndarray, np.ndarray]:
+    """The task's losses of the base and of OCD's ensemble at strength 1, sample by sample, (n,) each."""
     model, base, own = load_personalised(context, strength=1.0)[0], [], []
     for part in evaluated.order.split(TUNED):
         x, y = evaluated.split.batch(part)

@@ -35,7 +35,7 @@ def branch_of(project: Project, name: str, values: Mapping[str, Any], folder: Pa
 
 def bring_up(project: Project, branch: Project, names: Iterable[str], report: Report) -> None:
     """Bring stages of a branch up to date: those that are the project's own are linked, others made; stale ones are redone.
-    In the project every one of `names` is done.
+    What the project has not got itself is made, too.
 
     Raises:
         OcdError: the first that fails; it goes on where it was when the branch is asked for again.

@@ -19,17 +19,15 @@ import torch
 from common import seconds, show
 
 from stages.collect import collect
-from stages.foundation.trees import to_device
+from stages.evaluation.small_run import losses_beside_base
+from stages.evaluation.subject import EvaluatedSamples
 from stages.lifecycle.context import RunContext
-from stages.prediction.predictor import load_personalised
 from stages.run_directory.project import load_project
 from stages.select_layer import select_layer
-from stages.tasks.loader import losses
 from stages.train_base import train_base
 from stages.train_diffusion import train_diffusion
 from stages.train_scale import train_scale
 
-AT_ONCE = 64
 NEIGHBOURS = {"train-diffusion.neighbours": 5}
 TUNED = {"train-diffusion.tune_after": "auto"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -40,16 +38,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@torch.no_grad()
 def validation_losses(context: RunContext) -> tuple[float, float]:
     """The mean loss on validation samples of the base, and of the ensemble."""
-    model, split, own, base = load_personalised(context)[0], context.splits["validation"], 0.0, 0.0
-    for part in torch.arange(len(split)).split(AT_ONCE):
-        x, y = split.batch(part)
-        found, y = model.predict(x, rows=part.tolist()), to_device(y, model.device)
-        own += float(losses(context.task, found.output, y).double().sum())
-        base += float(losses(context.task, found.base_output, y).double().sum())
-    return base / len(split), own / len(split)
+    split = context.splits["validation"]
+    base, own = losses_beside_base(context, EvaluatedSamples(split, torch.arange(len(split))))
+    return float(base.mean()), float(own.mean())
 
 
 def compared(folder: Path, seed: int, given: Sequence[str]) -> dict[str, dict[str, float]]:
